@@ -1,0 +1,60 @@
+"""treespec: a compiler that turns a decoder into a token-tree verifier, and a runtime that speculates with it.
+
+Names are imported when first used, so that `import treespec_compiler` costs nothing and loads no kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .errors import TreespecError, Unsupported
+    from .options import Options
+    from .program import TreeProgram, tree_program
+    from .runtime.generate import GenerationOutput, generate, stream
+    from .speculation.policy import StaticExpansion
+    from .tree import Forest, TokenTree
+
+_HOME = {
+    "Forest": ".tree",
+    "GenerationOutput": ".runtime.generate",
+    "Options": ".options",
+    "StaticExpansion": ".speculation.policy",
+    "TokenTree": ".tree",
+    "TreeProgram": ".program",
+    "TreespecError": ".errors",
+    "Unsupported": ".errors",
+    "generate": ".runtime.generate",
+    "stream": ".runtime.generate",
+    "tree_program": ".program",
+}
+
+__all__ = [
+    "Forest",
+    "GenerationOutput",
+    "Options",
+    "StaticExpansion",
+    "TokenTree",
+    "TreeProgram",
+    "TreespecError",
+    "Unsupported",
+    "generate",
+    "stream",
+    "tree_program",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,265 @@
+"""Every error treespec raises on purpose: a class each, a fixed text each.
+
+A text says what was got, what was expected and what to do next. Classes are dataclasses: raise them with keyword
+arguments (`raise CacheOverflow(slot=0, length=10, new=8, capacity=16)`); the fields stay readable on the exception.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
+from typing import Any, ClassVar
+
+
+class TreespecError(Exception):
+    """Base of every error of this package."""
+
+    template: ClassVar[str] = ""
+    """Format string of the text; `{e.name}` reads a field or a property of the exception."""
+
+    def __str__(self) -> str:
+        return self.template.format(e=self) if self.template else super().__str__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # NOTE: the default rebuilds from `args`, which keyword arguments never reach.
+        if not is_dataclass(self):
+            return super().__reduce__()  # type: ignore[return-value]
+        return _rebuild, (type(self), {field.name: getattr(self, field.name) for field in fields(self)})
+
+
+def _rebuild(cls: type[TreespecError], values: dict[str, Any]) -> TreespecError:
+    return cls(**values)
+
+
+@dataclass(eq=False)
+class Unsupported(TreespecError):
+    """A refusal: the graph was not converted. Never raised after something was half converted."""
+
+    reason: str
+    _: KW_ONLY
+    node: str | None = None
+    """The graph node that stopped the conversion, printed."""
+    source: str | None = None
+    """`file:line` (and the line's text) of the model's code that made the node."""
+    layer: str | None = None
+    """Path of the submodule, `model.layers.3.self_attn`."""
+    way_out: str | None = None
+    verdict: str = "treespec cannot convert this model"
+
+    DEFAULT_WAY_OUT: ClassVar[str] = (
+        'run the model without speculation (`on_unsupported="fallback"`), or change the code at the line above'
+    )
+
+    def __str__(self) -> str:
+        rows = [
+            ("node", self.node),
+            ("source", self.source),
+            ("layer", self.layer),
+            ("reason", self.reason),
+            ("way out", self.way_out or self.DEFAULT_WAY_OUT),
+        ]
+        lines = [f"  {name + ':':<8} {_indent(str(value))}" for name, value in rows if value]
+        return "\n".join([f"{self.verdict}.", *lines])
+
+
+def _indent(text: str) -> str:
+    return "\n           ".join(text.strip().splitlines())
+
+
+@dataclass(eq=False, kw_only=True)
+class InvalidTree(TreespecError, ValueError):
+    """A `TokenTree` that is not one."""
+
+    got: str
+    expected: str
+    fix: str = "List parents before their children and use -1 for nodes that continue the committed prefix."
+    template: ClassVar[str] = "Invalid token tree: got {e.got}, expected {e.expected}. {e.fix}"
+
+
+@dataclass(eq=False, kw_only=True)
+class InvalidForest(TreespecError, ValueError):
+    """A `Forest` that is not one."""
+
+    got: str
+    expected: str
+    fix: str = "Give `Forest([(slot, tree), ...])` one tree a slot; `TokenTree.merge` joins several trees of one slot."
+    template: ClassVar[str] = "Invalid forest: got {e.got}, expected {e.expected}. {e.fix}"
+
+
+@dataclass(eq=False, kw_only=True)
+class InvalidPrompt(TreespecError, ValueError):
+    """Prompt ids that cannot be run."""
+
+    got: str
+    expected: str
+    fix: str = "Encode the text with the model's own tokenizer and pass at least one id."
+    template: ClassVar[str] = "Invalid prompt: got {e.got}, expected {e.expected}. {e.fix}"
+
+
+@dataclass(eq=False, kw_only=True)
+class TokenOutOfRange(TreespecError, ValueError):
+    """A token id the model has no embedding for."""
+
+    token: int
+    index: int
+    vocab_size: int
+    where: str = "the prompt"
+    template: ClassVar[str] = (
+        "Token id out of range: got {e.token} at index {e.index} of {e.where}, expected 0 to {e.last} "
+        "(the model's vocabulary has {e.vocab_size} ids). Use the tokenizer that belongs to this model."
+    )
+
+    @property
+    def last(self) -> int:
+        return self.vocab_size - 1
+
+
+@dataclass(eq=False, kw_only=True)
+class CacheOverflow(TreespecError, ValueError):
+    """More tokens than a slot of the cache has room for."""
+
+    slot: int
+    length: int
+    new: int
+    capacity: int
+    template: ClassVar[str] = (
+        "The cache is full: slot {e.slot} holds {e.length} tokens and got {e.new} more, expected at most "
+        "{e.capacity} in all (uncommitted tree nodes included). "
+        "Make a larger cache, `new_cache(max_tokens={e.needed})` or more, or free the slot."
+    )
+
+    @property
+    def needed(self) -> int:
+        return self.length + self.new
+
+
+@dataclass(eq=False, kw_only=True)
+class ContextOverflow(TreespecError, ValueError):
+    """More tokens than the model itself has positions for."""
+
+    position: int
+    max_context: int
+    why: str = "its position table ends there"
+    template: ClassVar[str] = (
+        "The model's context is full: got a token at position {e.position}, expected positions below "
+        "{e.max_context} ({e.why}). Shorten the prompt or generate fewer tokens."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class StaleCache(TreespecError, RuntimeError):
+    """A cache of a program that was rebuilt or of another program."""
+
+    reason: str
+    template: ClassVar[str] = (
+        "This cache no longer fits the program: got a cache made before {e.reason}, expected one made after. "
+        "Make a new one with `program.new_cache(...)` and prefill the prompt again."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class InvalidPath(TreespecError, ValueError):
+    """A path given to `cache.commit` that does not run down the tree from a root."""
+
+    got: str
+    expected: str
+    fix: str = "List local node indices root first, as `tree.path(node)` does; [] commits nothing."
+    template: ClassVar[str] = "Invalid path: got {e.got}, expected {e.expected}. {e.fix}"
+
+
+@dataclass(eq=False, kw_only=True)
+class UnknownSlot(TreespecError, ValueError):
+    """A slot the cache does not have."""
+
+    slot: object
+    slots: int
+    template: ClassVar[str] = (
+        "Unknown slot: got {e.slot!r}, expected an integer from 0 to {e.last} (the cache has {e.slots} slots). "
+        "Make a cache with more slots, `new_cache(slots=...)`, or free one and use it again."
+    )
+
+    @property
+    def last(self) -> int:
+        return self.slots - 1
+
+
+@dataclass(eq=False, kw_only=True)
+class UnknownOption(TreespecError, ValueError):
+    """An option name that does not exist."""
+
+    name: str
+    known: Sequence[str]
+    template: ClassVar[str] = "Unknown option: got {e.name!r}, expected one of {e.names}. {e.hint}"
+
+    @property
+    def names(self) -> str:
+        return ", ".join(sorted(self.known))
+
+    @property
+    def hint(self) -> str:
+        near = difflib.get_close_matches(str(self.name), list(self.known), n=1, cutoff=0.5)
+        return f"Did you mean {near[0]!r}?" if near else "Remove it."
+
+
+@dataclass(eq=False, kw_only=True)
+class InvalidOption(TreespecError, ValueError):
+    """A known option (or argument) with a value it cannot take."""
+
+    name: str
+    got: object
+    expected: str
+    fix: str = ""
+    template: ClassVar[str] = "Invalid option {e.name}: got {e.got!r}, expected {e.expected}. {e.next_step}"
+
+    @property
+    def next_step(self) -> str:
+        return self.fix or f"Give {self.name} such a value or leave it out."
+
+
+@dataclass(eq=False, kw_only=True)
+class TokenizerMismatch(TreespecError, ValueError):
+    """Draft and target that do not mean the same thing by a token id."""
+
+    difference: str
+    template: ClassVar[str] = (
+        "Draft and target use different tokenizers: got {e.difference}, expected the same token for every id "
+        "both know. Use a draft that was trained with the target's tokenizer."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class UnreadableModel(TreespecError, ValueError):
+    """A model name or folder that gives no model."""
+
+    name: str
+    problem: str
+    expected: str = "a folder with config.json and *.safetensors"
+    fix: str = "Check the path, or name the model as `hf:PATH_OR_ID`, `py:module:factory` or `demo`."
+    template: ClassVar[str] = "Cannot read model {e.name!r}: got {e.problem}, expected {e.expected}. {e.fix}"
+
+
+@dataclass(eq=False, kw_only=True)
+class CorruptTable(TreespecError, ValueError):
+    """A tuning table that does not parse or has the wrong schema."""
+
+    path: str
+    problem: str
+    expected: str = "a JSON object with schema, meta and entries"
+    template: ClassVar[str] = (
+        "Corrupt tuning table {e.path}: got {e.problem}, expected {e.expected}. "
+        "Delete the file; tables are made again by `treespec tune`."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class PassError(TreespecError, RuntimeError):
+    """A pass broke its promise: the graph after it does not satisfy the level's rules. A bug in treespec."""
+
+    pass_name: str
+    problem: str
+    expected: str = "a graph that satisfies the rules of its level"
+    template: ClassVar[str] = (
+        "Pass {e.pass_name!r} left a wrong graph: got {e.problem}, expected {e.expected}. "
+        "This is a bug in treespec, nothing was converted: please report it with the model's code."
+    )

@@ -1,0 +1,83 @@
+"""Options of a tree program: one frozen, hashable record, parsed from what a user types."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, cast, get_args
+
+from .errors import InvalidOption, UnknownOption
+
+Lowering = Literal["inductor", "eager"]
+OnUnsupported = Literal["raise", "fallback"]
+VerifyEach = Literal["none", "spec", "semantic"]
+Kernels = Literal["auto", "aten", "reference"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "lowering": get_args(Lowering),
+    "on_unsupported": get_args(OnUnsupported),
+    "verify_each": get_args(VerifyEach),
+    "kernels": get_args(Kernels),
+}
+
+LOWERING_VARIABLE = "TREESPEC_LOWERING"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `tree_program(options=...)` and `torch.compile(..., options=...)` take."""
+
+    lowering: Lowering = "inductor"
+    """How the rewritten graph is run: compiled by Inductor, or op by op."""
+    on_unsupported: OnUnsupported = "raise"
+    """What `generate`/`stream` do with a model that cannot be converted."""
+    verify_each: VerifyEach = "spec"
+    """What is checked after every pass: nothing, the level's rules, or the rules and the meaning on random trees."""
+    max_context: int | None = None
+    """Positions the program may use; None: as many as the model proves to have."""
+    prefill_chunk: int = 256
+    """Prompt tokens that run in one call."""
+    kernels: Kernels = "auto"
+    """Which implementations ops are bound to: the best registered, ATen only, or the readable references."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise InvalidOption(name=name, got=value, expected=" or ".join(map(repr, choices)))
+        if self.max_context is not None:
+            _check_positive("max_context", self.max_context, "a positive integer or None")
+        _check_positive("prefill_chunk", self.prefill_chunk, "a positive integer")
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | Options | None = None) -> Options:
+        """Options from a mapping, from nothing, or as they are; `TREESPEC_LOWERING` overrides `lowering`."""
+        if isinstance(options, Options):
+            parsed = options
+        elif options is None:
+            parsed = cls()
+        elif isinstance(options, Mapping):
+            known = [field.name for field in fields(cls)]
+            for name in options:
+                if name not in known:
+                    raise UnknownOption(name=name, known=known)
+            parsed = cls(**options)
+        else:
+            raise InvalidOption(name="options", got=options, expected="a mapping, an Options or None")
+        return parsed._with_environment()
+
+    def _with_environment(self) -> Options:
+        lowering = os.environ.get(LOWERING_VARIABLE)
+        if not lowering:
+            return self
+        if lowering not in _CHOICES["lowering"]:
+            expected = " or ".join(map(repr, _CHOICES["lowering"]))
+            fix = f"Set or unset the environment variable {LOWERING_VARIABLE}."
+            raise InvalidOption(name=LOWERING_VARIABLE, got=lowering, expected=expected, fix=fix)
+        return replace(self, lowering=cast(Lowering, lowering))
+
+
+def _check_positive(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidOption(name=name, got=value, expected=expected)
