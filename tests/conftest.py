@@ -1,0 +1,29 @@
+"""Settings every test runs under."""
+
+from __future__ import annotations
+
+import os
+
+# NOTE: before torch loads OpenMP. With a busy neighbour, spinning threads wait milliseconds at every barrier.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("treespec", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("treespec")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

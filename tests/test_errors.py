@@ -1,0 +1,87 @@
+"""Every error of the catalogue prints a whole text, keeps its fields, and survives pickling."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pickle
+
+import pytest
+
+from treespec_compiler import errors
+from treespec_compiler.errors import TreespecError, UnknownOption, Unsupported
+
+EXAMPLES: list[TreespecError] = [
+    Unsupported("a window the trace was too short to show", node="%mask = le(a, b)", layer="model.layers.0"),
+    errors.InvalidTree(got="no nodes", expected="at least one"),
+    errors.InvalidForest(got="slot 1 twice", expected="every slot at most once"),
+    errors.InvalidPrompt(got="no ids", expected="at least one"),
+    errors.TokenOutOfRange(token=70, index=3, vocab_size=64),
+    errors.CacheOverflow(slot=0, length=60, new=8, capacity=64),
+    errors.ContextOverflow(position=64, max_context=64),
+    errors.StaleCache(reason="the model moved to another device"),
+    errors.InvalidPath(got="[0, 2]", expected="every parent to be its predecessor"),
+    errors.UnknownSlot(slot=4, slots=2),
+    errors.UnknownOption(name="lowring", known=["lowering", "kernels"]),
+    errors.InvalidOption(name="lowering", got="jit", expected="'inductor' or 'eager'"),
+    errors.TokenizerMismatch(difference="id 7 as 'a' in the draft and 'b' in the target"),
+    errors.UnreadableModel(name="hf:/nowhere", problem="no such folder"),
+    errors.CorruptTable(path="tree_attention/cpu.json", problem="no key 'schema'"),
+    errors.PassError(pass_name="treeify", problem="an arange over the sequence is left"),
+]
+
+
+def test_every_class_has_an_example() -> None:
+    classes = {c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, TreespecError)}
+    assert classes - {TreespecError} == {type(e) for e in EXAMPLES}
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda e: type(e).__name__)
+def test_text_fields_and_pickle(error: TreespecError) -> None:
+    text = str(error)
+    assert "{" not in text and text.strip() == text
+    if not isinstance(error, Unsupported):
+        assert "got " in text and "expected " in text and text.endswith((".", "?"))
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == text
+    assert dataclasses.is_dataclass(error)
+
+
+def test_cache_overflow_names_the_capacity_that_would_do() -> None:
+    text = str(errors.CacheOverflow(slot=3, length=60, new=8, capacity=64))
+    assert text == (
+        "The cache is full: slot 3 holds 60 tokens and got 8 more, expected at most 64 in all (uncommitted tree nodes "
+        "included). Make a larger cache, `new_cache(max_tokens=68)` or more, or free the slot."
+    )
+
+
+def test_unknown_option_names_the_nearest() -> None:
+    assert str(UnknownOption(name="lowring", known=["lowering", "kernels"])) == (
+        "Unknown option: got 'lowring', expected one of kernels, lowering. Did you mean 'lowering'?"
+    )
+    assert str(UnknownOption(name="zzz", known=["lowering"])).endswith("Remove it.")
+
+
+def test_unsupported_prints_node_source_layer_reason_and_way_out() -> None:
+    error = Unsupported(
+        "roll moves values between tokens",
+        node="%roll = aten.roll(%x, [1], [1])",
+        source="model.py:12\n    x = x.roll(1, 1)",
+        layer="blocks.0",
+        way_out="use a causal convolution with a state",
+    )
+    assert str(error).splitlines() == [
+        "treespec cannot convert this model.",
+        "  node:    %roll = aten.roll(%x, [1], [1])",
+        "  source:  model.py:12",
+        "               x = x.roll(1, 1)",
+        "  layer:   blocks.0",
+        "  reason:  roll moves values between tokens",
+        "  way out: use a causal convolution with a state",
+    ]
+    assert "on_unsupported" in str(Unsupported("no attention at all"))
+
+
+def test_the_base_takes_a_plain_message() -> None:
+    assert str(TreespecError("what")) == "what"
+    assert str(pickle.loads(pickle.dumps(TreespecError("what")))) == "what"
