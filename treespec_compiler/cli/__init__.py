@@ -1,0 +1,1 @@
+"""The `treespec` command: `main.py` dispatches, and every subcommand is one file."""

@@ -1,0 +1,126 @@
+"""Entry point of `treespec`: one table of subcommands, one way to report errors.
+
+A subcommand is a module of this package with `configure(parser)`, which adds its arguments, and `run(arguments)`,
+which returns the exit code. It is imported only when it is the one asked for, so that `--help` needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, NoReturn
+
+from .. import __version__
+
+DESCRIPTION = """\
+Compile a PyTorch decoder into a token-tree verifier and generate faster, with identical output.
+
+Models are named hf:PATH_OR_ID (Hugging Face), py:module:factory (your own code) or demo (the shipped pair).
+"""
+
+EPILOG = """\
+examples:
+  treespec demo
+  treespec generate --target demo --draft demo --prompt "def main():" --stream
+  treespec generate --target hf:PATH --draft hf:PATH --prompt-file prompt.txt --max-new-tokens 64 --json
+
+`treespec COMMAND --help` shows a command's options. Errors end with exit code 2; --debug shows the traceback.
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    summary: str
+
+    @property
+    def module(self) -> str:
+        return f"{__package__}.{self.name}"
+
+
+COMMANDS = (Command("generate", "complete a prompt by speculation"),)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one sentence, and help is coloured where there is a terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message.rstrip('.')} (see `{self.prog} --help`).\n")
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        file = file or sys.stderr
+        if message and file.isatty():
+            from rich.console import Console
+            from rich.text import Text
+
+            text = Text(message)
+            text.highlight_regex(r"(?<![\w-])--?[a-zA-Z][\w-]*", "cyan")
+            text.highlight_regex(r"(?m)^[a-z][a-z ]*:$|^usage:", "bold")
+            Console(file=file, soft_wrap=True).print(text, end="")
+        else:
+            super()._print_message(message, file)
+
+
+def build_parser(wanted: str | None = None) -> Parser:
+    """The parser, with the arguments of the subcommand `wanted` only."""
+    style = argparse.RawDescriptionHelpFormatter
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser = Parser(prog="treespec", description=DESCRIPTION, epilog=EPILOG, formatter_class=style, parents=[shared])
+    parser.add_argument("--version", action="version", version=f"treespec {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=Parser)
+    for command in COMMANDS:
+        child = commands.add_parser(command.name, help=command.summary, formatter_class=style, parents=[shared])
+        if command.name == wanted:
+            module = importlib.import_module(command.module)
+            child.description = module.__doc__
+            module.configure(child)
+            child.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    debug = "--debug" in words
+    try:
+        parser = build_parser(wanted)
+        arguments = parser.parse_args(words)
+        if arguments.command is None:
+            parser.print_help()
+            return 0
+        return int(arguments.run(arguments))
+    except BrokenPipeError:
+        # The reader of a pipe left (`| head`): nothing to report, and nothing more to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("treespec: interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"treespec: error: {describe(error)}", file=sys.stderr)
+        return 2
+
+
+def describe(error: Exception) -> str:
+    """One sentence for an error of ours; for any other what it was, and how to see where."""
+    from ..errors import TreespecError
+
+    if isinstance(error, TreespecError):
+        return str(error)
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text.rstrip('.')}. Run again with --debug for the traceback."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""From a model's name on the command line to the model: `hf:PATH_OR_ID`, `py:module:factory`, `demo`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import InvalidOption, UnreadableModel
+
+Role = Literal["target", "draft"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    name: str
+    model: nn.Module
+    tokenizer: Any | None = None
+    """With `encode` and `decode`, as Hugging Face's; None if the name does not lead to one."""
+
+
+def load(
+    name: str, *, role: Role = "target", dtype: torch.dtype = torch.float32, random_weights: bool = False, seed: int = 0
+) -> LoadedModel:
+    """The model called `name`, in evaluation mode; `random_weights` reads no weights, only `hf:` configurations."""
+    kind, _, rest = name.partition(":")
+    if name == "demo":
+        if not (DEMO_FOLDER / role / "config.json").is_file():
+            problem = f"no shipped {role} in this installation"
+            fix = "Reinstall treespec, or name another model: `hf:PATH_OR_ID` or `py:module:factory`."
+            raise UnreadableModel(name=name, problem=problem, expected="the weights of the demo pair", fix=fix)
+        return _load_hf(name, str(DEMO_FOLDER / role), dtype)
+    if kind == "hf" and rest:
+        return _load_hf(name, rest, dtype, random_weights, seed)
+    if random_weights:
+        fix = "Leave --random-weights out, or name a Hugging Face configuration."
+        raise InvalidOption(name="--random-weights", got=name, expected="a model named hf:PATH_OR_ID", fix=fix)
+    if kind == "py" and rest:
+        return _load_py(name, rest, dtype)
+    raise UnreadableModel(name=name, problem="no known kind of name", expected="`hf:...`, `py:...` or `demo`")
+
+
+def _load_hf(name: str, where: str, dtype: torch.dtype, random_weights: bool = False, seed: int = 0) -> LoadedModel:
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        fix = 'Install it: pip install "treespec[hf]".'
+        raise UnreadableModel(
+            name=name, problem="no installed transformers", expected="the package transformers", fix=fix
+        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+    folder = Path(where).expanduser()
+    if folder.exists():
+        _check_folder(name, folder, random_weights)
+        where = str(folder)
+    elif not HUB_ID.fullmatch(where):
+        raise UnreadableModel(name=name, problem="no such folder")
+
+    # NOTE: code that comes with a model is never run, and pickled weights are never read.
+    safe = {"trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(where, **safe)
+        if random_weights:
+            torch.manual_seed(seed)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **safe)
+        else:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
+            )
+            _check_weights(name, info)
+    except UnreadableModel:
+        raise
+    except Exception as error:
+        raise UnreadableModel(name=name, problem=_first_sentence(error)) from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **safe)
+    except Exception:
+        tokenizer = None
+    return LoadedModel(name, model.eval(), tokenizer)
+
+
+def _check_folder(name: str, folder: Path, random_weights: bool) -> None:
+    if not folder.is_dir():
+        raise UnreadableModel(name=name, problem="a file", fix="Name the folder it lies in.")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UnreadableModel(name=name, problem="a folder without config.json")
+    try:
+        content = json.loads(config.read_text())
+    except (OSError, ValueError) as error:
+        raise UnreadableModel(name=name, problem=f"a config.json that does not parse ({error})") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise UnreadableModel(name=name, problem="a config.json without model_type")
+    if random_weights or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt")))
+    if pickled:
+        fix = "Convert the weights: model.save_pretrained(folder) writes safetensors; pickled files are not read."
+        raise UnreadableModel(name=name, problem=f"pickled weights only ({', '.join(pickled[:3])})", fix=fix)
+    fix = "Add the weights, or pass --random-weights to run the configuration with random ones."
+    raise UnreadableModel(name=name, problem="a folder without weights", fix=fix)
+
+
+def _check_weights(name: str, info: dict[str, Any]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers; here that is an error."""
+    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
+        keys = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get(key) or ())
+        if keys:
+            raise UnreadableModel(
+                name=name,
+                problem=f"a checkpoint that {what} {len(keys)} of the model's weights ({', '.join(keys[:3])})",
+                expected="every weight of the configuration",
+                fix="Use the checkpoint that belongs to this config.json.",
+            )
+
+
+def _load_py(name: str, rest: str, dtype: torch.dtype) -> LoadedModel:
+    module_name, _, factory_name = rest.partition(":")
+    expected = "py:module:factory, a function that returns an nn.Module or (nn.Module, tokenizer)"
+    if not factory_name:
+        raise UnreadableModel(name=name, problem="no factory in the name", expected=expected)
+    # A console script's sys.path lacks the folder it is called from.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        problem = f"{type(error).__name__} on importing {module_name} ({_first_sentence(error)})"
+        raise UnreadableModel(name=name, problem=problem, expected=expected, fix="Check the module.") from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        problem = f"no function {factory_name!r} in {module_name}"
+        raise UnreadableModel(name=name, problem=problem, expected=expected, fix="Check the function's name.")
+    try:
+        made = factory()
+    except Exception as error:
+        problem = f"{type(error).__name__} from {factory_name}() ({_first_sentence(error)})"
+        fix = "The factory is called without arguments; --debug shows its traceback."
+        raise UnreadableModel(name=name, problem=problem, expected=expected, fix=fix) from error
+    model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        problem = f"{type(model).__name__} from {factory_name}()"
+        raise UnreadableModel(name=name, problem=problem, expected=expected, fix="Return the model itself.")
+    return LoadedModel(name, model.to(dtype).eval(), tokenizer)
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0].strip().rstrip(".:") if lines else "") or type(error).__name__
