@@ -1,0 +1,23 @@
+"""Kernels for the ops of the tree IR. Importing this enters them into the registry; nothing is built before use."""
+
+from __future__ import annotations
+
+import torch
+
+from treespec_compiler.codegen import aten, cpu
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.registry import register_kernel
+
+_FLOAT32 = frozenset({torch.float32})
+
+register_kernel(
+    ops.tree_attention, device="any", dtypes=None, priority=10, name="aten sdpa", target=aten.TREE_ATTENTION
+)
+for _op, _target in (
+    (ops.tree_attention, cpu.TREE_ATTENTION),
+    (ops.packed_linear, cpu.PACKED_LINEAR),
+    (ops.commit_path, cpu.COMMIT_PATH),
+):
+    register_kernel(
+        _op, device="cpu", dtypes=_FLOAT32, priority=20, name="native C++", target=_target, available=cpu.load
+    )

@@ -1,0 +1,114 @@
+"""Builds the C++ kernels once for each machine and torch, with the system's compiler, into the user's cache."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("ops.cpp")
+TIMEOUT = 600
+
+
+class BuildError(Exception):
+    """Why there is no library."""
+
+
+def cache_dir() -> Path:
+    """`$TREESPEC_CACHE_DIR`, else the platform's place for caches."""
+    if given := os.environ.get("TREESPEC_CACHE_DIR"):
+        return Path(given)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "treespec"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "treespec" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treespec"
+
+
+def compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise BuildError("no C++ compiler found (looked for $CXX, g++, clang++, c++)")
+
+
+def flags() -> list[str]:
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    return ["-std=c++20", "-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", abi]
+
+
+def openmp() -> list[str]:
+    """torch's own OpenMP runtime where it brings one: two runtimes in a process would be two pools of threads."""
+    found = [p for lib in cpp_extension.library_paths() for p in sorted(Path(lib).glob("libgomp*.so*"))]
+    return [str(p) for p in found[:1]]
+
+
+def cpu_flags() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def command(cxx: str, output: Path) -> list[str]:
+    includes = [f"-isystem{p}" for p in cpp_extension.include_paths()]
+    libraries = [f"-L{p}" for p in cpp_extension.library_paths()]
+    return [cxx, *flags(), *includes, str(SOURCE), "-o", str(output), *openmp(), *libraries, "-lc10", "-ltorch_cpu"]
+
+
+def key(cxx: str) -> str:
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, timeout=TIMEOUT).stdout
+    sources = [p.read_text() for p in sorted(SOURCE.parent.iterdir()) if p.suffix in (".cpp", ".h")]
+    parts = [*sources, torch.__version__, cxx, version, *flags(), platform.machine(), cpu_flags()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def build() -> Path:
+    """The library's path; compiles where the cache has none. Several processes may do so at once: the last one wins."""
+    try:
+        cxx = compiler()
+        path = cache_dir() / "cpu" / f"treespec_cpu_{key(cxx)}.so"
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(suffix=".so.tmp", dir=path.parent)
+        os.close(handle)
+        try:
+            started = time.perf_counter()
+            done = subprocess.run(command(cxx, Path(temporary)), capture_output=True, text=True, timeout=TIMEOUT)
+            if done.returncode:
+                raise BuildError(f"{cxx} failed:\n{done.stderr[-2000:]}")
+            os.replace(temporary, path)
+            log.info("built %s in %.1f s", path, time.perf_counter() - started)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return path
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(str(error)) from error
+
+
+@functools.cache
+def load() -> bool:
+    """Build if need be and load, once a process. False, with one warning, where that is not possible."""
+    try:
+        torch.ops.load_library(str(build()))
+    except (BuildError, OSError) as error:
+        log.warning("no native CPU kernels, the slower ATen ones are used instead: %s", error)
+        return False
+    return True

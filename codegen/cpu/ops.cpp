@@ -1,0 +1,185 @@
+// The treespec_cpu ops: checks, threads, and the kernels of the headers. Schemas are declared in Python.
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace treespec {
+namespace {
+
+using at::Tensor;
+
+Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N) {
+  const int64_t K = packed.size(1);
+  TORCH_CHECK(packed.dim() == 3 && packed.size(2) == PANEL && packed.is_contiguous(), "packed must come from pack_weight");
+  TORCH_CHECK(input.scalar_type() == at::kFloat && packed.scalar_type() == at::kFloat, "packed_linear takes float32");
+  TORCH_CHECK(input.dim() > 0 && input.size(-1) == K, "x has ", input.size(-1), " features, the packed weight ", K);
+  TORCH_CHECK(N > (packed.size(0) - 1) * PANEL && N <= packed.size(0) * PANEL, "out_features ", N, " does not fit ",
+              packed.size(0), " panels of ", PANEL);
+  const Tensor x = input.is_contiguous() ? input : input.contiguous();
+  Tensor held;
+  const float* b = nullptr;
+  if (bias && bias->defined()) {
+    TORCH_CHECK(bias->numel() == N && bias->scalar_type() == at::kFloat, "bias must be float32 [", N, "]");
+    held = bias->is_contiguous() ? *bias : bias->contiguous();
+    b = held.const_data_ptr<float>();
+  }
+  at::DimVector shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = N;
+  Tensor out = at::detail::empty_cpu(shape, at::kFloat);
+  const int64_t M = K ? x.numel() / K : out.numel() / N;
+  const float *xs = x.const_data_ptr<float>(), *ws = packed.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  const int64_t panels = packed.size(0);
+  const int64_t work = panels * PANEL * K * (1 + M / 8);
+  if (work < 64 * 1024) {
+    linear_panels(xs, M, K, ws, b, to, N, 0, panels);
+  } else {
+    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) { linear_panels(xs, M, K, ws, b, to, N, begin, end); });
+  }
+  return out;
+}
+
+Tensor int64_input(const Tensor& t, int64_t numel, const char* name) {
+  TORCH_CHECK(t.scalar_type() == at::kLong && t.numel() == numel, name, " must be int64 with ", numel, " elements, got ",
+              t.scalar_type(), " with ", t.numel());
+  return t.is_contiguous() ? t : t.contiguous();
+}
+
+Tensor unit_last_stride(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
+
+Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& pool_k,
+                      const Tensor& pool_v, const Tensor& positions_in, const Tensor& write_index_in,
+                      const Tensor& node_offsets_in, const Tensor& page_table_in, const Tensor& prefix_lens_in,
+                      const Tensor& tree_lens_in, const Tensor& ancestors_in, double scale, int64_t window) {
+  for (const Tensor* t : {&q_in, &k_in, &v_in, &pool_k, &pool_v})
+    TORCH_CHECK(t->dim() == 4 && t->scalar_type() == at::kFloat, "tree_attention takes float32 tensors of 4 dimensions");
+  const int64_t heads = q_in.size(1), T = q_in.size(2), Dk = q_in.size(3);
+  const int64_t kv_heads = k_in.size(1), Dv = v_in.size(3), page_size = pool_k.size(2), pages = pool_k.size(0);
+  TORCH_CHECK(q_in.size(0) == 1 && heads % kv_heads == 0, "q must be [1, heads, T, D] with heads a multiple of ", kv_heads);
+  TORCH_CHECK(k_in.size(2) == T && v_in.size(2) == T && k_in.size(3) == Dk && v_in.size(1) == kv_heads,
+              "k and v must be [1, kv heads, ", T, ", D], got ", k_in.sizes(), " and ", v_in.sizes());
+  TORCH_CHECK(pool_k.size(1) == kv_heads && pool_k.size(3) == Dk && pool_v.size(1) == kv_heads && pool_v.size(3) == Dv &&
+                  pool_v.size(0) == pages && pool_v.size(2) == page_size,
+              "pools must be [pages, ", kv_heads, ", page size, D], got ", pool_k.sizes(), " and ", pool_v.sizes());
+  TORCH_CHECK(pool_k.stride(3) == 1 && pool_k.stride(2) == Dk && pool_v.stride(3) == 1 && pool_v.stride(2) == Dv,
+              "the tokens of a page must be contiguous");
+  const int64_t R = prefix_lens_in.numel();
+  TORCH_CHECK(page_table_in.dim() == 2 && ancestors_in.dim() == 2, "page_table and ancestors have 2 dimensions");
+  const int64_t slot_pages = page_table_in.size(1), words = ancestors_in.size(1);
+
+  const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
+  const Tensor positions = int64_input(positions_in, T, "positions");
+  const Tensor write_index = int64_input(write_index_in, T, "write_index");
+  const Tensor node_offsets = int64_input(node_offsets_in, R + 1, "node_offsets");
+  const Tensor page_table = int64_input(page_table_in, R * slot_pages, "page_table");
+  const Tensor prefix_lens = int64_input(prefix_lens_in, R, "prefix_lens");
+  const Tensor tree_lens = int64_input(tree_lens_in, R, "tree_lens");
+  const Tensor ancestors = int64_input(ancestors_in, T * words, "ancestors");
+  Tensor out = at::detail::empty_cpu({1, T, heads, Dv}, at::kFloat);
+
+  Attention a{q.const_data_ptr<float>(), k.const_data_ptr<float>(), v.const_data_ptr<float>(),
+              q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
+              pool_k.mutable_data_ptr<float>(), pool_v.mutable_data_ptr<float>(),
+              pool_k.stride(0), pool_k.stride(1), pool_v.stride(0), pool_v.stride(1), page_size, slot_pages,
+              positions.const_data_ptr<int64_t>(), write_index.const_data_ptr<int64_t>(),
+              node_offsets.const_data_ptr<int64_t>(), page_table.const_data_ptr<int64_t>(),
+              prefix_lens.const_data_ptr<int64_t>(), tree_lens.const_data_ptr<int64_t>(),
+              ancestors.const_data_ptr<int64_t>(), T, R, words, heads, kv_heads, Dk, Dv, window, float(scale),
+              out.mutable_data_ptr<float>()};
+
+  for (int64_t i = 0; i < T; ++i)
+    TORCH_CHECK(a.write_index[i] >= 0 && a.write_index[i] < pages * page_size, "write_index ", a.write_index[i],
+                " is outside a pool of ", pages, " pages of ", page_size);
+  for (int64_t i = 0; i < R * slot_pages; ++i)
+    TORCH_CHECK(a.page_table[i] >= 0 && a.page_table[i] < pages, "page ", a.page_table[i], " of ", pages);
+  for (int64_t i = 0; i < T; ++i) {
+    const int64_t page = a.write_index[i] / page_size, offset = a.write_index[i] % page_size;
+    for (int64_t h = 0; h < kv_heads; ++h) {
+      std::memcpy(a.pool_k + page * a.pool_k_page + h * a.pool_k_head + offset * Dk, a.k + h * a.k_head + i * a.k_token,
+                  Dk * sizeof(float));
+      std::memcpy(a.pool_v + page * a.pool_v_page + h * a.pool_v_head + offset * Dv, a.v + h * a.v_head + i * a.v_token,
+                  Dv * sizeof(float));
+    }
+  }
+
+  // Tasks by request and block of nodes; heads are the inner loop, so that neighbours share metadata.
+  const int64_t group = heads / kv_heads, block = std::max<int64_t>(1, ROW_BLOCK / group);
+  const int64_t threads = at::get_num_threads();
+  int64_t rows_done = 0, units = 0, work = 0;
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t first = a.node_offsets[r], last = a.node_offsets[r + 1], length = a.prefix_lens[r] + a.tree_lens[r];
+    TORCH_CHECK(first == (r ? a.node_offsets[r] : first) && first >= 0 && first <= last && last <= T,
+                "node_offsets must increase from 0 to at most ", T);
+    TORCH_CHECK(a.prefix_lens[r] >= 0 && a.tree_lens[r] >= last - first && length <= slot_pages * page_size,
+                "request ", r, " has ", length, " tokens, its slot ", slot_pages * page_size);
+    TORCH_CHECK(a.tree_lens[r] <= 64 * words, a.tree_lens[r], " nodes need more than ", words, " ancestor words");
+    units += kv_heads * ((last - first + block - 1) / block);
+    work += (last - first) * heads * length * (Dk + Dv);
+    rows_done += last - first;
+  }
+  if (rows_done < T) out.zero_();
+
+  const bool alone = threads == 1 || work < 200 * 1024;
+  static thread_local std::vector<Task> tasks;
+  static thread_local std::vector<float> partials;
+  tasks.clear();
+  const int64_t splits = alone || units >= threads || !units ? 1 : (threads + units - 1) / units;
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t chunks = (a.prefix_lens[r] + a.tree_lens[r] + CHUNK - 1) / CHUNK;
+    for (int64_t first = a.node_offsets[r]; first < a.node_offsets[r + 1]; first += block)
+      for (int64_t h = 0; h < kv_heads; ++h)
+        for (int64_t s = 0; s < splits; ++s)
+          tasks.push_back({r, h, first, std::min(first + block, a.node_offsets[r + 1]), chunks * s / splits,
+                           chunks * (s + 1) / splits, nullptr});
+  }
+  if (splits > 1) {
+    const int64_t size = block * group * (padded(Dv) + 2);
+    partials.resize(tasks.size() * size);
+    for (size_t i = 0; i < tasks.size(); ++i) tasks[i].partial = partials.data() + i * size;
+  }
+  const Task* list = tasks.data();
+  const int64_t count = tasks.size();
+  if (alone) {
+    for (int64_t i = 0; i < count; ++i) run_task(a, list[i]);
+  } else {
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) run_task(a, list[i]);
+    });
+  }
+  if (splits > 1)
+    for (int64_t i = 0; i < count; i += splits) merge(a, list + i, splits);
+  return out.transpose(1, 2);
+}
+
+void commit_path(const Tensor& pool, const Tensor& src_in, const Tensor& dst_in) {
+  TORCH_CHECK(pool.dim() == 5 && pool.stride(4) == 1, "pool must be [sites, pages, heads, page size, D]");
+  const Tensor src = int64_input(src_in, src_in.numel(), "src"), dst = int64_input(dst_in, src_in.numel(), "dst");
+  const int64_t n = src.numel(), size = pool.size(3), bytes = pool.element_size(), token = pool.stride(3) * bytes;
+  const int64_t *from = src.const_data_ptr<int64_t>(), *to = dst.const_data_ptr<int64_t>();
+  for (int64_t j = 0; j < n; ++j)
+    TORCH_CHECK(to[j] >= 0 && to[j] <= from[j] && from[j] < pool.size(1) * size && (!j || to[j] > to[j - 1]) &&
+                    (!j || from[j] > from[j - 1]),
+                "src and dst must increase within the pool, dst[j] <= src[j]");
+  char* base = static_cast<char*>(pool.mutable_data_ptr());
+  for (int64_t s = 0; s < pool.size(0); ++s)
+    for (int64_t h = 0; h < pool.size(2); ++h)
+      for (int64_t j = 0; j < n; ++j) {
+        if (from[j] == to[j]) continue;
+        char* head = base + (s * pool.stride(0) + h * pool.stride(2)) * bytes;
+        const int64_t page = pool.stride(1) * bytes;
+        std::memcpy(head + to[j] / size * page + to[j] % size * token,
+                    head + from[j] / size * page + from[j] % size * token, pool.size(4) * bytes);
+      }
+}
+
+}  // namespace
+}  // namespace treespec
+
+TORCH_LIBRARY_IMPL(treespec_cpu, CPU, m) {
+  m.impl("packed_linear", TORCH_FN(treespec::packed_linear));
+  m.impl("tree_attention", TORCH_FN(treespec::tree_attention));
+  m.impl("commit_path", TORCH_FN(treespec::commit_path));
+}

@@ -1,0 +1,133 @@
+"""The IR's ops: references against independent code in float64, and what torch demands of an op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tree_cases import CASES, Case
+
+import treespec_compiler.codegen  # noqa: F401  enters the kernels
+from treespec_compiler.ir import ops, registry
+
+ATEN = torch.ops.treespec_aten.tree_attention.default
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def check(op, case: Case) -> None:
+    arguments = case.arguments()
+    got = op(*arguments)
+    out, pool_k, pool_v = case.expected()
+    assert got.dtype == case.dtype
+    assert got.transpose(1, 2).is_contiguous()
+    tolerance = TOLERANCE[case.dtype]
+    torch.testing.assert_close(got.double(), out, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(arguments[3].double(), pool_k, atol=0, rtol=0)
+    torch.testing.assert_close(arguments[4].double(), pool_v, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("op", [ops.tree_attention, ATEN], ids=["reference", "aten"])
+@pytest.mark.parametrize("name", CASES)
+def test_attention(op, name):
+    check(op, CASES[name])
+
+
+@pytest.mark.parametrize("op", [ops.tree_attention, ATEN], ids=["reference", "aten"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 6])
+def test_attention_dtypes(op, dtype, window):
+    case = CASES["ragged forest"]
+    check(op, Case(case.requests, page_size=case.page_size, dtype=dtype, window=window))
+
+
+@st.composite
+def forests(draw) -> Case:
+    requests = []
+    for _ in range(draw(st.integers(1, 3))):
+        nodes = draw(st.integers(1, 70))
+        parents = [draw(st.integers(-1, i - 1)) for i in range(nodes)]
+        requests.append((draw(st.integers(0, 90)), parents, draw(st.integers(1, nodes))))
+    kv_heads = draw(st.integers(1, 3))
+    return Case(
+        requests,
+        heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        dk=draw(st.integers(1, 40)),
+        dv=draw(st.integers(1, 40)),
+        window=draw(st.sampled_from([0, 1, 5, 33, 80])),
+        page_size=160,
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(forests())
+def test_attention_of_random_forests(case):
+    check(ops.tree_attention, case)
+    check(ATEN, case)
+
+
+def test_rows_of_no_request_are_zero():
+    case = CASES["extend"]
+    arguments = list(case.arguments())
+    arguments[7] = torch.tensor([0, 4, 8])  # two of ten rows belong to nobody
+    for op in (ops.tree_attention, ATEN):
+        assert (op(*arguments)[:, :, 8:] == 0).all()
+
+
+@pytest.mark.parametrize("op", [ops.tree_attention, ATEN], ids=["reference", "aten"])
+def test_attention_is_a_wellformed_op(op):
+    torch.library.opcheck(op, CASES["extend"].arguments())
+
+
+@pytest.mark.parametrize("n,k", [(32, 8), (1, 1), (33, 5), (100, 64)])
+def test_pack_round_trip(n, k):
+    weight = torch.randn(n, k)
+    packed = ops.pack_weight(weight)
+    assert torch.equal(ops.unpack_weight(packed, n), weight)
+    assert ops.packed_bytes(packed) == -(-n // 32) * 32 * k * 4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_linear(bias):
+    x, weight = torch.randn(2, 3, 20), torch.randn(45, 20)
+    b = torch.randn(45) if bias else None
+    expected = x.double() @ weight.double().T + (b if bias else 0)
+    got = ops.packed_linear(x, ops.pack_weight(weight), b, 45)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.library.opcheck(ops.packed_linear, (x, ops.pack_weight(weight), b, 45))
+
+
+def test_commit_path_moves_tokens_of_every_site():
+    pool = torch.randn(2, 3, 4, 16, 5)
+    before = pool.clone()
+    src, dst = torch.tensor([18, 20, 21, 30, 33, 40]), torch.tensor([18, 19, 20, 21, 32, 33])
+    ops.commit_path(pool, src, dst)
+    expected = before.clone()
+    for s, d in zip(src.tolist(), dst.tolist()):
+        expected[:, d // 16, :, d % 16] = before[:, s // 16, :, s % 16]
+    assert torch.equal(pool, expected)
+
+
+def test_registry_prefers_available_kernels_of_high_priority():
+    op = ops.tree_attention
+    names = [k.name for k in registry.kernels(op)]
+    assert names.index("native C++") < names.index("aten sdpa")
+    assert registry.best_kernel(op, "cpu", torch.bfloat16).target is ATEN
+    assert registry.best_kernel(op, torch.device("meta"), torch.float32).target is ATEN
+    assert registry.best_kernel(ops.packed_linear, "cpu", torch.bfloat16) is None
+
+    def register(name, available):
+        registry.register_kernel(
+            op, device="meta", dtypes=None, priority=99, name=name, target=op, available=lambda: available
+        )
+
+    before = registry._KERNELS[op]
+    try:
+        register("absent", False)
+        assert registry.best_kernel(op, "meta", torch.float32).target is ATEN
+        register("absent", True)
+        assert registry.best_kernel(op, "meta", torch.float32).target is op
+        assert registry.best_kernel(op, "cpu", torch.float16).target is ATEN
+    finally:
+        registry._KERNELS[op] = before

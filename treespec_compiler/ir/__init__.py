@@ -1,0 +1,1 @@
+"""The level between a rewritten graph and its kernels: ops with their meaning, metadata, and who implements what."""

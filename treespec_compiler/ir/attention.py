@@ -1,0 +1,79 @@
+"""`treespec::tree_attention`: every new tree node attends to its committed prefix and to its own ancestors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) pool_k, Tensor(b!) pool_v, Tensor positions, Tensor write_index, "
+    "Tensor node_offsets, Tensor page_table, Tensor prefix_lens, Tensor tree_lens, Tensor ancestors, "
+    "float scale, SymInt window) -> Tensor"
+)
+# Any strides are read, so a compiler need not copy an input into another layout first.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+
+def ancestor_nodes(words: Tensor) -> list[int]:
+    """Set bits of one row of packed words: a node's ancestors and itself, root first."""
+    return [64 * w + b for w, word in enumerate(words.tolist()) for b in range(64) if word >> b & 1]
+
+
+def reference(
+    q: Tensor,  # [1, Hq, T, Dk]
+    k: Tensor,  # [1, Hkv, T, Dk]
+    v: Tensor,  # [1, Hkv, T, Dv]
+    pool_k: Tensor,  # [pages, Hkv, page_size, Dk], written
+    pool_v: Tensor,  # [pages, Hkv, page_size, Dv], written
+    positions: Tensor,
+    write_index: Tensor,
+    node_offsets: Tensor,
+    page_table: Tensor,
+    prefix_lens: Tensor,
+    tree_lens: Tensor,
+    ancestors: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:  # [1, Hq, T, Dv], laid out as [1, T, Hq, Dv]
+    """Write K and V at `write_index`, then softmax(scale * q @ keys) @ values over what each node sees.
+
+    A node sees the tokens j < prefix_len with position - j < window, and of its ancestors (itself included) those
+    fewer than `window` levels above it. window == 0: all of them. Rows that belong to no request give 0.
+    """
+    page_size, group = pool_k.shape[2], q.shape[1] // k.shape[1]
+    pages, offsets = write_index // page_size, write_index % page_size
+    pool_k[pages, :, offsets] = k[0].transpose(0, 1).to(pool_k.dtype)
+    pool_v[pages, :, offsets] = v[0].transpose(0, 1).to(pool_v.dtype)
+
+    out = empty_output(q, v).zero_()
+    wide = torch.promote_types(q.dtype, torch.float32)  # softmax in float32, or in float64
+    for r in range(prefix_lens.numel()):
+        prefix = int(prefix_lens[r])
+        for i in range(int(node_offsets[r]), int(node_offsets[r + 1])):
+            first = max(0, int(positions[i]) - window + 1) if window else 0
+            path = ancestor_nodes(ancestors[i])[-window:]
+            seen = torch.tensor([*range(first, prefix), *(prefix + j for j in path)], device=q.device)
+            page, offset = page_table[r, seen // page_size], seen % page_size
+            keys = pool_k[page, :, offset].repeat_interleave(group, 1).to(wide)  # [seen, Hq, Dk]
+            values = pool_v[page, :, offset].repeat_interleave(group, 1).to(wide)  # [seen, Hq, Dv]
+            scores = torch.einsum("hd,shd->hs", q[0, :, i].to(wide), keys) * scale
+            out[0, :, i] = torch.einsum("hs,shd->hd", scores.softmax(-1), values).to(q.dtype)
+    return out
+
+
+def empty_output(q: Tensor, v: Tensor) -> Tensor:
+    """[1, Hq, T, Dv] whose memory is [1, T, Hq, Dv], as scaled_dot_product_attention does."""
+    return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+def fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    return empty_output(q, v)
+
+
+_library = torch.library.Library("treespec", "FRAGMENT")
+_library.define("tree_attention" + SCHEMA, tags=TAGS)
+_library.impl("tree_attention", reference, "CompositeExplicitAutograd")
+torch.library.register_fake("treespec::tree_attention", fake, lib=_library)
+
+tree_attention: OpOverload = torch.ops.treespec.tree_attention.default

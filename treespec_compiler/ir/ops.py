@@ -1,0 +1,9 @@
+"""The ops of the tree IR. Each module holds one: its schema, its fake and its reference, which is the definition."""
+
+from __future__ import annotations
+
+from treespec_compiler.ir.attention import tree_attention
+from treespec_compiler.ir.commit import commit_path
+from treespec_compiler.ir.linear import pack_weight, packed_bytes, packed_linear, unpack_weight
+
+__all__ = ["commit_path", "pack_weight", "packed_bytes", "packed_linear", "tree_attention", "unpack_weight"]
