@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .errors import TreespecError, Unsupported
     from .options import Options
     from .program import TreeProgram, tree_program
-    from .runtime.generate import GenerationOutput, generate, stream
+    from .runtime.generate import GenerationOutput, Step, Stream, generate, stream
     from .speculation.policy import StaticExpansion
     from .tree import Forest, TokenTree
 
@@ -23,6 +23,8 @@ _HOME = {
     "GenerationOutput": ".runtime.generate",
     "Options": ".options",
     "StaticExpansion": ".speculation.policy",
+    "Step": ".runtime.generate",
+    "Stream": ".runtime.generate",
     "TokenTree": ".tree",
     "TreeProgram": ".program",
     "TreespecError": ".errors",
@@ -37,6 +39,8 @@ __all__ = [
     "GenerationOutput",
     "Options",
     "StaticExpansion",
+    "Step",
+    "Stream",
     "TokenTree",
     "TreeProgram",
     "TreespecError",

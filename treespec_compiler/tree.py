@@ -34,6 +34,14 @@ class TokenTree:
         object.__setattr__(self, "parents", parent_ids)
 
     @classmethod
+    def _trusted(cls, tokens: Iterable[int], parents: Iterable[int]) -> TokenTree:
+        """A tree whose maker vouches for it: no checks, which cost more than a small draft's forward pass."""
+        tree = cls.__new__(cls)
+        object.__setattr__(tree, "tokens", tuple(tokens))
+        object.__setattr__(tree, "parents", tuple(parents))
+        return tree
+
+    @classmethod
     def chain(cls, tokens: Sequence[int] | Tensor) -> TokenTree:
         """A tree without branches: plain causal decoding of `tokens`."""
         return cls(tokens, range(-1, len(tokens) - 1))

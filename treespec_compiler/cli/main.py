@@ -13,9 +13,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO, NoReturn
+from io import TextIOBase
+from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 
 from .. import __version__
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 DESCRIPTION = """\
 Compile a PyTorch decoder into a token-tree verifier and generate faster, with identical output.
@@ -52,16 +56,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message.rstrip('.')} (see `{self.prog} --help`).\n")
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         file = file or sys.stderr
-        if message and file.isatty():
+        if message and isinstance(file, TextIOBase) and file.isatty():
             from rich.console import Console
             from rich.text import Text
 
             text = Text(message)
             text.highlight_regex(r"(?<![\w-])--?[a-zA-Z][\w-]*", "cyan")
             text.highlight_regex(r"(?m)^[a-z][a-z ]*:$|^usage:", "bold")
-            Console(file=file, soft_wrap=True).print(text, end="")
+            Console(file=cast(TextIO, file), soft_wrap=True).print(text, end="")
         else:
             super()._print_message(message, file)
 
@@ -69,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser(wanted: str | None = None) -> Parser:
     """The parser, with the arguments of the subcommand `wanted` only."""
     style = argparse.RawDescriptionHelpFormatter
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .. import demo
 from ..errors import InvalidOption, UnreadableModel
 
 Role = Literal["target", "draft"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -37,11 +37,12 @@ def load(
     """The model called `name`, in evaluation mode; `random_weights` reads no weights, only `hf:` configurations."""
     kind, _, rest = name.partition(":")
     if name == "demo":
-        if not (DEMO_FOLDER / role / "config.json").is_file():
+        folder = demo.paths.target if role == "target" else demo.paths.draft
+        if not (folder / "config.json").is_file():
             problem = f"no shipped {role} in this installation"
             fix = "Reinstall treespec, or name another model: `hf:PATH_OR_ID` or `py:module:factory`."
             raise UnreadableModel(name=name, problem=problem, expected="the weights of the demo pair", fix=fix)
-        return _load_hf(name, str(DEMO_FOLDER / role), dtype)
+        return _load_hf(name, str(folder), dtype)
     if kind == "hf" and rest:
         return _load_hf(name, rest, dtype, random_weights, seed)
     if random_weights:

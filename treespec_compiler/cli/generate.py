@@ -1,0 +1,151 @@
+"""Complete a prompt by speculation: greedy, and identical to the target's own output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ..errors import InvalidOption
+from ..options import Options
+from ..runtime.generate import Step, stream
+from ..speculation.policy import StaticExpansion
+from .models import DTYPES, LoadedModel, load
+from .text import TextStream, add_prompt_arguments, read_prompt
+
+EPILOG = """\
+examples:
+  treespec generate --target demo --draft demo --prompt "def main():" --stream
+  treespec generate --target hf:PATH --draft hf:PATH --prompt-file prompt.txt --expansion 1,1,3 --json
+  treespec generate --target py:mypackage.models:build --prompt-ids 1,2,3 --option lowering=eager
+"""
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    models = parser.add_argument_group("models (hf:PATH_OR_ID, py:module:factory or demo)")
+    models.add_argument("--target", metavar="MODEL", required=True, help="the model whose output is wanted")
+    models.add_argument("--draft", metavar="MODEL", help="a smaller model that guesses; none: no speculation")
+    models.add_argument("--dtype", choices=DTYPES, default="float32", help="of both models (default: float32)")
+    models.add_argument(
+        "--random-weights", action="store_true", help="read configurations only and make up weights (hf: models)"
+    )
+    add_prompt_arguments(parser)
+    run_options = parser.add_argument_group("generation")
+    run_options.add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
+    run_options.add_argument(
+        "--expansion",
+        metavar="K1,K2,..",
+        default="1,1,3",
+        help="children that each node of a level gets (default: 1,1,3)",
+    )
+    run_options.add_argument("--ignore-eos", action="store_true", help="do not end at the model's end-of-text token")
+    run_options.add_argument(
+        "--option", metavar="NAME=VALUE", action="append", default=[], help="an option of the compiler; may be repeated"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--stream", action="store_true", help="print tokens as they are accepted")
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON object with ids, text and statistics (with --stream: a "
+        "line for every step before it)"
+    )  # fmt: skip
+
+
+def positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise ArgumentTypeError(f"got {text!r}, expected a positive integer")
+    return number
+
+
+def parse_options(pairs: list[str]) -> Options:
+    """`["lowering=eager", "prefill_chunk=64"]` as Options."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            fix = "Write the name, an equals sign and the value, without spaces."
+            raise InvalidOption(name="--option", got=pair, expected="NAME=VALUE, such as lowering=eager", fix=fix)
+        options[name] = None if value == "None" else int(value) if value.isdecimal() else value
+    return Options.parse(options)
+
+
+def run(arguments: Namespace) -> int:
+    options, policy = parse_options(arguments.option), StaticExpansion.parse(arguments.expansion)
+    dtype, random_weights = DTYPES[arguments.dtype], arguments.random_weights
+    messages = Console(stderr=True)
+    with messages.status("reading models"):
+        target = load(arguments.target, dtype=dtype, random_weights=random_weights)
+        prompt = read_prompt(arguments, target)
+        draft = arguments.draft and load(arguments.draft, role="draft", dtype=dtype, random_weights=random_weights)
+    with messages.status("compiling"):
+        steps = stream(
+            target.model,
+            prompt,
+            draft=draft.model if draft else None,
+            max_new_tokens=arguments.max_new_tokens,
+            policy=policy,
+            eos_token_id=() if arguments.ignore_eos else None,
+            options=options,
+            tokenizer=target.tokenizer,
+            draft_tokenizer=draft.tokenizer if draft else None,
+        )
+    printer = (JsonPrinter if arguments.json else TextPrinter)(target, live=arguments.stream)
+    for step in steps:
+        printer.step(step)
+    printer.end(steps.tokens, steps.stats.as_dict())
+    if not arguments.json:
+        messages.print(str(steps.stats), style="dim", highlight=False, markup=False)
+    return 0
+
+
+class TextPrinter:
+    """The completion on stdout; on a terminal, tokens the draft had guessed are green."""
+
+    def __init__(self, target: LoadedModel, live: bool) -> None:
+        self.text = TextStream(target.tokenizer)
+        self.live = live
+        self.console = Console(soft_wrap=True, highlight=False)
+
+    def step(self, step: Step) -> None:
+        for ids, style in ((step.tokens[: step.accepted], "green"), (step.tokens[step.accepted :], "")):
+            self.show(self.text.push(ids), style)
+
+    def show(self, piece: str, style: str = "") -> None:
+        if not self.live or not piece:
+            return
+        if self.console.is_terminal:
+            self.console.print(Text(piece, style), end="")
+        else:
+            sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    def end(self, tokens: list[int], stats: dict[str, Any]) -> None:
+        self.show(self.text.finish())
+        print("" if self.live else self.text.shown)
+
+
+class JsonPrinter:
+    """JSON on stdout: a line a step if live, and a last object with everything."""
+
+    def __init__(self, target: LoadedModel, live: bool) -> None:
+        self.target = target
+        self.live = live
+
+    def step(self, step: Step) -> None:
+        if self.live:
+            tree = step.tree and {"tokens": step.tree.tokens, "parents": step.tree.parents}
+            record = {"tokens": step.tokens, "accepted": step.accepted, "tree": tree, "path": step.path}
+            print(json.dumps(record), flush=True)
+
+    def end(self, tokens: list[int], stats: dict[str, Any]) -> None:
+        text = None
+        if self.target.tokenizer is not None:
+            decoder = TextStream(self.target.tokenizer)
+            text = decoder.push(tokens) + decoder.finish()
+        record = {"target": self.target.name, "ids": tokens, "text": text, "stats": stats}
+        print(json.dumps(record, indent=None if self.live else 2))

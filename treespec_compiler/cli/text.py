@@ -1,0 +1,82 @@
+"""Token ids to text as they arrive, and prompts from text, files or ids."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidPrompt
+from .models import LoadedModel
+
+REPLACEMENT = "\ufffd"
+
+
+def add_prompt_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt (one of)").add_mutually_exclusive_group(required=True)
+    group.add_argument("--prompt", metavar="TEXT", help="the text to complete")
+    group.add_argument("--prompt-file", metavar="F", type=Path, help="a UTF-8 file with the text")
+    group.add_argument("--prompt-ids", metavar="IDS", help="token ids such as 5,17,3, for models without a tokenizer")
+
+
+def read_prompt(arguments: Namespace, loaded: LoadedModel) -> Tensor:
+    """Prompt ids [1, S]."""
+    if arguments.prompt_ids is not None:
+        return _prompt_ids(arguments.prompt_ids)
+    text = arguments.prompt
+    if arguments.prompt_file is not None:
+        try:
+            text = arguments.prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            problem = f"{arguments.prompt_file}, which cannot be read ({error})"
+            raise InvalidPrompt(got=problem, expected="a UTF-8 text file", fix="Check --prompt-file.") from error
+    if loaded.tokenizer is None:
+        fix = "Use --prompt-ids, or a model that comes with a tokenizer."
+        raise InvalidPrompt(got=f"text for {loaded.name}, which has no tokenizer", expected="token ids", fix=fix)
+    ids = loaded.tokenizer.encode(text)
+    if not ids:
+        raise InvalidPrompt(got="a text of no tokens", expected="at least one token", fix="Give a longer prompt.")
+    return torch.tensor([ids], dtype=torch.int64)
+
+
+def _prompt_ids(text: str) -> Tensor:
+    try:
+        ids = [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        ids = []
+    if not ids:
+        fix = "Separate the ids with commas, without other text."
+        raise InvalidPrompt(got=f"--prompt-ids {text!r}", expected="integers such as 5,17,3", fix=fix)
+    return torch.tensor([ids], dtype=torch.int64)
+
+
+@dataclass
+class TextStream:
+    """Decodes a growing list of ids; `push` returns only text that later ids cannot change."""
+
+    tokenizer: Any
+    ids: list[int] = field(default_factory=list)
+    shown: str = ""
+
+    def push(self, ids: list[int]) -> str:
+        self.ids += ids
+        return self._advance(self._decode().rstrip(REPLACEMENT))
+
+    def finish(self) -> str:
+        """What was held back: bytes that never became a character."""
+        return self._advance(self._decode())
+
+    def _decode(self) -> str:
+        if self.tokenizer is None:
+            return "".join(f"{i} " for i in self.ids)
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _advance(self, text: str) -> str:
+        if not text.startswith(self.shown):  # e.g. a replacement character that became part of a longer one
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        return new
