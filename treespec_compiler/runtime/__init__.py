@@ -1,0 +1,1 @@
+"""The speculate/verify loop: `generate`, `stream` and their statistics."""

@@ -1,0 +1,198 @@
+"""The loop of one request: propose, verify, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..speculation import caches
+from ..speculation.draft import Draft, DraftRequest, DraftSession
+from ..speculation.policy import Limits, TreePolicy
+from ..speculation.proposal import Proposal
+from ..speculation.verifier import Verifier
+from ..tree import TokenTree
+from .stats import FinishReason, Stats
+
+if TYPE_CHECKING:
+    from ..program import TreeProgram
+
+# Relative to the larger logit: twice the spacing of the dtype's numbers, what one rounding more or less can move.
+NEAR_TIE = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step added to the output."""
+
+    tokens: list[int]
+    accepted: int
+    """Of `tokens`, the first ones: those the draft had guessed."""
+    bonus: int | None
+    """The target's own token at the end of `tokens`; None if an end token among the accepted ones came first."""
+    tree: TokenTree | None
+    """What was verified; None for the first token, which comes from the prompt's logits."""
+    path: list[int]
+    """Nodes of `tree` that are output now, the root first (it is the token before `tokens`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """When to stop."""
+
+    max_new_tokens: int
+    eos: frozenset[int]
+    stop: frozenset[int]
+
+
+class Engine:
+    """One request on one slot of the target's cache, with any number of drafts."""
+
+    def __init__(
+        self,
+        program: TreeProgram,
+        prompt: Sequence[int],
+        ending: Ending,
+        drafts: Sequence[Draft],
+        policy: TreePolicy,
+        verifier: Verifier,
+        stats: Stats,
+    ) -> None:
+        self.program, self.policy, self.verifier, self.stats = program, policy, verifier, stats
+        self.prompt, self.drafts = prompt, drafts
+        self.ends = ending.eos | ending.stop
+        self.eos = ending.eos
+        self.remaining = ending.max_new_tokens
+        self.limit_reason: FinishReason = "length"
+        limit = program.max_context
+        if limit is not None and limit - len(prompt) < self.remaining:
+            # Every token of the output can be run by the model, the last one included.
+            self.remaining, self.limit_reason = limit - len(prompt), "context"
+        max_tokens = len(prompt) + self.remaining
+        max_nodes = policy.max_nodes * max(1, len(drafts)) if drafts else 1
+        self.max_depth = policy.max_depth if drafts else 0
+        self.capacity = max_tokens + max_nodes
+        self.near_tie = NEAR_TIE.get(program.dtype)
+        self.root = -1
+        self.length = 0  # tokens in the target's cache
+        needs_q = verifier.needs_q or policy.needs_q
+        request = DraftRequest(program.vocab_size, max_tokens, max_nodes, needs_q)
+        self.needs_q = needs_q
+        self.cache = caches.take(program, self.capacity)
+        self.sessions: list[DraftSession] = [draft.open(request) for draft in drafts]
+        if self.remaining <= 0:
+            stats.finish_reason = self.limit_reason
+
+    def prefill(self) -> Step:
+        """Run the prompt; its logits give the first token."""
+        with torch.inference_mode():
+            began, compiled = perf_counter(), self.program.compile_seconds
+            prompt = torch.tensor(self.prompt, dtype=torch.int64, device=self.program.device)
+            logits = self.program.prefill(prompt, self.cache, slot=0)  # [V]
+            token = int(logits.argmax())
+            compiled = self.program.compile_seconds - compiled
+            self.stats.prefill_seconds += perf_counter() - began - compiled
+            self.stats.compile_seconds += compiled
+        self.length = len(self.prompt)
+        self.root = token
+        for session in self.sessions:
+            session.accept([*self.prompt, token])
+        self._emit([token])
+        return Step([token], 0, token, None, [])
+
+    def step(self) -> Step:
+        with torch.inference_mode():
+            return self._step()
+
+    def _step(self) -> Step:
+        stats, program = self.stats, self.program
+        began, compiled = perf_counter(), program.compile_seconds
+        proposal = self._propose()
+        drafted, not_draft = perf_counter(), self._draft_side_seconds
+        tree = proposal.tree()
+        logits = program.verify(tree, self.cache)  # [N, V]
+        verdict = self.verifier.verify(proposal, logits)
+        path = verdict.path
+        if self.near_tie is not None:
+            stats.near_ties += near_tie(logits, path, self.near_tie)
+        verified, compiled = perf_counter(), program.compile_seconds - compiled
+
+        tokens = [proposal.tokens[node] for node in path]
+        tokens.append(verdict.bonus)
+        del tokens[0]  # the root was output by the step before
+        accepted = len(tokens) - 1
+        if self._emit(tokens):  # may drop the end of `tokens`
+            bonus = verdict.bonus if len(tokens) > accepted else None
+            accepted = min(accepted, len(tokens))
+            path = path[: accepted + 1]
+            committed = verified
+        else:
+            bonus = verdict.bonus
+            self.cache.commit(path)
+            self.length += len(path)
+            self.root = bonus
+            for session in self.sessions:
+                session.accept(tokens)
+            committed = perf_counter()
+            stats.commit_seconds += committed - verified
+        stats.record(proposal, path)
+        stats.step_tokens += len(tokens)
+        stats.draft_seconds += drafted - began - not_draft
+        stats.verify_seconds += verified - drafted - compiled
+        stats.compile_seconds += compiled
+        stats.step_seconds += perf_counter() - began - not_draft - compiled
+        return Step(tokens, accepted, bonus, tree, path)
+
+    def _propose(self) -> Proposal:
+        self._draft_side_seconds = 0.0
+        # The bonus token needs no node, so `remaining` tokens need one level less.
+        depth = min(self.max_depth, self.remaining - 1)
+        sessions = self.sessions
+        if depth <= 0 or not sessions:
+            return Proposal.root(self.root, q=self.needs_q)
+        nodes = (self.capacity - self.length) // len(sessions)
+        limits = Limits(depth, nodes)
+        prefilled = sum(draft.prefill_seconds for draft in self.drafts)
+        compiled = sum(draft.compile_seconds for draft in self.drafts)
+        if len(sessions) == 1:
+            proposal = sessions[0].propose(self.policy, limits)
+        else:
+            proposal = Proposal.merge([session.propose(self.policy, limits) for session in sessions])
+        prefilled = sum(draft.prefill_seconds for draft in self.drafts) - prefilled
+        compiled = sum(draft.compile_seconds for draft in self.drafts) - compiled
+        self.stats.draft_prefill_seconds += prefilled
+        self.stats.compile_seconds += compiled
+        self._draft_side_seconds = prefilled + compiled
+        return proposal
+
+    def _emit(self, tokens: list[int]) -> bool:
+        """Count new tokens; cut them in place where the output ends, and say whether it did."""
+        stats = self.stats
+        ended = False
+        if len(tokens) >= self.remaining:
+            del tokens[self.remaining :]
+            stats.finish_reason, ended = self.limit_reason, True
+        if not self.ends.isdisjoint(tokens):
+            end = next(i for i, token in enumerate(tokens) if token in self.ends)
+            del tokens[end + 1 :]
+            stats.finish_reason, ended = ("eos" if tokens[end] in self.eos else "stop"), True
+        self.remaining -= len(tokens)
+        stats.tokens += len(tokens)
+        return ended
+
+    def close(self) -> None:
+        for session in self.sessions:
+            session.close()
+        self.sessions = []
+        caches.give_back(self.program, self.cache)
+
+
+def near_tie(logits: Tensor, path: Sequence[int], tolerance: float) -> bool:
+    """Whether rounding could have decided any of the path's choices."""
+    best = logits[list(path)].float().topk(2, dim=-1).values  # [path, 2]
+    gap = best[:, 0] - best[:, 1]
+    return bool((gap <= tolerance * best.abs().amax(-1)).any())

@@ -1,0 +1,222 @@
+"""`generate` and `stream`: what a user calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidOption, Unsupported
+from ..options import OnUnsupported, Options
+from ..speculation.draft import Draft, ModelDraft
+from ..speculation.policy import TreePolicy, as_policy
+from ..speculation.tokenizers import check_tokenizers
+from ..speculation.verifier import Verifier, as_verifier
+from .engine import Ending, Engine, Step
+from .plain import PlainLoop, original_module
+from .prompt import end_ids, parse_prompt
+from .stats import Stats
+
+if TYPE_CHECKING:
+    from ..program import TreeProgram
+
+__all__ = ["GenerationOutput", "Step", "Stream", "generate", "stream"]
+
+logger = logging.getLogger(__name__)
+
+Model = Any  # nn.Module or TreeProgram
+DraftLike = Any  # Model, Draft, or a list of them
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    sequences: Tensor
+    """[1, prompt + new] int64, on the prompt's device (CPU for a list)."""
+    stats: Stats
+
+
+class Stream(Iterator[Step]):
+    """The steps of one generation, as they happen. `stats` and `tokens` grow with them."""
+
+    def __init__(self, loop: Engine | PlainLoop, prompt: list[int], device: torch.device, stats: Stats) -> None:
+        self.stats = stats
+        self.tokens: list[int] = []
+        self._loop: Engine | PlainLoop | None = loop
+        self._prompt, self._device = prompt, device
+        self._begun = False
+
+    def __next__(self) -> Step:
+        loop = self._loop
+        if loop is None or self.stats.finish_reason is not None:
+            self.close()
+            raise StopIteration
+        try:
+            step = loop.step() if self._begun else loop.prefill()
+        except BaseException:
+            self.close()
+            raise
+        self._begun = True
+        self.tokens += step.tokens
+        if self.stats.finish_reason is not None:
+            self.close()
+        return step
+
+    @property
+    def sequences(self) -> Tensor:
+        """[1, prompt + tokens so far] int64."""
+        return torch.tensor([self._prompt + self.tokens], dtype=torch.int64, device=self._device)
+
+    def close(self) -> None:
+        """End early and free the caches; exhausting the stream does it too."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_loop", None) is not None:
+            self.close()
+
+
+def generate(
+    model: Model,
+    input_ids: Tensor | Sequence[int],
+    *,
+    draft: DraftLike = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    policy: TreePolicy | str | Sequence[int] | None = None,
+    verifier: Verifier | None = None,
+    eos_token_id: int | Iterable[int] | None = None,
+    stop_ids: Iterable[int] = (),
+    options: Mapping[str, Any] | Options | None = None,
+    on_unsupported: OnUnsupported | None = None,
+    tokenizer: Any = None,
+    draft_tokenizer: Any = None,
+) -> GenerationOutput:
+    """The target's own greedy continuation of `input_ids`, sped up by what `draft` guesses right.
+
+    `model` and `draft` are modules (converted on first use) or tree programs; `draft` may also be a `Draft` or a list,
+    whose trees are merged, or None for no speculation. `policy` shapes the tree: `StaticExpansion((1, 1, 3))` or
+    "1,1,3". Generation ends after an id of `eos_token_id` (default: the model's own; `()` for none) or `stop_ids`,
+    which is kept, after `max_new_tokens`, or where the model's context ends: `out.stats.finish_reason` says which.
+    `on_unsupported="fallback"` runs a model that cannot be converted in a plain loop, with a warning.
+    `tokenizer` and `draft_tokenizer`, if given, are checked to mean the same by every common id.
+    """
+    steps = stream(
+        model,
+        input_ids,
+        draft=draft,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        policy=policy,
+        verifier=verifier,
+        eos_token_id=eos_token_id,
+        stop_ids=stop_ids,
+        options=options,
+        on_unsupported=on_unsupported,
+        tokenizer=tokenizer,
+        draft_tokenizer=draft_tokenizer,
+    )
+    for _ in steps:
+        pass
+    return GenerationOutput(steps.sequences, steps.stats)
+
+
+def stream(
+    model: Model,
+    input_ids: Tensor | Sequence[int],
+    *,
+    draft: DraftLike = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    policy: TreePolicy | str | Sequence[int] | None = None,
+    verifier: Verifier | None = None,
+    eos_token_id: int | Iterable[int] | None = None,
+    stop_ids: Iterable[int] = (),
+    options: Mapping[str, Any] | Options | None = None,
+    on_unsupported: OnUnsupported | None = None,
+    tokenizer: Any = None,
+    draft_tokenizer: Any = None,
+) -> Stream:
+    """`generate`, a `Step` at a time: `for step in stream(...)`. Arguments are checked here, not at the first step."""
+    _check_numbers(max_new_tokens, temperature)
+    prompt, device = parse_prompt(input_ids)
+    tree_policy, judge = as_policy(policy), as_verifier(verifier)
+    parsed = Options.parse(options)
+    fallback = _on_unsupported(on_unsupported, parsed) == "fallback"
+    check_tokenizers(tokenizer, draft_tokenizer)
+    module = None if _is_program(model) else original_module(model)
+    eos, stop = end_ids(eos_token_id, stop_ids, module if module is not None else getattr(model, "model", None))
+    ending = Ending(max_new_tokens, eos, stop)
+    stats = Stats(prompt_tokens=len(prompt))
+    try:
+        program = _program(model, parsed)
+    except Unsupported as refusal:
+        if not fallback or module is None:
+            raise
+        logger.warning("treespec runs the plain loop instead: %s", refusal)
+        stats.fallback = str(refusal)
+        return Stream(PlainLoop(module, prompt, ending, stats), prompt, device, stats)
+    parse_prompt(prompt, vocab_size=program.vocab_size, max_context=program.max_context)
+    drafts = _drafts(draft, parsed)
+    engine = Engine(program, prompt, ending, drafts, tree_policy, judge, stats)
+    return Stream(engine, prompt, device, stats)
+
+
+def _check_numbers(max_new_tokens: object, temperature: object) -> None:
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise InvalidOption(name="max_new_tokens", got=max_new_tokens, expected="a positive integer")
+    if temperature is not None and temperature != 0:
+        raise InvalidOption(
+            name="temperature",
+            got=temperature,
+            expected="0.0 (greedy)",
+            fix="Sampling is not in this version: leave `temperature` out.",
+        )
+
+
+def _on_unsupported(value: str | None, options: Options) -> str:
+    if value is None:
+        return options.on_unsupported
+    if value not in ("raise", "fallback"):
+        raise InvalidOption(name="on_unsupported", got=value, expected="'raise' or 'fallback'")
+    return value
+
+
+def _is_program(model: object) -> bool:
+    return not isinstance(model, nn.Module) and hasattr(model, "verify") and hasattr(model, "new_cache")
+
+
+def _program(model: Model, options: Options) -> TreeProgram:
+    if _is_program(model):
+        return cast("TreeProgram", model)
+    from ..program import tree_program
+
+    return tree_program(model, options=options)
+
+
+def _drafts(draft: DraftLike, options: Options) -> list[Draft]:
+    if draft is None:
+        return []
+    if isinstance(draft, (list, tuple)):
+        drafts = [one for item in draft for one in _drafts(item, options)]
+        for index, one in enumerate(drafts):
+            if isinstance(one, ModelDraft) and len(drafts) > 1 and one.name == "draft":
+                one.name = f"draft{index}"
+        return drafts
+    if isinstance(draft, nn.Module) or _is_program(draft):
+        return [ModelDraft(_program(draft, options))]
+    if isinstance(draft, Draft):
+        return [draft]
+    expected = "a module, a TreeProgram, a Draft, a list of them, or None"
+    raise InvalidOption(name="draft", got=type(draft).__name__, expected=expected)

@@ -1,0 +1,139 @@
+"""What a generation did and where its time went."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..speculation.proposal import Proposal
+
+FinishReason = Literal["eos", "stop", "length", "context"]
+
+
+@dataclass(slots=True)
+class Count:
+    """How nodes of one depth, or of one rank among their siblings, fared."""
+
+    proposed: int = 0
+    tried: int = 0
+    """By rank: nodes proposed below an accepted node, the only ones that could be accepted. By depth: steps that had
+    such nodes."""
+    accepted: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Accepted given that the parent was."""
+        return self.accepted / self.tried if self.tried else 0.0
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts and seconds of one `generate` or `stream`.
+
+    A step is one verification by the target. It yields the accepted nodes and one *bonus* token, the target's own next
+    one; `tokens_per_step` counts the bonus token, so it is at least 1. The first new token comes from the prompt's
+    logits and belongs to no step.
+    """
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    """New tokens, the first one included."""
+    steps: int = 0
+    step_tokens: int = 0
+    """New tokens that came from steps."""
+    accepted: int = 0
+    """Tokens of the draft that became output."""
+    nodes: int = 0
+    """Tree nodes verified, the roots included."""
+    accepted_by_depth: list[Count] = field(default_factory=list)
+    """Entry d: nodes d + 1 levels below the root."""
+    accepted_by_rank: list[Count] = field(default_factory=list)
+    """Entry r: nodes that the draft thought the r-th likeliest child, from 0."""
+    prefill_seconds: float = 0.0
+    draft_prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    """Target forward passes and the choice of the accepted path."""
+    commit_seconds: float = 0.0
+    """Keeping the accepted path in the target's and the drafts' caches."""
+    step_seconds: float = 0.0
+    """All steps, bookkeeping included; compilation and the drafts' prefill are not."""
+    compile_seconds: float = 0.0
+    """Spent on compilation during this call; in none of the other figures."""
+    near_ties: int = 0
+    """Steps where the target's two best logits were closer than its precision (bf16 and fp16 only)."""
+    finish_reason: FinishReason | None = None
+    fallback: str | None = None
+    """Why the plain loop ran instead of a tree program, if it did."""
+
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens of a step, the bonus token included."""
+        return self.step_tokens / self.steps if self.steps else 0.0
+
+    @property
+    def nodes_per_step(self) -> float:
+        return self.nodes / self.steps if self.steps else 0.0
+
+    @property
+    def overhead_seconds(self) -> float:
+        """Step time outside draft, verification and commit."""
+        return max(0.0, self.step_seconds - self.draft_seconds - self.verify_seconds - self.commit_seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Prefill and steps, without compilation."""
+        return self.prefill_seconds + self.draft_prefill_seconds + self.step_seconds
+
+    def record(self, proposal: Proposal, path: list[int]) -> None:
+        """Count one step's nodes; `path` holds the accepted ones, the root first."""
+        count = len(proposal.tokens)
+        self.steps += 1
+        self.nodes += count
+        self.accepted += len(path) - 1
+        if count == 1:
+            return
+        by_depth, by_rank, accepted = self.accepted_by_depth, self.accepted_by_rank, set(path)
+        tried_parents: set[int] = set()
+        parents, depths, ranks = proposal.parents, proposal.depths, proposal.ranks
+        for node in range(1, count):
+            d, r = depths[node] - 1, ranks[node]
+            while len(by_depth) <= d:
+                by_depth.append(Count())
+            while len(by_rank) <= r:
+                by_rank.append(Count())
+            depth, rank = by_depth[d], by_rank[r]
+            depth.proposed += 1
+            rank.proposed += 1
+            parent = parents[node]
+            if parent in accepted:
+                rank.tried += 1
+                if parent not in tried_parents:
+                    tried_parents.add(parent)
+                    depth.tried += 1
+                if node in accepted:
+                    depth.accepted += 1
+                    rank.accepted += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values, the derived figures too."""
+        derived = ("tokens_per_step", "nodes_per_step", "overhead_seconds", "seconds")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+    def __str__(self) -> str:
+        rates = " ".join(f"{count.rate:.2f}" for count in self.accepted_by_depth) or "-"
+        ranks = " ".join(f"{count.rate:.2f}" for count in self.accepted_by_rank) or "-"
+        lines = [
+            f"{self.tokens} tokens in {self.steps} steps: {self.tokens_per_step:.2f} tokens per step (bonus token "
+            f"included), {self.nodes_per_step:.1f} nodes per step, finished by {self.finish_reason}",
+            f"accepted given the parent was, by depth: {rates}; by rank: {ranks}",
+            f"seconds: steps {self.step_seconds:.3f} (draft {self.draft_seconds:.3f}, verify "
+            f"{self.verify_seconds:.3f}, commit {self.commit_seconds:.3f}, overhead {self.overhead_seconds:.3f}), "
+            f"prefill {self.prefill_seconds:.3f}, draft prefill {self.draft_prefill_seconds:.3f}, "
+            f"compile {self.compile_seconds:.3f}",
+        ]
+        if self.near_ties:
+            lines.append(f"near ties: {self.near_ties} steps")
+        if self.fallback:
+            lines.append(f"fallback to the plain loop: {self.fallback}")
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Drafts, tree policies and verifiers: what is proposed to the target, and what of it is accepted."""

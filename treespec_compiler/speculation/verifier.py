@@ -1,0 +1,71 @@
+"""Verifiers: which of a proposal's nodes the target's logits accept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..errors import InvalidOption, InvalidTree
+from .proposal import Proposal
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    path: list[int]
+    """Accepted nodes, root first; the root is the target's own token and always accepted."""
+    bonus: int
+    """The target's token after the path's last node."""
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    @property
+    def needs_q(self) -> bool:
+        """Whether `verify` reads `proposal.q`."""
+        ...
+
+    def verify(self, proposal: Proposal, logits: Tensor) -> Verdict:
+        """Judge the proposal by `logits` [N, V], the target's row for every node."""
+        ...
+
+
+@dataclass(frozen=True)
+class GreedyVerifier:
+    """Accepts the nodes that the target's own argmax would have produced; ties go to the lowest id, as in torch."""
+
+    @property
+    def needs_q(self) -> bool:
+        return False
+
+    def verify(self, proposal: Proposal, logits: Tensor, *, first: int | None = None) -> Verdict:
+        """`first`: the target's token after the prefix; it is needed to choose among several roots only."""
+        choices: list[int] = logits.argmax(-1).tolist()
+        tokens, parents = proposal.tokens, proposal.parents
+        if first is None:
+            if len(parents) > 1 and -1 in parents[1:]:
+                raise InvalidTree(
+                    got="several roots",
+                    expected="one, or `first=` with the target's token after the prefix",
+                    fix="Only that token tells which root the target would have taken.",
+                )
+            path, want = [0], choices[0]
+        else:
+            path, want = [], first
+        # Children follow their parents, so one walk over the nodes finds the whole path.
+        last = path[-1] if path else -1
+        for node in range(len(path), len(tokens)):
+            if parents[node] == last and tokens[node] == want:
+                path.append(node)
+                last, want = node, choices[node]
+        return Verdict(path, want)
+
+
+def as_verifier(verifier: Verifier | None) -> Verifier:
+    """A verifier from what `generate(verifier=...)` takes."""
+    if verifier is None:
+        return GreedyVerifier()
+    if isinstance(verifier, Verifier) and not isinstance(verifier, type):
+        return verifier
+    raise InvalidOption(name="verifier", got=verifier, expected="a Verifier, such as GreedyVerifier()")
