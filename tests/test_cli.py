@@ -145,6 +145,14 @@ def corrupt(folder: Path, what: str) -> None:
     config: dict[str, Any] = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 2, "intermediate_size": 8}
     (folder / "config.json").write_text("{" if what == "json" else json.dumps({} if what == "type" else config))
+    if what == "code":
+        (folder / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
+    if what == "unknown":
+        (folder / "config.json").write_text('{"model_type": "mine"}')
+    if what in ("code", "unknown", "encoder"):
+        (folder / "model.safetensors").write_bytes(b"")
+    if what == "encoder":
+        (folder / "config.json").write_text('{"model_type": "t5"}')
     if what == "pickled":
         (folder / "pytorch_model.bin").write_bytes(b"")
     if what == "weights":
@@ -162,7 +170,10 @@ def corrupt(folder: Path, what: str) -> None:
         ("type", "got a config.json without model_type"),
         ("pickled", "got pickled weights only (pytorch_model.bin)"),
         ("nothing", "got a folder without weights"),
-        ("weights", "got "),
+        ("weights", "got SafetensorError from transformers (Error while deserializing header"),
+        ("unknown", "got ValueError from transformers (The checkpoint you are trying to load has model type `mine`"),
+        ("code", "got a model that comes with code of its own, expected an architecture that transformers has"),
+        ("encoder", "got ValueError from transformers (Unrecognized configuration class"),
         ("lacking", "got a checkpoint that lacks 11 of the model's weights (lm_head.weight, "),
     ],
 )

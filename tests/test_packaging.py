@@ -80,26 +80,26 @@ def python(request: pytest.FixtureRequest, source: Path, place: Path) -> Path:
     return python
 
 
-def expected_files() -> set[str]:
+def expected_files(source: Path) -> set[str]:
     """Paths inside the wheel of everything the package is made of, links followed."""
     found = set()
     for top, prefix in (("treespec_compiler", ""), ("passes", "treespec_compiler/"), ("codegen", "treespec_compiler/")):
-        for path in (ROOT / top).rglob("*"):
-            name = path.relative_to(ROOT).as_posix()
+        for path in (source / top).rglob("*"):
+            name = path.relative_to(source).as_posix()
             # rglob does not descend into links, but lists them
             if path.is_file() and path.suffix in {".py", ".typed", *DATA_SUFFIXES} and "__pycache__" not in name:
                 found.add(prefix + name)
     return found
 
 
-def test_wheel_holds_every_source_and_data_file_once(wheel: Path) -> None:
+def test_wheel_holds_every_source_and_data_file_once(source: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         entries = [entry for entry in archive.infolist() if ".dist-info/" not in entry.filename]
         # A link would be stored as its target's path; mode bits tell (0o120000 is a symbolic link).
         assert all((entry.external_attr >> 16) & 0o170000 != 0o120000 for entry in entries)
-        assert {entry.filename for entry in entries} == expected_files()
+        assert {entry.filename for entry in entries} == expected_files(source)
         assert "treespec_compiler/py.typed" in archive.namelist()
-        assert archive.read("treespec_compiler/passes/__init__.py") == (ROOT / "passes/__init__.py").read_bytes()
+        assert archive.read("treespec_compiler/passes/__init__.py") == (source / "passes/__init__.py").read_bytes()
         for entry in entries:
             if entry.filename.endswith((".cpp", ".safetensors")):
                 assert entry.file_size > 0, entry.filename

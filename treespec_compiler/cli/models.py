@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import re
 import sys
@@ -63,6 +64,7 @@ def _load_hf(name: str, where: str, dtype: torch.dtype, random_weights: bool = F
         ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     folder = Path(where).expanduser()
     if folder.exists():
@@ -86,12 +88,26 @@ def _load_hf(name: str, where: str, dtype: torch.dtype, random_weights: bool = F
     except UnreadableModel:
         raise
     except Exception as error:
-        raise UnreadableModel(name=name, problem=_first_sentence(error)) from error
+        raise _refused_by_transformers(name, error) from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **safe)
     except Exception:
         tokenizer = None
     return LoadedModel(name, model.eval(), tokenizer)
+
+
+def _refused_by_transformers(name: str, error: Exception) -> UnreadableModel:
+    if "trust_remote_code" in str(error):
+        return UnreadableModel(
+            name=name,
+            problem="a model that comes with code of its own",
+            expected="an architecture that transformers has",
+            fix="Code of a model is never run: import it in a function of yours and name that, `py:module:factory`.",
+        )
+    problem = f"{type(error).__name__} from transformers ({_first_sentence(error)})"
+    return UnreadableModel(
+        name=name, problem=problem, expected="a causal language model with its config.json and weights"
+    )
 
 
 def _check_folder(name: str, folder: Path, random_weights: bool) -> None:
