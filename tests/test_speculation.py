@@ -14,6 +14,7 @@ from treespec_compiler.runtime.stats import Count, Stats
 from treespec_compiler.speculation.draft import MAX_CHAIN, DraftRequest, ModelDraft, draft_probabilities
 from treespec_compiler.speculation.policy import Limits, StaticExpansion, TreePolicy, as_policy
 from treespec_compiler.speculation.proposal import Proposal
+from treespec_compiler.speculation.ranking import likeliest
 from treespec_compiler.speculation.tokenizers import check_tokenizers
 from treespec_compiler.speculation.verifier import GreedyVerifier, Verdict, Verifier
 from treespec_compiler.tree import TokenTree
@@ -112,6 +113,21 @@ def test_greedy_accepts_the_longest_path_the_target_would_take(proposal, seed):
     last = verdict.path[-1]
     assert verdict.bonus == choices[last]
     assert verdict.bonus not in [tree.tokens[child] for child in tree.children(last)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("k", [1, 2, 3, 9])
+def test_the_likeliest_ids_are_those_of_topk(dtype, rows, k):
+    logits = torch.stack([torch.randperm(50) for _ in range(rows)]).to(dtype)
+    before = logits.clone()
+    assert likeliest(logits, k) == logits.topk(k).indices.flatten().tolist()
+    assert likeliest(logits.t().contiguous().t(), k) == likeliest(logits, k)
+    assert torch.equal(logits, before)
+    assert likeliest(torch.zeros(2, 50, dtype=dtype)) == [0, 0]
+    nan = torch.zeros(1, 50, dtype=dtype)
+    nan[0, 7] = torch.nan
+    assert likeliest(nan) == [7] == nan.argmax(-1).tolist()
 
 
 # --- proposals

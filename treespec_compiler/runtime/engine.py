@@ -14,6 +14,7 @@ from ..speculation import caches
 from ..speculation.draft import Draft, DraftRequest, DraftSession
 from ..speculation.policy import Limits, TreePolicy
 from ..speculation.proposal import Proposal
+from ..speculation.ranking import likeliest
 from ..speculation.verifier import Verifier
 from ..tree import TokenTree
 from .stats import FinishReason, Stats
@@ -93,7 +94,7 @@ class Engine:
             began, compiled = perf_counter(), self.program.compile_seconds
             prompt = torch.tensor(self.prompt, dtype=torch.int64, device=self.program.device)
             logits = self.program.prefill(prompt, self.cache, slot=0)  # [V]
-            token = int(logits.argmax())
+            token = likeliest(logits[None])[0]
             compiled = self.program.compile_seconds - compiled
             self.stats.prefill_seconds += perf_counter() - began - compiled
             self.stats.compile_seconds += compiled

@@ -15,6 +15,7 @@ from ..tree import TokenTree
 from . import caches
 from .policy import Limits, TreePolicy
 from .proposal import Proposal
+from .ranking import likeliest
 
 if TYPE_CHECKING:
     from ..program import TreeProgram
@@ -242,9 +243,7 @@ def _candidates(logits: Tensor, k: int, needs_q: bool) -> tuple[list[int], list[
     if needs_q:
         q, ids = logits.float().softmax(-1).topk(k)
         return ids.flatten().tolist(), q.flatten().tolist()
-    if k == 1:
-        return logits.argmax(-1).tolist(), []
-    return logits.topk(k).indices.flatten().tolist(), []
+    return likeliest(logits, k), []
 
 
 def draft_probabilities(logits: Tensor, vocab_size: int) -> Tensor:

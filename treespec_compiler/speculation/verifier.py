@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import InvalidOption, InvalidTree
 from .proposal import Proposal
+from .ranking import likeliest
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class GreedyVerifier:
 
     def verify(self, proposal: Proposal, logits: Tensor, *, first: int | None = None) -> Verdict:
         """`first`: the target's token after the prefix; it is needed to choose among several roots only."""
-        choices: list[int] = logits.argmax(-1).tolist()
+        choices = likeliest(logits)
         tokens, parents = proposal.tokens, proposal.parents
         if first is None:
             if len(parents) > 1 and -1 in parents[1:]:
