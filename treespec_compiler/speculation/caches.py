@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import TreespecError
-
 if TYPE_CHECKING:
     from ..cache import TreeCache
     from ..program import TreeProgram
 
 # Capacities are rounded up so that requests of similar lengths find a cache that fits.
 GRANULE = 256
+MAX_IDLE = 2
 _SLOT = "_idle_caches"
 
 
@@ -26,9 +25,8 @@ def take(program: TreeProgram, max_tokens: int) -> TreeCache:
 
 
 def give_back(program: TreeProgram, cache: TreeCache) -> None:
-    """Free the slot; the cache waits for the next `take`. One that cannot be freed is dropped."""
-    try:
-        cache.free(0)
-    except TreespecError:
-        return
-    program.__dict__.setdefault(_SLOT, []).append(cache)
+    """Free the slot; the cache waits for the next `take`."""
+    cache.free(0)
+    idle: list[TreeCache] = program.__dict__.setdefault(_SLOT, [])
+    if len(idle) < MAX_IDLE:
+        idle.append(cache)
