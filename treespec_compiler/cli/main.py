@@ -47,7 +47,10 @@ class Command:
         return f"{__package__}.{self.name}"
 
 
-COMMANDS = (Command("generate", "complete a prompt by speculation"),)
+COMMANDS = (
+    Command("demo", "see the shipped pair of models speculate, and measure it"),
+    Command("generate", "complete a prompt by speculation"),
+)
 
 
 class Parser(argparse.ArgumentParser):
