@@ -76,6 +76,22 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     )
 
 
+@pytest.mark.slow
+def test_demo(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from treespec_compiler import demo
+
+    lines = [{"module": "m", "line": 3, "text": f"def f{i}(x):\n    return x"} for i in range(5)]
+    (pair.folder / "heldout.json").write_text(json.dumps(lines))
+    monkeypatch.setattr(demo, "paths", demo.Paths(pair.folder))
+    assert main(["demo", "--prompts", "2", "--max-new-tokens", "10", "--option", "lowering=eager"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith("identical: yes")
+    for text in ("m, line 3: held out", "guessed by the draft: «like this»", "one verified tree", "└─ [0] "):
+        assert text in shown
+    for row in ("Hugging Face generate", "compiled static-cache loop", "treespec"):
+        assert row in shown
+
+
 def test_help_and_version() -> None:
     overview = treespec()
     assert overview.returncode == 0 and overview.stderr == ""

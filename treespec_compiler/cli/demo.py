@@ -195,9 +195,8 @@ def show_tree(console: Console, tokenizer: Any, steps: list[Step]) -> None:
     console.rule("one verified tree")
     console.print(Text(step.tree.draw(lambda token: tokenizer.decode([token]), accepted=step.path)))
     bonus = "" if step.bonus is None else f", and {tokenizer.decode([step.bonus])!r} is its own next one"
-    console.print(
-        f"One pass of the target checked {nodes} nodes: ✓ is what it would have written{bonus}.\n", markup=False
-    )
+    line = f"One pass of the target checked {len(step.tree)} nodes: ✓ is what it would have written{bonus}.\n"
+    console.print(line, markup=False)
 
 
 def show_table(console: Console, rows: list[Row], speculation: Speculation, prompts: int, new_tokens: int) -> None:
