@@ -1,0 +1,103 @@
+"""classify: each mask's closed form becomes a MaskSpec, or the model is refused with the formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from treespec_compiler.ir.specs import AttentionSpec, Limit, MaskSpec
+
+from .closed_form import ClosedForms, Form, broadcast, shape_of
+from .evaluate import evaluate_for_length
+from .manager import Pass
+from .masks import NotAMask, classify
+from .provenance import layer_path, source_line
+from .state import GraphState, refuse
+
+
+def classify_masks(state: GraphState) -> int:
+    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    specs: dict[Any, MaskSpec] = {}
+    sites = [n for n in state.graph.nodes if n.target is torch.ops.treespec.attention.default]
+    for node in sites:
+        q, k, v, mask, is_causal, scale = node.args
+        key = (mask, is_causal)
+        if key not in specs:
+            specs[key] = _mask_spec(state, forms, node, mask, bool(is_causal))
+        spec = specs[key]
+        site = state.call(
+            torch.ops.treespec.causal_attention.default, (q, k, v, scale, spec.window), like=node
+        )
+        node.replace_all_uses_with(site)
+        state.graph.erase_node(node)
+        state.sites.append(_attention_spec(len(state.sites), site, spec))
+        site.meta["site"] = state.sites[-1].index
+        if spec.limit is not None:
+            state.limits.append(Limit(spec.limit, f"mask buffer at {state.sites[-1].source}"))
+    return len(sites)
+
+
+def _mask_spec(state: GraphState, forms: ClosedForms, node: fx.Node, mask: Any, is_causal: bool) -> MaskSpec:
+    if mask is None:
+        if not is_causal:
+            raise refuse(
+                "bidirectional attention: every query sees every key, so this is not a causal decoder", node
+            )
+        return MaskSpec()
+    form = forms.of(mask)
+    if form is None:
+        raise _unknown(forms, mask, node)
+    shape = (*shape_of(node.args[0])[:2], state.length, state.length)  # type: ignore[arg-type]
+    form = broadcast(Form(form.expr, form.shape), shape)
+    if is_causal:
+        raise refuse("attention has both a mask and is_causal=True", node)
+
+    def evaluate(n: int) -> Tensor:
+        value = evaluate_for_length(mask, state.tokens, state.constants, state.gm, n)
+        return value.expand(*value.shape[:-2], n, n).cpu()
+
+    try:
+        return classify(form, state.length, evaluate, forms.tables)
+    except NotAMask as error:
+        raise refuse(str(error), node) from None
+
+
+def _unknown(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Exception:
+    """Name the op that keeps the mask from having a closed form."""
+    if mask in forms.tainted:
+        return refuse("the mask depends on the content of the tokens (padding, prefix-LM or a learned mask)", mask)
+    current = mask
+    while True:
+        blocked = [a for a in current.all_input_nodes if forms.of(a) is None]
+        if not blocked:
+            return refuse(f"the mask has no closed form: no rule for {current.target}", current)
+        current = blocked[0]
+
+
+def _attention_spec(index: int, site: fx.Node, mask: MaskSpec) -> AttentionSpec:
+    q, k, v = (shape_of(a) for a in site.args[:3])  # type: ignore[arg-type]
+    layer = layer_path(site) or ""
+    return AttentionSpec(
+        index=index,
+        name=f"{layer or 'attention'}#{index}",
+        layer=layer,
+        source=source_line(site) or "",
+        heads=int(q[1]),
+        kv_heads=int(k[1]),
+        key_dim=int(k[3]),
+        value_dim=int(v[3]),
+        scale=float(site.args[3]),  # type: ignore[arg-type]
+        mask=mask,
+        dtype=site.meta["val"].dtype,
+    )
+
+
+PASS = Pass(
+    "classify",
+    classify_masks,
+    before="recognized attention",
+    after="each mask is a proved MaskSpec; treespec::causal_attention has no mask input",
+    level="classified",
+)

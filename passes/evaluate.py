@@ -1,0 +1,51 @@
+"""Running a part of the captured graph that depends only on the number of tokens and on constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from .provenance import op_name
+
+
+def evaluate_for_length(node: fx.Node, tokens: str, constants: dict[str, Tensor], gm: fx.GraphModule, n: int) -> Tensor:
+    """The value of `node` for n tokens, by interpreting the nodes it depends on."""
+    cone: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in cone:
+            cone.add(current)
+            stack.extend(current.all_input_nodes)
+    # NOTE token content is never read here (the cone has a closed form); zeros stand in for shape-only uses.
+    values: dict[fx.Node, Any] = {}
+    for current in gm.graph.nodes:
+        if current not in cone:
+            continue
+        if current.op == "placeholder":
+            values[current] = _placeholder(current, tokens, constants, n)
+        elif current.op == "get_attr":
+            values[current] = getattr(gm, str(current.target))
+        elif op_name(current) == "aten.sym_size":
+            values[current] = values[current.args[0]].shape[current.args[1]]  # type: ignore[index]
+        else:
+            args, kwargs = torch.fx.node.map_arg((current.args, current.kwargs), lambda x: values[x])
+            values[current] = current.target(*args, **kwargs)  # type: ignore[operator]
+    return values[node]
+
+
+def _placeholder(node: fx.Node, tokens: str, constants: dict[str, Tensor], n: int) -> Any:
+    if node.name == tokens:
+        return torch.zeros(1, n, dtype=torch.int64)
+    if node.name in constants:
+        return constants[node.name].detach()
+    shape = [n if not isinstance(s, int) else s for s in node.meta["val"].shape]
+    return torch.arange(n).expand(shape)  # a positions input
+
+
+def substitute(expr: Any, symbol: sympy.Symbol, n: int) -> Any:
+    """A symbolic size for n tokens."""
+    return expr.xreplace({symbol: sympy.Integer(n)})

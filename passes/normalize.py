@@ -1,0 +1,102 @@
+"""normalize: one spelling per meaning. Assertions, aliases and inference-time dropout go; views become reshapes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .manager import Pass
+from .provenance import op_name
+from .state import GraphState, refuse
+
+aten = torch.ops.aten
+
+_ASSERTIONS = {"aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range"}
+_ALIASES = {"aten.detach", "aten.alias", "aten.lift_fresh_copy", "aten.lift_fresh", "aten.clone", "aten.contiguous"}
+_DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.native_dropout"}
+_END = 2**62  # slices to the end are written with the largest int64
+
+
+def normalize(state: GraphState) -> int:
+    matches = 0
+    for node in list(state.graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        if name in _ASSERTIONS:
+            state.graph.erase_node(node)
+        elif name in _DROPOUTS:
+            _drop_dropout(state.graph, node)
+        elif name in _ALIASES or _is_noop(node, name):
+            node.replace_all_uses_with(node.args[0])
+            state.graph.erase_node(node)
+        elif name in ("aten.view", "aten._unsafe_view"):
+            # NOTE a view is only legal for the strides of the trace; the rewritten graph has other strides.
+            node.target = aten.reshape.default
+        else:
+            _refuse_mutation(node)
+            continue
+        matches += 1
+    return matches
+
+
+def _drop_dropout(graph: fx.Graph, node: fx.Node) -> None:
+    p, train = node.args[1], node.args[2]
+    if train and p != 0:
+        raise refuse(f"dropout is active (p = {p}): the model is in training mode", node, "call model.eval() first")
+    if op_name(node) == "aten.native_dropout":
+        for user in list(node.users):
+            if user.target is operator.getitem and user.args[1] == 0:
+                user.replace_all_uses_with(node.args[0])
+                graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(node.args[0])
+    # NOTE dead-code elimination would keep it: a random op counts as impure.
+    if not node.users:
+        graph.erase_node(node)
+
+
+def _is_noop(node: fx.Node, name: str) -> bool:
+    before: Any = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
+    after: Any = node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if name == "aten.slice":
+        start = node.args[2] if len(node.args) > 2 else None
+        end = node.args[3] if len(node.args) > 3 else None
+        step = node.args[4] if len(node.args) > 4 else 1
+        whole = end is None or (isinstance(end, int) and end >= _END) or _same_shape(before, after)
+        return start in (0, None) and step == 1 and whole
+    if name in ("aten._to_copy", "aten.to"):
+        return before.dtype == after.dtype and before.device == after.device
+    if name == "aten.expand":
+        return _same_shape(before, after)
+    return False
+
+
+def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dim() != b.dim():
+        return False
+    return all(_expr(x) == _expr(y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def _expr(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _refuse_mutation(node: fx.Node) -> None:
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        raise refuse("the graph changes a tensor in place after functionalization", node)
+
+
+PASS = Pass(
+    "normalize",
+    normalize,
+    before="functional pre-dispatch ATen",
+    after="no assertion, alias, view or inference-time dropout; nothing is changed in place",
+    level="normalized",
+)

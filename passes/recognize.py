@@ -1,0 +1,119 @@
+"""recognize attention: every scaled_dot_product_attention becomes one `treespec::attention` with unrepeated K/V."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from treespec_compiler.ir import sequence_attention  # noqa: F401  (defines the ops)
+
+from .closed_form import shape_of
+from .manager import Pass
+from .provenance import op_name
+from .state import GraphState, refuse
+
+aten = torch.ops.aten
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def recognize_attention(state: GraphState) -> int:
+    matches = 0
+    for node in list(state.graph.nodes):
+        if op_name(node) == "aten.scaled_dot_product_attention":
+            _rewrite(state, node)
+            matches += 1
+    if not matches:
+        softmax = next((n for n in state.graph.nodes if op_name(n) in ("aten.softmax", "aten._softmax")), None)
+        if softmax is not None:
+            raise refuse(
+                "no attention was recognized: this softmax is not part of a scaled_dot_product_attention",
+                softmax,
+                "use torch.nn.functional.scaled_dot_product_attention (in transformers: attn_implementation='sdpa')",
+            )
+        raise refuse("the model has no attention: there is no K/V cache to build a token tree on")
+    return matches
+
+
+def _bound(node: fx.Node) -> dict[str, Any]:
+    values = dict(zip(_ARGUMENTS, node.args, strict=False))
+    return values | dict(node.kwargs)
+
+
+def _rewrite(state: GraphState, node: fx.Node) -> None:
+    call = _bound(node)
+    if call.get("dropout_p"):
+        raise refuse(f"attention dropout is active (p = {call['dropout_p']})", node, "call model.eval() first")
+    q, k, v = call["query"], call["key"], call["value"]
+    _check_axes(state, node, q, k, v)
+    k, v = _unrepeat(k, v)
+    heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
+    if shape_of(v)[1] != kv_heads or not heads.is_Integer or heads % kv_heads != 0:
+        raise refuse(f"got {heads} query heads, {kv_heads} key heads and {shape_of(v)[1]} value heads", node)
+    scale = call.get("scale")
+    if scale is None:
+        scale = 1.0 / math.sqrt(int(shape_of(q)[3]))
+    if not isinstance(scale, (int, float)):
+        raise refuse(f"the attention scale is computed in the graph: {scale}", node)
+    args = (q, k, v, call.get("attn_mask"), bool(call.get("is_causal", False)), float(scale))
+    site = state.call(torch.ops.treespec.attention.default, args, like=node)
+    node.replace_all_uses_with(site)
+    state.graph.erase_node(node)
+
+
+def _check_axes(state: GraphState, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
+    for name, operand in (("query", q), ("key", k), ("value", v)):
+        shape = shape_of(operand)
+        if len(shape) != 4 or shape[0] != 1:
+            raise refuse(f"attention over a {name} of shape {_show(shape)}, expected [1, heads, tokens, dim]", node)
+        if shape[2] != state.length:
+            raise refuse(
+                f"attention over a dimension that is not the tokens: {name} has shape {_show(shape)}, "
+                f"expected {state.length} (the number of tokens) in dimension 2",
+                node,
+            )
+
+
+def _show(shape: tuple[sympy.Expr, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _unrepeat(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """K and V before `repeat_kv`, when both are repeated alike; attention shares the heads itself."""
+    k_source, v_source = _repeated(k), _repeated(v)
+    if k_source is None or v_source is None or shape_of(k_source)[1] != shape_of(v_source)[1]:
+        return k, v
+    return k_source, v_source
+
+
+def _repeated(node: fx.Node) -> fx.Node | None:
+    """x of `x[:, :, None].expand(1, Hkv, G, T, D).reshape(1, Hkv * G, T, D)` or of `repeat_interleave(x, G, 1)`."""
+    if op_name(node) == "aten.repeat_interleave" and len(node.args) > 2 and node.args[2] in (1, -3):
+        return node.args[0] if isinstance(node.args[1], int) else None  # type: ignore[return-value]
+    if op_name(node) != "aten.reshape" or op_name(node.args[0]) != "aten.expand":  # type: ignore[arg-type]
+        return None
+    expand: Any = node.args[0]
+    insert: Any = expand.args[0]
+    if op_name(insert) != "aten.unsqueeze":
+        return None
+    source: Any = insert.args[0]
+    shape = shape_of(source)
+    if len(shape) != 4 or insert.args[1] not in (2, -3):
+        return None
+    wide = shape_of(expand)
+    if wide[:2] != shape[:2] or wide[3:] != shape[2:]:
+        return None
+    return source if shape_of(node) == (shape[0], shape[1] * wide[2], shape[2], shape[3]) else None
+
+
+PASS = Pass(
+    "recognize attention",
+    recognize_attention,
+    before="normalized graph",
+    after="each attention over the tokens is one treespec::attention; K/V heads are not repeated",
+    level="recognized",
+)

@@ -1,0 +1,85 @@
+"""What travels through the pipeline: one graph and what has been proved about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from treespec_compiler.errors import Unsupported
+from treespec_compiler.ir.specs import AttentionSpec, Limit, PositionSpec
+
+from .provenance import layer_path, op_name, source_line
+
+
+@dataclass
+class GraphState:
+    """A decoder's graph on its way to a tree program.
+
+    `constants` are the tensors behind weight placeholders; `inputs` are the placeholders that passes added, in call
+    order; `level` names the invariant that the graph satisfies (see `ir.verify`).
+    """
+
+    gm: fx.GraphModule
+    tokens: str
+    position_inputs: list[str]
+    constants: dict[str, Tensor]
+    length: sympy.Symbol
+    fake_mode: Any
+    guards: list[sympy.Basic]
+    level: str = "captured"
+    sites: list[AttentionSpec] = field(default_factory=list)
+    positions: list[PositionSpec] = field(default_factory=list)
+    limits: list[Limit] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    packs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    def node(self, name: str) -> fx.Node:
+        return next(n for n in self.graph.nodes if n.name == name)
+
+    @property
+    def output(self) -> fx.Node:
+        return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+
+    @property
+    def logits(self) -> fx.Node:
+        return self.output.args[0][0]  # type: ignore[index, return-value]
+
+    def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: fx.Node) -> fx.Node:
+        """Insert a call before `like`, with its fake value and `like`'s provenance."""
+        with self.graph.inserting_before(like):
+            node = self.graph.call_function(target, args, kwargs or {})
+        node.meta = {k: like.meta[k] for k in ("stack_trace", "nn_module_stack") if k in like.meta}
+        values = torch.fx.node.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
+        with self.fake_mode:
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def add_input(self, name: str, value: Tensor) -> fx.Node:
+        """Append a placeholder. NOTE always after the last one: inserting after a fixed anchor would reverse them."""
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
+        self.inputs.append(node.name)
+        return node
+
+    def clean(self) -> None:
+        """Drop dead code; placeholders stay."""
+        self.graph.eliminate_dead_code()
+        self.gm.recompile()
+
+
+def refuse(reason: str, node: fx.Node | None = None, way_out: str | None = None) -> Unsupported:
+    """The refusal to raise, with the node's provenance."""
+    if node is None:
+        return Unsupported(reason, way_out=way_out)
+    named = f"{node.name} = {op_name(node)}" if node.op == "call_function" else node.name
+    return Unsupported(reason, node=named, source=source_line(node), layer=layer_path(node), way_out=way_out)

@@ -1,0 +1,81 @@
+"""treeify: positions come from the tree. Every position, table slice and rope reads prefix + depth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from treespec_compiler.ir.specs import Limit, PositionSpec
+
+from .closed_form import shape_of
+from .manager import Pass
+from .positions import Cut, position_cut, table_limits
+from .provenance import op_name, source_line
+from .state import GraphState
+
+aten = torch.ops.aten
+
+POSITIONS = "positions"
+
+
+def treeify(state: GraphState) -> int:
+    """Replace the cut by reads of a new input `positions` [T] int64. Returns how many nodes were replaced."""
+    cut = position_cut(state)
+    for node, offset, limit in table_limits(state):
+        reader = source_line(node) or op_name(node)
+        state.limits.append(Limit(limit, f"position table read at {reader}"))
+        state.positions.append(PositionSpec(offset, limit, reader))
+    example = state.node(state.tokens).meta["val"]
+    positions = state.add_input(POSITIONS, torch.zeros(2, dtype=torch.int64, device=example.device))
+    with state.fake_mode:
+        positions.meta["val"] = torch.empty(example.shape[1], dtype=torch.int64, device=example.device)
+    matches = 0
+    for node, what in cut.items():
+        if what.kind == "constant":
+            continue
+        new = _position(state, node, what, positions) if what.kind == "position" else _table(state, node, what, positions)
+        node.replace_all_uses_with(new)
+        matches += 1
+    return matches
+
+
+def _shifted(state: GraphState, node: fx.Node, what: Cut, positions: fx.Node) -> fx.Node:
+    return state.call(aten.add.Tensor, (positions, what.offset), like=node) if what.offset else positions
+
+
+def _position(state: GraphState, node: fx.Node, what: Cut, positions: fx.Node) -> fx.Node:
+    """positions [T] -> the node's shape and dtype."""
+    value = node.meta["val"]
+    new = _shifted(state, node, what, positions)
+    rank, at = value.dim(), what.at or 0
+    length: Any = state.call(aten.sym_size.int, (positions, 0), like=node)
+    if rank != 1:
+        new = state.call(aten.reshape.default, (new, [length if i == at else 1 for i in range(rank)]), like=node)
+    if any(i != at and s != 1 for i, s in enumerate(shape_of(node))):
+        sizes = [length if i == at else int(s) for i, s in enumerate(shape_of(node))]
+        new = state.call(aten.expand.default, (new, sizes), like=node)
+    if value.dtype != torch.int64:
+        new = state.call(aten._to_copy.default, (new,), {"dtype": value.dtype}, like=node)
+    if not state.positions:
+        state.positions.append(PositionSpec(what.offset, None, source_line(node) or op_name(node)))
+    return new
+
+
+def _table(state: GraphState, node: fx.Node, what: Cut, positions: fx.Node) -> fx.Node:
+    """table[..., c : c + T, ...] -> table read at positions + c."""
+    table: Any = node.args[0]
+    size, reader = int(shape_of(table)[what.at or 0]), source_line(node) or op_name(node)
+    state.limits.append(Limit(size - what.offset, f"position table read at {reader}"))
+    state.positions.append(PositionSpec(what.offset, size - what.offset, reader))
+    return state.call(aten.index_select.default, (table, what.at, _shifted(state, node, what, positions)), like=node)
+
+
+PASS = Pass(
+    "treeify",
+    treeify,
+    before="classified, token-local graph",
+    after="positions are an input; no value counts the tokens of the sequence",
+    level="treeified",
+)

@@ -1,0 +1,68 @@
+"""What the passes proved: masks, positions and attention sites as small values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Which keys a query sees, as a predicate in positions: `0 <= q - k` and, with a window, `q - k < window`.
+
+    `limit` is the largest context for which the predicate was proved (a mask read from a buffer ends with the buffer).
+    """
+
+    window: int = 0
+    limit: int | None = None
+
+    @property
+    def formula(self) -> str:
+        return f"k <= q and q - k < {self.window}" if self.window else "k <= q"
+
+    def visible(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The predicate on index tensors; broadcasts."""
+        seen = k <= q
+        return seen & (q - k < self.window) if self.window else seen
+
+
+@dataclass(frozen=True)
+class PositionSpec:
+    """A value indexed by position: `position + offset`, below `limit` where it reads a table."""
+
+    offset: int
+    limit: int | None
+    reader: str
+
+    @property
+    def formula(self) -> str:
+        return f"i + {self.offset}" if self.offset else "i"
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention site of the decoder; sites are numbered in graph order and each has its own K/V pool."""
+
+    index: int
+    name: str
+    layer: str
+    source: str
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    mask: MaskSpec
+    dtype: torch.dtype
+
+    def bytes_per_token(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An upper bound on the context length, and where it comes from."""
+
+    tokens: int
+    reason: str

@@ -1,0 +1,110 @@
+"""The executable spec of the levels: a short list of rules for each, run after every pass.
+
+A rule gets the graph and returns a problem as text, or None. Levels are cumulative where that makes sense: from
+"treeified" on, nothing may count the tokens of the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+Rule = Callable[[fx.Graph], str | None]
+
+LEVELS = ("captured", "normalized", "recognized", "classified", "treeified", "stateful", "rows", "bound")
+
+
+def _name(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(packet) if packet is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "call_function"]
+
+
+def _without(names: set[str], what: str) -> Rule:
+    def rule(graph: fx.Graph) -> str | None:
+        bad = next((n for n in _calls(graph) if _name(n) in names), None)
+        return f"{what}: {bad.format_node()}" if bad is not None else None
+
+    return rule
+
+
+def _tensor_inputs_only(graph: fx.Graph) -> str | None:
+    bad = next((n for n in graph.nodes if n.op == "placeholder" and not isinstance(n.meta.get("val"), torch.Tensor)), None)
+    return f"an input that is not a tensor: {bad.name}" if bad is not None else None
+
+
+def _single_output(graph: fx.Graph) -> str | None:
+    outputs = [n for n in graph.nodes if n.op == "output"]
+    values = outputs[-1].args[0] if outputs else ()
+    return None if isinstance(values, (tuple, list)) and len(values) == 1 else f"outputs {values}, expected the logits"
+
+
+def _every_value_known(graph: fx.Graph) -> str | None:
+    bad = next((n for n in _calls(graph) if "val" not in n.meta), None)
+    return f"a node without a fake value: {bad.format_node()}" if bad is not None else None
+
+
+def _only_attention_mutates(graph: fx.Graph) -> str | None:
+    for node in _calls(graph):
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable and not _name(node).endswith(".tree_attention"):
+            return f"something other than tree attention writes in place: {node.format_node()}"
+    return None
+
+
+def _pools_in_site_order(graph: fx.Graph) -> str | None:
+    """Site i reads and writes pool_k_i and pool_v_i, and nobody else does."""
+    expected = 0
+    for node in _calls(graph):
+        if not _name(node).endswith(".tree_attention"):
+            continue
+        pools = tuple(getattr(a, "name", a) for a in node.args[3:5])
+        if pools != (f"pool_k_{expected}", f"pool_v_{expected}"):
+            return f"attention {expected} has pools {pools}"
+        if any(len(a.users) != 1 for a in node.args[3:5] if isinstance(a, fx.Node)):
+            return f"the pools of attention {expected} have other users"
+        expected += 1
+    found = [n.name for n in graph.nodes if n.op == "placeholder" and n.name.startswith("pool_")]
+    wanted = [f"pool_{kind}_{i}" for i in range(expected) for kind in "kv"]
+    return None if found == wanted else f"pool inputs {found}, expected {wanted}"
+
+
+def _rows_selected(graph: fx.Graph) -> str | None:
+    rows = next((n for n in graph.nodes if n.op == "placeholder" and n.name == "rows"), None)
+    return None if rows is not None and rows.users else "logits are computed for every node"
+
+
+_NORMAL = {"aten.view", "aten._unsafe_view", "aten.detach", "aten.alias", "aten.lift_fresh_copy", "aten.dropout"}
+_NORMAL_RULE = _without(_NORMAL | {"aten._assert_tensor_metadata"}, "an op that normalize removes")
+_NO_SDPA = _without({"aten.scaled_dot_product_attention"}, "attention that is not recognized")
+_NO_MASKED = _without({"treespec.attention"}, "attention with an unclassified mask")
+_NO_COUNTING = _without({"aten.arange", "aten.cumsum"}, "a value that counts the tokens of the sequence")
+_NO_SEQUENCE = _without({"treespec.causal_attention", "treespec.attention"}, "attention over one whole sequence")
+
+_ADDED: dict[str, tuple[Rule, ...]] = {
+    "captured": (_tensor_inputs_only, _single_output, _every_value_known),
+    "normalized": (_NORMAL_RULE,),
+    "recognized": (_NO_SDPA,),
+    "classified": (_NO_MASKED,),
+    "treeified": (_NO_COUNTING,),
+    "stateful": (_NO_SEQUENCE, _only_attention_mutates, _pools_in_site_order),
+    "rows": (_rows_selected,),
+    "bound": (),
+}
+
+
+def problems(graph: fx.Graph, level: str) -> list[str]:
+    """What is wrong with a graph at this level; an empty list when nothing is."""
+    found: list[str] = []
+    for name in LEVELS[: LEVELS.index(level) + 1]:
+        found += [text for rule in _ADDED[name] if (text := rule(graph)) is not None]
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        found.append(str(error))
+    return found

@@ -1,0 +1,118 @@
+"""Lowering: a bound graph becomes a callable, by Inductor once for all shapes, or op by op.
+
+Shape symbols: T (new nodes), rows, requests, words, pages and page size. Each is dynamic, so no length, tree or cache
+size compiles anything again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+# Example sizes, all different: equal sizes would be taken for the same symbol.
+EXAMPLE = {"T": 13, "rows": 7, "requests": 3, "words": 5, "pages": 2, "page_size": 17}
+
+_compile_calls = 0
+
+
+def compile_calls() -> int:
+    """How often Inductor was called by treespec in this process."""
+    return _compile_calls
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """`run(inputs)` takes the graph's inputs in placeholder order and returns the logits [rows, V]."""
+
+    run: Callable[[list[Tensor]], Tensor]
+    seconds: float
+    min_nodes: int
+
+
+def dynamic_sizes(name: str) -> dict[int, str]:
+    """Dynamic dimensions of a tree-program input: dimension -> symbol."""
+    if name.startswith("pool_"):
+        return {0: "pages", 2: "page_size"}
+    return {
+        "tokens": {1: "T"},
+        "positions": {0: "T"},
+        "write_index": {0: "T"},
+        "ancestors": {0: "T", 1: "words"},
+        "node_offsets": {0: "offsets"},
+        "page_table": {0: "requests"},
+        "prefix_lens": {0: "requests"},
+        "tree_lens": {0: "requests"},
+        "rows": {0: "rows"},
+    }.get(name, {})
+
+
+def lower_eager(gm: fx.GraphModule) -> Lowered:
+    """Run the graph op by op."""
+
+    def run(inputs: list[Tensor]) -> Tensor:
+        return gm(*inputs)[0]
+
+    return Lowered(run, 0.0, 1)
+
+
+def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[Tensor]) -> Lowered:
+    """Compile with Inductor. `names` are the roles of the inputs, `examples` real tensors of any size."""
+    global _compile_calls
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._subclasses import FakeTensorMode
+
+    started = time.perf_counter()
+    # NOTE a fresh mode and ShapeEnv for every compile: reusing the traced ones silently specialises to their sizes.
+    # 0 and 1 are not special: a tree of one node runs on the same code as any other.
+    env = ShapeEnv(specialize_zero_one=False, duck_shape=True)
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    fakes = [_fake(mode, name, tensor) for name, tensor in zip(names, examples, strict=True)]
+    module = fx.GraphModule(gm, _without_values(gm.graph))
+    settings: dict[str, Any] = {"size_asserts": False, "nan_asserts": False, "fallback_random": True}
+    with torch.no_grad(), config.patch(settings), tracing(TracingContext(mode)), contextlib.ExitStack():
+        compiled = compile_fx(module, fakes)
+    _compile_calls += 1
+
+    def run(inputs: list[Tensor]) -> Tensor:
+        return compiled(*inputs)[0]
+
+    return Lowered(run, time.perf_counter() - started, _min_nodes(env))
+
+
+def _without_values(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    output = new.graph_copy(graph, {})
+    new.output(output)
+    for node in new.nodes:
+        node.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    return new
+
+
+def _fake(mode: Any, name: str, tensor: Tensor) -> Any:
+    dynamic = dynamic_sizes(name)
+    if not dynamic:
+        return mode.from_tensor(tensor, static_shapes=True)
+    sizes = [EXAMPLE.get(dynamic[i], 4) if i in dynamic else s for i, s in enumerate(tensor.shape)]
+    example = torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
+    kinds = [DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC for i in range(example.dim())]
+    context = StatelessSymbolicContext(dynamic_sizes=kinds)
+    return mode.from_tensor(example, symbolic_context=context)
+
+
+def _min_nodes(env: ShapeEnv) -> int:
+    """1, or 2 when the compiled code assumes more than one node."""
+    return 1 if all(_holds_for_one(g.expr) for g in env.guards) else 2
+
+
+def _holds_for_one(guard: Any) -> bool:
+    ones = {symbol: 1 for symbol in guard.free_symbols}
+    return len(ones) != 1 or bool(guard.xreplace(ones))

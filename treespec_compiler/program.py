@@ -1,0 +1,323 @@
+"""TreeProgram: a decoder compiled into a token-tree verifier, bound to one module instance."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Part, pack
+from .cache import TreeCache
+from .capture import CallSpec, call_spec, original_module
+from .errors import ContextOverflow, InvalidOption, InvalidPrompt, InvalidTree, StaleCache, TokenOutOfRange
+from .ir import ops
+from .ir.registry import best_kernel
+from .ir.specs import AttentionSpec, Limit
+from .lowering import Lowered, lower_eager, lower_inductor
+from .options import Options
+from .passes.insert_state import META_INPUTS
+from .pipeline import Converted, convert
+from .semantics import semantic_check, single_token_check
+from .tree import Forest, TokenTree
+from .weights import WeightWatch
+
+log = logging.getLogger("treespec.program")
+
+
+def tree_program(
+    model: nn.Module,
+    example: Any = None,
+    roles: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | Options | None = None,
+) -> TreeProgram:
+    """Compile a decoder into a tree verifier; the same instance and options give the same program.
+
+    `model`: an nn.Module, `torch.compile(module)`, or a module compiled in place. `example` and `roles` say how a module
+    with another signature than `model(input_ids)` is called (see `capture.call_spec`). Raises `Unsupported` with the
+    node, source line and reason when the model cannot be proved to be a causal decoder of a supported kind.
+    """
+    parsed = Options.parse(options)
+    module = original_module(model)
+    if not isinstance(module, nn.Module):
+        raise InvalidOption(name="model", got=type(model).__name__, expected="a torch.nn.Module", fix="Pass the module itself.")
+    key = (parsed, _example_key(example), tuple(sorted((roles or {}).items())))
+    programs = _PROGRAMS.setdefault(module, {})
+    program = programs.get(key)
+    if program is None:
+        program = programs[key] = TreeProgram(module, call_spec(module, example, roles), parsed)
+    else:
+        program.check_weights(contents=True)
+    return program
+
+
+_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[Any, TreeProgram]] = weakref.WeakKeyDictionary()
+
+
+def _example_key(example: Any) -> Any:
+    if example is None:
+        return None
+    items = example.items() if isinstance(example, Mapping) else enumerate(example if isinstance(example, tuple) else (example,))
+    return tuple((k, tuple(v.shape) if isinstance(v, Tensor) else repr(v)) for k, v in items)
+
+
+class TreeProgram:
+    """The tree verifier of one module instance. Made by `tree_program`.
+
+    Not thread-safe. Logits have the model's dtype and device and are valid until the next call.
+    """
+
+    def __init__(self, model: nn.Module, call: CallSpec, options: Options) -> None:
+        self.options = options
+        self.compile_seconds = 0.0
+        self.compile_count = 0
+        self._call = call
+        self._model = weakref.ref(model)
+        self._caches: weakref.WeakSet[TreeCache] = weakref.WeakSet()
+        self._build(model)
+
+    def _build(self, model: nn.Module) -> None:
+        started = time.perf_counter()
+        checks = [semantic_check(model, self._call)] if self.options.verify_each == "semantic" else []
+        self._converted: Converted = convert(model, self._call, self.options, checks)
+        state = self._converted.state
+        self._watch = WeightWatch(model, self._converted.weights.values())
+        single_token_check(model, self._call, state)
+        logits: Any = state.logits.meta["val"]
+        self.dtype, self.device, self.vocab_size = logits.dtype, logits.device, int(logits.shape[-1])
+        self._names = [n.name for n in state.graph.nodes if n.op == "placeholder"]
+        self._roles = ["tokens" if n == state.tokens else n for n in self._names]
+        self._slots = {role: i for i, role in enumerate(self._roles)}
+        self._bind_weights()
+        self._lowered: Lowered | None = None
+        kernel = best_kernel(ops.commit_path, self.device, self.dtype) if self.options.kernels == "auto" else None
+        self._commit = kernel.target if kernel is not None else ops.commit_path
+        self.compile_seconds += time.perf_counter() - started
+
+    def _bind_weights(self) -> None:
+        """Put weights and packed weights into the template of inputs."""
+        state = self._converted.state
+        for name, ref in self._converted.weights.items():
+            ref.tensor = self._watch.current(ref)
+            state.constants[name] = ref.tensor
+        packed = {name: spec.build(state.constants) for name, spec in state.packs.items()}
+        self.packed_bytes = sum(t.numel() * t.element_size() for t in packed.values())
+        fixed = {n: t.detach() for n, t in state.constants.items()} | packed
+        self._template: list[Any] = [fixed.get(name) for name in self._names]
+        self._watch.renew()
+
+    @property
+    def sites(self) -> list[AttentionSpec]:
+        """Attention sites in graph order."""
+        return self._converted.state.sites
+
+    @property
+    def max_context(self) -> int | None:
+        """Largest number of tokens of one sequence that the program is proved for; None: unlimited."""
+        return self._converted.max_context
+
+    @property
+    def limits(self) -> list[Limit]:
+        """What bounds the context, tightest first."""
+        return self._converted.limits
+
+    @property
+    def history(self) -> Any:
+        """Records of the pipeline's passes."""
+        return self._converted.history
+
+    @property
+    def graph_module(self) -> torch.fx.GraphModule:
+        """The rewritten graph, before lowering."""
+        return self._converted.state.gm
+
+    def new_cache(self, max_tokens: int = 4096, slots: int = 1) -> TreeCache:
+        """A tree KV cache with room for `max_tokens` tokens in each slot, uncommitted nodes included."""
+        for name, value in (("max_tokens", max_tokens), ("slots", slots)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidOption(name=name, got=value, expected="a positive integer")
+        self.check_weights(contents=True)
+        cache = TreeCache(self.sites, max_tokens, slots, self.device, self._commit)
+        self._caches.add(cache)
+        return cache
+
+    def prefill(self, prompt_ids: Any, cache: TreeCache, slot: int = 0) -> Tensor:
+        """Commit a prompt; returns the next-token logits [V] after it. Appends if the slot is not empty.
+
+        `prompt_ids`: integers, or an int64 tensor [S] or [1, S]. Long prompts run in chunks of
+        `options.prefill_chunk`; only the last row's logits are computed. Uncommitted nodes of the slot are dropped.
+        """
+        ids = self._prompt(prompt_ids)
+        self._ready(cache)
+        cache._check_slot(slot)
+        self._check_tokens(ids, "the prompt")
+        self._check_context(cache.length(slot) + len(ids))
+        cache._reserve(slot, len(ids))
+        chunk = self.options.prefill_chunk
+        logits = None
+        for start in range(0, len(ids), chunk):
+            piece = ids[start : start + chunk]
+            tree = TokenTree._trusted(piece, range(-1, len(piece) - 1))
+            logits = self._run([Part(slot, tree)], cache, rows=[len(piece) - 1])
+            cache._trees[slot] = None
+            cache._lengths[slot] += len(piece)
+        assert logits is not None
+        return logits[0]
+
+    def verify(self, tree: TokenTree | Forest, cache: TreeCache) -> Tensor:
+        """Next-token logits [N, V] after the path to each node; drops uncommitted nodes first.
+
+        A `TokenTree` continues slot 0, a `Forest` any slots (rows in the forest's order).
+        """
+        return self.extend(tree, cache, start=0)
+
+    def extend(self, tree: TokenTree | Forest, cache: TreeCache, start: int | Mapping[int, int] = 0) -> Tensor:
+        """As `verify` for nodes >= `start` only; nodes < start are in the cache, uncommitted. [new nodes, V]."""
+        items: Sequence[tuple[int, TokenTree]] = tree.items if isinstance(tree, Forest) else ((0, tree),)
+        self._ready(cache)
+        parts = [self._part(cache, s, t, start.get(s, 0) if isinstance(start, Mapping) else start) for s, t in items]
+        for part in parts:
+            self._check_tokens(part.tree.tokens, f"the tree of slot {part.slot}")
+            self._check_context(cache.length(part.slot) + max(part.tree.depths) + 1)
+            cache._reserve(part.slot, len(part.tree))
+        logits = self._run(parts, cache)
+        for part in parts:
+            cache._trees[part.slot] = part.tree
+        return logits
+
+    def refresh(self) -> None:
+        """Take the module's present weights, whatever was noticed; rebuild when dtype, device or shape changed."""
+        self._update(force=True)
+
+    def check_weights(self, contents: bool = False) -> None:
+        """Notice weights that changed: identity, address and version; with `contents`, a checksum as well."""
+        if self._watch.touched() or self._watch.mode_changed():
+            self._update()
+        elif contents and (self._watch.deep_mode_changed() or self._watch.contents_changed()):
+            self._update(force=True)
+
+    def _update(self, force: bool = False) -> None:
+        model = self._model()
+        reason = self._watch.incompatible()
+        if model is not None and (reason or self._watch.deep_mode_changed()):
+            reason = reason or "the module switched between eval and train mode"
+            log.info("rebuilding the tree program: %s", reason)
+            self._build(model)
+            for cache in list(self._caches):
+                cache.stale = reason
+            self._caches.clear()
+            return
+        log.info("repacking weights")
+        self._bind_weights()
+        if force:
+            self._watch.contents_changed()
+
+    def _ready(self, cache: TreeCache) -> None:
+        if not isinstance(cache, TreeCache):
+            raise InvalidOption(name="cache", got=type(cache).__name__, expected="a TreeCache", fix="Use program.new_cache().")
+        self.check_weights()
+        cache._check_fresh()
+        if cache not in self._caches:
+            raise StaleCache(reason="this program (it belongs to another one)")
+
+    def _part(self, cache: TreeCache, slot: int, tree: TokenTree, start: int) -> Part:
+        if not isinstance(tree, TokenTree):
+            raise InvalidTree(got=type(tree).__name__, expected="a TokenTree or a Forest", fix="Build TokenTree(tokens, parents).")
+        cache._check_slot(slot)
+        if start:
+            held = cache._trees[slot]
+            known = 0 if held is None else len(held)
+            if not isinstance(start, int) or not 0 < start < len(tree) or start > known:
+                raise InvalidTree(
+                    got=f"start={start} for a tree of {len(tree)} nodes with {known} in the cache",
+                    expected=f"0 <= start <= {min(known, len(tree) - 1)}",
+                    fix="Run the earlier nodes first, with verify or extend.",
+                )
+            assert held is not None
+            if held.tokens[:start] != tree.tokens[:start] or held.parents[:start] != tree.parents[:start]:
+                raise InvalidTree(
+                    got=f"a tree whose first {start} nodes differ from those in the cache",
+                    expected="the same tree, grown at the end",
+                    fix="Extend the tree that was run, or call verify.",
+                )
+        return Part(slot, tree, start)
+
+    def _run(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None) -> Tensor:
+        lowered = self._lowered or self._lower()
+        batch = pack(parts, cache, self.device, rows)
+        inputs = list(self._template)
+        place = self._slots
+        meta = batch.meta
+        inputs[place["tokens"]] = batch.tokens
+        inputs[place["positions"]] = meta.positions
+        for name in META_INPUTS:
+            inputs[place[name]] = getattr(meta, name)
+        inputs[place["rows"]] = meta.rows
+        first = place["pool_k_0"]
+        inputs[first : first + len(cache.pools)] = cache.pools
+        with torch.no_grad():
+            return lowered.run(inputs)[0]
+
+    def _lower(self) -> Lowered:
+        gm = self._converted.state.gm
+        if self.options.lowering == "eager":
+            self._lowered = lower_eager(gm)
+            return self._lowered
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        examples = [self._example(n, fixed) for n, fixed in zip(placeholders, self._template, strict=True)]
+        self._lowered = lower_inductor(gm, self._roles, examples)
+        self.compile_count += 1
+        self.compile_seconds += self._lowered.seconds
+        return self._lowered
+
+    def _example(self, node: Any, fixed: Tensor | None) -> Tensor:
+        if fixed is not None:
+            return fixed
+        value = node.meta["val"]
+        sizes = [s if isinstance(s, int) else 2 for s in value.shape]
+        return torch.zeros(sizes, dtype=value.dtype, device=value.device)
+
+    def _prompt(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, Tensor):
+            if prompt.dtype not in (torch.int64, torch.int32):
+                raise InvalidPrompt(got=f"a tensor of dtype {prompt.dtype}", expected="torch.int64", fix="Convert it.")
+            if prompt.dim() == 2 and prompt.shape[0] == 1:
+                prompt = prompt[0]
+            if prompt.dim() != 1:
+                raise InvalidPrompt(
+                    got=f"shape {list(prompt.shape)}", expected="[S] or [1, S]", fix="Prefill each request in its own slot."
+                )
+            prompt = prompt.tolist()
+        ids = list(prompt)
+        if not ids:
+            raise InvalidPrompt(got="no tokens", expected="at least one")
+        if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
+            raise InvalidPrompt(got=f"{next(i for i in ids if not isinstance(i, int))!r}", expected="integer token ids")
+        return ids
+
+    def _check_tokens(self, tokens: Sequence[int], where: str) -> None:
+        vocab = self._input_vocab
+        if max(tokens) >= vocab or min(tokens) < 0:
+            index = next(i for i, t in enumerate(tokens) if not 0 <= t < vocab)
+            raise TokenOutOfRange(token=tokens[index], index=index, vocab_size=vocab, where=where)
+
+    @property
+    def _input_vocab(self) -> int:
+        return self._converted.input_vocab or self.vocab_size
+
+    def _check_context(self, length: int) -> None:
+        limit = self.max_context
+        if limit is not None and length > limit:
+            raise ContextOverflow(position=length - 1, max_context=limit, why=self.limits[0].reason)
+
+    def __repr__(self) -> str:
+        model = self._model()
+        name = type(model).__name__ if model is not None else "a deleted module"
+        masks = ", ".join(sorted({s.mask.formula for s in self.sites}))
+        return f"TreeProgram({name}: {len(self.sites)} attention sites, mask {masks}, context {self.max_context or 'unlimited'})"
+
+

@@ -1,0 +1,123 @@
+"""Does the graph still mean what the model means? Oracles that can run after any pass from treeify on.
+
+The reference is the eager model itself, on each root path of a random tree.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Batch, Part, pack
+from .cache import TreeCache
+from .capture import CallSpec, logits_of
+from .errors import PassError, Unsupported
+from .ir import ops
+from .passes.insert_state import META_INPUTS
+from .passes.manager import Check
+from .passes.state import GraphState
+from .tree import TokenTree
+
+log = logging.getLogger("treespec.semantics")
+
+# Largest difference to the eager logits, relative to their largest magnitude.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+LOOSE = 5e-2  # float16 and bfloat16
+CHECKED_FROM = ("treeified", "stateful", "rows", "bound")
+
+
+def eager_logits(model: nn.Module, call: CallSpec, ids: list[int], device: torch.device) -> Tensor:
+    """Logits [S, V] of the model itself, called as it was captured."""
+    tokens = torch.tensor([ids], device=device)
+    there = call.with_tokens(tokens)
+    with torch.no_grad():
+        return logits_of(model.forward(*there.args, **there.kwargs))[0]
+
+
+def run_graph(state: GraphState, tree: TokenTree, prefix: list[int]) -> Tensor:
+    """Logits [N, V] of the state's graph for a tree after a committed prefix, op by op."""
+    value: Any = state.logits.meta["val"]
+    cache = TreeCache(state.sites, len(prefix) + len(tree), 1, value.device, ops.commit_path)
+    if prefix:
+        chain = TokenTree.chain(prefix)
+        _interpret(state, pack([Part(0, chain)], cache, value.device), cache)
+        cache._lengths[0] = len(prefix)
+    return _interpret(state, pack([Part(0, tree)], cache, value.device), cache)
+
+
+def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
+    dynamic: dict[str, Any] = {state.tokens: batch.tokens, "positions": batch.meta.positions, "rows": batch.meta.rows}
+    dynamic |= {name: getattr(batch.meta, name) for name in META_INPUTS}
+    pools = iter(cache.pools)
+    inputs = []
+    for node in state.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name in dynamic:
+            inputs.append(dynamic[node.name])
+        elif node.name.startswith("pool_"):
+            inputs.append(next(pools))
+        elif node.name in state.packs:
+            inputs.append(state.packs[node.name].build(state.constants))
+        elif node.name in state.constants:
+            inputs.append(state.constants[node.name].detach())
+        else:
+            inputs.append(batch.meta.positions.view(1, -1))  # a positions argument, no longer read
+    with torch.no_grad():
+        return state.gm(*inputs)[0][0]
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    scale = expected.abs().max().clamp_min(1e-30)
+    return float(((got - expected).abs().max() / scale).item())
+
+
+def random_tree(size: int, vocab: int, seed: int) -> TokenTree:
+    """A random tree of `size` nodes."""
+    rng = random.Random(seed)
+    return TokenTree([rng.randrange(vocab) for _ in range(size)], [rng.randrange(-1, i) if i else -1 for i in range(size)])
+
+
+def semantic_check(model: nn.Module, call: CallSpec) -> Check:
+    """The path oracle (chain oracle before state is inserted) as a check after each pass."""
+
+    def check(state: GraphState, name: str) -> None:
+        if state.level not in CHECKED_FROM:
+            return
+        value: Any = state.logits.meta["val"]
+        vocab = int(value.shape[-1])
+        stateful = state.level != "treeified"
+        tree = random_tree(9, vocab, 1) if stateful else TokenTree.chain([i % vocab for i in range(2, 11)])
+        prefix = [i % vocab for i in range(1, 8)] if stateful else []
+        got = run_graph(state, tree, prefix)
+        for node in range(len(tree)):
+            path = prefix + tree.path_tokens(node)
+            error = _error(got[node], eager_logits(model, call, path, value.device)[-1])
+            if not error <= TOLERANCE.get(value.dtype, LOOSE):
+                raise PassError(
+                    pass_name=name,
+                    problem=f"logits {error:.2e} away from the model's on the path {path}",
+                    expected=f"at most {TOLERANCE.get(value.dtype, LOOSE):.0e} of the largest logit",
+                )
+
+    return check
+
+
+def single_token_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
+    """The trace has two tokens or more; a model that branches on T == 1 is found by running it on one."""
+    value: Any = state.logits.meta["val"]
+    if any(t.is_meta for t in state.constants.values()):
+        log.info("weights on meta: a branch on a single token cannot be looked for")
+        return
+    expected = eager_logits(model, call, [1 % int(value.shape[-1])], value.device)
+    got = run_graph(state, TokenTree([1 % int(value.shape[-1])], [-1]), [])
+    if not _error(got, expected) <= 10 * TOLERANCE.get(value.dtype, LOOSE):
+        raise Unsupported(
+            f"a prompt of one token takes another branch: its logits differ by {_error(got, expected):.2e} of the largest "
+            "from those of the traced graph",
+            way_out="make the forward pass the same for one token and for many",
+        )
