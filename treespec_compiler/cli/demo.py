@@ -12,8 +12,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -151,7 +152,7 @@ def progress(console: Console) -> Iterator[Callable[[str], None]]:
     if not console.is_terminal:
         yield lambda text: console.print(f"{text} ...")
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield functools.partial(_describe, bar, task)
@@ -200,9 +201,10 @@ def show_tree(console: Console, tokenizer: Any, steps: list[Step]) -> None:
 
 
 def show_table(console: Console, rows: list[Row], speculation: Speculation, prompts: int, new_tokens: int) -> None:
-    table = Table(title=f"{prompts} held-out prompts, {new_tokens} new tokens each, float32, {threads()}")
-    for heading in ("", "tokens/s", "x generate", "x compiled loop", "tokens per step", "identical"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    console.rule(f"{prompts} held-out prompts, {new_tokens} new tokens each, float32, {threads()}")
+    table = Table(box=box.SIMPLE)
+    for heading in ("", "tokens/s", "x HF", "x loop", "tokens/step", "identical"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     generate, loop = rows[0].rate, rows[1].rate
     for row in rows:
         per_step = speculation.tokens_per_step if row.run is speculation else 1.0
@@ -216,9 +218,7 @@ def show_table(console: Console, rows: list[Row], speculation: Speculation, prom
             style="bold" if row.run is speculation else None,
         )
     console.print(table)
-    console.print(
-        "tokens/s: median over the prompts, the pass over the prompt included; tokens per step: with bonus token."
-    )
+    console.print("tokens/s: median, from the prompt to the last token; tokens/step: bonus token included")
     identical = all(row.ids == rows[0].ids for row in rows)
     console.print(f"identical: {'yes' if identical else 'no'}", style="bold green" if identical else "bold red")
 
