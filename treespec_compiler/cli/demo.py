@@ -202,7 +202,7 @@ def show_tree(console: Console, tokenizer: Any, steps: list[Step]) -> None:
 
 def show_table(console: Console, rows: list[Row], speculation: Speculation, prompts: int, new_tokens: int) -> None:
     console.rule(f"{prompts} held-out prompts, {new_tokens} new tokens each, float32, {threads()}")
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("", "tokens/s", "x HF", "x loop", "tokens/step", "identical"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     generate, loop = rows[0].rate, rows[1].rate
@@ -218,7 +218,7 @@ def show_table(console: Console, rows: list[Row], speculation: Speculation, prom
             style="bold" if row.run is speculation else None,
         )
     console.print(table)
-    console.print("tokens/s: median, from the prompt to the last token; tokens/step: bonus token included")
+    console.print("tokens/s: median, from the prompt to the last token; tokens/step: with bonus token")
     identical = all(row.ids == rows[0].ids for row in rows)
     console.print(f"identical: {'yes' if identical else 'no'}", style="bold green" if identical else "bold red")
 
