@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..capture import original_module
 from ..errors import InvalidOption, Unsupported
 from ..options import OnUnsupported, Options
 from ..speculation.draft import Draft, ModelDraft
@@ -17,7 +18,7 @@ from ..speculation.policy import TreePolicy, as_policy
 from ..speculation.tokenizers import check_tokenizers
 from ..speculation.verifier import Verifier, as_verifier
 from .engine import Ending, Engine, Step
-from .plain import PlainLoop, original_module
+from .plain import PlainLoop
 from .prompt import end_ids, parse_prompt
 from .stats import Stats
 
@@ -155,19 +156,19 @@ def stream(
     parsed = Options.parse(options)
     fallback = _on_unsupported(on_unsupported, parsed) == "fallback"
     check_tokenizers(tokenizer, draft_tokenizer)
-    module = None if _is_program(model) else original_module(model)
-    eos, stop = end_ids(eos_token_id, stop_ids, module if module is not None else getattr(model, "model", None))
+    module = model._model() if _is_program(model) else _module(model)
+    eos, stop = end_ids(eos_token_id, stop_ids, module)
     ending = Ending(max_new_tokens, eos, stop)
     stats = Stats(prompt_tokens=len(prompt))
     try:
         program = _program(model, parsed)
     except Unsupported as refusal:
-        if not fallback or module is None:
+        if not fallback:
             raise
         logger.warning("treespec runs the plain loop instead: %s", refusal)
         stats.fallback = str(refusal)
         return Stream(PlainLoop(module, prompt, ending, stats), prompt, device, stats)
-    parse_prompt(prompt, vocab_size=program.vocab_size, max_context=program.max_context)
+    parse_prompt(prompt, vocab_size=program._input_vocab, max_context=program.max_context)
     drafts = _drafts(draft, parsed)
     engine = Engine(program, prompt, ending, drafts, tree_policy, judge, stats)
     return Stream(engine, prompt, device, stats)
@@ -193,13 +194,22 @@ def _on_unsupported(value: str | None, options: Options) -> str:
     return value
 
 
+def _module(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        expected = "an nn.Module or a TreeProgram"
+        raise InvalidOption(name="model", got=type(model).__name__, expected=expected, fix="Load the model first.")
+    return original_module(model)
+
+
 def _is_program(model: object) -> bool:
     return not isinstance(model, nn.Module) and hasattr(model, "verify") and hasattr(model, "new_cache")
 
 
 def _program(model: Model, options: Options) -> TreeProgram:
     if _is_program(model):
-        return cast("TreeProgram", model)
+        program = cast("TreeProgram", model)
+        program.check_weights(contents=True)  # the caches in use may have been made by an earlier call
+        return program
     from ..program import tree_program
 
     return tree_program(model, options=options)
@@ -217,6 +227,8 @@ def _drafts(draft: DraftLike, options: Options) -> list[Draft]:
     if isinstance(draft, nn.Module) or _is_program(draft):
         return [ModelDraft(_program(draft, options))]
     if isinstance(draft, Draft):
+        if isinstance(draft, ModelDraft):
+            draft.program.check_weights(contents=True)
         return [draft]
     expected = "a module, a TreeProgram, a Draft, a list of them, or None"
     raise InvalidOption(name="draft", got=type(draft).__name__, expected=expected)

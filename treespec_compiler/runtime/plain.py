@@ -9,18 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidOption
 from .engine import Ending, Step
 from .stats import FinishReason, Stats
-
-
-def original_module(model: Any) -> nn.Module:
-    """The module below `torch.compile`'s wrapper."""
-    if not isinstance(model, nn.Module):
-        expected = "an nn.Module or a TreeProgram"
-        raise InvalidOption(name="model", got=type(model).__name__, expected=expected, fix="Load the model first.")
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 class PlainLoop:

@@ -18,6 +18,7 @@ from .proposal import Proposal
 from .ranking import likeliest
 
 if TYPE_CHECKING:
+    from ..cache import TreeCache
     from ..program import TreeProgram
 
 # Accepted tokens the draft never ran join the next tree as a chain up to here; longer ones are prefilled.
@@ -94,13 +95,13 @@ class ModelDraftSession:
         self.program = draft.program
         self._shared = min(self.program.vocab_size, request.vocab_size)
         self._truncate = self.program.vocab_size > self._shared
-        self._lacks_ids = request.vocab_size > self._shared
+        self._input_vocab = self.program._input_vocab
         self._needs_q = request.needs_q
         limit = self.program.max_context
         tokens = request.max_tokens if limit is None else min(request.max_tokens, limit)
         self._capacity = tokens + request.max_nodes + MAX_CHAIN
         self._max_context = self._capacity if limit is None else limit
-        self._cache = None
+        self._cache: TreeCache | None = None
         self._length = 0  # tokens the draft has committed
         self._pending: list[int] = []  # accepted tokens it has not run; the last one is the next root
         # The tree of the step under way: first `_chain` caught-up tokens (the last one is the root), then the nodes.
@@ -117,17 +118,20 @@ class ModelDraftSession:
         self._run = 0
         if depth_limit <= 0:
             return proposal
-        if len(self._pending) > MAX_CHAIN or self._cache is None:
-            self._prefill()
+        cache = self._cache
+        if cache is None or len(self._pending) > MAX_CHAIN:
+            cache = self._prefill()
         chain = self._chain = len(self._pending)
         self._tokens, self._parents = self._known(self._pending), [*range(-1, chain - 1)]
-        self._grow(policy, proposal, depth_limit, limits.nodes)
+        self._grow(cache, policy, proposal, depth_limit, limits.nodes)
         return proposal
 
-    def _grow(self, policy: TreePolicy, proposal: Proposal, depth_limit: int, node_limit: int) -> None:
+    def _grow(
+        self, cache: TreeCache, policy: TreePolicy, proposal: Proposal, depth_limit: int, node_limit: int
+    ) -> None:
         """Run the newest level, append its children, until the policy or a limit stops."""
         tokens, parents, chain = self._tokens, self._parents, self._chain
-        extend, cache = self.program.extend, self._cache
+        extend = self.program.extend
         shift = chain - 1  # draft node = proposal node + shift
         start, frontier = 0, 1  # first node not run; nodes of the newest level
         for depth in range(depth_limit):
@@ -200,22 +204,22 @@ class ModelDraftSession:
                 break
         return -1
 
-    def _prefill(self) -> None:
+    def _prefill(self) -> TreeCache:
         """Run all pending tokens but the root, which begins the tree."""
         began, compiled = perf_counter(), self.program.compile_seconds
-        if self._cache is None:
-            self._cache = caches.take(self.program, self._capacity)
+        cache = self._cache = self._cache or caches.take(self.program, self._capacity)
         if len(self._pending) > 1:
             prompt = torch.tensor(self._known(self._pending[:-1]), dtype=torch.int64, device=self.program.device)
-            self.program.prefill(prompt, self._cache, slot=0)
+            self.program.prefill(prompt, cache, slot=0)
             self._length += len(self._pending) - 1
             del self._pending[:-1]
         self.draft.prefill_seconds += perf_counter() - began - (self.program.compile_seconds - compiled)
+        return cache
 
     def _known(self, tokens: list[int]) -> list[int]:
         """A copy with a stand-in for ids the draft lacks: its guesses get worse there, the output stays exact."""
-        if self._lacks_ids:
-            return [token if token < self._shared else STAND_IN for token in tokens]
+        if max(tokens) >= self._input_vocab:
+            return [token if token < self._input_vocab else STAND_IN for token in tokens]
         return [*tokens]
 
     def close(self) -> None:

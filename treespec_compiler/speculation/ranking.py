@@ -15,10 +15,10 @@ def likeliest(logits: Tensor, k: int = 1) -> list[int]:
     """The k ids with the largest logits of every row of [n, V], flat, best first; k = 1 takes the lowest of a tie."""
     if logits.dtype is not float32 or logits.device.type != "cpu" or k > SMALL_K:
         ids = logits.argmax(-1) if k == 1 else logits.topk(k).indices
-        return ids.flatten().tolist()  # type: ignore[no-any-return]
+        return ids.flatten().tolist()
     rows = logits.numpy()
     if k == 1:
-        return rows.argmax(-1).tolist()  # type: ignore[no-any-return]
+        return rows.argmax(-1).tolist()
     rows = rows.copy()
     if len(rows) <= FEW_ROWS:
         found = []
@@ -34,4 +34,4 @@ def likeliest(logits: Tensor, k: int = 1) -> list[int]:
         column = rows.argmax(-1)
         rows[every, column] = -np.inf
         columns.append(column)
-    return np.stack(columns, axis=1).ravel().tolist()  # type: ignore[no-any-return]
+    return np.stack(columns, axis=1).ravel().tolist()
