@@ -1,0 +1,1 @@
+"""Parts of `examples/train_demo_pair.py`."""
