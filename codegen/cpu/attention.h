@@ -134,10 +134,17 @@ TS_INLINE void by_rows(int64_t rows, const F& f) {  // f(first row, its count as
   }
 }
 
-// kt[Dk][CHUNK] = the n keys k[n][Dk], the last one repeated up to a multiple of 2 VW (masked later).
-inline int transpose_keys(const float* k, int n, int64_t Dk, float* kt) {
+inline void fetch(const float* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+}
+
+// kt[Dk][CHUNK] = the n keys k[n][Dk], the last one repeated up to a multiple of 2 VW (masked later). Meanwhile the
+// values, needed next, and the next chunk's keys are fetched, if they are among the `left` tokens of the page.
+inline int transpose_keys(const float* k, int n, int64_t Dk, float* kt, const float* v, int64_t Dv, int64_t left) {
   const int vectors = (n + 2 * VW - 1) / (2 * VW) * 2;
   for (int j = 0; j < vectors * VW; j += VW) {
+    fetch(v + j * Dv, std::min(VW, n - j) * Dv);
+    fetch(k + (CHUNK + j) * Dk, std::min<int64_t>(VW, left - CHUNK - j) * Dk);
     const float* rows[VW];
     for (int i = 0; i < VW; ++i) rows[i] = k + std::min(j + i, n - 1) * Dk;
     int64_t d = 0;
@@ -232,7 +239,7 @@ inline void run_task(const Attention& a, const Task& task) {
         for (int i = 0; i < n; ++i) std::memcpy(t.vp.data() + i * ldo, v + i * Dv, Dv * sizeof(float));
         v = t.vp.data(), ldv = ldo;
       }
-      const int vectors = transpose_keys(k, n, Dk, t.kt.data());
+      const int vectors = transpose_keys(k, n, Dk, t.kt.data(), v, ldv, n + std::min(length - at, a.page_size - offset - n));
       by_rows<8>(rows, [&](int64_t r, auto count) {
         constexpr int R = decltype(count)::value;
         scores<R>(t.q.data() + r * Dk, Dk, t.kt.data(), Dk, vectors, t.s.data() + r * CHUNK);
