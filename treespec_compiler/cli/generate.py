@@ -99,7 +99,7 @@ def run(arguments: Namespace) -> int:
         printer.step(step)
     printer.end(steps.tokens, steps.stats.as_dict())
     if not arguments.json:
-        messages.print(str(steps.stats), style="dim", highlight=False, markup=False)
+        messages.print(str(steps.stats), style="dim", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
