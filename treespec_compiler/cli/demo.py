@@ -218,7 +218,7 @@ def show_table(console: Console, rows: list[Row], speculation: Speculation, prom
             style="bold" if row.run is speculation else None,
         )
     console.print(table)
-    console.print("tokens/s: median, from the prompt to the last token; tokens/step: with bonus token")
+    console.print("tokens/s: median, the prompt included; tokens/step: the bonus token included")
     identical = all(row.ids == rows[0].ids for row in rows)
     console.print(f"identical: {'yes' if identical else 'no'}", style="bold green" if identical else "bold red")
 
