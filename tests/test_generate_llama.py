@@ -85,6 +85,12 @@ def test_two_drafts_and_no_draft(target, truth):
         assert out.sequences.tolist() == [truth]
 
 
+def test_compile_seconds_are_of_this_call_only():
+    model = llama(4, hidden=32, layers=1)
+    assert treespec.generate(model, PROMPT, max_new_tokens=3, options=EAGER).stats.compile_seconds > 0.01
+    assert treespec.generate(model, PROMPT, max_new_tokens=3, options=EAGER).stats.compile_seconds == 0.0
+
+
 def test_a_short_context_of_target_and_draft(target, truth):
     short = llama(0, context=24)
     short.load_state_dict(target.state_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -161,7 +162,7 @@ def stream(
     ending = Ending(max_new_tokens, eos, stop)
     stats = Stats(prompt_tokens=len(prompt))
     try:
-        program = _program(model, parsed)
+        program = _program(model, parsed, stats)
     except Unsupported as refusal:
         if not fallback:
             raise
@@ -169,7 +170,7 @@ def stream(
         stats.fallback = str(refusal)
         return Stream(PlainLoop(module, prompt, ending, stats), prompt, device, stats)
     parse_prompt(prompt, vocab_size=program._input_vocab, max_context=program.max_context)
-    drafts = _drafts(draft, parsed)
+    drafts = _drafts(draft, parsed, stats)
     engine = Engine(program, prompt, ending, drafts, tree_policy, judge, stats)
     return Stream(engine, prompt, device, stats)
 
@@ -205,27 +206,31 @@ def _is_program(model: object) -> bool:
     return not isinstance(model, nn.Module) and hasattr(model, "verify") and hasattr(model, "new_cache")
 
 
-def _program(model: Model, options: Options) -> TreeProgram:
+def _program(model: Model, options: Options, stats: Stats) -> TreeProgram:
     if _is_program(model):
         program = cast("TreeProgram", model)
         program.check_weights(contents=True)  # the caches in use may have been made by an earlier call
         return program
     from ..program import tree_program
 
-    return tree_program(model, options=options)
+    began = perf_counter()
+    program = tree_program(model, options=options)
+    if program.compile_seconds <= perf_counter() - began:  # made just now, not by an earlier call
+        stats.compile_seconds += program.compile_seconds
+    return program
 
 
-def _drafts(draft: DraftLike, options: Options) -> list[Draft]:
+def _drafts(draft: DraftLike, options: Options, stats: Stats) -> list[Draft]:
     if draft is None:
         return []
     if isinstance(draft, (list, tuple)):
-        drafts = [one for item in draft for one in _drafts(item, options)]
+        drafts = [one for item in draft for one in _drafts(item, options, stats)]
         for index, one in enumerate(drafts):
             if isinstance(one, ModelDraft) and len(drafts) > 1 and one.name == "draft":
                 one.name = f"draft{index}"
         return drafts
     if isinstance(draft, nn.Module) or _is_program(draft):
-        return [ModelDraft(_program(draft, options))]
+        return [ModelDraft(_program(draft, options, stats))]
     if isinstance(draft, Draft):
         if isinstance(draft, ModelDraft):
             draft.program.check_weights(contents=True)
