@@ -16,7 +16,7 @@ class TreeMeta:
     node_offsets: Tensor  # [R+1]  rows node_offsets[r]:node_offsets[r+1] are request r's new nodes
     page_table: Tensor  # [R, P] pages of request r's slot; today P = 1, page = slot
     prefix_lens: Tensor  # [R]    committed tokens
-    tree_lens: Tensor  # [R]    uncommitted nodes, the new ones included; they lie at offsets prefix_len + (0 .. M_r - 1)
+    tree_lens: Tensor  # [R]    M_r: uncommitted nodes, new ones included, at offsets prefix_len .. prefix_len + M_r - 1
     ancestors: Tensor  # [T, W] bit (j % 64) of word (j // 64) of row i: node j is an ancestor of node i, or i itself
     rows: Tensor  # [rows] which of the T nodes' logits are wanted (not an input of attention)
 

@@ -1,4 +1,4 @@
-"""Who implements which op, where: `treespec::X` in a graph, bound to the best kernel there is for a device and a dtype."""
+"""Who implements which op: `treespec::X` in a graph is bound to the best kernel for its device and dtype."""
 
 from __future__ import annotations
 

@@ -1,0 +1,156 @@
+"""Skinny GEMM, float32, CPU: treespec's packed_linear against ATen and Inductor's C++ GEMM template.
+
+    python benchmarks/bench_linear.py                  # table, and benchmarks/results/cpu/linear.json
+    python benchmarks/bench_linear.py --no-inductor    # without the minutes of compilation
+
+Every weight of a group is used once per pass, so that weights come from where a model's come from. Passes of the
+implementations alternate. A verifier wants the column of 8 rows to cost what the column of 1 row costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from treespec_compiler.codegen import cpu
+from treespec_compiler.ir import ops
+
+RESULTS = Path(__file__).parent / "results" / "cpu" / "linear.json"
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+GROUPS = ((1024, 1024, 24), (1280, 512, 8), (512, 1280, 8), (1024, 512, 8), (512, 1024, 8))  # N, K, layers
+
+
+@dataclass
+class Entry:
+    threads: int
+    n: int
+    k: int
+    layers: int
+    rows: int
+    name: str
+    median_us: float  # a layer
+    min_us: float
+
+
+class Layers(nn.Module):
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList(weights)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [F.linear(x, w) for w in self.layers]
+
+
+def inductor(weights: list[Tensor], x: Tensor) -> Callable[[], object]:
+    """Weights frozen and packed, the C++ template for every GEMM, M static."""
+    options = {"max_autotune": True, "max_autotune_gemm_backends": "CPP", "freezing": True}
+    torch._dynamo.reset()
+    compiled = torch.compile(Layers(weights).eval(), dynamic=False, options=options)
+    compiled(x)
+    return lambda: compiled(x)
+
+
+def measure(threads: int, with_inductor: bool, repeats: int) -> list[Entry]:
+    torch.set_num_threads(threads)
+    entries = []
+    for n, k, layers in GROUPS:
+        weights = [torch.randn(n, k) for _ in range(layers)]
+        packed = [ops.pack_weight(w) for w in weights]
+        for rows in ROWS:
+            x = torch.randn(rows, k)
+            run: dict[str, Callable[[], object]] = {
+                "treespec": lambda x=x, p=packed, n=n: [cpu.PACKED_LINEAR(x, w, None, n) for w in p],
+                "aten": lambda x=x, weights=weights: [F.linear(x, w) for w in weights],
+            }
+            if with_inductor:
+                run["inductor"] = inductor(weights, x)
+            seconds: dict[str, list[float]] = {name: [] for name in run}
+            for _ in range(repeats):
+                for name, function in run.items():
+                    started = time.perf_counter()
+                    function()
+                    seconds[name].append(time.perf_counter() - started)
+            for name, values in seconds.items():
+                us = [1e6 * s / layers for s in values[2:]]
+                entries.append(Entry(threads, n, k, layers, rows, name, statistics.median(us), min(us)))
+    return entries
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def meta() -> dict[str, object]:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "commit": git.stdout.strip(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "device": cpu_name(),
+        "cores": os.cpu_count(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+    }
+
+
+def show(entries: list[Entry]) -> None:
+    console = Console(width=120)
+    for threads, n, k, layers in dict.fromkeys((e.threads, e.n, e.k, e.layers) for e in entries):
+        title = f"{layers} layers [{k} -> {n}], {threads} thread(s): median (best) us a layer"
+        table = Table("", *(f"M={m}" for m in ROWS), title=title)
+        group = [e for e in entries if (e.threads, e.n, e.k) == (threads, n, k)]
+        for name in dict.fromkeys(e.name for e in group):
+            table.add_row(name, *(f"{e.median_us:.0f} ({e.min_us:.0f})" for e in group if e.name == name))
+        console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--no-inductor", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if not cpu.load():
+        sys.exit("no native kernels: see the warning above")
+    if given.worker:  # a process for each thread count: Inductor compiles it in
+        entries = measure(given.threads[0], not given.no_inductor, given.repeats)
+        given.output.write_text(json.dumps([asdict(e) for e in entries]))
+        return
+    entries = []
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    for threads in given.threads:
+        part = given.output.with_suffix(f".{threads}.tmp")
+        command = [sys.executable, __file__, "--worker", "--threads", str(threads), "--repeats", str(given.repeats)]
+        command += ["--output", str(part), *(["--no-inductor"] if given.no_inductor else [])]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        entries += [Entry(**e) for e in json.loads(part.read_text())]
+        part.unlink()
+    show(entries)
+    given.output.write_text(json.dumps({"meta": meta(), "entries": [asdict(e) for e in entries]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
