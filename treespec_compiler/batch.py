@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,12 +51,14 @@ def pack(parts: Sequence[Part], cache: TreeCache, device: torch.device, rows: Se
     count = len(tokens)
     chosen = range(count) if rows is None else rows
     # One tensor for all integers, split into views: building eight small tensors costs more than a small draft's layer.
-    flat = torch.tensor([*tokens, *positions, *write, *offsets, *pages, *prefixes, *sizes, *chosen])
+    numbers = array("q", tokens + positions + write + offsets + pages + prefixes + sizes)
+    numbers.extend(chosen)
+    flat = torch.frombuffer(numbers, dtype=torch.int64)
     if device.type != "cpu":
         flat = flat.to(device, non_blocking=True)
     n = len(parts)
-    ids, position, write_index, node_offsets, page_table, prefix_lens, tree_lens, row_index = flat.split(
-        [count, count, count, n + 1, n, n, n, len(chosen)]
+    ids, position, write_index, node_offsets, page_table, prefix_lens, tree_lens, row_index = torch.unsafe_split_with_sizes(
+        flat, [count, count, count, n + 1, n, n, n, len(chosen)]
     )
     words = max(-(-size // WORD_BITS) for size in sizes)
     ancestors = _ancestors(parts, words)
