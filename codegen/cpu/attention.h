@@ -157,14 +157,14 @@ inline int transpose_keys(const float* k, int n, int64_t Dk, float* kt, const fl
 
 // Softmax numerators of one row of scores, in place, masked by `seen`. Updates the row's maximum m and sum l and
 // gives the factor by which what was summed before shrinks.
-inline float softmax_row(float* s, int vectors, uint64_t seen, uint64_t all, float& m, float& l) {
+inline float softmax_row(float* s, int vectors, uint64_t seen, float& m, float& l) {
   vi lane;
   for (int i = 0; i < VW; ++i) lane[i] = 1 << i;
   const vf lowest = splat(-INFINITY);
   vf top = lowest;
   for (int j = 0; j < vectors; ++j) {
     vf x = load(s + j * VW);
-    if (seen != all || (all >> 1 >> 62) == 0) {
+    if (~seen) {
       const vi bits = vi{} + int32_t(seen >> (j * VW) & ((uint64_t(1) << VW) - 1));
       x = (bits & lane) != 0 ? x : lowest;
       store(s + j * VW, x);
@@ -245,7 +245,7 @@ inline void run_task(const Attention& a, const Task& task) {
         scores<R>(t.q.data() + r * Dk, Dk, t.kt.data(), Dk, vectors, t.s.data() + r * CHUNK);
         for (int i = 0; i < R; ++i) {
           const uint64_t seen = t.seen[(r + i) / group] >> shift & ones(n);
-          t.c[r + i] = softmax_row(t.s.data() + (r + i) * CHUNK, vectors, seen, ones(n), t.m[r + i], t.l[r + i]);
+          t.c[r + i] = softmax_row(t.s.data() + (r + i) * CHUNK, vectors, seen, t.m[r + i], t.l[r + i]);
         }
         weigh<R>(t.s.data() + r * CHUNK, n, v, ldv, ldo / VW, t.c.data() + r, t.o.data() + r * ldo, ldo);
       });

@@ -1,4 +1,7 @@
 // The treespec_cpu ops: checks, threads, and the kernels of the headers. Schemas are declared in Python.
+#include <atomic>
+#include <cstdlib>
+
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -122,18 +125,19 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
   int64_t rows_done = 0, units = 0, work = 0;
   for (int64_t r = 0; r < R; ++r) {
     const int64_t first = a.node_offsets[r], last = a.node_offsets[r + 1], length = a.prefix_lens[r] + a.tree_lens[r];
-    TORCH_CHECK(first == (r ? a.node_offsets[r] : first) && first >= 0 && first <= last && last <= T,
+    TORCH_CHECK(0 <= first && first <= last && last <= T,
                 "node_offsets must increase from 0 to at most ", T);
     TORCH_CHECK(a.prefix_lens[r] >= 0 && a.tree_lens[r] >= last - first && length <= slot_pages * page_size,
                 "request ", r, " has ", length, " tokens, its slot ", slot_pages * page_size);
     TORCH_CHECK(a.tree_lens[r] <= 64 * words, a.tree_lens[r], " nodes need more than ", words, " ancestor words");
     units += kv_heads * ((last - first + block - 1) / block);
-    work += (last - first) * heads * length * (Dk + Dv);
+    // a key and its value cost 1.5 units a float, each use of them a third (measured as for packed_linear)
+    work += length * (Dk + Dv) * (3 * kv_heads / 2 + (last - first) * heads / 3);
     rows_done += last - first;
   }
   if (rows_done < T) out.zero_();
 
-  const bool alone = !worth_threads(work / 8);
+  const bool alone = !worth_threads(work);
   static thread_local std::vector<Task> tasks;
   static thread_local std::vector<float> partials;
   tasks.clear();
@@ -156,8 +160,9 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
   if (alone) {
     for (int64_t i = 0; i < count; ++i) run_task(a, list[i]);
   } else {
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) run_task(a, list[i]);
+    std::atomic<int64_t> next{0};  // tasks differ in length: who is free takes one
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run_task(a, list[i]);
     });
   }
   if (splits > 1)
