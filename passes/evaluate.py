@@ -28,11 +28,13 @@ def evaluate_for_length(node: fx.Node, tokens: str, constants: dict[str, Tensor]
         if current.op == "placeholder":
             values[current] = _placeholder(current, tokens, constants, n)
         elif current.op == "get_attr":
-            values[current] = getattr(gm, str(current.target))
+            values[current] = getattr(gm, str(current.target)).cpu()
         elif op_name(current) == "aten.sym_size":
             values[current] = values[current.args[0]].shape[current.args[1]]  # type: ignore[index]
         else:
             args, kwargs = torch.fx.node.map_arg((current.args, current.kwargs), lambda x: values[x])
+            if "device" in kwargs:  # on CPU, wherever the model lives: on meta there would be no values
+                kwargs = {**kwargs, "device": torch.device("cpu")}
             values[current] = current.target(*args, **kwargs)  # type: ignore[operator]
     return values[node]
 
@@ -41,7 +43,7 @@ def _placeholder(node: fx.Node, tokens: str, constants: dict[str, Tensor], n: in
     if node.name == tokens:
         return torch.zeros(1, n, dtype=torch.int64)
     if node.name in constants:
-        return constants[node.name].detach()
+        return constants[node.name].detach().cpu()
     shape = [n if not isinstance(s, int) else s for s in node.meta["val"].shape]
     return torch.arange(n).expand(shape)  # a positions input
 
