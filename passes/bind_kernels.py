@@ -39,4 +39,5 @@ PASS = Pass(
     before="rows are selected",
     after="each treespec op is a kernel of the registry, or its reference",
     level="bound",
+    optional=True,
 )

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class PackSpec:
-    """How a packed weight or bias is made from the module's tensors: pieces in output order, [N, K] or its transpose."""
+    """How a packed weight or bias is made from the module's tensors: pieces in output order, [N, K] or transposed."""
 
     pieces: tuple[tuple[str, bool], ...]  # (placeholder name, transposed)
     bias: bool = False
@@ -90,10 +90,10 @@ def _product(state: GraphState, node: fx.Node) -> _Product | None:
     else:
         return None
     source = _constant(state, weight)
-    if source is None or not isinstance(x, fx.Node) or x.name in state.constants or _rank(weight) != 2:  # type: ignore[arg-type]
+    if source is None or not isinstance(x, fx.Node) or x.name in state.constants or _rank(weight) != 2:
         return None
     bias_source = _constant(state, bias) if bias is not None else None
-    if bias is not None and (bias_source is None or _rank(bias) != 1):  # type: ignore[arg-type]
+    if bias is not None and (bias_source is None or _rank(bias) != 1):
         return None
     out = int(shape_of(node)[-1])
     return _Product(node, x, source[0], source[1] != flip, bias_source[0] if bias_source else None, out)
@@ -106,9 +106,7 @@ def _pack(state: GraphState, members: list[_Product]) -> None:
     if members[0].bias is not None:
         bias = _packed_input(state, PackSpec(tuple((str(m.bias), False) for m in members), bias=True))
     sizes = [m.out_features for m in members]
-    joined = state.call(
-        torch.ops.treespec.packed_linear.default, (members[0].x, weight, bias, sum(sizes)), like=first
-    )
+    joined = state.call(torch.ops.treespec.packed_linear.default, (members[0].x, weight, bias, sum(sizes)), like=first)
     start = 0
     for member, size in zip(members, sizes, strict=True):
         part = joined
@@ -133,4 +131,5 @@ PASS = Pass(
     pack_linears,
     before="any level from stateful on",
     after="same level; products with constant weights are treespec::packed_linear, one per shared input",
+    optional=True,
 )

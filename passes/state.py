@@ -36,6 +36,8 @@ class GraphState:
     limits: list[Limit] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
     packs: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)  # weight placeholder -> the module's name for it
+    notes: dict[str, Any] = field(default_factory=dict)  # what passes found out, by pass name
 
     @property
     def graph(self) -> fx.Graph:
@@ -50,9 +52,11 @@ class GraphState:
 
     @property
     def logits(self) -> fx.Node:
-        return self.output.args[0][0]  # type: ignore[index, return-value]
+        return self.output.args[0][0]
 
-    def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: fx.Node) -> fx.Node:
+    def call(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: fx.Node
+    ) -> fx.Node:
         """Insert a call before `like`, with its fake value and `like`'s provenance."""
         with self.graph.inserting_before(like):
             node = self.graph.call_function(target, args, kwargs or {})

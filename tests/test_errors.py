@@ -28,6 +28,8 @@ EXAMPLES: list[TreespecError] = [
     errors.UnreadableModel(name="hf:/nowhere", problem="no such folder"),
     errors.CorruptTable(path="tree_attention/cpu.json", problem="no key 'schema'"),
     errors.PassError(pass_name="treeify", problem="an arange over the sequence is left"),
+    errors.PassError(pass_name="probe", problem="a changed graph", user=True),
+    errors.InvalidPipeline(got="no pass 'fuze'", expected="a known pass"),
 ]
 
 

@@ -254,12 +254,29 @@ class CorruptTable(TreespecError, ValueError):
 
 @dataclass(eq=False, kw_only=True)
 class PassError(TreespecError, RuntimeError):
-    """A pass broke its promise: the graph after it does not satisfy the level's rules. A bug in treespec."""
+    """A pass broke its promise: the graph after it does not satisfy the level's rules. A bug in the pass."""
 
     pass_name: str
     problem: str
     expected: str = "a graph that satisfies the rules of its level"
+    user: bool = False
+    """Whether the pass is the user's own."""
     template: ClassVar[str] = (
-        "Pass {e.pass_name!r} left a wrong graph: got {e.problem}, expected {e.expected}. "
-        "This is a bug in treespec, nothing was converted: please report it with the model's code."
+        "Pass {e.pass_name!r} left a wrong graph: got {e.problem}, expected {e.expected}. {e.whose}"
     )
+
+    @property
+    def whose(self) -> str:
+        if self.user:
+            return f"Nothing was converted: mend the pass, or take it out of the pipeline (-{self.pass_name})."
+        return "This is a bug in treespec, nothing was converted: please report it with the model's code."
+
+
+@dataclass(eq=False, kw_only=True)
+class InvalidPipeline(TreespecError, ValueError):
+    """A pipeline string, or the order it asks for, that cannot be run."""
+
+    got: str
+    expected: str
+    fix: str = "`treespec passes` lists the passes in order."
+    template: ClassVar[str] = "Invalid pipeline: got {e.got}, expected {e.expected}. {e.fix}"
