@@ -27,9 +27,7 @@ def classify_masks(state: GraphState) -> int:
         if key not in specs:
             specs[key] = _mask_spec(state, forms, node, mask, bool(is_causal))
         spec = specs[key]
-        site = state.call(
-            torch.ops.treespec.causal_attention.default, (q, k, v, scale, spec.window), like=node
-        )
+        site = state.call(torch.ops.treespec.causal_attention.default, (q, k, v, scale, spec.window), like=node)
         node.replace_all_uses_with(site)
         state.graph.erase_node(node)
         state.sites.append(_attention_spec(len(state.sites), site, spec))
@@ -42,14 +40,12 @@ def classify_masks(state: GraphState) -> int:
 def _mask_spec(state: GraphState, forms: ClosedForms, node: fx.Node, mask: Any, is_causal: bool) -> MaskSpec:
     if mask is None:
         if not is_causal:
-            raise refuse(
-                "bidirectional attention: every query sees every key, so this is not a causal decoder", node
-            )
+            raise refuse("bidirectional attention: every query sees every key, so this is not a causal decoder", node)
         return MaskSpec()
     form = forms.of(mask)
     if form is None:
         raise _unknown(forms, mask, node)
-    shape = (*shape_of(node.args[0])[:2], state.length, state.length)  # type: ignore[arg-type]
+    shape = (*shape_of(node.args[0])[:2], state.length, state.length)
     form = broadcast(Form(form.expr, form.shape), shape)
     if is_causal:
         raise refuse("attention has both a mask and is_causal=True", node)
@@ -77,7 +73,7 @@ def _unknown(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Exception:
 
 
 def _attention_spec(index: int, site: fx.Node, mask: MaskSpec) -> AttentionSpec:
-    q, k, v = (shape_of(a) for a in site.args[:3])  # type: ignore[arg-type]
+    q, k, v = (shape_of(a) for a in site.args[:3])
     layer = layer_path(site) or ""
     return AttentionSpec(
         index=index,
@@ -88,7 +84,7 @@ def _attention_spec(index: int, site: fx.Node, mask: MaskSpec) -> AttentionSpec:
         kv_heads=int(k[1]),
         key_dim=int(k[3]),
         value_dim=int(v[3]),
-        scale=float(site.args[3]),  # type: ignore[arg-type]
+        scale=float(site.args[3]),
         mask=mask,
         dtype=site.meta["val"].dtype,
     )

@@ -30,12 +30,12 @@ def evaluate_for_length(node: fx.Node, tokens: str, constants: dict[str, Tensor]
         elif current.op == "get_attr":
             values[current] = getattr(gm, str(current.target)).cpu()
         elif op_name(current) == "aten.sym_size":
-            values[current] = values[current.args[0]].shape[current.args[1]]  # type: ignore[index]
+            values[current] = values[current.args[0]].shape[current.args[1]]
         else:
             args, kwargs = torch.fx.node.map_arg((current.args, current.kwargs), lambda x: values[x])
             if "device" in kwargs:  # on CPU, wherever the model lives: on meta there would be no values
                 kwargs = {**kwargs, "device": torch.device("cpu")}
-            values[current] = current.target(*args, **kwargs)  # type: ignore[operator]
+            values[current] = current.target(*args, **kwargs)
     return values[node]
 
 

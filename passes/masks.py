@@ -75,7 +75,7 @@ def _visible_distances(form: Form, q: sympy.Symbol, k: sympy.Symbol) -> _Visible
         replaced[atom] = atom.func(gap, 0)
         if gap.free_symbols:
             at = -gap.coeff(_DISTANCE, 0) / gap.coeff(_DISTANCE, 1)
-            breakpoints |= {int(math.floor(at)), int(math.ceil(at))}
+            breakpoints |= {math.floor(at), math.ceil(at)}
     expr = expr.xreplace(replaced)
     if expr.free_symbols - {_DISTANCE}:
         raise NotAMask(f"the mask is not a function of the distance q - k: {text}")
@@ -108,7 +108,9 @@ def _spec(seen: _Visible, limit: int | None, text: str) -> MaskSpec:
         reach = "every later token" if seen.low is None else f"{-seen.low} later token(s)"
         raise NotAMask(f"a query sees {reach}, so this is not a causal decoder: {text}")
     if seen.low > 0:
-        raise NotAMask(f"a query does not see the last {seen.low} token(s), itself included (an off-by-one mask?): {text}")
+        raise NotAMask(
+            f"a query does not see the last {seen.low} token(s), itself included (an off-by-one mask?): {text}"
+        )
     return MaskSpec(window=0 if seen.high is None else seen.high + 1, limit=limit)
 
 

@@ -31,8 +31,8 @@ class Cut:
 
 # Arguments that are sizes: here the number of tokens is a shape, which the tree program reads as the number of nodes.
 _SIZE_OPS = {
-    "aten.reshape", "aten.expand", "aten.arange", "aten.full", "aten.ones", "aten.zeros", "aten.new_ones", "aten.new_zeros",
-    "aten.new_full", "aten.slice", "aten.sym_size", "aten.unflatten", "aten.empty", "aten.new_empty",
+    "aten.reshape", "aten.expand", "aten.arange", "aten.full", "aten.ones", "aten.zeros", "aten.new_ones",
+    "aten.new_zeros", "aten.new_full", "aten.slice", "aten.sym_size", "aten.unflatten", "aten.empty", "aten.new_empty",
 }  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def _table_slice(state: GraphState, forms: ClosedForms, node: fx.Node, at: int) 
     if op_name(node) != "aten.slice":
         return None
     source: Any = node.args[0]
-    dim = int(node.args[1] if len(node.args) > 1 else 0) % len(shape_of(source))  # type: ignore[call-overload]
+    dim = int(node.args[1] if len(node.args) > 1 else 0) % len(shape_of(source))
     if dim != at or any(state.length in s.free_symbols for s in shape_of(source)):
         return None
     step = node.args[4] if len(node.args) > 4 else 1
@@ -133,7 +133,10 @@ def _refuse_length_as_number(state: GraphState, node: fx.Node) -> None:
         return  # size arithmetic
     for operand in node.all_input_nodes:
         size = operand.meta.get("val")
-        if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) and state.length in size.node.expr.free_symbols:
+        if (
+            isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool))
+            and state.length in size.node.expr.free_symbols
+        ):
             raise refuse(
                 f"the number of tokens is used as a number: {size.node.expr}",
                 node,

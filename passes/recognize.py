@@ -93,8 +93,8 @@ def _unrepeat(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
 def _repeated(node: fx.Node) -> fx.Node | None:
     """x of `x[:, :, None].expand(1, Hkv, G, T, D).reshape(1, Hkv * G, T, D)` or of `repeat_interleave(x, G, 1)`."""
     if op_name(node) == "aten.repeat_interleave" and len(node.args) > 2 and node.args[2] in (1, -3):
-        return node.args[0] if isinstance(node.args[1], int) else None  # type: ignore[return-value]
-    if op_name(node) != "aten.reshape" or op_name(node.args[0]) != "aten.expand":  # type: ignore[arg-type]
+        return node.args[0] if isinstance(node.args[1], int) else None
+    if op_name(node) != "aten.reshape" or op_name(node.args[0]) != "aten.expand":
         return None
     expand: Any = node.args[0]
     insert: Any = expand.args[0]

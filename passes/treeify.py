@@ -35,7 +35,9 @@ def treeify(state: GraphState) -> int:
     for node, what in cut.items():
         if what.kind == "constant":
             continue
-        new = _position(state, node, what, positions) if what.kind == "position" else _table(state, node, what, positions)
+        new = (
+            _position(state, node, what, positions) if what.kind == "position" else _table(state, node, what, positions)
+        )
         node.replace_all_uses_with(new)
         matches += 1
     return matches

@@ -57,8 +57,8 @@ def pack(parts: Sequence[Part], cache: TreeCache, device: torch.device, rows: Se
     if device.type != "cpu":
         flat = flat.to(device, non_blocking=True)
     n = len(parts)
-    ids, position, write_index, node_offsets, page_table, prefix_lens, tree_lens, row_index = torch.unsafe_split_with_sizes(
-        flat, [count, count, count, n + 1, n, n, n, len(chosen)]
+    ids, position, write_index, node_offsets, page_table, prefix_lens, tree_lens, row_index = (
+        torch.unsafe_split_with_sizes(flat, [count, count, count, n + 1, n, n, n, len(chosen)])
     )
     words = max(-(-size // WORD_BITS) for size in sizes)
     ancestors = _ancestors(parts, words)

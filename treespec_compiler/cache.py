@@ -96,9 +96,7 @@ class TreeCache:
         if not path:
             return
         if tree is None:
-            raise InvalidPath(
-                got=f"path {list(path)} for slot {slot}", expected="[]: the slot has no uncommitted tree"
-            )
+            raise InvalidPath(got=f"path {list(path)} for slot {slot}", expected="[]: the slot has no uncommitted tree")
         parent = -1
         for node in path:
             if not isinstance(node, int) or not 0 <= node < len(tree):

@@ -103,7 +103,6 @@ class CallSpec:
         args = tuple(fill(str(i), a) for i, a in enumerate(self.args))
         return CallSpec(args, {k: fill(k, v) for k, v in self.kwargs.items()}, self.roles)
 
-
     def with_length(self, length: int) -> CallSpec:
         """The same call with `length` example tokens."""
         tokens = _tokens_of(self)
@@ -261,10 +260,7 @@ def _export(gm: fx.GraphModule, inputs: list[Any]) -> dict[str, Any]:
     mode = context.fake_mode
     assert mode is not None
     # NOTE parameters arrive as real tensors; another mode than Dynamo's own would be "Mixing fake modes".
-    fakes = [
-        mode.from_tensor(a) if isinstance(a, Tensor) and not isinstance(a, FakeTensor) else a
-        for a in inputs
-    ]
+    fakes = [mode.from_tensor(a) if isinstance(a, Tensor) and not isinstance(a, FakeTensor) else a for a in inputs]
     sources = [_source_name(n) for n in gm.graph.nodes if n.op == "placeholder"]
     graph, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
     return {"graph": graph, "signature": signature, "inputs": inputs, "sources": sources, "mode": mode}
@@ -327,7 +323,9 @@ def _tidy(traced: dict[str, Any], model: nn.Module, call: CallSpec, example_leng
     _replace_sizes(gm, tokens, sizes, length.node.expr)
     mode = traced["mode"]
     guards = [g.expr for g in mode.shape_env.guards] if mode.shape_env is not None else []
-    return Capture(gm, tokens.name, positions, weights, length.node.expr, example_length, mode, _bounds(mode, length, guards))
+    return Capture(
+        gm, tokens.name, positions, weights, length.node.expr, example_length, mode, _bounds(mode, length, guards)
+    )
 
 
 def _bounds(mode: Any, length: torch.SymInt, guards: list[sympy.Basic]) -> list[sympy.Basic]:
@@ -345,7 +343,9 @@ def _bounds(mode: Any, length: torch.SymInt, guards: list[sympy.Basic]) -> list[
 
 def _refuse_state_changes(signature: Any, gm: fx.GraphModule, weights: dict[str, WeightRef]) -> None:
     changed = list(getattr(signature, "buffers_to_mutate", {}).values())
-    changed += [weights[n].name if n in weights else n for n in getattr(signature, "user_inputs_to_mutate", {}).values()]
+    changed += [
+        weights[n].name if n in weights else n for n in getattr(signature, "user_inputs_to_mutate", {}).values()
+    ]
     if changed:
         raise Unsupported(
             f"the forward pass changes state in place: {', '.join(changed)}",

@@ -70,7 +70,9 @@ def meaning(state: GraphState) -> tuple[Any, ...]:
     rows = []
     for node in state.graph.nodes:
         names[node] = len(names)
-        rows.append((node.op, str(node.target) if node.op == "call_function" else node.op, key(node.args), key(node.kwargs)))
+        rows.append(
+            (node.op, str(node.target) if node.op == "call_function" else node.op, key(node.args), key(node.kwargs))
+        )
     masks = tuple((s.mask.window, s.mask.limit, s.scale, s.heads, s.kv_heads) for s in state.sites)
     return masks, tuple(rows)
 

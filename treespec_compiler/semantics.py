@@ -79,7 +79,9 @@ def _error(got: Tensor, expected: Tensor) -> float:
 def random_tree(size: int, vocab: int, seed: int) -> TokenTree:
     """A random tree of `size` nodes."""
     rng = random.Random(seed)
-    return TokenTree([rng.randrange(vocab) for _ in range(size)], [rng.randrange(-1, i) if i else -1 for i in range(size)])
+    return TokenTree(
+        [rng.randrange(vocab) for _ in range(size)], [rng.randrange(-1, i) if i else -1 for i in range(size)]
+    )
 
 
 def semantic_check(model: nn.Module, call: CallSpec) -> Check:

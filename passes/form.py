@@ -1,0 +1,90 @@
+"""Forms: sympy expressions over the axes of a tensor, and the symbolic sizes they come with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import Tensor, fx
+
+Shape = tuple[sympy.Expr, ...]
+
+
+def axis(i: int) -> sympy.Symbol:
+    """The index symbol of dimension i."""
+    return sympy.Symbol(f"a{i}", integer=True, nonnegative=True)
+
+
+@dataclass(frozen=True)
+class Form:
+    """`expr` over axis symbols, for a tensor of this shape."""
+
+    expr: Any  # sympy.Expr or Boolean
+    shape: Shape
+
+    @property
+    def is_bool(self) -> bool:
+        # NOTE sympy counts a plain Symbol as Boolean too.
+        return isinstance(self.expr, Boolean) and not isinstance(self.expr, sympy.Symbol)
+
+    @property
+    def tables(self) -> set[Any]:
+        return self.expr.atoms(sympy.core.function.AppliedUndef)
+
+    def as_number(self) -> sympy.Expr:
+        return sympy.Piecewise((1, self.expr), (0, True)) if self.is_bool else self.expr
+
+    def as_bool(self) -> Any:
+        if self.is_bool:
+            return self.expr
+        if isinstance(self.expr, sympy.Piecewise) and [v for v, _ in self.expr.args] == [1, 0]:
+            return self.expr.args[0][1]
+        return sympy.Ne(self.expr, 0)
+
+
+def packet(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is not None:
+        namespace, _, name = str(packet).partition(".")
+        return name if namespace == "aten" else str(packet)
+    return getattr(node.target, "__name__", "")
+
+
+def number(value: Any) -> sympy.Expr:
+    """An exact sympy number: integers stay integers, floats keep every bit."""
+    if isinstance(value, bool):
+        return sympy.Integer(int(value))
+    if isinstance(value, int):
+        return sympy.Integer(value)
+    if value != value:
+        return sympy.nan
+    if value in (float("inf"), float("-inf")):
+        return sympy.oo if value > 0 else -sympy.oo
+    return sympy.Integer(int(value)) if value == int(value) else sympy.Rational(*float(value).as_integer_ratio())
+
+
+def size_of(value: Any) -> sympy.Expr:
+    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(int(value))
+
+
+def shape_of_tensor(tensor: Tensor) -> Shape:
+    return tuple(size_of(s) for s in tensor.shape)
+
+
+def shape_of(node: fx.Node) -> Shape:
+    """Symbolic shape of a tensor node."""
+    return shape_of_tensor(node.meta["val"])
+
+
+def rename(form: Form, mapping: dict[int, Any]) -> Any:
+    """The expression with axis i replaced by mapping[i] (all at once)."""
+    replacements = {axis(i): sympy.sympify(v) for i, v in mapping.items()}
+    return sympy.sympify(form.expr).xreplace(replacements) if replacements else form.expr
+
+
+def broadcast(form: Form, shape: Shape) -> Form:
+    shift = len(shape) - len(form.shape)
+    return Form(rename(form, {i: axis(i + shift) for i in range(len(form.shape))}), shape)

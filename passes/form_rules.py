@@ -1,0 +1,389 @@
+"""Closed-form rules: what each ATen op does to forms. An op without a rule has no closed form."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import sympy
+import torch
+from torch import fx
+
+from .form import Form, axis, broadcast, number, packet, rename, shape_of
+
+
+class Forms(Protocol):
+    """Where a rule finds its operands' forms."""
+
+    def of(self, node: fx.Node) -> Form | None: ...
+
+
+class Call:
+    """Arguments of one node, resolved to forms and sizes."""
+
+    def __init__(self, forms: Forms, node: fx.Node) -> None:
+        self.forms, self.node = forms, node
+        self.shape = shape_of(node)
+        self.dtype: torch.dtype = node.meta["val"].dtype
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        if len(self.node.args) > index:
+            return self.node.args[index]
+        return self.node.kwargs.get(name, default)
+
+    def form(self, value: Any) -> Form | None:
+        if isinstance(value, fx.Node):
+            return self.forms.of(value)
+        if isinstance(value, bool):
+            return Form(sympy.true if value else sympy.false, ())
+        if isinstance(value, (int, float)):
+            return Form(number(value), ())
+        return None
+
+    def size(self, value: Any) -> sympy.Expr | None:
+        if isinstance(value, fx.Node):
+            form = self.forms.of(value)
+            return form.expr if form is not None and form.shape == () else None
+        return sympy.Integer(value) if isinstance(value, int) else None
+
+    def broadcast(self, value: Any) -> Form | None:
+        """The argument as a form over this node's own axes."""
+        form = self.form(value)
+        return None if form is None else broadcast(form, self.shape)
+
+    def result(self, expr: Any) -> Form:
+        """Wrap an expression, converting between booleans and numbers as the node's dtype asks."""
+        form = Form(sympy.sympify(expr), self.shape)
+        if self.dtype is torch.bool:
+            return Form(form.as_bool(), self.shape)
+        return Form(form.as_number(), self.shape)
+
+
+def _arange(call: Call) -> Form | None:
+    args = [call.size(a) for a in call.node.args]
+    if any(a is None for a in args):
+        return None
+    start, step = (sympy.Integer(0) if len(args) == 1 else args[0]), (args[2] if len(args) == 3 else sympy.Integer(1))
+    return call.result(start + step * axis(0))
+
+
+def _constant(value: Any) -> Callable[[Call], Form | None]:
+    return lambda call: (
+        call.result(sympy.true if value else sympy.false) if call.dtype is torch.bool else call.result(number(value))
+    )
+
+
+def _filled(index: int) -> Callable[[Call], Form | None]:
+    def rule(call: Call) -> Form | None:
+        value = call.form(call.arg(index, "fill_value"))
+        return None if value is None or value.shape != () else call.result(value.expr)
+
+    return rule
+
+
+def _pointwise(function: Callable[..., Any], *, numeric: bool = True) -> Callable[[Call], Form | None]:
+    def rule(call: Call) -> Form | None:
+        if call.node.kwargs.get("alpha", 1) != 1 or (len(call.node.args) > 2 and packet(call.node) in ("add", "sub")):
+            return None
+        forms = [call.broadcast(a) for a in call.node.args]
+        values = [(f.as_number() if numeric else f.as_bool()) for f in forms if f is not None]
+        return call.result(function(*values)) if len(values) == len(forms) else None
+
+    return rule
+
+
+def _compare(relation: Callable[..., Any]) -> Callable[[Call], Form | None]:
+    """A comparison; branches of a Piecewise are compared one by one, so that the result is plain logic."""
+
+    def decide(a: Any, b: Any) -> Any:
+        for left, x in ((True, a), (False, b)):
+            folded = sympy.piecewise_fold(x) if x.has(sympy.Piecewise) else x
+            if isinstance(folded, sympy.Piecewise):
+                result, rest = sympy.false, sympy.true
+                for value, condition in folded.args:
+                    branch = decide(value, b) if left else decide(a, value)
+                    result, rest = (
+                        sympy.Or(result, sympy.And(rest, condition, branch)),
+                        sympy.And(rest, sympy.Not(condition)),
+                    )
+                return result
+        return relation(a, b)
+
+    return _pointwise(decide)
+
+
+def _bitwise(logical: Callable[..., Any]) -> Callable[[Call], Form | None]:
+    def rule(call: Call) -> Form | None:
+        if call.dtype is not torch.bool:
+            return None
+        return _pointwise(logical, numeric=False)(call)
+
+    return rule
+
+
+def _divide(call: Call) -> Form | None:
+    a, b = call.broadcast(call.node.args[0]), call.broadcast(call.node.args[1])
+    if a is None or b is None or b.as_number() == 0:
+        return None
+    mode = call.node.kwargs.get("rounding_mode")
+    quotient = a.as_number() / b.as_number()
+    if mode is None:
+        return call.result(quotient)
+    return call.result(sympy.floor(quotient)) if mode == "floor" else None
+
+
+def _clamp(call: Call) -> Form | None:
+    form = call.broadcast(call.node.args[0])
+    if form is None:
+        return None
+    expr = form.as_number()
+    for bound, pick in ((call.arg(1, "min"), sympy.Max), (call.arg(2, "max"), sympy.Min)):
+        if bound is not None:
+            limit = call.broadcast(bound)
+            if limit is None:
+                return None
+            expr = pick(expr, limit.as_number())
+    return call.result(expr)
+
+
+def _where(call: Call) -> Form | None:
+    if len(call.node.args) != 3:
+        return None
+    return _choose(call, *(call.broadcast(a) for a in call.node.args))
+
+
+def _masked_fill(call: Call) -> Form | None:
+    kept, mask, value = (call.broadcast(a) for a in call.node.args[:3])
+    return _choose(call, mask, value, kept)
+
+
+def _choose(call: Call, mask: Form | None, yes: Form | None, no: Form | None) -> Form | None:
+    if mask is None or yes is None or no is None:
+        return None
+    condition = mask.as_bool()
+    if call.dtype is torch.bool:
+        return call.result(sympy.Or(sympy.And(condition, yes.as_bool()), sympy.And(sympy.Not(condition), no.as_bool())))
+    return call.result(sympy.Piecewise((yes.as_number(), condition), (no.as_number(), True)))
+
+
+def _identity(call: Call) -> Form | None:
+    form = call.form(call.node.args[0])
+    if form is None:
+        return None
+    source = call.node.args[0].meta["val"].dtype
+    to_integer = not call.dtype.is_floating_point and call.dtype is not torch.bool
+    if to_integer and source.is_floating_point and form.expr.is_integer is not True:
+        return None  # rounding
+    return call.result(form.expr)
+
+
+def _dim(call: Call, dim: Any, rank: int) -> int:
+    return int(dim) % max(rank, 1)
+
+
+def _unsqueeze(call: Call) -> Form | None:
+    form = call.form(call.node.args[0])
+    if form is None:
+        return None
+    at = _dim(call, call.node.args[1], len(call.shape))
+    return call.result(rename(form, {i: axis(i + (i >= at)) for i in range(len(form.shape))}))
+
+
+def _reshape(call: Call) -> Form | None:
+    """Only size-1 dimensions may come or go."""
+    form = call.form(call.node.args[0])
+    if form is None:
+        return None
+    before = [i for i, s in enumerate(form.shape) if s != 1]
+    after = [i for i, s in enumerate(call.shape) if s != 1]
+    if [form.shape[i] for i in before] != [call.shape[i] for i in after]:
+        return None
+    return call.result(rename(form, {b: axis(a) for b, a in zip(before, after, strict=True)}))
+
+
+def _expand(call: Call) -> Form | None:
+    return call.broadcast(call.node.args[0])
+
+
+def _permute(call: Call) -> Form | None:
+    form = call.form(call.node.args[0])
+    if form is None:
+        return None
+    rank = len(form.shape)
+    if packet(call.node) == "permute":
+        order = [_dim(call, d, rank) for d in call.node.args[1]]
+    else:
+        order = list(range(rank))
+        i, j = (_dim(call, d, rank) for d in call.node.args[1:3]) if packet(call.node) == "transpose" else (0, rank - 1)
+        order[i], order[j] = order[j], order[i]
+    return call.result(rename(form, {old: axis(new) for new, old in enumerate(order)}))
+
+
+def _start(call: Call, start: Any, size: sympy.Expr) -> sympy.Expr | None:
+    value = call.size(0 if start is None else start)
+    if value is None:
+        return None
+    return value + size if value.is_negative else value
+
+
+def _slice(call: Call) -> Form | None:
+    form = call.form(call.node.args[0])
+    if form is None:
+        return None
+    at = _dim(call, call.arg(1, "dim", 0), len(form.shape))
+    step = call.size(call.arg(4, "step", 1))
+    start = _start(call, call.arg(2, "start"), form.shape[at])
+    return None if start is None or step is None else call.result(rename(form, {at: start + step * axis(at)}))
+
+
+def _select(call: Call) -> Form | None:
+    form = call.form(call.node.args[0])
+    if form is None:
+        return None
+    at = _dim(call, call.node.args[1], len(form.shape))
+    index = _start(call, call.node.args[2], form.shape[at])
+    if index is None:
+        return None
+    mapping: dict[int, Any] = {i: axis(i - (i > at)) for i in range(len(form.shape))}
+    mapping[at] = index
+    return call.result(rename(form, mapping))
+
+
+def _index(call: Call) -> Form | None:
+    """Advanced indexing whose index tensors stand side by side."""
+    form = call.form(call.node.args[0])
+    if form is None:
+        return None
+    indices = list(call.node.args[1])
+    used = [i for i, x in enumerate(indices) if x is not None]
+    if not used or used != list(range(used[0], used[-1] + 1)):
+        return None
+    rank = len(call.shape) - (len(form.shape) - len(used))
+    first = used[0]
+    mapping: dict[int, Any] = {}
+    for i in range(len(form.shape)):
+        if i in used:
+            index = call.form(indices[i])
+            if index is None or index.is_bool:
+                return None
+            shift = first + rank - len(index.shape)
+            mapping[i] = rename(index, {j: axis(j + shift) for j in range(len(index.shape))})
+        else:
+            mapping[i] = axis(i if i < first else i - len(used) + rank)
+    return call.result(rename(form, mapping))
+
+
+def _index_select(call: Call) -> Form | None:
+    form, index = call.form(call.node.args[0]), call.form(call.node.args[2])
+    if form is None or index is None or len(index.shape) != 1:
+        return None
+    at = _dim(call, call.node.args[1], len(form.shape))
+    return call.result(rename(form, {at: rename(index, {0: axis(at)})}))
+
+
+def _cumsum(call: Call) -> Form | None:
+    form = call.form(call.node.args[0])
+    if form is None or not form.shape:
+        return None
+    at = _dim(call, call.node.args[1], len(form.shape))
+    expr = form.as_number()
+    return None if axis(at) in expr.free_symbols else call.result(sympy.expand(expr * (axis(at) + 1)))
+
+
+def _diff(call: Call) -> Form | None:
+    form, before = call.form(call.node.args[0]), call.form(call.arg(3, "prepend"))
+    at = _dim(call, call.arg(2, "dim", -1), len(call.shape))
+    if (
+        form is None
+        or before is None
+        or call.arg(1, "n", 1) != 1
+        or before.shape[at] != 1
+        or call.arg(4, "append") is not None
+    ):
+        return None
+    expr = form.as_number()
+    later = sympy.expand(expr - expr.xreplace({axis(at): axis(at) - 1}))
+    first = sympy.expand(expr.xreplace({axis(at): sympy.Integer(0)}) - before.as_number())
+    return call.result(later if later == first else sympy.Piecewise((first, sympy.Eq(axis(at), 0)), (later, True)))
+
+
+def _triangle(lower: bool) -> Callable[[Call], Form | None]:
+    def rule(call: Call) -> Form | None:
+        form = call.form(call.node.args[0])
+        if form is None:
+            return None
+        row, column = axis(len(call.shape) - 2), axis(len(call.shape) - 1)
+        diagonal = number(call.arg(1, "diagonal", 0))
+        kept = sympy.Le(column - row, diagonal) if lower else sympy.Ge(column - row, diagonal)
+        return _choose(call, Form(kept, call.shape), form, Form(sympy.Integer(0), call.shape))
+
+    return rule
+
+
+RULES: dict[str, Callable[[Call], Form | None]] = {
+    "arange": _arange,
+    "ones": _constant(1),
+    "zeros": _constant(0),
+    "new_ones": _constant(1),
+    "new_zeros": _constant(0),
+    "ones_like": _constant(1),
+    "zeros_like": _constant(0),
+    "full": _filled(1),
+    "full_like": _filled(1),
+    "new_full": _filled(2),
+    "scalar_tensor": _filled(0),
+    "add": _pointwise(operator.add),
+    "sub": _pointwise(operator.sub),
+    "rsub": _pointwise(lambda a, b: b - a),
+    "mul": _pointwise(operator.mul),
+    "neg": _pointwise(operator.neg),
+    "abs": _pointwise(sympy.Abs),
+    "minimum": _pointwise(sympy.Min),
+    "maximum": _pointwise(sympy.Max),
+    "remainder": _pointwise(sympy.Mod),
+    "floor_divide": _pointwise(lambda a, b: sympy.floor(a / b)),
+    "div": _divide,
+    "clamp": _clamp,
+    "clamp_min": _pointwise(sympy.Max),
+    "clamp_max": _pointwise(sympy.Min),
+    "eq": _compare(sympy.Eq),
+    "ne": _compare(sympy.Ne),
+    "lt": _compare(sympy.Lt),
+    "le": _compare(sympy.Le),
+    "gt": _compare(sympy.Gt),
+    "ge": _compare(sympy.Ge),
+    "__and__": _bitwise(sympy.And),
+    "__or__": _bitwise(sympy.Or),
+    "bitwise_and": _bitwise(sympy.And),
+    "bitwise_or": _bitwise(sympy.Or),
+    "bitwise_not": _bitwise(sympy.Not),
+    "logical_and": _pointwise(sympy.And, numeric=False),
+    "logical_or": _pointwise(sympy.Or, numeric=False),
+    "logical_not": _pointwise(sympy.Not, numeric=False),
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "_to_copy": _identity,
+    "clone": _identity,
+    "detach": _identity,
+    "alias": _identity,
+    "contiguous": _identity,
+    "lift_fresh_copy": _identity,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _reshape,
+    "view": _reshape,
+    "reshape": _reshape,
+    "_unsafe_view": _reshape,
+    "expand": _expand,
+    "permute": _permute,
+    "transpose": _permute,
+    "t": _permute,
+    "slice": _slice,
+    "select": _select,
+    "index": _index,
+    "index_select": _index_select,
+    "cumsum": _cumsum,
+    "diff": _diff,
+    "tril": _triangle(lower=True),
+    "triu": _triangle(lower=False),
+}
