@@ -109,15 +109,19 @@ def run_passes(
     state: GraphState,
     passes: Sequence[Pass],
     checks: Sequence[Check] = (),
+    user_checks: Sequence[Check] = (),
     instruments: Sequence[Instrument] = (),
 ) -> History:
-    """Run `passes` in order; each check is called after each pass with (state, pass name) and raises on a broken graph."""
+    """Run `passes` in order; each check is called after each pass with (state, pass name) and raises on a broken graph.
+
+    `user_checks` are called as well after a user's pass that changed the graph.
+    """
     history = History()
     for step in passes:
         for instrument in instruments:
             instrument.before(state, step)
         try:
-            record = _run(state, step, checks)
+            record = _run(state, step, checks, user_checks)
         except Exception as error:
             log.error(
                 "pass %s failed: %s", step.name, str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -134,7 +138,7 @@ def run_passes(
     return history
 
 
-def _run(state: GraphState, step: Pass, checks: Sequence[Check]) -> PassRecord:
+def _run(state: GraphState, step: Pass, checks: Sequence[Check], user_checks: Sequence[Check]) -> PassRecord:
     print_before, nodes, started = fingerprint(state), len(state.graph.nodes), time.perf_counter()
     try:
         matches = step.run(state)
@@ -160,7 +164,7 @@ def _run(state: GraphState, step: Pass, checks: Sequence[Check]) -> PassRecord:
     if not isinstance(matches, int):
         problem = f"{type(matches).__name__} returned"
         raise PassError(pass_name=step.name, problem=problem, expected="the number of matches", user=step.user)
-    for check in checks:
+    for check in (*checks, *user_checks) if step.user and changed else checks:
         try:
             check(state, step.name)
         except PassError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +37,11 @@ class GraphState:
     limits: list[Limit] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
     packs: dict[str, Any] = field(default_factory=dict)
+    proved_from: set[str] = field(default_factory=set)  # constants whose values a proof used
     labels: dict[str, str] = field(default_factory=dict)  # weight placeholder -> the module's name for it
     notes: dict[str, Any] = field(default_factory=dict)  # what passes found out, by pass name
+    max_context: int | None = None  # the context that was asked for
+    other_length: Callable[[int], GraphState] | None = None  # the same model analysed for another number of tokens
 
     @property
     def graph(self) -> fx.Graph:

@@ -40,6 +40,8 @@ class Options:
     """Prompt tokens that run in one call."""
     kernels: Kernels = "auto"
     """Which implementations ops are bound to: the best registered, ATen only, or the readable references."""
+    pipeline: str | None = None
+    """Passes to run, such as `default,mine,-fuse`; None: the default pipeline."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import codegen  # noqa: F401  (enters the kernels into the registry)
+from . import codegen, guard_pass  # noqa: F401  (codegen enters the kernels into the registry)
 from .capture import CallSpec, Capture, WeightRef, capture
-from .errors import PassError, Unsupported
-from .guards import discharge_guards
+from .errors import InvalidPipeline, PassError, Unsupported
 from .ir import ops, verify
 from .ir.registry import best_kernel
 from .ir.specs import Limit
 from .options import Options
-from .passes import bind_kernels, classify, insert_state, normalize, pack_linears, recognize, select_rows
-from .passes import token_locality, treeify
-from .passes.manager import Check, History, Pass, run_passes
+from .passes import (
+    bind_kernels,
+    classify,
+    insert_state,
+    normalize,
+    pack_linears,
+    recognize,
+    select_rows,
+    token_locality,
+    treeify,
+)
+from .passes.manager import Check, History, Instrument, Pass, run_passes
+from .passes.plan import plan
+from .passes.registry import registered_passes
 from .passes.state import GraphState
 
 log = logging.getLogger("treespec.pipeline")
 
-# What is proved about the captured graph, and then what is rewritten.
+# What is proved about the captured graph, what is rewritten, and what makes it fast.
 ANALYSIS: tuple[Pass, ...] = (normalize.PASS, recognize.PASS, classify.PASS, token_locality.PASS)
 REWRITES: tuple[Pass, ...] = (treeify.PASS, insert_state.PASS, select_rows.PASS)
+KERNELS: tuple[Pass, ...] = (pack_linears.PASS, bind_kernels.PASS)
+DEFAULT: tuple[Pass, ...] = (*ANALYSIS, guard_pass.PASS, *REWRITES, *KERNELS)
 
 
 @dataclass
@@ -43,9 +56,85 @@ class Converted:
     input_vocab: int | None
 
 
-def analyse(captured: Capture, checks: list[Check]) -> tuple[GraphState, History]:
-    """Run the proofs on a captured graph."""
-    state = GraphState(
+@dataclass
+class Prepared:
+    """A captured model, and the passes that are to run on it."""
+
+    state: GraphState
+    weights: dict[str, WeightRef]
+    passes: list[Pass]
+    checks: list[Check]
+    capture_seconds: float
+
+
+def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
+    """Capture a model and plan its pipeline; nothing has run yet."""
+    refuse_subclasses(model)
+    others = registered_passes() if options.pipeline else {}
+    plan(options.pipeline, DEFAULT, others)  # a wrong string is refused before the capture, which takes seconds
+    started = time.perf_counter()
+    captured = capture(model, call)
+    seconds = time.perf_counter() - started
+    state = _state(captured, options)
+    passes = plan(options.pipeline, _available(state, options), others | {p.slug: p for p in KERNELS})
+    checks: list[Check] = [] if options.verify_each == "none" else [check_level]
+    proofs = passes[: passes.index(guard_pass.PASS)] if guard_pass.PASS in passes else []
+
+    def other_length(tokens: int) -> GraphState:
+        """The proofs for an example prompt of another length; nothing of it is kept."""
+        there = _state(capture(model, call.with_length(tokens)), options)
+        run_passes(there, proofs, checks)
+        return there
+
+    state.other_length = other_length
+    return Prepared(state, captured.weights, passes, checks, seconds)
+
+
+def convert(
+    model: nn.Module,
+    call: CallSpec,
+    options: Options,
+    checks: Sequence[Check] = (),
+    user_checks: Sequence[Check] = (),
+    instruments: Sequence[Instrument] = (),
+) -> Converted:
+    """Turn a decoder into a tree-verification graph, or raise `Unsupported`. `user_checks` follow users' passes."""
+    prepared = prepare(model, call, options)
+    state = prepared.state
+    check_complete(prepared.passes)
+    history = run_passes(state, prepared.passes, [*prepared.checks, *checks], user_checks, instruments)
+    state.other_length = None
+    _drop_unused_inputs(state)
+    max_context, limits = _context(state.limits, options.max_context)
+    return Converted(
+        state, prepared.weights, history, prepared.capture_seconds, max_context, limits, _input_vocab(state)
+    )
+
+
+def check_complete(passes: Sequence[Pass]) -> None:
+    """A program is made by every pass that is part of the proof."""
+    missing = next((p for p in DEFAULT if not p.optional and p not in passes), None)
+    if missing is not None:
+        raise InvalidPipeline(
+            got=f"a pipeline without {missing.name!r}",
+            expected="every pass that is not optional",
+            fix="Only `treespec opt`, which makes no program, runs a part of the pipeline.",
+        )
+
+
+def _available(state: GraphState, options: Options) -> list[Pass]:
+    """The default pipeline for this device, dtype and choice of kernels."""
+    value: Any = state.logits.meta["val"]
+    passes = list(DEFAULT)
+    if options.kernels != "auto" or best_kernel(ops.packed_linear, value.device, value.dtype) is None:
+        passes.remove(pack_linears.PASS)
+    if options.kernels == "reference":
+        passes.remove(bind_kernels.PASS)
+    return passes
+
+
+def _state(captured: Capture, options: Options) -> GraphState:
+    return GraphState(
         gm=captured.graph,
         tokens=captured.tokens,
         position_inputs=captured.positions,
@@ -53,36 +142,9 @@ def analyse(captured: Capture, checks: list[Check]) -> tuple[GraphState, History
         length=captured.length,
         fake_mode=captured.fake_mode,
         guards=captured.guards,
+        labels={name: ref.name for name, ref in captured.weights.items()},
+        max_context=options.max_context,
     )
-    return state, run_passes(state, ANALYSIS, checks)
-
-
-def convert(model: nn.Module, call: CallSpec, options: Options, checks: list[Check] | None = None) -> Converted:
-    """Turn a decoder into a tree-verification graph, or raise `Unsupported`."""
-    refuse_subclasses(model)
-    started = time.perf_counter()
-    captured = capture(model, call)
-    capture_seconds = time.perf_counter() - started
-    levels: list[Check] = [] if options.verify_each == "none" else [check_level]
-    checks = levels + (checks or [])
-    state, history = analyse(captured, checks)
-
-    def analyse_other(tokens: int) -> GraphState:
-        """The proofs for an example prompt of another length; nothing of it is kept."""
-        return analyse(capture(model, call.with_length(tokens)), levels)[0]
-
-    state.limits += discharge_guards(state, analyse_other, options.max_context)
-    rewrites = list(REWRITES)
-    device, dtype = _device_and_dtype(state)
-    if options.kernels == "auto" and best_kernel(ops.packed_linear, device, dtype) is not None:
-        rewrites.append(pack_linears.PASS)
-    if options.kernels != "reference":
-        rewrites.append(bind_kernels.PASS)
-    later = run_passes(state, rewrites, checks)
-    history.records += later.records
-    _drop_unused_inputs(state)
-    max_context, limits = _context(state.limits, options.max_context)
-    return Converted(state, captured.weights, history, capture_seconds, max_context, limits, _input_vocab(state))
 
 
 def check_level(state: GraphState, name: str) -> None:
@@ -104,15 +166,14 @@ def refuse_subclasses(model: nn.Module) -> None:
             )
 
 
-def _device_and_dtype(state: GraphState) -> tuple[torch.device, torch.dtype]:
-    value: Any = state.logits.meta["val"]
-    return value.device, value.dtype
-
-
 def _drop_unused_inputs(state: GraphState) -> None:
     """Weights that were packed, and positions given by the caller, are not read any more."""
     for node in list(state.graph.nodes):
-        if node.op == "placeholder" and not node.users and (node.name in state.constants or node.name in state.position_inputs):
+        if (
+            node.op == "placeholder"
+            and not node.users
+            and (node.name in state.constants or node.name in state.position_inputs)
+        ):
             state.graph.erase_node(node)
     state.gm.recompile()
 
@@ -135,6 +196,8 @@ def _input_vocab(state: GraphState) -> int | None:
 
 
 def _reads_tokens(state: GraphState, node: Any) -> bool:
-    while node.op == "call_function" and len(node.all_input_nodes) >= 1 and node.target is torch.ops.aten.reshape.default:
+    while (
+        node.op == "call_function" and len(node.all_input_nodes) >= 1 and node.target is torch.ops.aten.reshape.default
+    ):
         node = node.args[0]
     return node.name == state.tokens

@@ -44,7 +44,9 @@ def tree_program(
     parsed = Options.parse(options)
     module = original_module(model)
     if not isinstance(module, nn.Module):
-        raise InvalidOption(name="model", got=type(model).__name__, expected="a torch.nn.Module", fix="Pass the module itself.")
+        raise InvalidOption(
+            name="model", got=type(model).__name__, expected="a torch.nn.Module", fix="Pass the module itself."
+        )
     key = (parsed, _example_key(example), tuple(sorted((roles or {}).items())))
     programs = _PROGRAMS.setdefault(module, {})
     program = programs.get(key)
@@ -61,7 +63,11 @@ _PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[Any, TreeProgram]] = weakre
 def _example_key(example: Any) -> Any:
     if example is None:
         return None
-    items = example.items() if isinstance(example, Mapping) else enumerate(example if isinstance(example, tuple) else (example,))
+    items = (
+        example.items()
+        if isinstance(example, Mapping)
+        else enumerate(example if isinstance(example, tuple) else (example,))
+    )
     return tuple((k, tuple(v.shape) if isinstance(v, Tensor) else repr(v)) for k, v in items)
 
 
@@ -82,8 +88,14 @@ class TreeProgram:
 
     def _build(self, model: nn.Module) -> None:
         started = time.perf_counter()
-        checks = [semantic_check(model, self._call)] if self.options.verify_each == "semantic" else []
-        self._converted: Converted = convert(model, self._call, self.options, checks)
+        meaning = [semantic_check(model, self._call)]
+        self._converted: Converted = convert(
+            model,
+            self._call,
+            self.options,
+            checks=meaning if self.options.verify_each == "semantic" else (),
+            user_checks=meaning if self.options.verify_each == "spec" else (),
+        )
         state = self._converted.state
         self._watch = WeightWatch(model, self._converted.weights.values())
         single_token_check(model, self._call, state)
@@ -218,7 +230,9 @@ class TreeProgram:
 
     def _ready(self, cache: TreeCache) -> None:
         if not isinstance(cache, TreeCache):
-            raise InvalidOption(name="cache", got=type(cache).__name__, expected="a TreeCache", fix="Use program.new_cache().")
+            raise InvalidOption(
+                name="cache", got=type(cache).__name__, expected="a TreeCache", fix="Use program.new_cache()."
+            )
         self.check_weights()
         cache._check_fresh()
         if cache not in self._caches:
@@ -226,7 +240,9 @@ class TreeProgram:
 
     def _part(self, cache: TreeCache, slot: int, tree: TokenTree, start: int) -> Part:
         if not isinstance(tree, TokenTree):
-            raise InvalidTree(got=type(tree).__name__, expected="a TokenTree or a Forest", fix="Build TokenTree(tokens, parents).")
+            raise InvalidTree(
+                got=type(tree).__name__, expected="a TokenTree or a Forest", fix="Build TokenTree(tokens, parents)."
+            )
         cache._check_slot(slot)
         if start:
             held = cache._trees[slot]
@@ -289,7 +305,9 @@ class TreeProgram:
                 prompt = prompt[0]
             if prompt.dim() != 1:
                 raise InvalidPrompt(
-                    got=f"shape {list(prompt.shape)}", expected="[S] or [1, S]", fix="Prefill each request in its own slot."
+                    got=f"shape {list(prompt.shape)}",
+                    expected="[S] or [1, S]",
+                    fix="Prefill each request in its own slot.",
                 )
             prompt = prompt.tolist()
         ids = list(prompt)
@@ -319,5 +337,3 @@ class TreeProgram:
         name = type(model).__name__ if model is not None else "a deleted module"
         masks = ", ".join(sorted({s.mask.formula for s in self.sites}))
         return f"TreeProgram({name}: {len(self.sites)} attention sites, mask {masks}, context {self.max_context or 'unlimited'})"
-
-

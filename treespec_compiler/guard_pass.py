@@ -1,0 +1,28 @@
+"""discharge guards, as a pass of the pipeline: see `guards` for what it decides and how."""
+
+from __future__ import annotations
+
+import logging
+
+from .guards import discharge_guards
+from .passes.manager import Pass
+from .passes.state import GraphState
+
+log = logging.getLogger("treespec.guards")
+
+
+def run(state: GraphState) -> int:
+    if state.other_length is None:
+        log.warning("the model is not at hand: %d guards on the number of tokens stay as they are", len(state.guards))
+        return 0
+    state.limits += discharge_guards(state, state.other_length, state.max_context)
+    return len(state.guards)
+
+
+PASS = Pass(
+    "discharge guards",
+    run,
+    before="classified graph with guards on the number of tokens",
+    after="unchanged; every guard is a capacity of the context or proved to mean nothing",
+    changes=False,
+)
