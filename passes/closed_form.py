@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from .evaluate import cone, evaluate_for_length
 from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
 from .form_rules import RULES, Call
 
@@ -37,8 +38,11 @@ class ClosedForms:
         self.positions = set(positions)
         self.tokens = tokens
         self.tables: dict[str, Tensor] = {}
+        self.read: set[str] = set()  # constants whose values were used
+        self.numbers: set[str] = set()  # those of them that became numbers in a form
         self._memo: dict[fx.Node, Form | None] = {}
         self.tainted = _content_dependent(gm, tokens)
+        self.counting = _length_dependent(gm, tokens, self.positions)
 
     def of(self, node: fx.Node) -> Form | None:
         if node not in self._memo:
@@ -63,10 +67,8 @@ class ClosedForms:
         if node.op != "call_function" or not isinstance(value, Tensor):
             return None
         rule = RULES.get(packet(node))
-        if rule is None:
-            return None
-        form = rule(Call(self, node))
-        return None if form is None else _normal(form)
+        form = rule(Call(self, node)) if rule is not None else None
+        return self._computed(node) if form is None else _normal(form)
 
     def _leaf(self, node: fx.Node) -> Form | None:
         if node.name in self.positions:
@@ -75,18 +77,33 @@ class ClosedForms:
         tensor = self.constant(node)
         if tensor is None:
             return None
+        self.read.add(node.name)
         if tensor.numel() == 1 and not tensor.is_meta and not isinstance(tensor, torch._subclasses.FakeTensor):
             value = tensor.detach().reshape(()).item()
+            self.numbers.add(node.name)
             return Form(
                 sympy.true if value is True else sympy.false if value is False else number(value),
                 shape_of_tensor(tensor),
             )
+        return self._table(node, tensor)
+
+    def _table(self, node: fx.Node, tensor: Tensor) -> Form:
+        """The tensor as an uninterpreted function of its indices."""
         name = f"table_{node.name}"
         self.tables[name] = tensor
         shape = shape_of_tensor(tensor)
         indices = [sympy.Integer(0) if s == 1 else axis(i) for i, s in enumerate(shape)]
         read = sympy.Function(name, real=True, integer=not tensor.is_floating_point() or None)(*indices)
         return Form(sympy.Ne(read, 0) if tensor.dtype is torch.bool else read, shape)
+
+    def _computed(self, node: fx.Node) -> Form | None:
+        """A value computed from constants alone: its own table."""
+        if node in self.counting or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return None
+        if any(tensor.is_meta for tensor in map(self.constant, node.all_input_nodes) if tensor is not None):
+            return None
+        self.read |= {n.name for n in cone(node) if n.name in self.constants}
+        return self._table(node, evaluate_for_length(node, self.tokens, self.constants, self.gm, 2))
 
 
 # Ops that read only the shape, dtype or device of their tensor argument.
@@ -102,6 +119,15 @@ def _content_dependent(gm: fx.GraphModule, tokens: str) -> set[fx.Node]:
         elif packet(node) not in _SHAPE_ONLY and any(a in tainted for a in node.all_input_nodes):
             tainted.add(node)
     return tainted
+
+
+def _length_dependent(gm: fx.GraphModule, tokens: str, positions: set[str]) -> set[fx.Node]:
+    """Nodes whose value or shape depends on the number of tokens (or on the tokens)."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.name == tokens or node.name in positions or any(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _normal(form: Form) -> Form:

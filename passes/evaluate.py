@@ -11,19 +11,25 @@ from torch import Tensor, fx
 from .provenance import op_name
 
 
-def evaluate_for_length(node: fx.Node, tokens: str, constants: dict[str, Tensor], gm: fx.GraphModule, n: int) -> Tensor:
-    """The value of `node` for n tokens, by interpreting the nodes it depends on."""
-    cone: set[fx.Node] = set()
+def cone(node: fx.Node) -> set[fx.Node]:
+    """The node and everything it is computed from."""
+    found: set[fx.Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
-        if current not in cone:
-            cone.add(current)
+        if current not in found:
+            found.add(current)
             stack.extend(current.all_input_nodes)
+    return found
+
+
+def evaluate_for_length(node: fx.Node, tokens: str, constants: dict[str, Tensor], gm: fx.GraphModule, n: int) -> Tensor:
+    """The value of `node` for n tokens, by interpreting the nodes it depends on."""
+    needed = cone(node)
     # NOTE token content is never read here (the cone has a closed form); zeros stand in for shape-only uses.
     values: dict[fx.Node, Any] = {}
     for current in gm.graph.nodes:
-        if current not in cone:
+        if current not in needed:
             continue
         if current.op == "placeholder":
             values[current] = _placeholder(current, tokens, constants, n)

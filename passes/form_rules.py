@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 from torch import fx
 
 from .form import Form, axis, broadcast, number, packet, rename, shape_of
@@ -52,12 +54,22 @@ class Call:
         form = self.form(value)
         return None if form is None else broadcast(form, self.shape)
 
-    def result(self, expr: Any) -> Form:
+    def result(self, expr: Any) -> Form | None:
         """Wrap an expression, converting between booleans and numbers as the node's dtype asks."""
         form = Form(sympy.sympify(expr), self.shape)
         if self.dtype is torch.bool:
             return Form(form.as_bool(), self.shape)
+        # NOTE bfloat16 counts to 256 and int8 to 127: an index in such a type is no closed form any more.
+        if self.dtype.itemsize < 4 and _varies(form.as_number()):
+            return None
         return Form(form.as_number(), self.shape)
+
+
+def _varies(expr: Any) -> bool:
+    """Whether the value itself, not only a condition in it, depends on an index or a table."""
+    conditions = {c: sympy.Dummy() for c in expr.atoms(Relational)}
+    plain = expr.xreplace(conditions)
+    return bool(plain.free_symbols - set(conditions.values())) or bool(plain.atoms(AppliedUndef))
 
 
 def _arange(call: Call) -> Form | None:
@@ -265,8 +277,8 @@ def _index(call: Call) -> Form | None:
     for i in range(len(form.shape)):
         if i in used:
             index = call.form(indices[i])
-            if index is None or index.is_bool:
-                return None
+            if index is None or index.is_bool or not index.expr.is_nonnegative:
+                return None  # a negative index counts from the end
             shift = first + rank - len(index.shape)
             mapping[i] = rename(index, {j: axis(j + shift) for j in range(len(index.shape))})
         else:

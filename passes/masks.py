@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from torch import Tensor
 
 from treespec_compiler.ir.specs import MaskSpec
 
+from .biases import NotAMask, bias_kind
 from .closed_form import Form, axis
 
 # An additive mask value at or below this hides a key: exp(-1e4) is 0 in float32, and models use -1e4 and lower.
 HIDDEN = -1e4
+# A hiding value that a bias is added to (ALiBi on top of the lowest float) is at or below this.
+_BURIED = -1e9
 
 _DISTANCE = sympy.Symbol("d", integer=True)
-
-
-class NotAMask(Exception):
-    """The closed form is no causal or windowed mask; the text says what it is instead."""
 
 
 @dataclass(frozen=True)
@@ -39,68 +39,111 @@ class _Visible:
     high: int | None
 
 
-def classify(form: Form, length: sympy.Symbol, evaluate: Callable[[int], Tensor], sizes: dict[str, Tensor]) -> MaskSpec:
-    """The MaskSpec of a [.., q, k] mask.
+@dataclass(frozen=True)
+class Scoring:
+    """A mask, and what it adds to the scores of visible keys: "" (nothing), "slopes" (slope_h * (k - q), up to a
+    constant a row, which softmax does not see) or "distance" (a value per head and distance, up to `mask.limit`)."""
+
+    mask: MaskSpec
+    bias: str = ""
+
+
+def classify(form: Form, length: sympy.Symbol, evaluate: Callable[[int], Tensor], sizes: dict[str, Tensor]) -> Scoring:
+    """What a [.., heads, q, k] mask does.
 
     `evaluate(n)` runs the mask's own subgraph for n tokens; `sizes` maps table names to their tensors.
     Raises NotAMask.
     """
     rank = len(form.shape)
     q, k = axis(rank - 2), axis(rank - 1)
-    extra = form.expr.free_symbols - {q, k}
-    if length in extra:
-        raise NotAMask(f"the mask depends on the total number of tokens: {_text(form, q, k)}")
-    if extra:
-        raise NotAMask(f"the mask differs between heads or batch entries: {_text(form, q, k)}")
-    if form.tables:
-        return _from_table(form, evaluate, sizes, q, k)
-    spec = _spec(_visible_distances(form, q, k), None, _text(form, q, k))
-    _cross_check(spec, form, evaluate)
-    return spec
+    if any(read.args for atom in form.expr.atoms(Relational) for read in atom.atoms(AppliedUndef)) or (
+        form.is_bool and form.tables
+    ):
+        extra = form.expr.free_symbols - {q, k}
+        if extra:
+            raise NotAMask(f"the mask differs between heads, or depends on the number of tokens: {_text(form, q, k)}")
+        return Scoring(_from_table(form, evaluate, sizes, q, k))
+    return _analytic(form, length, evaluate, sizes, q, k)
+
+
+def _analytic(
+    form: Form, length: sympy.Symbol, evaluate: Callable[[int], Tensor], sizes: dict[str, Tensor], q: Any, k: Any
+) -> Scoring:
+    text = _text(form, q, k)
+    expr, chunk = _without_chunks(form.expr, q, k, text)
+    cells = _cells(expr, q, k, text)
+    hidden = {p for p, value in cells.items() if _is_hidden(value)}
+    shown = {value for p, value in cells.items() if p not in hidden}
+    if len(shown) > 1:
+        raise NotAMask(f"the scores change differently at different distances: {text}")
+    seen = _visible_distances(sorted(cells), hidden, text)
+    bias, limit = ("", None) if not shown else bias_kind(shown.pop(), _DISTANCE, q, k, length, sizes, text)
+    spec = replace(_spec(seen, limit, text), chunk=chunk)
+    if chunk and spec.window >= chunk:
+        spec = replace(spec, window=0)
+    _cross_check(spec, form, evaluate, bias)
+    return Scoring(spec, bias)
+
+
+def _without_chunks(expr: Any, q: Any, k: Any, text: str) -> tuple[Any, int]:
+    """The expression inside one chunk, and the chunk's size (0: no chunks)."""
+    chunk = 0
+    for atom in expr.atoms(sympy.Eq):
+        for size in {int(1 / c) for f in atom.atoms(sympy.floor) for c in f.atoms(sympy.Rational) if c != 0 and c.p == 1}:
+            if atom in (sympy.Eq(sympy.floor(q / size), sympy.floor(k / size)), sympy.Eq(sympy.floor(k / size), sympy.floor(q / size))):
+                outside = _cells(expr.xreplace({atom: sympy.false}), q, k, text)
+                if chunk or not all(_is_hidden(v) for v in outside.values()):
+                    raise NotAMask(f"chunks combined in another way than `and`: {text}")
+                chunk, expr = size, expr.xreplace({atom: sympy.true})
+    return expr, chunk
 
 
 def _text(form: Form, q: sympy.Symbol, k: sympy.Symbol) -> str:
     return str(form.expr.xreplace({q: sympy.Symbol("q"), k: sympy.Symbol("k")}))
 
 
-def _visible_distances(form: Form, q: sympy.Symbol, k: sympy.Symbol) -> _Visible:
-    text = _text(form, q, k)
-    expr = form.expr.xreplace({q: k + _DISTANCE})
-    replaced: dict[Any, Any] = {}
+def _cells(expr: Any, q: sympy.Symbol, k: sympy.Symbol, text: str) -> dict[int, Any]:
+    """The expression's value around every breakpoint, with each condition on the distance decided."""
+    expr = expr.xreplace({q: k + _DISTANCE})
+    atoms: dict[Any, Any] = {}
     breakpoints: set[int] = {0}
     for atom in expr.atoms(Relational):
         gap = sympy.expand(atom.lhs - atom.rhs)
         if gap.free_symbols - {_DISTANCE} or not gap.is_polynomial(_DISTANCE) or sympy.degree(gap, _DISTANCE) > 1:
             raise NotAMask(f"the mask is not a function of the distance q - k: {text}")
-        replaced[atom] = atom.func(gap, 0)
+        atoms[atom] = atom.func(gap, 0)
         if gap.free_symbols:
             at = -gap.coeff(_DISTANCE, 0) / gap.coeff(_DISTANCE, 1)
-            breakpoints |= {math.floor(at), math.ceil(at)}
-    expr = expr.xreplace(replaced)
-    if expr.free_symbols - {_DISTANCE}:
-        raise NotAMask(f"the mask is not a function of the distance q - k: {text}")
-    decided = {a: sympy.Symbol(f"c{i}") for i, a in enumerate(expr.atoms(Relational))}
-    if _DISTANCE in expr.xreplace(decided).free_symbols:
-        raise NotAMask(f"attention scores get a bias that varies with the distance: {text}")
+            breakpoints |= {int(math.floor(at)), int(math.ceil(at))}
     points = sorted({p + e for p in breakpoints for e in (-1, 0, 1)})
-    seen = {p: _is_visible(expr.xreplace({_DISTANCE: sympy.Integer(p)}), text) for p in points}
-    shown = [p for p in points if seen[p]]
+    here = {p: {a: sympy.sympify(g).xreplace({_DISTANCE: sympy.Integer(p)}) for a, g in atoms.items()} for p in points}
+    return {p: sympy.expand(_decided(expr.xreplace(here[p]))) for p in points}
+
+
+def _decided(value: Any) -> Any:
+    """Booleans as scores: a visible key adds nothing, a hidden one minus infinity."""
+    if value == sympy.true or value == sympy.false:
+        return sympy.Integer(0) if value == sympy.true else -sympy.oo
+    return value
+
+
+def _is_hidden(value: Any) -> bool:
+    if value is sympy.nan or value.has(sympy.nan):
+        raise NotAMask("the mask is not a number (0 * infinity) where it hides")
+    if value.has(-sympy.oo):
+        return True
+    fixed = value.as_independent(*value.free_symbols, *value.atoms(AppliedUndef), as_Add=True)[0]
+    return bool(fixed <= (HIDDEN if value.is_number else _BURIED))
+
+
+def _visible_distances(points: list[int], hidden: set[int], text: str) -> _Visible:
+    shown = [p for p in points if p not in hidden]
     if not shown:
         raise NotAMask(f"the mask hides everything: {text}")
     low, high = shown[0], shown[-1]
-    if any(not seen[p] for p in points if low <= p <= high):
+    if any(p in hidden for p in points if low <= p <= high):
         raise NotAMask(f"the visible distances have a gap: {text}")
     return _Visible(None if low == points[0] else low, None if high == points[-1] else high)
-
-
-def _is_visible(value: Any, text: str) -> bool:
-    if value in (sympy.true, sympy.false):
-        return bool(value)
-    if value == 0:
-        return True
-    if value == -sympy.oo or (value.is_number and value is not sympy.nan and value <= HIDDEN):
-        return False
-    raise NotAMask(f"attention scores get a bias of {value}: {text}")
 
 
 def _spec(seen: _Visible, limit: int | None, text: str) -> MaskSpec:
@@ -170,11 +213,31 @@ def visible_matrix(mask: Tensor, text: str) -> Tensor:
 _LARGEST_CHECK = 2048
 
 
-def _cross_check(spec: MaskSpec, form: Form, evaluate: Callable[[int], Tensor]) -> None:
+def _cross_check(spec: MaskSpec, form: Form, evaluate: Callable[[int], Tensor], bias: str) -> None:
     """Run the mask itself for more tokens than any integer in it, and compare with the predicate."""
     literals = [int(abs(x)) for x in form.expr.atoms(sympy.Integer) if abs(x) < _LARGEST_CHECK - 8]
+    literals += [int(x.q) for x in form.expr.atoms(sympy.Rational) if x.q < _LARGEST_CHECK - 8]
     n = max([8, *literals]) + 5
+    if spec.limit is not None:
+        n = min(n, spec.limit)
+    n, values = _evaluated(evaluate, n)
     index = torch.arange(n)
     expected = spec.visible(index[:, None], index[None, :])
-    if not torch.equal(visible_matrix(evaluate(n), str(form.expr)).cpu(), expected):
+    if bias:
+        seen = (values > HIDDEN).reshape(-1, n, n)
+        agrees = bool((seen == expected).all())
+    else:
+        agrees = torch.equal(visible_matrix(values, str(form.expr)).cpu(), expected)
+    if not agrees:
         raise NotAMask(f"the mask's closed form {form.expr} disagrees with its values for {n} tokens")
+
+
+def _evaluated(evaluate: Callable[[int], Tensor], n: int) -> tuple[int, Tensor]:
+    """The mask for n tokens, or for fewer where the model itself ends before n."""
+    while True:
+        try:
+            return n, evaluate(n)
+        except (RuntimeError, IndexError) as error:
+            if n <= 8:
+                raise NotAMask(f"the mask cannot be evaluated for {n} tokens: {error}") from None
+            n = max(8, n // 2)

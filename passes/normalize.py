@@ -36,11 +36,23 @@ def normalize(state: GraphState) -> int:
         elif name in ("aten.view", "aten._unsafe_view"):
             # NOTE a view is only legal for the strides of the trace; the rewritten graph has other strides.
             node.target = aten.reshape.default
+        elif name == "aten.squeeze":
+            _name_squeezed(node)
         else:
             _refuse_mutation(node)
             continue
         matches += 1
     return matches
+
+
+def _name_squeezed(node: fx.Node) -> None:
+    """Say which dimensions go: a tree of one node has a token dimension of size 1, which must stay."""
+    source: Any = node.args[0]
+    shape, rank = source.meta["val"].shape, source.meta["val"].dim()
+    asked = node.args[1] if len(node.args) > 1 else list(range(rank))
+    dims = [int(d) % rank for d in (asked if isinstance(asked, (list, tuple)) else [asked])]
+    node.target = aten.squeeze.dims
+    node.args = (source, [d for d in dims if isinstance(shape[d], int) and shape[d] == 1])
 
 
 def _drop_dropout(graph: fx.Graph, node: fx.Node) -> None:

@@ -46,6 +46,7 @@ def position_cut(state: GraphState) -> dict[fx.Node, Cut]:
             continue
         if any(forms.of(user) is None for user in node.users):
             _descend(state, forms, node, cut)
+    state.proved_from |= forms.numbers
     return cut
 
 

@@ -47,7 +47,7 @@ class TokenAxes:
 
     def _call(self, node: fx.Node) -> Axis:
         if node in self.cut:
-            return self.cut[node].at
+            return self._checked(node, self.cut[node].at)
         name = op_name(node)
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise refuse(f"{name} draws random numbers: the model is not a function of its tokens", node)
@@ -63,9 +63,25 @@ class TokenAxes:
         if rule is None:
             raise refuse(f"{name} is not known to act on each token alone", node, _WAY_OUT)
         try:
-            return rule(node, self)
+            return self._checked(node, rule(node, self))
         except Mixes as error:
             raise refuse(f"{name} mixes tokens: {error}", node, _WAY_OUT) from None
+
+    def _checked(self, node: fx.Node, at: Axis) -> Axis:
+        """A rule's claim, against the shape: exactly one dimension depends on the number of tokens, and it is T."""
+        value = node.meta["val"]
+        for tensor in value if isinstance(value, (tuple, list)) else [value]:
+            shape = tuple(map(_size, tensor.shape)) if isinstance(tensor, Tensor) else ()
+            if [i for i, s in enumerate(shape) if self.length in s.free_symbols] != [at] or shape[
+                at or 0
+            ] != self.length:
+                raise refuse(
+                    f"{op_name(node)} gives a tensor of shape {list(shape)}: the number of tokens {self.length} must be "
+                    "one whole dimension",
+                    node,
+                    _WAY_OUT,
+                )
+        return at
 
 
 _WAY_OUT = "only attention may move information between tokens; a token mixer of another kind needs its own state"

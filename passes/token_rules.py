@@ -104,6 +104,8 @@ def _linear(node: fx.Node, axes: Axes) -> Axis:
 def _matmul(node: fx.Node, axes: Axes) -> Axis:
     a, b = node.args[:2]
     at, bt = axes.axes[a], axes.axes[b]
+    if rank_of(a) == 1 or rank_of(b) == 1:
+        return _matmul_vector(node, axes)
     rank = rank_of(node)
     found: set[int] = set()
     if at is not None:
@@ -117,6 +119,48 @@ def _matmul(node: fx.Node, axes: Axes) -> Axis:
     if len(found) != 1:
         raise Mixes("it combines every token of one operand with every token of the other")
     return found.pop()
+
+
+def _matmul_vector(node: fx.Node, axes: Axes) -> Axis:
+    """matrix @ vector drops the last dimension, vector @ matrix the one before it."""
+    a, b = node.args[:2]
+    matrix, vector, gone = (a, b, rank_of(a) - 1) if rank_of(b) == 1 else (b, a, rank_of(b) - 2)
+    at = axes.axes[matrix]
+    if axes.axes[vector] is not None or at is None or at == gone:
+        raise Mixes("it contracts the token dimension")
+    return at - (gone < at)
+
+
+def _batch_norm(node: fx.Node, axes: Axes) -> Axis:
+    if node.args[5]:
+        raise Mixes("it normalises over the tokens (batch norm in training mode)")
+    at = _only_first(node, axes)
+    if at == 1:
+        raise Mixes("its statistics belong to places in the sequence")
+    return at
+
+
+def _repeat(node: fx.Node, axes: Axes) -> Axis:
+    at = axes.axes[node.args[0]]
+    assert at is not None
+    at += rank_of(node) - rank_of(node.args[0])
+    if node.args[1][at] != 1:
+        raise Mixes("it repeats the tokens")
+    return at
+
+
+def _repeat_interleave(node: fx.Node, axes: Axes) -> Axis:
+    at, dim = axes.axes[node.args[0]], _argument(node, 2, "dim")
+    if not isinstance(node.args[1], int) or dim is None or at == int(dim) % rank_of(node):
+        raise Mixes("it repeats the tokens")
+    return at
+
+
+def _complex(node: fx.Node, axes: Axes) -> Axis:
+    at = axes.axes[node.args[0]]
+    if at == max(rank_of(node.args[0]), rank_of(node)) - 1:
+        raise Mixes("it pairs tokens as real and imaginary parts")
+    return at
 
 
 def _addmm(node: fx.Node, axes: Axes) -> Axis:
@@ -295,6 +339,13 @@ RULES: dict[str, Rule] = {f"aten.{name}": _pointwise for name in _POINTWISE} | {
     "aten.amax": _keeps_except(1, "dim", keepdim=(2, "keepdim")),
     "aten.amin": _keeps_except(1, "dim", keepdim=(2, "keepdim")),
     "aten.var": _keeps_except(1, "dim", keepdim=(3, "keepdim")),
+    "aten.std": _keeps_except(1, "dim", keepdim=(3, "keepdim")),
+    "aten.logsumexp": _keeps_except(1, "dim", keepdim=(2, "keepdim")),
+    "aten.batch_norm": _batch_norm,
+    "aten.repeat": _repeat,
+    "aten.repeat_interleave": _repeat_interleave,
+    "aten.view_as_complex": _complex,
+    "aten.view_as_real": _complex,
     "aten.linalg_vector_norm": _keeps_except(2, "dim", keepdim=(3, "keepdim")),
     "aten.norm": _keeps_except(2, "dim", keepdim=(3, "keepdim")),
     "aten.softmax": _keeps_except(1, "dim"),

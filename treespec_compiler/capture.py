@@ -279,9 +279,9 @@ def _registered(model: nn.Module) -> dict[int, tuple[str, dict[str, Any], str]]:
     """id of each parameter and buffer -> (qualified name, dict that holds it, key)."""
     found: dict[int, tuple[str, dict[str, Any], str]] = {}
     for prefix, module in model.named_modules():
-        for table in (module._parameters, module._buffers):
+        for table in (module._parameters, module._buffers, vars(module)):
             for key, value in table.items():
-                if value is not None:
+                if isinstance(value, Tensor):
                     found.setdefault(id(value), (f"{prefix}.{key}".lstrip("."), table, key))
     return found
 

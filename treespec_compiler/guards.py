@@ -1,49 +1,71 @@
 """discharge guards: conditions on the number of tokens that the trace took one side of.
 
-In the tree program T counts nodes, not context, so no branch on T may be left undecided. For each guard the model is
-analysed once more on the other side. If the other side raises an error (an assertion, a table that ends), the bound
-becomes the context's capacity; if it proves to be the same program, the guard means nothing; otherwise the model is
-refused, since the trace was too short, or too long, to show what the model does.
+In the tree program T counts nodes, not context, so no branch on T may be left undecided. Lengths are cut into regions
+by the guards; for every region but the trace's own the model is analysed once more. If that raises an error (an
+assertion, a table that ends), the region's start bounds the context; if it proves to be the same program, the branch
+means nothing; otherwise the model is refused, since the trace was too short, or too long, to show what it does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
+from torch import Tensor
 
 from .errors import TreespecError, Unsupported
 from .ir.specs import Limit
+from .passes.manager import Pass
 from .passes.state import GraphState
 
-# A guard's other side is looked for up to here.
+# Lengths are looked at up to here, and each one by itself up to DECIDED when a guard is not linear in T.
 LONGEST = 1 << 20
+DECIDED = 4096
+# Analyses of other regions; each takes as long as the first.
+MOST_REGIONS = 8
+
+Guards = Sequence[sympy.Basic]
 
 
 def discharge_guards(state: GraphState, analyse: Callable[[int], GraphState], max_context: int | None) -> list[Limit]:
     """Decide every guard on the number of tokens; returns the capacity limits found. Raises `Unsupported`."""
     limits: list[Limit] = []
-    for guard in state.guards:
-        other = _other_side(guard, state.length)
-        if other is None or (max_context is not None and other > max_context):
-            continue
+    regions: list[Guards] = [_about_length(state.guards, state.length)]
+    example = int(state.node(state.tokens).meta["val"].shape[1].node.hint)
+    ceiling = max_context or LONGEST
+    if any(_threshold(g, state.length) is None for g in regions[0]):
+        limits.append(Limit(DECIDED, f"a condition on the number of tokens is decided up to here: {regions[0][0]}"))
+        ceiling = min(ceiling, DECIDED)
+    for _ in range(MOST_REGIONS):
+        other = _uncovered(regions, state.length, ceiling)
+        if other is None:
+            return limits
+        guard = next(g for g in regions[0] if not _holds(g, state.length, other))
         try:
             there = analyse(other)
         except (TreespecError, AssertionError, RuntimeError, IndexError, ValueError) as error:
-            if not _is_upper_bound(guard, state.length, other):
+            if other < example:
                 raise Unsupported(
-                    f"the model takes another branch unless {guard} (T = {state.length} tokens), and with {other} tokens "
-                    f"it cannot be analysed: {str(error).splitlines()[0]}",
+                    f"the model takes another branch unless {guard} (T = {state.length} tokens), and with {other} "
+                    f"tokens it cannot be analysed: {str(error).splitlines()[0]}",
                     way_out="make the forward pass the same for every number of tokens",
                 ) from error
             if isinstance(error, Unsupported) and not _failed_assertion(error):
                 raise _too_short(guard, state, other, f"is refused there ({error.reason})") from error
             limits.append(Limit(other - 1, f"the model stops at {other} tokens: {guard}"))
+            ceiling = other - 1
             continue
         if meaning(there) != meaning(state):
             raise _too_short(guard, state, other, "does something else there")
-    return limits
+        regions.append(_about_length(there.guards, there.length, state.length))
+    raise Unsupported(
+        f"the model branches on the number of tokens in more than {MOST_REGIONS} ways: "
+        f"{', '.join(map(str, regions[0]))}",
+        way_out="make the forward pass the same for every number of tokens",
+    )
 
 
 def _too_short(guard: Any, state: GraphState, other: int, what: str) -> Unsupported:
@@ -67,39 +89,84 @@ def meaning(state: GraphState) -> tuple[Any, ...]:
             return tuple((k, key(v)) for k, v in sorted(value.items()))
         return str(value)
 
-    rows = []
+    rows: list[Any] = []
     for node in state.graph.nodes:
         names[node] = len(names)
-        rows.append(
-            (node.op, str(node.target) if node.op == "call_function" else node.op, key(node.args), key(node.kwargs))
-        )
+        what: Any = str(node.target) if node.op == "call_function" else node.op
+        if node.op == "placeholder":
+            what = id(state.constants[node.name]) if node.name in state.constants else "input"
+        elif node.op == "get_attr":
+            what = _contents(getattr(state.gm, str(node.target)))
+        rows.append((node.op, what, key(node.args), key(node.kwargs)))
     masks = tuple((s.mask.window, s.mask.limit, s.scale, s.heads, s.kv_heads) for s in state.sites)
     return masks, tuple(rows)
 
 
-def _other_side(guard: Any, length: sympy.Symbol) -> int | None:
-    """The length nearest to the example on which the guard fails; None when it holds for every length from 2 on."""
-    for n in _candidates(guard):
-        if guard.free_symbols != {length}:
+def _contents(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return id(value)
+    data = repr((value.dtype, value.tolist())).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def _about_length(guards: Guards, length: sympy.Symbol, name: sympy.Symbol | None = None) -> list[sympy.Basic]:
+    """The guards, which must be on the number of tokens alone, under one name for it."""
+    for guard in guards:
+        if guard.free_symbols - {length}:
             raise Unsupported(f"a condition on sizes cannot be decided: {guard}")
-        if not bool(guard.xreplace({length: sympy.Integer(n)})):
-            return n
+    return [g.xreplace({length: name}) if name is not None else g for g in guards]
+
+
+def _holds(guard: Any, length: sympy.Symbol, n: int) -> bool:
+    return bool(guard.xreplace({length: sympy.Integer(n)}))
+
+
+def _threshold(guard: Any, length: sympy.Symbol) -> sympy.Expr | None:
+    """Where a relation that is linear in T changes; None for any other condition."""
+    if not isinstance(guard, sympy.core.relational.Relational):
+        return None
+    gap = sympy.expand(guard.lhs - guard.rhs)
+    if not gap.is_polynomial(length) or sympy.degree(gap, length) != 1:
+        return None
+    return -gap.coeff(length, 0) / gap.coeff(length, 1)
+
+
+def _uncovered(regions: Sequence[Guards], length: sympy.Symbol, ceiling: int) -> int | None:
+    """The smallest number of tokens (2 or more) that no analysed region contains.
+
+    Linear guards hold or fail on whole intervals, so one look on each side of every threshold decides all lengths.
+    """
+    points = {2, ceiling}
+    for guard in (g for region in regions for g in region):
+        at = _threshold(guard, length)
+        if at is None:
+            points |= set(range(2, min(ceiling, DECIDED) + 1))
+        else:
+            points |= {math.floor(at) + e for e in (-1, 0, 1, 2)}
+    for n in sorted(p for p in points if 2 <= p <= ceiling):
+        if not any(all(_holds(g, length, n) for g in region) for region in regions):
+            return int(n)
     return None
-
-
-def _candidates(guard: Any) -> list[int]:
-    numbers = {int(x) for x in guard.atoms(sympy.Integer)}
-    near = {abs(n) + e for n in numbers for e in (-1, 0, 1)} | set(range(2, 40))
-    return sorted((n for n in near if 2 <= n <= LONGEST), key=lambda n: (n > 40, n))
-
-
-def _is_upper_bound(guard: Any, length: sympy.Symbol, other: int) -> bool:
-    """Whether the guard holds for every shorter length that matters and fails from `other` on."""
-    below = range(max(2, other - 40), other)
-    return all(bool(guard.xreplace({length: sympy.Integer(n)})) for n in below)
 
 
 def _failed_assertion(error: Unsupported) -> bool:
     """Whether the refusal is Dynamo's account of an assertion or exception raised by the model itself."""
     text = error.reason.lower()
     return "assert" in text or "raise" in text or "observed exception" in text
+
+
+def discharge(state: GraphState) -> int:
+    """Decide the state's guards; returns how many there were."""
+    if state.guards:
+        assert state.other_length is not None
+        state.limits += discharge_guards(state, state.other_length, state.max_context)
+    return len(state.guards)
+
+
+PASS = Pass(
+    "discharge guards",
+    discharge,
+    before="proved graph",
+    after="unchanged; every condition on the number of tokens is a bound on the context, or means nothing",
+    changes=False,
+)

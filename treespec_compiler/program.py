@@ -68,7 +68,12 @@ def _example_key(example: Any) -> Any:
         if isinstance(example, Mapping)
         else enumerate(example if isinstance(example, tuple) else (example,))
     )
-    return tuple((k, tuple(v.shape) if isinstance(v, Tensor) else repr(v)) for k, v in items)
+    return tuple((k, _tensor_key(v) if isinstance(v, Tensor) else repr(v)) for k, v in items)
+
+
+def _tensor_key(value: Tensor) -> Any:
+    """A constant argument is part of the program, so its values are part of the key."""
+    return str(value.dtype), str(value.device), tuple(value.shape), tuple(value.flatten().tolist())
 
 
 class TreeProgram:
@@ -97,7 +102,7 @@ class TreeProgram:
             user_checks=meaning if self.options.verify_each == "spec" else (),
         )
         state = self._converted.state
-        self._watch = WeightWatch(model, self._converted.weights.values())
+        self._watch = WeightWatch(model, self._converted.weights, state.proved_from)
         single_token_check(model, self._call, state)
         logits: Any = state.logits.meta["val"]
         self.dtype, self.device, self.vocab_size = logits.dtype, logits.device, int(logits.shape[-1])
