@@ -22,7 +22,7 @@ def plan(text: str | None, default: Sequence[Pass], others: Mapping[str, Pass]) 
     words = [w for w in (slug(w) for w in (text or DEFAULT).split(",")) if w]
     if not words or words[0].startswith("-"):
         words.insert(0, DEFAULT)
-    known = {p.slug: p for p in default} | {name: p for name, p in others.items()}
+    known = {p.slug: p for p in default} | dict(others)
     chosen: list[Pass] = []
     for word in words:
         if word == DEFAULT:

@@ -29,6 +29,7 @@ from .passes import (
     token_locality,
     treeify,
 )
+from .passes.instruments import always
 from .passes.manager import Check, History, Instrument, Pass, run_passes
 from .passes.plan import plan
 from .passes.registry import registered_passes
@@ -102,7 +103,7 @@ def convert(
     prepared = prepare(model, call, options)
     state = prepared.state
     check_complete(prepared.passes)
-    history = run_passes(state, prepared.passes, [*prepared.checks, *checks], user_checks, instruments)
+    history = run_passes(state, prepared.passes, [*prepared.checks, *checks], user_checks, [*always(), *instruments])
     state.other_length = None
     _drop_unused_inputs(state)
     max_context, limits = _context(state.limits, options.max_context)
