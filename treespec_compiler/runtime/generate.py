@@ -15,6 +15,7 @@ from ..capture import original_module
 from ..errors import InvalidOption, Unsupported
 from ..options import OnUnsupported, Options
 from ..speculation.draft import Draft, ModelDraft
+from ..speculation.named import named_draft
 from ..speculation.policy import TreePolicy, as_policy
 from ..speculation.tokenizers import check_tokenizers
 from ..speculation.verifier import Verifier, as_verifier
@@ -170,7 +171,7 @@ def stream(
         stats.fallback = str(refusal)
         return Stream(PlainLoop(module, prompt, ending, stats), prompt, device, stats)
     parse_prompt(prompt, vocab_size=program._input_vocab, max_context=program.max_context)
-    drafts = _drafts(draft, parsed, stats)
+    drafts = _drafts(draft, parsed, stats, program)
     engine = Engine(program, prompt, ending, drafts, tree_policy, judge, stats)
     return Stream(engine, prompt, device, stats)
 
@@ -220,11 +221,13 @@ def _program(model: Model, options: Options, stats: Stats) -> TreeProgram:
     return program
 
 
-def _drafts(draft: DraftLike, options: Options, stats: Stats) -> list[Draft]:
+def _drafts(draft: DraftLike, options: Options, stats: Stats, target: TreeProgram) -> list[Draft]:
     if draft is None:
         return []
+    if isinstance(draft, str):
+        return [named_draft(draft, target)]
     if isinstance(draft, (list, tuple)):
-        drafts = [one for item in draft for one in _drafts(item, options, stats)]
+        drafts = [one for item in draft for one in _drafts(item, options, stats, target)]
         for index, one in enumerate(drafts):
             if isinstance(one, ModelDraft) and len(drafts) > 1 and one.name == "draft":
                 one.name = f"draft{index}"
@@ -235,5 +238,5 @@ def _drafts(draft: DraftLike, options: Options, stats: Stats) -> list[Draft]:
         if isinstance(draft, ModelDraft):
             draft.program.check_weights(contents=True)
         return [draft]
-    expected = "a module, a TreeProgram, a Draft, a list of them, or None"
+    expected = "a module, a TreeProgram, a Draft, a list of them, the name of one, or None"
     raise InvalidOption(name="draft", got=type(draft).__name__, expected=expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InvalidOption
 from ..tree import TokenTree
 from . import caches
+from .growth import ChoosingPolicy, grow
 from .policy import Limits, TreePolicy
 from .proposal import Proposal
 from .ranking import likeliest
@@ -123,8 +124,27 @@ class ModelDraftSession:
             cache = self._prefill()
         chain = self._chain = len(self._pending)
         self._tokens, self._parents = self._known(self._pending), [*range(-1, chain - 1)]
+        if getattr(policy, "expand", None) is not None:
+            return self._choose(cache, cast("ChoosingPolicy", policy), proposal, depth_limit, limits.nodes)
         self._grow(cache, policy, proposal, depth_limit, limits.nodes)
         return proposal
+
+    def _choose(
+        self, cache: TreeCache, policy: ChoosingPolicy, proposal: Proposal, depth_limit: int, node_limit: int
+    ) -> Proposal:
+        """Let the policy pick which nodes are run, and which are verified."""
+
+        def run(tokens: list[int], parents: list[int], start: int) -> Tensor:
+            logits = self.program.extend(TokenTree._trusted(tokens, parents), cache, start=start)
+            self._run = len(tokens)
+            return logits[:, : self._shared] if self._truncate else logits
+
+        def candidates(logits: Tensor, k: int) -> tuple[list[int], list[float]]:
+            return _candidates(logits, k, True)
+
+        room = self._capacity - self._length
+        own = (self._tokens, self._parents)
+        return grow(policy, proposal, run, candidates, *own, depth_limit, room, self._shared, node_limit)
 
     def _grow(
         self, cache: TreeCache, policy: TreePolicy, proposal: Proposal, depth_limit: int, node_limit: int
@@ -200,8 +220,6 @@ class ModelDraftSession:
             if parents[node] == parent:
                 if tokens[node] == token:
                     return node
-            elif parents[node] > parent:  # levels keep their parents' order
-                break
         return -1
 
     def _prefill(self) -> TreeCache:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from ..errors import InvalidOption
+from .policies.static import StaticExpansion as StaticExpansion
 from .proposal import Proposal
 
 
@@ -45,58 +45,6 @@ class TreePolicy(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class StaticExpansion:
-    """`<k1, ..., km>`: every node of level i - 1 gets its k_i likeliest children (SpecInfer, section 3.1)."""
-
-    expansion: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        widths = self.expansion
-        if isinstance(widths, int) or not isinstance(widths, Sequence) or isinstance(widths, str) or not len(widths):
-            raise _bad_expansion(widths)
-        if any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in widths):
-            raise _bad_expansion(widths)
-        object.__setattr__(self, "expansion", tuple(widths))
-        nodes, level = 1, 1
-        for k in self.expansion:
-            level *= k
-            nodes += level
-        object.__setattr__(self, "_nodes", nodes)
-
-    @classmethod
-    def parse(cls, text: str) -> StaticExpansion:
-        """From what a user types: `1,1,3` or `<1,1,3>`."""
-        inner = text.strip().removeprefix("<").removesuffix(">")
-        if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", inner):
-            raise _bad_expansion(text)
-        return cls(tuple(int(k) for k in inner.split(",")))
-
-    @property
-    def max_nodes(self) -> int:
-        return self._nodes  # type: ignore[attr-defined]
-
-    @property
-    def max_depth(self) -> int:
-        return len(self.expansion)
-
-    @property
-    def needs_q(self) -> bool:
-        return False
-
-    def widths(self, depth: int, proposal: Proposal) -> int:
-        return self.expansion[depth] if depth < len(self.expansion) else 0
-
-    def __str__(self) -> str:
-        return f"<{','.join(map(str, self.expansion))}>"
-
-
-def _bad_expansion(got: object) -> InvalidOption:
-    expected = "one positive integer a level, such as (1, 1, 3)"
-    fix = 'Type "1,1,3" or StaticExpansion((1, 1, 3)).'
-    return InvalidOption(name="expansion", got=got, expected=expected, fix=fix)
-
-
 DEFAULT_POLICY = StaticExpansion((1, 1, 3))
 
 
@@ -105,10 +53,39 @@ def as_policy(policy: TreePolicy | str | Sequence[int] | None) -> TreePolicy:
     if policy is None:
         return DEFAULT_POLICY
     if isinstance(policy, str):
-        return StaticExpansion.parse(policy)
+        return _parse(policy)
     if isinstance(policy, (tuple, list)):
         return StaticExpansion(tuple(policy))
-    if isinstance(policy, TreePolicy):
+    if isinstance(policy, TreePolicy) and not isinstance(policy, type):
         return policy
-    expected = 'a TreePolicy, such as StaticExpansion((1, 1, 3)), or its text "1,1,3"'
+    expected = f"a TreePolicy, such as StaticExpansion((1, 1, 3)), or {NAMES}"
     raise InvalidOption(name="policy", got=policy, expected=expected)
+
+
+NAMES = '"1,1,3", "chain:4", "best-first:12" (nodes) or "equal-growth:2,4" (width, steps)'
+
+
+def _parse(text: str) -> TreePolicy:
+    """A policy from its text."""
+    from .policies.best_first import BestFirst
+    from .policies.equal_growth import EqualGrowth
+    from .policies.fixed import FixedTree
+
+    name, _, rest = text.strip().partition(":")
+    if name.replace(",", "").replace(" ", "").strip("<>").isdecimal() or not name or name[0] in "<-,0123456789":
+        return StaticExpansion.parse(text)
+    numbers = [int(part) for part in rest.split(",") if part.strip().isdecimal()]
+    if rest and len(numbers) == rest.count(",") + 1:
+        if name == "chain" and len(numbers) == 1 and numbers[0] > 0:
+            return FixedTree.chain(numbers[0])
+        if name == "best-first" and len(numbers) == 1:
+            return BestFirst(numbers[0])
+        if name == "equal-growth" and len(numbers) == 2:
+            return EqualGrowth(*numbers)
+    elif not rest and name == "best-first":
+        return BestFirst()
+    elif not rest and name == "equal-growth":
+        return EqualGrowth()
+    if not rest:
+        return StaticExpansion.parse(text)
+    raise InvalidOption(name="policy", got=text, expected=NAMES)

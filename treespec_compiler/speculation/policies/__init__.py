@@ -1,0 +1,1 @@
+"""How trees are shaped: one policy a file, each with its source."""
