@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from treespec_compiler.codegen import aten, cpu
+from treespec_compiler.codegen import aten, aten_scored, cpu
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import register_kernel
 
@@ -12,6 +12,14 @@ _FLOAT32 = frozenset({torch.float32})
 
 register_kernel(
     ops.tree_attention, device="any", dtypes=None, priority=10, name="aten sdpa", target=aten.TREE_ATTENTION
+)
+register_kernel(
+    ops.scored_tree_attention,
+    device="any",
+    dtypes=None,
+    priority=10,
+    name="aten dense",
+    target=aten_scored.SCORED_TREE_ATTENTION,
 )
 for _op, _target in (
     (ops.tree_attention, cpu.TREE_ATTENTION),

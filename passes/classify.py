@@ -4,49 +4,68 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
 from treespec_compiler.ir.specs import AttentionSpec, Limit, MaskSpec
 
-from .closed_form import ClosedForms, Form, broadcast, shape_of
+from .closed_form import ClosedForms, broadcast, shape_of
 from .evaluate import evaluate_for_length
 from .manager import Pass
-from .masks import NotAMask, classify
+from .masks import NotAMask, Scoring, classify
+from .score_pack import ScorePack, cone
 from .provenance import layer_path, source_line
 from .state import GraphState, refuse
 
 
 def classify_masks(state: GraphState) -> int:
     forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
-    specs: dict[Any, MaskSpec] = {}
+    scorings: dict[Any, tuple[Scoring, fx.Node | None]] = {}
     sites = [n for n in state.graph.nodes if n.target is torch.ops.treespec.attention.default]
     for node in sites:
-        q, k, v, mask, is_causal, scale = node.args
-        key = (mask, is_causal)
-        if key not in specs:
-            specs[key] = _mask_spec(state, forms, node, mask, bool(is_causal))
-        spec = specs[key]
-        site = state.call(torch.ops.treespec.causal_attention.default, (q, k, v, scale, spec.window), like=node)
+        call = dict(zip(_ARGUMENTS, node.args, strict=False))
+        q, k, v, mask, is_causal, scale = node.args[:6]
+        key = (mask, is_causal, shape_of(q)[1])
+        if key not in scorings:
+            scorings[key] = _scoring(state, forms, node, mask, bool(is_causal))
+        scoring, values = scorings[key]
+        spec, softcap, sinks = scoring.mask, float(call.get("softcap") or 0.0), call.get("sinks")
+        changes = (
+            spec.chunk,
+            softcap,
+            values if scoring.bias == "slopes" else None,
+            values if scoring.bias == "distance" else None,
+            sinks,
+        )
+        args = (q, k, v, scale, spec.window, *(changes if any(changes) else ()))
+        site = state.call(torch.ops.treespec.causal_attention.default, args, like=node)
         node.replace_all_uses_with(site)
         state.graph.erase_node(node)
-        state.sites.append(_attention_spec(len(state.sites), site, spec))
+        state.sites.append(_attention_spec(len(state.sites), site, scoring, softcap, sinks is not None))
         site.meta["site"] = state.sites[-1].index
         if spec.limit is not None:
-            state.limits.append(Limit(spec.limit, f"mask buffer at {state.sites[-1].source}"))
+            state.limits.append(Limit(spec.limit, f"mask or bias table at {state.sites[-1].source}"))
+    state.proved_from |= forms.read
     return len(sites)
 
 
-def _mask_spec(state: GraphState, forms: ClosedForms, node: fx.Node, mask: Any, is_causal: bool) -> MaskSpec:
+_ARGUMENTS = ("q", "k", "v", "mask", "is_causal", "scale", "softcap", "sinks")
+
+
+def _scoring(
+    state: GraphState, forms: ClosedForms, node: fx.Node, mask: Any, is_causal: bool
+) -> tuple[Scoring, fx.Node | None]:
+    """What the mask is, and the input that holds its slopes or biases."""
     if mask is None:
         if not is_causal:
             raise refuse("bidirectional attention: every query sees every key, so this is not a causal decoder", node)
-        return MaskSpec()
+        return Scoring(MaskSpec()), None
     form = forms.of(mask)
     if form is None:
         raise _unknown(forms, mask, node)
-    shape = (*shape_of(node.args[0])[:2], state.length, state.length)
-    form = broadcast(Form(form.expr, form.shape), shape)
+    heads = shape_of(node.args[0])[1]
+    form = broadcast(form, (sympy.Integer(1), heads, state.length, state.length))
     if is_causal:
         raise refuse("attention has both a mask and is_causal=True", node)
 
@@ -55,9 +74,15 @@ def _mask_spec(state: GraphState, forms: ClosedForms, node: fx.Node, mask: Any, 
         return value.expand(*value.shape[:-2], n, n).cpu()
 
     try:
-        return classify(form, state.length, evaluate, forms.tables)
+        scoring = classify(form, state.length, evaluate, forms.tables)
     except NotAMask as error:
         raise refuse(str(error), node) from None
+    if not scoring.bias:
+        return scoring, None
+    pack = ScorePack(cone(mask, state.gm), state.tokens, scoring.bias, int(heads), scoring.mask.limit or 2)
+    values = state.add_input(f"score_{len(state.packs)}", pack.build(state.constants))
+    state.packs[values.name] = pack
+    return scoring, values
 
 
 def _unknown(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Exception:
@@ -72,7 +97,7 @@ def _unknown(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Exception:
         current = blocked[0]
 
 
-def _attention_spec(index: int, site: fx.Node, mask: MaskSpec) -> AttentionSpec:
+def _attention_spec(index: int, site: fx.Node, scoring: Scoring, softcap: float, sinks: bool) -> AttentionSpec:
     q, k, v = (shape_of(a) for a in site.args[:3])
     layer = layer_path(site) or ""
     return AttentionSpec(
@@ -85,8 +110,11 @@ def _attention_spec(index: int, site: fx.Node, mask: MaskSpec) -> AttentionSpec:
         key_dim=int(k[3]),
         value_dim=int(v[3]),
         scale=float(site.args[3]),
-        mask=mask,
+        mask=scoring.mask,
         dtype=site.meta["val"].dtype,
+        softcap=softcap,
+        bias={"": "", "slopes": "slope_h * (k - q)", "distance": "bias_h[q - k]"}[scoring.bias],
+        sinks=sinks,
     )
 
 

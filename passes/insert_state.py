@@ -31,10 +31,11 @@ def insert_state(state: GraphState) -> int:
     sites = [n for n in state.graph.nodes if n.target is torch.ops.treespec.causal_attention.default]
     pools = [_pools(state, spec, device) for spec in state.sites]
     for node in sites:
-        q, k, v, scale, window = node.args
+        q, k, v, scale, window, *changes = node.args
         pool_k, pool_v = pools[node.meta["site"]]
-        args = (q, k, v, pool_k, pool_v, *arguments, scale, window)
-        new = state.call(torch.ops.treespec.tree_attention.default, args, like=node)
+        op = torch.ops.treespec.scored_tree_attention if changes else torch.ops.treespec.tree_attention
+        args = (q, k, v, pool_k, pool_v, *arguments, scale, window, *changes)
+        new = state.call(op.default, args, like=node)
         new.meta["site"] = node.meta["site"]
         node.replace_all_uses_with(new)
         state.graph.erase_node(node)

@@ -11,9 +11,10 @@ from torch import fx
 
 from treespec_compiler.ir import sequence_attention  # noqa: F401  (defines the ops)
 
-from .closed_form import shape_of
+from .closed_form import ClosedForms, shape_of
 from .manager import Pass
 from .provenance import op_name
+from .recognize_eager import SOFTMAXES, EagerSite, Reader
 from .state import GraphState, refuse
 
 aten = torch.ops.aten
@@ -27,11 +28,12 @@ def recognize_attention(state: GraphState) -> int:
         if op_name(node) == "aten.scaled_dot_product_attention":
             _rewrite(state, node)
             matches += 1
+    matches += recognize_eager(state)
     if not matches:
         softmax = next((n for n in state.graph.nodes if op_name(n) in ("aten.softmax", "aten._softmax")), None)
         if softmax is not None:
             raise refuse(
-                "no attention was recognized: this softmax is not part of a scaled_dot_product_attention",
+                "no attention was recognized: this softmax is not softmax(scale * q k^T + mask) v",
                 softmax,
                 "use torch.nn.functional.scaled_dot_product_attention (in transformers: attn_implementation='sdpa')",
             )
@@ -49,20 +51,79 @@ def _rewrite(state: GraphState, node: fx.Node) -> None:
     if call.get("dropout_p"):
         raise refuse(f"attention dropout is active (p = {call['dropout_p']})", node, "call model.eval() first")
     q, k, v = call["query"], call["key"], call["value"]
-    _check_axes(state, node, q, k, v)
+    scale = call.get("scale")
+    if scale is None:
+        scale = 1.0 / math.sqrt(int(shape_of(q)[-1]))
+    if not isinstance(scale, (int, float)):
+        raise refuse(f"the attention scale is computed in the graph: {scale}", node)
+    site = make_site(state, node, q, k, v, (call.get("attn_mask"), bool(call.get("is_causal", False)), float(scale)))
+    node.replace_all_uses_with(site)
+    state.graph.erase_node(node)
+
+
+def make_site(state: GraphState, at: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, rest: tuple[Any, ...]) -> fx.Node:
+    """Insert `treespec::attention(q, k, v, *rest)` before `at`, with K/V heads unrepeated."""
+    _check_axes(state, at, q, k, v)
     k, v = _unrepeat(k, v)
     heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
     if shape_of(v)[1] != kv_heads or not heads.is_Integer or heads % kv_heads != 0:
-        raise refuse(f"got {heads} query heads, {kv_heads} key heads and {shape_of(v)[1]} value heads", node)
-    scale = call.get("scale")
-    if scale is None:
-        scale = 1.0 / math.sqrt(int(shape_of(q)[3]))
-    if not isinstance(scale, (int, float)):
-        raise refuse(f"the attention scale is computed in the graph: {scale}", node)
-    args = (q, k, v, call.get("attn_mask"), bool(call.get("is_causal", False)), float(scale))
-    site = state.call(torch.ops.treespec.attention.default, args, like=node)
-    node.replace_all_uses_with(site)
-    state.graph.erase_node(node)
+        raise refuse(f"got {heads} query heads, {kv_heads} key heads and {shape_of(v)[1]} value heads", at)
+    return state.call(torch.ops.treespec.attention.default, (q, k, v, *rest), like=at)
+
+
+def recognize_eager(state: GraphState) -> int:
+    """Attention spelled as matmul, softmax, matmul."""
+    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    matches = 0
+    for node in list(state.graph.nodes):
+        if op_name(node) not in SOFTMAXES or node not in forms.tainted:
+            continue
+        found = Reader(state, forms).site(node)
+        if found is None or not _attends_over_tokens(state, found):
+            continue
+        scores, output = found.scores, found.output
+        q, v = _four_dimensional(state, output, scores.q), _four_dimensional(state, output, found.values)
+        k = _four_dimensional(state, output, _untransposed(state, output, scores.k_transposed))
+        rest: tuple[Any, ...] = (scores.mask, False, scores.scale)
+        if scores.softcap or scores.sinks is not None:
+            rest += (scores.softcap, _sink_vector(state, output, scores.sinks))
+        site = make_site(state, output, q, k, v, rest)
+        if len(shape_of(output)) == 3:
+            site = state.call(aten.squeeze.dim, (site, 0), like=output)
+        output.replace_all_uses_with(site)
+        state.graph.erase_node(output)
+        matches += 1
+    return matches
+
+
+def _attends_over_tokens(state: GraphState, found: EagerSite) -> bool:
+    """Whether the softmax is over a [.., T, T] matrix; any other softmax is not token attention."""
+    shape = shape_of(found.scores.q), shape_of(found.scores.k_transposed)
+    return all(len(s) in (3, 4) for s in shape) and shape[0][-2] == shape[1][-1] == state.length
+
+
+def _untransposed(state: GraphState, at: fx.Node, node: fx.Node) -> fx.Node:
+    """K [.., T, D] of K^T [.., D, T]."""
+    rank = len(shape_of(node))
+    if op_name(node) == "aten.transpose" and {int(d) % rank for d in node.args[1:3]} == {rank - 2, rank - 1}:
+        return node.args[0]
+    return state.call(aten.transpose.int, (node, -1, -2), like=at)
+
+
+def _four_dimensional(state: GraphState, at: fx.Node, node: fx.Node) -> fx.Node:
+    """[H, T, D] -> [1, H, T, D]."""
+    return node if len(shape_of(node)) == 4 else state.call(aten.unsqueeze.default, (node, 0), like=at)
+
+
+def _sink_vector(state: GraphState, at: fx.Node, sinks: fx.Node | None) -> fx.Node | None:
+    """[1, H, T, 1] sinks that are the same for every query -> [H]."""
+    if sinks is None:
+        return None
+    while op_name(sinks) in ("aten.expand", "aten._to_copy"):
+        sinks = sinks.args[0]
+    if any(state.length in s.free_symbols for s in shape_of(sinks)):
+        raise refuse("attention sinks differ between queries", at)
+    return state.call(aten.reshape.default, (sinks, [-1]), like=at)
 
 
 def _check_axes(state: GraphState, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:

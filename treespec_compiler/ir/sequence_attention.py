@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .scored_attention import changed_scores, softmax_with_sinks
 from .specs import MaskSpec
 
 
@@ -20,26 +21,63 @@ def _shared_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("treespec::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    """softmax(scale * q k^T + mask) v, as torch's scaled_dot_product_attention defines it."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T + mask) v, as torch's scaled_dot_product_attention defines it; softcap and sinks [Hq] as in
+    `scored_attention`."""
     k, v = _shared_heads(q, k, v)
-    return scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale).contiguous()
+    if not softcap and sinks is None:
+        return scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale).contiguous()
+    s = changed_scores((q @ k.transpose(2, 3) * scale)[0], _distances(q), softcap, None, None)
+    if is_causal:
+        s = s.masked_fill(_distances(q) < 0, -torch.inf)
+    if mask is not None:
+        s = s.masked_fill(~mask[0], -torch.inf) if mask.dtype is torch.bool else s + mask[0]
+    return softmax_with_sinks(s, sinks).unsqueeze(0) @ v
 
 
 @torch.library.custom_op("treespec::causal_attention", mutates_args=())
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
-    """Attention in which query i sees key j when 0 <= i - j, and i - j < window unless window is 0."""
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention in which query i sees key j as `MaskSpec(window, chunk=chunk)` says, with the scores of
+    `scored_attention`: slopes [Hq], bias [Hq, distances], sinks [Hq]."""
     k, v = _shared_heads(q, k, v)
     steps = torch.arange(q.shape[2], device=q.device)
-    seen = MaskSpec(window).visible(steps[:, None], steps[None, :])
-    return scaled_dot_product_attention(q, k, v, seen, scale=scale).contiguous()
+    seen = MaskSpec(window, chunk=chunk).visible(steps[:, None], steps[None, :])
+    if not softcap and slopes is None and bias is None and sinks is None:
+        return scaled_dot_product_attention(q, k, v, seen, scale=scale).contiguous()
+    s = changed_scores((q @ k.transpose(2, 3) * scale)[0], _distances(q), softcap, slopes, bias)
+    return softmax_with_sinks(s.masked_fill(~seen, -torch.inf), sinks).unsqueeze(0) @ v
+
+
+def _distances(q: Tensor) -> Tensor:
+    steps = torch.arange(q.shape[2], device=q.device)
+    return steps[:, None] - steps[None, :]
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
 @causal_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))

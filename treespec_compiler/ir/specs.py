@@ -9,22 +9,31 @@ import torch
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Which keys a query sees, as a predicate in positions: `0 <= q - k` and, with a window, `q - k < window`.
+    """Which keys a query sees, as a predicate in positions: `0 <= q - k`, with a window `q - k < window`, and with
+    chunks `floor(q / chunk) == floor(k / chunk)`.
 
     `limit` is the largest context for which the predicate was proved (a mask read from a buffer ends with the buffer).
     """
 
     window: int = 0
     limit: int | None = None
+    chunk: int = 0
 
     @property
     def formula(self) -> str:
-        return f"k <= q and q - k < {self.window}" if self.window else "k <= q"
+        terms = ["k <= q"]
+        if self.window:
+            terms.append(f"q - k < {self.window}")
+        if self.chunk:
+            terms.append(f"floor(q / {self.chunk}) == floor(k / {self.chunk})")
+        return " and ".join(terms)
 
     def visible(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """The predicate on index tensors; broadcasts."""
         seen = k <= q
-        return seen & (q - k < self.window) if self.window else seen
+        if self.window:
+            seen = seen & (q - k < self.window)
+        return seen & (q // self.chunk == k // self.chunk) if self.chunk else seen
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,9 @@ class AttentionSpec:
     scale: float
     mask: MaskSpec
     dtype: torch.dtype
+    softcap: float = 0.0
+    bias: str = ""  # "", "slope_h * (k - q)" or "bias_h[q - k]"
+    sinks: bool = False
 
     def bytes_per_token(self) -> int:
         return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize

@@ -34,7 +34,9 @@ def _without(names: set[str], what: str) -> Rule:
 
 
 def _tensor_inputs_only(graph: fx.Graph) -> str | None:
-    bad = next((n for n in graph.nodes if n.op == "placeholder" and not isinstance(n.meta.get("val"), torch.Tensor)), None)
+    bad = next(
+        (n for n in graph.nodes if n.op == "placeholder" and not isinstance(n.meta.get("val"), torch.Tensor)), None
+    )
     return f"an input that is not a tensor: {bad.name}" if bad is not None else None
 
 
@@ -52,7 +54,7 @@ def _every_value_known(graph: fx.Graph) -> str | None:
 def _only_attention_mutates(graph: fx.Graph) -> str | None:
     for node in _calls(graph):
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable and not _name(node).endswith(".tree_attention"):
+        if schema is not None and schema.is_mutable and not _name(node).endswith("tree_attention"):
             return f"something other than tree attention writes in place: {node.format_node()}"
     return None
 
@@ -61,7 +63,7 @@ def _pools_in_site_order(graph: fx.Graph) -> str | None:
     """Site i reads and writes pool_k_i and pool_v_i, and nobody else does."""
     expected = 0
     for node in _calls(graph):
-        if not _name(node).endswith(".tree_attention"):
+        if not _name(node).endswith("tree_attention"):
             continue
         pools = tuple(getattr(a, "name", a) for a in node.args[3:5])
         if pools != (f"pool_k_{expected}", f"pool_v_{expected}"):

@@ -1,0 +1,305 @@
+"""recognize attention, spelled out: matmul, softmax, matmul becomes one `treespec::attention`.
+
+Read backwards from the softmax, the scores are a chain of operations on one product q k^T. Each is folded into what is
+known so far: a factor on the product, a softcap, an additive mask or bias (any value that does not depend on token
+content), a condition that overrides scores, a sink column. An operation that fits nowhere ends the attempt; the softmax
+is then left alone, and token locality judges it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .closed_form import ClosedForms, shape_of
+from .provenance import op_name
+from .state import GraphState
+
+aten = torch.ops.aten
+
+SOFTMAXES = ("aten.softmax", "aten._softmax", "aten._safe_softmax")
+_PRODUCTS = ("aten.matmul", "aten.bmm")
+_LOWEST = -1e30
+
+
+@dataclass(frozen=True)
+class Scores:
+    """softcap(scale * q k^T) + mask, before the softmax; `inner` is the scale inside a tanh that is still open."""
+
+    q: fx.Node
+    k_transposed: fx.Node
+    scale: float = 1.0
+    inner: float | None = None
+    softcap: float = 0.0
+    mask: fx.Node | None = None
+    sinks: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class EagerSite:
+    """One attention: its scores, the softmax, and the product with V that ends it."""
+
+    scores: Scores
+    softmax: fx.Node
+    values: fx.Node
+    output: fx.Node
+
+
+class Reader:
+    """Parses the scores of one softmax. Nodes it makes (combined masks) are dead code if the attempt fails."""
+
+    def __init__(self, state: GraphState, forms: ClosedForms) -> None:
+        self.state, self.forms = state, forms
+
+    def site(self, softmax: fx.Node) -> EagerSite | None:
+        dim: Any = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
+        if dim not in (-1, _rank(softmax) - 1):
+            return None
+        found = self._values(softmax)
+        if found is None:
+            return None
+        values, output, dropped = found
+        self.at = softmax
+        scores = self.read(softmax.args[0])
+        if scores is None or scores.inner is not None or (scores.sinks is not None) != dropped:
+            return None
+        return EagerSite(scores, softmax, values, output)
+
+    def _values(self, softmax: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+        """(V, output, whether a last column was dropped) of the product that the weights go into."""
+        node, dropped = softmax, False
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            name = op_name(user)
+            if name in _PRODUCTS and user.args[0] is node and self._depends(user.args[1]):
+                return user.args[1], user, dropped  # type: ignore[return-value]
+            if name == "aten.slice" and not dropped and _drops_last(user):
+                dropped = True
+            elif name not in ("aten._to_copy", "aten.reshape", "aten.expand") or not _same_matrix(node, user):
+                return None
+            node = user
+        return None
+
+    at: fx.Node  # new nodes are inserted before this one
+
+    def _depends(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and node in self.forms.tainted
+
+    def read(self, node: Any) -> Scores | None:
+        """The scores computed by `node`, or None."""
+        if not isinstance(node, fx.Node) or not self._depends(node):
+            return None
+        name = op_name(node)
+        if name in _PRODUCTS:
+            a, b = node.args[:2]
+            both = self._depends(a) and self._depends(b)
+            return Scores(a, b) if both else None  # type: ignore[arg-type]
+        rule = _RULES.get(name)
+        return rule(self, node) if rule is not None else None
+
+    def number(self, value: Any) -> float | None:
+        """A Python number, or the value of a 0-d or one-element constant."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        form = self.forms.of(value) if isinstance(value, fx.Node) and value not in self.forms.tainted else None
+        if form is not None and all(s == 1 for s in form.shape) and form.expr.is_number:
+            return float(form.expr)
+        return None
+
+    def add(self, scores: Scores, extra: Any, sign: int = 1) -> Scores | None:
+        """scores + sign * extra, for an addend that does not depend on token content."""
+        if scores.inner is not None or scores.sinks is not None:
+            return None
+        if isinstance(extra, (int, float)):
+            return scores  # softmax does not see a constant
+        if self._depends(extra):
+            return None
+        if sign < 0:
+            extra = self.emit(aten.neg.default, extra)
+        mask = extra if scores.mask is None else self.emit(aten.add.Tensor, scores.mask, extra)
+        return replace(scores, mask=mask)
+
+    def override(self, scores: Scores, condition: Any, value: Any, *, when: bool) -> Scores | None:
+        """Scores replaced by `value` where `condition == when`."""
+        if scores.inner is not None or scores.sinks is not None or self._depends(condition) or self._depends(value):
+            return None
+        if isinstance(value, (int, float)):
+            value = self.emit(aten.full.default, [], value, dtype=scores.q.meta["val"].dtype, device=self._device)
+        kept = scores.mask
+        if kept is None:
+            kept = self.emit(aten.full.default, [], 0.0, dtype=value.meta["val"].dtype, device=self._device)
+        pair = (value, kept) if when else (kept, value)
+        return replace(scores, mask=self.emit(aten.where.self, condition, *pair))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.state.node(self.state.tokens).meta["val"].device
+
+    def emit(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.state.call(op, args, kwargs, like=self.at)
+
+
+def _rank(node: Any) -> int:
+    return node.meta["val"].dim()
+
+
+def _drops_last(node: fx.Node) -> bool:
+    """`x[..., :-1]`."""
+    args: Any = node.args
+    rank = _rank(node)
+    return args[1] in (-1, rank - 1) and args[2] in (0, None) and args[3] == -1 and len(args) < 5
+
+
+def _same_matrix(before: fx.Node, after: fx.Node) -> bool:
+    return shape_of(before)[-2:] == shape_of(after)[-2:]
+
+
+def _scaled(reader: Reader, node: fx.Node, factor: Callable[[float], float]) -> Scores | None:
+    a, b = node.args[0], node.args[1]
+    number = reader.number(b)
+    if number is None and op_name(node) == "aten.mul":
+        a, b, number = b, a, reader.number(a)
+    scores = reader.read(a)
+    if scores is None or number is None or number == 0 or scores.sinks is not None:
+        return None
+    by = factor(number)
+    if scores.inner is not None:  # c * tanh(inner * q k): a softcap of c
+        return replace(scores, inner=None, softcap=by, scale=scores.inner * by)
+    if scores.softcap:
+        return None
+    mask = None if scores.mask is None else reader.emit(aten.mul.Tensor, scores.mask, by)
+    return replace(scores, scale=scores.scale * by, mask=mask)
+
+
+def _tanh(reader: Reader, node: fx.Node) -> Scores | None:
+    scores = reader.read(node.args[0])
+    if scores is None or scores.mask is not None or scores.softcap or scores.inner is not None:
+        return None
+    return replace(scores, inner=scores.scale)
+
+
+def _add(reader: Reader, node: fx.Node) -> Scores | None:
+    a, b = node.args[0], node.args[1]
+    if node.kwargs.get("alpha", 1) != 1:
+        return None
+    if reader._depends(a) and not reader._depends(b):
+        scores, extra = reader.read(a), b
+    elif reader._depends(b) and op_name(node) == "aten.add":
+        scores, extra = reader.read(b), a
+    else:
+        return None
+    return None if scores is None else reader.add(scores, extra)
+
+
+def _sub(reader: Reader, node: fx.Node) -> Scores | None:
+    a, b = node.args[0], node.args[1]
+    scores = reader.read(a)
+    if scores is None:
+        return None
+    if _is_row_maximum(b, a):
+        return scores  # softmax is the same for scores shifted by a row
+    return None if reader._depends(b) or node.kwargs.get("alpha", 1) != 1 else reader.add(scores, b, -1)
+
+
+def _is_row_maximum(node: Any, of: Any) -> bool:
+    if isinstance(node, fx.Node) and op_name(node) == "getitem":
+        inner: Any = node.args[0]
+        return op_name(inner) == "aten.max" and inner.args[0] is of and inner.args[1] == -1 and node.args[1] == 0
+    if not isinstance(node, fx.Node) or op_name(node) != "aten.amax" or node.args[0] is not of:
+        return False
+    dims: Any = node.args[1]
+    return list(dims) == [-1] and len(node.args) > 2 and bool(node.args[2])
+
+
+def _where(reader: Reader, node: fx.Node) -> Scores | None:
+    if len(node.args) != 3:
+        return None
+    condition, yes, no = node.args
+    if reader._depends(yes):
+        scores = reader.read(yes)
+        return None if scores is None else reader.override(scores, condition, no, when=False)
+    scores = reader.read(no)
+    return None if scores is None else reader.override(scores, condition, yes, when=True)
+
+
+def _masked_fill(reader: Reader, node: fx.Node) -> Scores | None:
+    scores = reader.read(node.args[0])
+    return None if scores is None else reader.override(scores, node.args[1], node.args[2], when=True)
+
+
+def _cast(reader: Reader, node: fx.Node) -> Scores | None:
+    before: Any = node.args[0]
+    if not node.meta["val"].dtype.is_floating_point:
+        return None
+    return reader.read(before)
+
+
+def _reshape(reader: Reader, node: fx.Node) -> Scores | None:
+    """[1, H, T, T] <-> [H, T, T]: heads keep their order, so masks must broadcast the same way on both sides."""
+    before: Any = node.args[0]
+    a, b = [s for s in shape_of(before) if s != 1], [s for s in shape_of(node) if s != 1]
+    if a != b or not _same_matrix(before, node):
+        return None
+    scores = reader.read(before)
+    if scores is None or scores.mask is None:
+        return scores
+    full, target = shape_of(before), [s if isinstance(s, int) else -1 for s in node.meta["val"].shape]
+    if shape_of(scores.mask)[-2:] != full[-2:] or len(target) < len(shape_of(scores.mask)) - 1:
+        return None
+    return scores
+
+
+def _baddbmm(reader: Reader, node: fx.Node) -> Scores | None:
+    extra, a, b = node.args[:3]
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    if reader._depends(extra) or not (reader._depends(a) and reader._depends(b)):
+        return None
+    if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
+        return None
+    scores = Scores(a, b, scale=float(alpha))  # type: ignore[arg-type]
+    if beta == 0:
+        return scores
+    added = extra if beta == 1 else reader.emit(aten.mul.Tensor, extra, beta)
+    return reader.add(scores, added)
+
+
+def _floor(reader: Reader, node: fx.Node) -> Scores | None:
+    """maximum(scores, lowest float): the mask's own values, kept from running over."""
+    bound = reader.number(node.args[1])
+    return reader.read(node.args[0]) if bound is not None and bound <= _LOWEST else None
+
+
+def _cat(reader: Reader, node: fx.Node) -> Scores | None:
+    """[scores, sink]: one more column, the same for every query."""
+    parts: Any = node.args[0]
+    dim: Any = node.args[1] if len(node.args) > 1 else 0
+    if len(parts) != 2 or dim not in (-1, _rank(node) - 1) or reader._depends(parts[1]) or shape_of(parts[1])[-1] != 1:
+        return None
+    scores = reader.read(parts[0])
+    return (
+        None
+        if scores is None or scores.sinks is not None or scores.inner is not None
+        else replace(scores, sinks=parts[1])
+    )
+
+
+_RULES: dict[str, Callable[[Reader, fx.Node], Scores | None]] = {
+    "aten.mul": lambda reader, node: _scaled(reader, node, lambda x: x),
+    "aten.div": lambda reader, node: _scaled(reader, node, lambda x: 1.0 / x),
+    "aten.tanh": _tanh,
+    "aten.add": _add,
+    "aten.sub": _sub,
+    "aten.where": _where,
+    "aten.masked_fill": _masked_fill,
+    "aten._to_copy": _cast,
+    "aten.reshape": _reshape,
+    "aten.baddbmm": _baddbmm,
+    "aten.maximum": _floor,
+    "aten.clamp_min": _floor,
+    "aten.clamp": _floor,
+    "aten.cat": _cat,
+}
