@@ -24,6 +24,8 @@ EXAMPLES: list[TreespecError] = [
     errors.UnknownSlot(slot=4, slots=2),
     errors.UnknownOption(name="lowring", known=["lowering", "kernels"]),
     errors.InvalidOption(name="lowering", got="jit", expected="'inductor' or 'eager'"),
+    errors.LossyPair(pair="sampler='top-k' with verifier='multi-step'", reason="Not drawn.", instead="'naive'"),
+    errors.InvalidLogits(position=17),
     errors.TokenizerMismatch(difference="id 7 as 'a' in the draft and 'b' in the target"),
     errors.UnreadableModel(name="hf:/nowhere", problem="no such folder"),
     errors.CorruptTable(path="tree_attention/cpu.json", problem="no key 'schema'"),

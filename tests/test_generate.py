@@ -268,12 +268,12 @@ def test_bad_prompts(prompt, error, text):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"temperature": 0.7}, "Invalid option temperature: got 0.7, expected 0.0 (greedy). Sampling is not in this"),
+        ({"temperature": -0.7}, "Invalid option temperature: got -0.7, expected a finite number of 0 or more"),
         ({"max_new_tokens": 0}, "Invalid option max_new_tokens: got 0, expected a positive integer"),
         ({"policy": "1,x"}, "Invalid option expansion: got '1,x', expected one positive integer a level"),
         ({"policy": (1, 0)}, "Invalid option expansion: got (1, 0)"),
         ({"policy": 3.5}, "Invalid option policy: got 3.5, expected a TreePolicy"),
-        ({"verifier": "greedy"}, "Invalid option verifier: got 'greedy', expected a Verifier"),
+        ({"verifier": "gredy"}, "Invalid option verifier: got 'gredy', expected one of 'greedy', 'naive'"),
         ({"draft": 3}, "Invalid option draft: got 'int', expected a module, a TreeProgram, a Draft, a list"),
         ({"stop_ids": ["x"]}, "Invalid option stop_ids: got ['x'], expected integer ids"),
         ({"eos_token_id": 1.5}, "Invalid option eos_token_id: got 1.5"),

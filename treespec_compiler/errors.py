@@ -218,6 +218,32 @@ class InvalidOption(TreespecError, ValueError):
 
 
 @dataclass(eq=False, kw_only=True)
+class LossyPair(TreespecError, ValueError):
+    """Parts of speculation that each work, but together change the distribution of the output."""
+
+    pair: str
+    reason: str
+    instead: str
+    template: ClassVar[str] = (
+        "Not lossless: got {e.pair}, expected a pair that keeps the target's distribution. {e.reason} "
+        "Use {e.instead}: lossless (docs/verification.md has the table)."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class InvalidLogits(TreespecError, ArithmeticError):
+    """The target's logits leave no distribution to take a token from."""
+
+    position: int
+    problem: str = "NaN or infinite logits"
+    template: ClassVar[str] = (
+        "The target's logits are unusable: got {e.problem} after the token at position {e.position}, expected finite "
+        "ones (-inf is legal for some of the ids). The request was ended; others are untouched. "
+        "Check the model's weights and dtype."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
 class TokenizerMismatch(TreespecError, ValueError):
     """Draft and target that do not mean the same thing by a token id."""
 

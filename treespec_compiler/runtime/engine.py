@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..speculation import caches
+from ..speculation.chance import Chance
 from ..speculation.draft import Draft, DraftRequest, DraftSession
+from ..speculation.judge import Judge
 from ..speculation.policy import Limits, TreePolicy
 from ..speculation.proposal import Proposal
-from ..speculation.ranking import likeliest
-from ..speculation.verifier import Verifier
+from ..speculation.samplers import ChildSampler
+from ..speculation.sampling import Sampling
 from ..tree import TokenTree
 from .stats import FinishReason, Stats
 
@@ -50,6 +52,15 @@ class Ending:
     stop: frozenset[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """What sampling needs beside the judge; greedy decoding has none."""
+
+    sampling: Sampling
+    sampler: ChildSampler
+    chance: Chance
+
+
 class Engine:
     """One request on one slot of the target's cache, with any number of drafts."""
 
@@ -60,10 +71,11 @@ class Engine:
         ending: Ending,
         drafts: Sequence[Draft],
         policy: TreePolicy,
-        verifier: Verifier,
+        judge: Judge,
         stats: Stats,
+        drawing: Drawing | None = None,
     ) -> None:
-        self.program, self.policy, self.verifier, self.stats = program, policy, verifier, stats
+        self.program, self.policy, self.judge, self.stats = program, policy, judge, stats
         self.prompt, self.drafts = prompt, drafts
         self.ends = ending.eos | ending.stop
         self.eos = ending.eos
@@ -77,11 +89,13 @@ class Engine:
         max_nodes = policy.max_nodes * max(1, len(drafts)) if drafts else 1
         self.max_depth = policy.max_depth if drafts else 0
         self.capacity = max_tokens + max_nodes
-        self.near_tie = NEAR_TIE.get(program.dtype)
+        self.near_tie = NEAR_TIE.get(program.dtype) if drawing is None else None
         self.root = -1
         self.length = 0  # tokens in the target's cache
-        needs_q = verifier.needs_q or policy.needs_q
+        needs_q = judge.needs_q or policy.needs_q
         request = DraftRequest(program.vocab_size, max_tokens, max_nodes, needs_q)
+        if drawing is not None:
+            request = replace(request, sampling=drawing.sampling, sampler=drawing.sampler, chance=drawing.chance)
         self.needs_q = needs_q
         self.cache = caches.take(program, self.capacity)
         self.sessions: list[DraftSession] = [draft.open(request) for draft in drafts]
@@ -94,12 +108,14 @@ class Engine:
             began, compiled = perf_counter(), self.program.compile_seconds
             prompt = torch.tensor(self.prompt, dtype=torch.int64, device=self.program.device)
             logits = self.program.prefill(prompt, self.cache, slot=0)  # [V]
-            token = likeliest(logits[None])[0]
+            self.judge.accept(self.prompt)
+            token = self.judge.first(logits)
             compiled = self.program.compile_seconds - compiled
             self.stats.prefill_seconds += perf_counter() - began - compiled
             self.stats.compile_seconds += compiled
         self.length = len(self.prompt)
         self.root = token
+        self.judge.accept([token])
         for session in self.sessions:
             session.accept([*self.prompt, token])
         self._emit([token])
@@ -116,7 +132,7 @@ class Engine:
         drafted, not_draft = perf_counter(), self._draft_side_seconds
         tree = proposal.tree()
         logits = program.verify(tree, self.cache)  # [N, V]
-        verdict = self.verifier.verify(proposal, logits)
+        verdict = self.judge.verify(proposal, logits)
         path = verdict.path
         if self.near_tie is not None:
             stats.near_ties += near_tie(logits, path, self.near_tie)
@@ -136,6 +152,7 @@ class Engine:
             self.cache.commit(path)
             self.length += len(path)
             self.root = bonus
+            self.judge.accept(tokens)
             for session in self.sessions:
                 session.accept(tokens)
             committed = perf_counter()

@@ -17,9 +17,11 @@ from ..options import OnUnsupported, Options
 from ..speculation.draft import Draft, ModelDraft
 from ..speculation.named import named_draft
 from ..speculation.policy import TreePolicy, as_policy
+from ..speculation.samplers import ChildSampler
+from ..speculation.sampling import Sampling
 from ..speculation.tokenizers import check_tokenizers
-from ..speculation.verifier import Verifier, as_verifier
 from .engine import Ending, Engine, Step
+from .judging import AnyVerifier, appoint
 from .plain import PlainLoop
 from .prompt import end_ids, parse_prompt
 from .stats import Stats
@@ -97,8 +99,15 @@ def generate(
     draft: DraftLike = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    logit_bias: Mapping[int, float] | None = None,
+    seed: int | None = None,
     policy: TreePolicy | str | Sequence[int] | None = None,
-    verifier: Verifier | None = None,
+    verifier: AnyVerifier | None = None,
+    sampler: ChildSampler | str | None = None,
     eos_token_id: int | Iterable[int] | None = None,
     stop_ids: Iterable[int] = (),
     options: Mapping[str, Any] | Options | None = None,
@@ -106,7 +115,12 @@ def generate(
     tokenizer: Any = None,
     draft_tokenizer: Any = None,
 ) -> GenerationOutput:
-    """The target's own greedy continuation of `input_ids`, sped up by what `draft` guesses right.
+    """The target's own continuation of `input_ids`, sped up by what `draft` guesses right.
+
+    With `temperature` 0 it is the greedy one; above, a sample that has exactly the target's distribution after
+    `logit_bias`, `repetition_penalty`, `temperature`, `top_k`, `top_p` and `min_p` (as in transformers, in this order).
+    `verifier` ("traversal", "multi-step", "recursive", "naive", "block") and `sampler` ("without-replacement", "iid",
+    "top-k") say how; pairs that are not lossless are refused. `out.stats.seed` gives the same sample again.
 
     `model` and `draft` are modules (converted on first use) or tree programs; `draft` may also be a `Draft` or a list,
     whose trees are merged, or None for no speculation. `policy` shapes the tree: `StaticExpansion((1, 1, 3))` or
@@ -121,8 +135,15 @@ def generate(
         draft=draft,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        logit_bias=logit_bias,
+        seed=seed,
         policy=policy,
         verifier=verifier,
+        sampler=sampler,
         eos_token_id=eos_token_id,
         stop_ids=stop_ids,
         options=options,
@@ -142,8 +163,15 @@ def stream(
     draft: DraftLike = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    logit_bias: Mapping[int, float] | None = None,
+    seed: int | None = None,
     policy: TreePolicy | str | Sequence[int] | None = None,
-    verifier: Verifier | None = None,
+    verifier: AnyVerifier | None = None,
+    sampler: ChildSampler | str | None = None,
     eos_token_id: int | Iterable[int] | None = None,
     stop_ids: Iterable[int] = (),
     options: Mapping[str, Any] | Options | None = None,
@@ -152,16 +180,26 @@ def stream(
     draft_tokenizer: Any = None,
 ) -> Stream:
     """`generate`, a `Step` at a time: `for step in stream(...)`. Arguments are checked here, not at the first step."""
-    _check_numbers(max_new_tokens, temperature)
+    _check_count(max_new_tokens)
     prompt, device = parse_prompt(input_ids)
-    tree_policy, judge = as_policy(policy), as_verifier(verifier)
+    tree_policy = as_policy(policy)
+    sampling = Sampling(
+        temperature=0.0 if temperature is None else temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        logit_bias=logit_bias,
+        seed=seed,
+    )
+    judge, drawing = appoint(sampling, verifier, sampler, tree_policy, drafts=_count(draft))
     parsed = Options.parse(options)
     fallback = _on_unsupported(on_unsupported, parsed) == "fallback"
     check_tokenizers(tokenizer, draft_tokenizer)
     module = model._model() if _is_program(model) else _module(model)
     eos, stop = end_ids(eos_token_id, stop_ids, module)
     ending = Ending(max_new_tokens, eos, stop)
-    stats = Stats(prompt_tokens=len(prompt))
+    stats = Stats(prompt_tokens=len(prompt), seed=drawing.sampling.seed if drawing else None)
     try:
         program = _program(model, parsed, stats)
     except Unsupported as refusal:
@@ -169,23 +207,20 @@ def stream(
             raise
         logger.warning("treespec runs the plain loop instead: %s", refusal)
         stats.fallback = str(refusal)
-        return Stream(PlainLoop(module, prompt, ending, stats), prompt, device, stats)
+        return Stream(PlainLoop(module, prompt, ending, judge, stats), prompt, device, stats)
     parse_prompt(prompt, vocab_size=program._input_vocab, max_context=program.max_context)
     drafts = _drafts(draft, parsed, stats, program)
-    engine = Engine(program, prompt, ending, drafts, tree_policy, judge, stats)
+    engine = Engine(program, prompt, ending, drafts, tree_policy, judge, stats, drawing)
     return Stream(engine, prompt, device, stats)
 
 
-def _check_numbers(max_new_tokens: object, temperature: object) -> None:
+def _count(draft: DraftLike) -> int:
+    return len(draft) if isinstance(draft, (list, tuple)) else draft is not None
+
+
+def _check_count(max_new_tokens: object) -> None:
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
         raise InvalidOption(name="max_new_tokens", got=max_new_tokens, expected="a positive integer")
-    if temperature is not None and temperature != 0:
-        raise InvalidOption(
-            name="temperature",
-            got=temperature,
-            expected="0.0 (greedy)",
-            fix="Sampling is not in this version: leave `temperature` out.",
-        )
 
 
 def _on_unsupported(value: str | None, options: Options) -> str:

@@ -1,4 +1,4 @@
-"""The plain greedy loop on the original module: what `on_unsupported="fallback"` runs."""
+"""The plain loop on the original module: what `on_unsupported="fallback"` runs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..speculation.judge import Judge
 from .engine import Ending, Step
 from .stats import FinishReason, Stats
 
 
 class PlainLoop:
-    """One greedy token a step; the whole sequence is run again for each, which is right for every causal model."""
+    """One token a step; the whole sequence is run again for each, which is right for every causal model."""
 
-    def __init__(self, module: nn.Module, prompt: list[int], ending: Ending, stats: Stats) -> None:
-        self.module, self.ending, self.stats = module, ending, stats
+    def __init__(self, module: nn.Module, prompt: list[int], ending: Ending, judge: Judge, stats: Stats) -> None:
+        self.module, self.ending, self.judge, self.stats = module, ending, judge, stats
+        judge.accept(prompt)
         self.ids, self.remaining = list(prompt), ending.max_new_tokens
         parameter = next(module.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
@@ -46,7 +48,8 @@ class PlainLoop:
         with torch.no_grad():
             # NOTE: `forward`, so that a module compiled in place does not go through Dynamo for every length.
             logits = _logits(self.module.forward(ids, **self.arguments))
-        token = int(logits[0, -1].argmax())
+        token = self.judge.first(logits[0, -1])
+        self.judge.accept([token])
         self.ids.append(token)
         self.remaining -= 1
         self.stats.tokens += 1

@@ -60,6 +60,10 @@ class Stats:
     """All steps, bookkeeping included; compilation and the drafts' prefill are not."""
     compile_seconds: float = 0.0
     """Spent on compilation during this call; in none of the other figures."""
+    unusable_draft_rows: int = 0
+    """Rows of a draft with NaN or infinite logits: nothing was proposed there."""
+    seed: int | None = None
+    """The seed that gives this output again; None for greedy decoding."""
     near_ties: int = 0
     """Steps where the target's two best logits were closer than its precision (bf16 and fp16 only)."""
     finish_reason: FinishReason | None = None
@@ -91,6 +95,7 @@ class Stats:
         self.steps += 1
         self.nodes += count
         self.accepted += len(path) - 1
+        self.unusable_draft_rows += proposal.unusable
         if count == 1:
             return
         by_depth, by_rank, accepted = self.accepted_by_depth, self.accepted_by_rank, set(path)
@@ -132,6 +137,8 @@ class Stats:
             f"prefill {self.prefill_seconds:.3f}, draft prefill {self.draft_prefill_seconds:.3f}, "
             f"compile {self.compile_seconds:.3f}",
         ]
+        if self.unusable_draft_rows:
+            lines.append(f"{self.unusable_draft_rows} nodes without proposals: NaN or infinite logits of the draft")
         if self.near_ties:
             lines.append(f"near ties: {self.near_ties} steps")
         if self.fallback:

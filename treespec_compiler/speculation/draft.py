@@ -13,10 +13,13 @@ from torch import Tensor
 from ..errors import InvalidOption
 from ..tree import TokenTree
 from . import caches
+from .chance import Chance
 from .growth import ChoosingPolicy, grow
 from .policy import Limits, TreePolicy
 from .proposal import Proposal
-from .ranking import likeliest
+from .ranking import likeliest, unusable
+from .samplers import ChildSampler
+from .sampling import Sampling
 
 if TYPE_CHECKING:
     from ..cache import TreeCache
@@ -38,6 +41,20 @@ class DraftRequest:
     max_nodes: int
     """Nodes of the largest tree."""
     needs_q: bool = False
+    sampling: Sampling | None = None
+    """How the target is sampled; None: greedily, by its own logits. Drafts are free to guess by it or not."""
+    sampler: ChildSampler | None = None
+    """How children are to be chosen from the draft's processed distribution. A draft that chooses them without chance
+    leaves `proposal.draws` empty, and every verifier stays lossless."""
+    chance: Chance | None = None
+    """Whom to ask for randomness."""
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether the children wanted are those with the largest logits: temperature and its like keep the order."""
+        if self.sampling is None or self.sampler is None:
+            return True
+        return self.sampler.kind == "top-k" and not self.sampling.reorders
 
 
 class DraftSession(Protocol):
@@ -85,7 +102,11 @@ class ModelDraft:
         return self.program.compile_seconds
 
     def open(self, request: DraftRequest) -> ModelDraftSession:
-        return ModelDraftSession(self, request)
+        if request.by_logits:
+            return ModelDraftSession(self, request)
+        from .sampled_draft import SampledDraftSession
+
+        return SampledDraftSession(self, request)
 
 
 class ModelDraftSession:
@@ -157,6 +178,8 @@ class ModelDraftSession:
         for depth in range(depth_limit):
             widths = policy.widths(depth, proposal)
             room = node_limit - len(proposal.tokens)
+            if not frontier:
+                return
             if isinstance(widths, int):
                 k = min(widths, self._shared, room // frontier)
                 counts = None
@@ -173,6 +196,10 @@ class ModelDraftSession:
                 logits = logits[:, : self._shared]
             ids, q = _candidates(logits, k, self._needs_q)
             first = len(proposal.tokens) - frontier
+            bad = unusable(logits, ids[::k])
+            if bad:
+                proposal.unusable += len(bad)
+                counts = [0 if i in bad else k if counts is None else counts[i] for i in range(frontier)]
             if counts is None:
                 children = [p for p in range(first, first + frontier) for _ in range(k)]
                 ranks = [*range(k)] * frontier

@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..tree import TokenTree
+from .chance import Row
+
+
+@dataclass(slots=True, eq=False)
+class Draws:
+    """How one proposer came by the children of one node."""
+
+    children: list[int]
+    """The node of every draw, in the order drawn; a node that was drawn twice is listed twice."""
+    q: Row | None
+    """The distribution of the first draw [V]; None: chosen without chance, as one-hot draws."""
+    replacement: bool = True
+    """False: every later draw is from q without the tokens drawn before, renormalised."""
+    proposer: str = "draft"
+
+    def in_order(self, tokens: Sequence[int], vocab_size: int, replacement: bool) -> Iterator[tuple[int, Row]]:
+        """Every drawn node and the distribution it was drawn from, given the draws before it."""
+        q = self.q
+        for child in self.children:
+            token = tokens[child]
+            if self.q is None:
+                yield child, _one_hot(token, vocab_size)
+                continue
+            assert q is not None
+            yield child, q
+            if not replacement:
+                q = q.copy()
+                q[token] = 0.0
+                total = q.sum()
+                if total > 0:
+                    q /= total
+
+
+def _one_hot(token: int, vocab_size: int) -> Row:
+    row = np.zeros(vocab_size)
+    row[token] = 1.0
+    return row
 
 
 @dataclass(slots=True, eq=False)
@@ -20,7 +59,7 @@ class Proposal:
     parents: list[int]
     depths: list[int]
     ranks: list[int]
-    """Place among the siblings of the same proposer; 0 is the one the draft thought likeliest."""
+    """Place among the siblings of the same proposer: 0 is the likeliest of the top k, or the one drawn first."""
     q: list[float] | None = None
     """The draft's probability of each node given its path (roots: 1), or None if nobody asked for it."""
     multiplicity: list[int] | None = None
@@ -28,6 +67,10 @@ class Proposal:
     proposer: str = "draft"
     parts: tuple[tuple[Proposal, list[int]], ...] = ()
     """After `merge`: every proposer's own proposal and the merged node of each of its nodes."""
+    draws: Mapping[int, list[Draws]] | None = None
+    """By node, how its children were drawn, one entry a proposer; None: all were chosen without chance."""
+    unusable: int = 0
+    """Rows of the draft that were NaN or infinite, and gave no children."""
 
     @classmethod
     def root(cls, token: int, *, q: bool = False, proposer: str = "draft") -> Proposal:
@@ -62,10 +105,42 @@ class Proposal:
                 nodes.append(node)
             parts.append((proposal, nodes))
         merged.parts = tuple(parts)
+        merged.unusable = sum(proposal.unusable for proposal in proposals)
+        if any(proposal.draws is not None for proposal in proposals):
+            merged.draws = _merged_draws(parts)
         return merged
+
+    def drawn(self) -> Mapping[int, list[Draws]]:
+        """`draws`, made up from the tree where nothing was drawn by chance."""
+        if self.draws is not None:
+            return self.draws
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                children.setdefault(parent, []).append(node)
+        return {parent: [Draws(nodes, None, proposer=self.proposer)] for parent, nodes in children.items()}
+
+    def path_tokens(self, node: int) -> list[int]:
+        """Tokens from below the root to `node`, this one included."""
+        path = []
+        while self.parents[node] >= 0:
+            path.append(self.tokens[node])
+            node = self.parents[node]
+        return path[::-1]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def tree(self) -> TokenTree:
         return TokenTree._trusted(self.tokens, self.parents)
+
+
+def _merged_draws(parts: Sequence[tuple[Proposal, list[int]]]) -> dict[int, list[Draws]]:
+    """Every proposer's draws, one proposer after the other, at the nodes of the merged tree."""
+    merged: dict[int, list[Draws]] = {}
+    for proposal, nodes in parts:
+        for parent, draws in proposal.drawn().items():
+            for d in draws:
+                children = [nodes[child] for child in d.children]
+                merged.setdefault(nodes[parent], []).append(Draws(children, d.q, d.replacement, d.proposer))
+    return merged

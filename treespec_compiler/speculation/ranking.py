@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import isfinite
+
 import numpy as np
 from torch import Tensor, float32
 
@@ -35,3 +38,12 @@ def likeliest(logits: Tensor, k: int = 1) -> list[int]:
         rows[every, column] = -np.inf
         columns.append(column)
     return np.stack(columns, axis=1).ravel().tolist()
+
+
+def unusable(logits: Tensor, best: Sequence[int]) -> list[int]:
+    """Rows of [n, V] that are NaN or infinite, given the likeliest id of each: an argmax points at NaN and +inf."""
+    if logits.dtype is not float32 or logits.device.type != "cpu":
+        found = logits[range(len(best)), best].isfinite().logical_not().nonzero()
+        return found.flatten().tolist()
+    item = logits.numpy().item
+    return [row for row, token in enumerate(best) if not isfinite(item(row, token))]

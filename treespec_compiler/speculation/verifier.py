@@ -22,6 +22,8 @@ class Verdict:
 
 @runtime_checkable
 class Verifier(Protocol):
+    """Greedy verification: by the logits alone. Sampling has its own protocol, `verifiers.StochasticVerifier`."""
+
     @property
     def needs_q(self) -> bool:
         """Whether `verify` reads `proposal.q`."""
@@ -63,9 +65,9 @@ class GreedyVerifier:
         return Verdict(path, want)
 
 
-def as_verifier(verifier: Verifier | None) -> Verifier:
-    """A verifier from what `generate(verifier=...)` takes."""
-    if verifier is None:
+def as_verifier(verifier: Verifier | str | None) -> Verifier:
+    """A verifier of greedy decoding from what `generate(verifier=...)` takes."""
+    if verifier is None or verifier == "greedy":
         return GreedyVerifier()
     if isinstance(verifier, Verifier) and not isinstance(verifier, type):
         return verifier

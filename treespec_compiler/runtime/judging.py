@@ -1,0 +1,56 @@
+"""From what `generate` was asked for to who judges the drafts, and by what chance they are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+
+from ..speculation.chance import SeededChance
+from ..speculation.judge import GreedyJudge, Judge, SamplingJudge
+from ..speculation.pairs import as_pair, as_stochastic_verifier, check_shape
+from ..speculation.policy import TreePolicy
+from ..speculation.samplers import SAMPLERS, ChildSampler, as_sampler
+from ..speculation.sampling import Sampling
+from ..speculation.verifier import GreedyVerifier, Verifier, as_verifier
+from ..speculation.verifiers import VERIFIERS, StochasticVerifier
+from .engine import Drawing
+
+AnyVerifier: TypeAlias = Verifier | StochasticVerifier | str
+
+
+def appoint(
+    sampling: Sampling,
+    verifier: AnyVerifier | None,
+    sampler: ChildSampler | str | None,
+    policy: TreePolicy,
+    *,
+    drafts: int,
+) -> tuple[Judge, Drawing | None]:
+    """Refuses pairs that are not lossless. At temperature 0 every rule accepts what greedy accepts."""
+    if sampling.greedy:
+        if sampler is not None:
+            as_sampler(sampler)
+        greedy = _greedy(verifier)
+        if sampling.plain:
+            return GreedyJudge(greedy), None
+        rule, chosen = VERIFIERS["naive"], SAMPLERS["top-k"]  # on one-hot distributions
+    else:
+        rule, chosen = as_pair(verifier, sampler)
+        check_shape(rule, policy, drafts)
+    if sampling.seed is None:
+        # torch's generator, so that `torch.manual_seed` decides as it does elsewhere
+        sampling = replace(sampling, seed=int(torch.randint(2**62, ()).item()))
+    assert sampling.seed is not None
+    chance = SeededChance(sampling.seed)
+    return SamplingJudge(rule, sampling, chance), Drawing(sampling, chosen, chance)
+
+
+def _greedy(verifier: AnyVerifier | None) -> Verifier:
+    if isinstance(verifier, StochasticVerifier):
+        return GreedyVerifier()
+    if isinstance(verifier, str) and verifier != "greedy":
+        as_stochastic_verifier(verifier)
+        return GreedyVerifier()
+    return as_verifier(verifier)

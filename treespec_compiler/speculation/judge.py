@@ -1,0 +1,101 @@
+"""What the loop asks after a forward pass of the target: the first token, and which nodes are accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InvalidLogits
+from .chance import Chance, Row
+from .proposal import Proposal
+from .ranking import likeliest
+from .sampling import Processor, Sampling
+from .verifier import Verdict, Verifier
+from .verifiers import StochasticVerifier
+
+
+class Judge(Protocol):
+    """A verifier bound to one request."""
+
+    needs_q: bool
+
+    def first(self, logits: Tensor) -> int:
+        """The token after the prompt, from its logits [V]."""
+        ...
+
+    def verify(self, proposal: Proposal, logits: Tensor) -> Verdict: ...
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """These tokens are final, the prompt first; the last one is the next tree's root."""
+        ...
+
+
+class GreedyJudge:
+    """The likeliest token, always."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self.needs_q = verifier.needs_q
+        self._verifier = verifier
+        self._length = 0
+
+    def first(self, logits: Tensor) -> int:
+        (token,) = likeliest(logits[None])
+        if not math.isfinite(float(logits[token])):
+            raise InvalidLogits(position=self._length - 1)
+        return token
+
+    def verify(self, proposal: Proposal, logits: Tensor) -> Verdict:
+        verdict = self._verifier.verify(proposal, logits)
+        path, tokens = verdict.path, proposal.tokens
+        # NOTE: an argmax over NaN or +inf points at it, so the chosen logits tell whether a row was usable.
+        rows = logits.numpy() if logits.dtype is torch.float32 and logits.device.type == "cpu" else logits
+        for i, node in enumerate(path):
+            chosen = tokens[path[i + 1]] if i + 1 < len(path) else verdict.bonus
+            if not math.isfinite(rows[node, chosen].item()):
+                raise InvalidLogits(position=self._length - 1 + i)
+        return verdict
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        self._length += len(tokens)
+
+
+class SamplingJudge:
+    """A stochastic rule on the processed distributions of the paths it looks at."""
+
+    def __init__(self, verifier: StochasticVerifier, sampling: Sampling, chance: Chance) -> None:
+        self.needs_q = verifier.needs_q
+        self._verifier, self._chance = verifier, chance
+        self._processor = Processor(sampling)
+        self._length = 0
+
+    def first(self, logits: Tensor) -> int:
+        return self._chance.choose(self._row(_rows(logits[None])[0], (), self._length - 1))
+
+    def verify(self, proposal: Proposal, logits: Tensor) -> Verdict:
+        rows, depths = _rows(logits), proposal.depths
+
+        def target(node: int) -> Row:
+            path = proposal.path_tokens(node) if self._processor.needs_paths else ()
+            return self._row(rows[node], path, self._length - 1 + depths[node])
+
+        return self._verifier.verify(proposal, target, self._chance)
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        self._length += len(tokens)
+        self._processor.accept(tokens)
+
+    def _row(self, logits: NDArray[np.float32], path: Sequence[int], position: int) -> Row:
+        row = self._processor.row(logits, path)
+        if row is None:
+            raise InvalidLogits(position=position, problem="NaN, infinite or only -inf logits")
+        return row
+
+
+def _rows(logits: Tensor) -> NDArray[np.float32]:
+    return logits.float().cpu().numpy()

@@ -1,0 +1,114 @@
+"""A draft model's session where children are drawn from its processed distributions, and those are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..tree import TokenTree
+from .draft import DraftRequest, ModelDraft, ModelDraftSession, _fit
+from .policy import TreePolicy
+from .proposal import Draws, Proposal
+from .sampling import Processor, Sampling
+
+if TYPE_CHECKING:
+    from ..cache import TreeCache
+
+
+class SampledDraftSession(ModelDraftSession):
+    """As `ModelDraftSession`, level by level, with children from `request.sampler`.
+
+    NOTE: a policy must choose widths before the children are drawn, as `widths` does. Dropping some of them afterwards
+    would leave children that are no longer draws from q.
+    """
+
+    def __init__(self, draft: ModelDraft, request: DraftRequest) -> None:
+        super().__init__(draft, request)
+        assert request.sampler is not None and request.chance is not None and request.sampling is not None
+        self._sampler, self._chance = request.sampler, request.chance
+        self._vocab_size = request.vocab_size
+        self._processor = Processor(_draft_sampling(request.sampling))
+        self._drawn = self._sampler.kind != "top-k"
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        self._processor.accept(tokens)
+        super().accept(tokens)
+
+    def _grow(
+        self, cache: TreeCache, policy: TreePolicy, proposal: Proposal, depth_limit: int, node_limit: int
+    ) -> None:
+        tokens, parents, shift = self._tokens, self._parents, self._chain - 1
+        draws: dict[int, list[Draws]] = {}
+        if self._drawn:
+            proposal.draws = draws
+            proposal.multiplicity = [1]
+        start, frontier = 0, 1  # first node not run; nodes of the newest level
+        for depth in range(depth_limit):
+            counts = self._counts(policy.widths(depth, proposal), frontier, node_limit - len(proposal.tokens))
+            if not any(counts):
+                return
+            logits = self.program.extend(TokenTree._trusted(tokens, parents), cache, start=start)  # [new, V]
+            start = self._run = len(tokens)
+            first = len(proposal.tokens) - frontier
+            rows = logits[-frontier:, : self._shared].float().cpu().numpy()
+            q, usable = self._distributions(rows, proposal, first)
+            proposal.unusable += int((~usable).sum())
+            for i, count in enumerate(counts):
+                if count and usable[i]:
+                    children = self._draw(q[i], count, first + i, depth + 1, proposal)
+                    if self._drawn:
+                        replacement = self._sampler.kind == "iid"
+                        draws[first + i] = [Draws(children, self._padded(q[i]), replacement, self.draft.name)]
+            frontier = len(proposal.tokens) - first - frontier
+            if not frontier:
+                return
+            tokens += proposal.tokens[-frontier:]
+            parents += [p + shift for p in proposal.parents[-frontier:]]
+
+    def _counts(self, widths: int | Sequence[int], frontier: int, room: int) -> list[int]:
+        if isinstance(widths, int):
+            return [min(widths, self._shared, room // frontier)] * frontier
+        return _fit(widths, frontier, room, self._shared)
+
+    def _distributions(
+        self, rows: NDArray[np.float32], proposal: Proposal, first: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Processed rows [n, shared] of the nodes from `first` on, and which of them are usable."""
+        paths: list[list[int]] = []
+        if self._processor.needs_paths:
+            paths = [proposal.path_tokens(first + i) for i in range(len(rows))]
+        return self._processor.probabilities(rows, paths)
+
+    def _draw(self, q: NDArray[np.float64], count: int, parent: int, depth: int, proposal: Proposal) -> list[int]:
+        """Append the drawn children of `parent`; the node of every draw."""
+        node_of: dict[int, int] = {}
+        drawn = []
+        for token in self._sampler.draw(q, count, self._chance):
+            node = node_of.get(token)
+            if node is None:
+                node = node_of[token] = len(proposal.tokens)
+                proposal.tokens.append(token)
+                proposal.parents.append(parent)
+                proposal.depths.append(depth)
+                proposal.ranks.append(len(node_of) - 1)
+                if proposal.q is not None:
+                    proposal.q.append(float(q[token]))
+                if proposal.multiplicity is not None:
+                    proposal.multiplicity.append(1)
+            elif proposal.multiplicity is not None:
+                proposal.multiplicity[node] += 1
+            drawn.append(node)
+        return drawn
+
+    def _padded(self, q: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Over the target's ids: those the draft lacks have q = 0."""
+        return q if len(q) == self._vocab_size else np.pad(q, (0, self._vocab_size - len(q)))
+
+
+def _draft_sampling(sampling: Sampling) -> Sampling:
+    """Greedy decoding still ranks several children, by the logits after bias and penalty."""
+    return replace(sampling, temperature=1.0, top_k=None, top_p=None, min_p=None) if sampling.greedy else sampling

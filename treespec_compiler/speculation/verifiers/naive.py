@@ -1,0 +1,36 @@
+"""Naive sampling: the target's own samples, followed as long as the tree holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..chance import Chance
+from ..proposal import Proposal
+from ..samplers import Kind
+from ..verifier import Verdict
+from .rule import Target
+
+
+@dataclass(frozen=True)
+class NaiveSampling:
+    """Sample from the target at each node; go to the child with that token while there is one.
+
+    SpecInfer (arXiv 2305.09781), section 4.3, "naive sampling", the baseline of Theorem 4.3 and of Table 3. The rule
+    of the other verifiers with q = 1. Lossless with any children, as they have no influence on what is sampled.
+    """
+
+    name: ClassVar[str] = "naive"
+    needs_q: ClassVar[bool] = False
+    samplers: ClassVar[tuple[Kind, ...]] = ("top-k", "without-replacement", "iid")
+
+    def verify(self, proposal: Proposal, target: Target, chance: Chance) -> Verdict:
+        tokens, parents = proposal.tokens, proposal.parents
+        path, last = [0], 0
+        want = chance.choose(target(0))
+        # Children follow their parents, so one walk over the nodes finds the whole path.
+        for node in range(1, len(tokens)):
+            if parents[node] == last and tokens[node] == want:
+                path.append(node)
+                last, want = node, chance.choose(target(node))
+        return Verdict(path, want)

@@ -1,0 +1,53 @@
+"""What every stochastic verifier is given, and what it must say about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+from ..chance import Chance, Row
+from ..proposal import Proposal
+from ..samplers import Kind
+from ..verifier import Verdict
+
+Target: TypeAlias = Callable[[int], Row]
+"""Node -> the target's processed distribution after the path to it [V], computed when asked for."""
+
+
+@runtime_checkable
+class StochasticVerifier(Protocol):
+    """Accepts nodes so that output tokens have the target's distribution, whatever the draft's is."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs_q(self) -> bool:
+        """Whether `verify` reads `proposal.draws`."""
+        ...
+
+    @property
+    def samplers(self) -> tuple[Kind, ...]:
+        """Child samplers it is lossless with, the best first."""
+        ...
+
+    def verify(self, proposal: Proposal, target: Target, chance: Chance) -> Verdict:
+        """Judge the proposal, whose node 0 is its only root."""
+        ...
+
+
+def ratio(p: float, q: float) -> float:
+    """p / q as an acceptance probability; q = 0 only where the draws are not what the rule assumes."""
+    if p <= 0.0:
+        return 0.0
+    return p / q if q > 0.0 else 1.0
+
+
+def residual(p: Row, q: Row) -> Row:
+    """norm(max(0, p - q)): what is still owed after a draw from q was rejected."""
+    rest = np.maximum(p - q, 0.0)
+    total = rest.sum()
+    # NOTE: p <= q everywhere means p = q: rejection had probability 0, and only rounding can have led here.
+    return rest / total if total > 0.0 else p
