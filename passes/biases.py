@@ -13,7 +13,13 @@ class NotAMask(Exception):
 
 
 def bias_kind(
-    value: Any, distance: sympy.Symbol, q: sympy.Symbol, k: sympy.Symbol, length: sympy.Symbol, sizes: dict[str, Tensor], text: str
+    value: Any,
+    distance: sympy.Symbol,
+    q: sympy.Symbol,
+    k: sympy.Symbol,
+    length: sympy.Symbol,
+    sizes: dict[str, Tensor],
+    text: str,
 ) -> tuple[str, int | None]:
     """("" | "slopes" | "distance", context limit) of the value added at visible keys, in terms of k and q - k.
 

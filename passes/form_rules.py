@@ -218,6 +218,19 @@ def _expand(call: Call) -> Form | None:
     return call.broadcast(call.node.args[0])
 
 
+def _repeat(call: Call) -> Form | None:
+    """Index i of a repeated dimension of size s reads i mod s; size-1 dimensions read 0."""
+    form = call.form(call.node.args[0])
+    if form is None:
+        return None
+    shift = len(call.shape) - len(form.shape)
+    mapping: dict[int, Any] = {}
+    for i, size in enumerate(form.shape):
+        here = axis(i + shift)
+        mapping[i] = here if call.shape[i + shift] == size else sympy.Integer(0) if size == 1 else sympy.Mod(here, size)
+    return call.result(rename(form, mapping))
+
+
 def _permute(call: Call) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None:
@@ -387,6 +400,13 @@ RULES: dict[str, Callable[[Call], Form | None]] = {
     "reshape": _reshape,
     "_unsafe_view": _reshape,
     "expand": _expand,
+    "repeat": _repeat,
+    "pow": _pointwise(operator.pow),
+    "exp": _pointwise(sympy.exp),
+    "log": _pointwise(sympy.log),
+    "sqrt": _pointwise(sympy.sqrt),
+    "floor": _pointwise(sympy.floor),
+    "reciprocal": _pointwise(lambda a: 1 / a),
     "permute": _permute,
     "transpose": _permute,
     "t": _permute,

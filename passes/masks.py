@@ -57,13 +57,20 @@ def classify(form: Form, length: sympy.Symbol, evaluate: Callable[[int], Tensor]
     rank = len(form.shape)
     q, k = axis(rank - 2), axis(rank - 1)
     if any(read.args for atom in form.expr.atoms(Relational) for read in atom.atoms(AppliedUndef)) or (
-        form.is_bool and form.tables
+        _pair_tables(form, q, k)
     ):
         extra = form.expr.free_symbols - {q, k}
         if extra:
             raise NotAMask(f"the mask differs between heads, or depends on the number of tokens: {_text(form, q, k)}")
         return Scoring(_from_table(form, evaluate, sizes, q, k))
     return _analytic(form, length, evaluate, sizes, q, k)
+
+
+def _pair_tables(form: Form, q: sympy.Symbol, k: sympy.Symbol) -> bool:
+    """Whether a table is read at [.., q, .., k]: a mask buffer."""
+    return any(
+        {q, k} <= read.free_symbols and not any({q, k} <= a.free_symbols for a in read.args) for read in form.tables
+    )
 
 
 def _analytic(
@@ -89,8 +96,13 @@ def _without_chunks(expr: Any, q: Any, k: Any, text: str) -> tuple[Any, int]:
     """The expression inside one chunk, and the chunk's size (0: no chunks)."""
     chunk = 0
     for atom in expr.atoms(sympy.Eq):
-        for size in {int(1 / c) for f in atom.atoms(sympy.floor) for c in f.atoms(sympy.Rational) if c != 0 and c.p == 1}:
-            if atom in (sympy.Eq(sympy.floor(q / size), sympy.floor(k / size)), sympy.Eq(sympy.floor(k / size), sympy.floor(q / size))):
+        for size in {
+            int(1 / c) for f in atom.atoms(sympy.floor) for c in f.atoms(sympy.Rational) if c != 0 and c.p == 1
+        }:
+            if atom in (
+                sympy.Eq(sympy.floor(q / size), sympy.floor(k / size)),
+                sympy.Eq(sympy.floor(k / size), sympy.floor(q / size)),
+            ):
                 outside = _cells(expr.xreplace({atom: sympy.false}), q, k, text)
                 if chunk or not all(_is_hidden(v) for v in outside.values()):
                     raise NotAMask(f"chunks combined in another way than `and`: {text}")

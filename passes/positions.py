@@ -102,7 +102,10 @@ def _offset(expr: Any, symbol: sympy.Symbol) -> int | None:
 
 
 def _may_descend(form: Form, at: int) -> bool:
-    """Linear in the position, or a read of a table at `position + constant`: the operands then decide."""
+    """A function of the position that no bound cuts off, or a read of a table at `position + constant`.
+
+    The operands then decide, and the function itself is applied to the tree's positions.
+    """
     symbol, expr = axis(at), form.expr
     if form.is_bool:
         return False
@@ -110,7 +113,7 @@ def _may_descend(form: Form, at: int) -> bool:
         if any(symbol in a.free_symbols and _offset(a, symbol) is None for a in read.args):
             return False
     plain = expr.xreplace({read: sympy.Dummy() for read in form.tables})
-    return symbol not in plain.free_symbols or (plain.is_polynomial(symbol) and sympy.degree(plain, symbol) == 1)
+    return symbol not in plain.free_symbols or not plain.has(sympy.Min, sympy.Max, sympy.Piecewise, sympy.Mod)
 
 
 def _table_slice(state: GraphState, forms: ClosedForms, node: fx.Node, at: int) -> int | None:
@@ -168,6 +171,8 @@ def _reads(node: fx.Node) -> list[tuple[fx.Node, int, Any]]:
     if name == "aten.embedding":
         return [(args[0], 0, args[1])]
     if name == "aten.index_select":
+        return [(args[0], int(args[1]) % len(shape_of(args[0])), args[2])]
+    if name == "aten.gather":
         return [(args[0], int(args[1]) % len(shape_of(args[0])), args[2])]
     if name == "aten.index":
         return [(args[0], i, x) for i, x in enumerate(args[1]) if x is not None]

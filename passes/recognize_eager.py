@@ -161,8 +161,10 @@ def _same_matrix(before: fx.Node, after: fx.Node) -> bool:
 def _scaled(reader: Reader, node: fx.Node, factor: Callable[[float], float]) -> Scores | None:
     a, b = node.args[0], node.args[1]
     number = reader.number(b)
-    if number is None and op_name(node) == "aten.mul":
+    if number is None and op_name(node) == "aten.mul" and reader.number(a) is not None:
         a, b, number = b, a, reader.number(a)
+    if number is None and op_name(node) == "aten.mul":
+        return _zeroed(reader, a, b) or _zeroed(reader, b, a)
     scores = reader.read(a)
     if scores is None or number is None or number == 0 or scores.sinks is not None:
         return None
@@ -173,6 +175,26 @@ def _scaled(reader: Reader, node: fx.Node, factor: Callable[[float], float]) -> 
         return None
     mask = None if scores.mask is None else reader.emit(aten.mul.Tensor, scores.mask, by)
     return replace(scores, scale=scores.scale * by, mask=mask)
+
+
+def _zeroed(reader: Reader, a: Any, b: Any) -> Scores | None:
+    """scores * m for a mask m of zeros and ones: hidden scores become 0 (something below adds a large negative)."""
+    form = reader.forms.of(b) if isinstance(b, fx.Node) and not reader._depends(b) else None
+    if form is None or not reader._depends(a):
+        return None
+    if not form.is_bool and not _zeros_and_ones(reader, form):
+        return None
+    scores = reader.read(a)
+    return None if scores is None else reader.override(scores, reader.emit(aten.eq.Scalar, b, 0), 0.0, when=True)
+
+
+def _zeros_and_ones(reader: Reader, form: Any) -> bool:
+    if form.expr.is_Piecewise:
+        return all(value in (0, 1) for value, _ in form.expr.args)
+    if len(form.tables) != 1 or form.expr not in form.tables:
+        return False
+    table = reader.forms.tables[str(form.expr.func)]
+    return bool(((table == 0) | (table == 1)).all())
 
 
 def _tanh(reader: Reader, node: fx.Node) -> Scores | None:
@@ -245,12 +267,11 @@ def _reshape(reader: Reader, node: fx.Node) -> Scores | None:
     if a != b or not _same_matrix(before, node):
         return None
     scores = reader.read(before)
-    if scores is None or scores.mask is None:
-        return scores
-    full, target = shape_of(before), [s if isinstance(s, int) else -1 for s in node.meta["val"].shape]
-    if shape_of(scores.mask)[-2:] != full[-2:] or len(target) < len(shape_of(scores.mask)) - 1:
+    if scores is None or scores.mask is None or len(shape_of(scores.mask)) <= _rank(node):
+        return scores  # broadcasting is from the right, so [H, q, k] serves for [1, H, q, k]
+    if shape_of(scores.mask)[0] != 1 or len(shape_of(scores.mask)) != _rank(node) + 1:
         return None
-    return scores
+    return replace(scores, mask=reader.emit(aten.squeeze.dim, scores.mask, 0))
 
 
 def _baddbmm(reader: Reader, node: fx.Node) -> Scores | None:
@@ -269,7 +290,7 @@ def _baddbmm(reader: Reader, node: fx.Node) -> Scores | None:
 
 def _floor(reader: Reader, node: fx.Node) -> Scores | None:
     """maximum(scores, lowest float): the mask's own values, kept from running over."""
-    bound = reader.number(node.args[1])
+    bound = reader.number(node.args[1]) if len(node.args) == 2 else None
     return reader.read(node.args[0]) if bound is not None and bound <= _LOWEST else None
 
 
@@ -299,6 +320,7 @@ _RULES: dict[str, Callable[[Reader, fx.Node], Scores | None]] = {
     "aten.reshape": _reshape,
     "aten.baddbmm": _baddbmm,
     "aten.maximum": _floor,
+    "aten.max": _floor,
     "aten.clamp_min": _floor,
     "aten.clamp": _floor,
     "aten.cat": _cat,

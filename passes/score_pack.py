@@ -42,7 +42,9 @@ class ScorePack:
         n = 2 if self.kind == "slopes" else self.limit
         output = next(x for x in reversed(self.mask.graph.nodes) if x.op == "output")
         values = evaluate_for_length(output.args[0], self.tokens, constants, self.mask, n)  # type: ignore[arg-type]
-        last = values.expand(*values.shape[:-2], n, n)[..., n - 1, :].reshape(-1, n)  # [heads or 1, n]: the last query's row
+        last = values.expand(*values.shape[:-2], n, n)[..., n - 1, :].reshape(
+            -1, n
+        )  # [heads or 1, n]: the last query's row
         device = next((t.device for t in constants.values()), last.device)
         found = last[:, 1] - last[:, 0] if self.kind == "slopes" else last.flip(1)
         return found.expand(self.heads, *found.shape[1:]).contiguous().to(device)

@@ -184,6 +184,19 @@ def _index_select(node: fx.Node, axes: Axes) -> Axis:
     return source if source is not None else at
 
 
+def _gather(node: fx.Node, axes: Axes) -> Axis:
+    """out[.., i, ..] = source[.., index[.., i, ..], ..]: a table read by the tokens, or each token's own entries."""
+    source, index = axes.axes[node.args[0]], axes.axes[node.args[2]]
+    at = int(node.args[1]) % rank_of(node.args[0])
+    if index is None:
+        raise Mixes("it picks the same entries for every token")
+    if source is None:
+        return index
+    if source != index or source == at:
+        raise Mixes("it picks tokens by index")
+    return source
+
+
 def _index(node: fx.Node, axes: Axes) -> Axis:
     source, indices = axes.axes[node.args[0]], list(node.args[1])
     used = [i for i, x in enumerate(indices) if x is not None]
@@ -313,7 +326,7 @@ _POINTWISE = (
     "clamp_min", "cos", "div", "elu", "eq", "erf", "exp", "exp2", "expm1", "floor", "floor_divide", "full_like",
     "ge", "gelu", "gt", "hardswish", "hardsigmoid", "hardtanh", "isinf", "isnan", "le", "leaky_relu", "lerp", "log",
     "log1p", "log2", "log_sigmoid", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum",
-    "minimum", "mish", "mul", "nan_to_num", "ne", "neg", "ones_like", "pow", "reciprocal", "relu", "relu6",
+    "minimum", "mish", "mul", "complex", "conj", "imag", "polar", "real", "trunc", "ceil", "nan_to_num", "ne", "neg", "ones_like", "pow", "reciprocal", "relu", "relu6",
     "remainder", "round", "rsqrt", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "softplus", "sqrt", "square",
     "sub", "tanh", "_to_copy", "to", "true_divide", "where", "zeros_like", "__and__", "__or__", "logaddexp", "celu",
     "threshold", "type_as",
@@ -330,6 +343,7 @@ RULES: dict[str, Rule] = {f"aten.{name}": _pointwise for name in _POINTWISE} | {
     "aten.addmm": _addmm,
     "aten.embedding": _embedding,
     "aten.index_select": _index_select,
+    "aten.gather": _gather,
     "aten.index": _index,
     "aten.layer_norm": _layer_norm,
     "aten.rms_norm": _layer_norm,

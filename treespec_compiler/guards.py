@@ -53,7 +53,7 @@ def discharge_guards(state: GraphState, analyse: Callable[[int], GraphState], ma
                     f"tokens it cannot be analysed: {str(error).splitlines()[0]}",
                     way_out="make the forward pass the same for every number of tokens",
                 ) from error
-            if isinstance(error, Unsupported) and not _failed_assertion(error):
+            if isinstance(error, Unsupported) and not _ends_there(error):
                 raise _too_short(guard, state, other, f"is refused there ({error.reason})") from error
             limits.append(Limit(other - 1, f"the model stops at {other} tokens: {guard}"))
             ceiling = other - 1
@@ -98,8 +98,8 @@ def meaning(state: GraphState) -> tuple[Any, ...]:
         elif node.op == "get_attr":
             what = _contents(getattr(state.gm, str(node.target)))
         rows.append((node.op, what, key(node.args), key(node.kwargs)))
-    masks = tuple((s.mask.window, s.mask.limit, s.scale, s.heads, s.kv_heads) for s in state.sites)
-    return masks, tuple(rows)
+    masks = tuple((s.mask, s.scale, s.heads, s.kv_heads, s.softcap, s.bias, s.sinks) for s in state.sites)
+    return masks, tuple(rows), tuple(_contents(pack.build(state.constants)) for pack in state.packs.values())
 
 
 def _contents(value: Any) -> Any:
@@ -149,10 +149,13 @@ def _uncovered(regions: Sequence[Guards], length: sympy.Symbol, ceiling: int) ->
     return None
 
 
-def _failed_assertion(error: Unsupported) -> bool:
-    """Whether the refusal is Dynamo's account of an assertion or exception raised by the model itself."""
+def _ends_there(error: Unsupported) -> bool:
+    """Whether the model has no graph of its own there: it raises, its shapes do not fit, or the one length is a constant.
+
+    The context then ends before that length, which is sound whatever the model would do beyond.
+    """
     text = error.reason.lower()
-    return "assert" in text or "raise" in text or "observed exception" in text
+    return any(sign in text for sign in ("assert", "raise", "observed exception", "cannot capture", "specialised it"))
 
 
 def discharge(state: GraphState) -> int:

@@ -25,9 +25,7 @@ SCHEMA = PLAIN_SCHEMA.replace(
 )
 
 
-def changed_scores(
-    s: Tensor, distance: Tensor, softcap: float, slopes: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def changed_scores(s: Tensor, distance: Tensor, softcap: float, slopes: Tensor | None, bias: Tensor | None) -> Tensor:
     """Scores [H, ..., S] for distances i - j [..., S]."""
     if softcap:
         s = softcap * torch.tanh(s / softcap)
