@@ -68,6 +68,11 @@ def original_module(model: nn.Module) -> nn.Module:
     return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
 
 
+def call_module(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the module with its hooks, but never by code that `model.compile()` made."""
+    return model._call_impl(*args, **kwargs)
+
+
 def logits_of(output: Any) -> Any:
     """The logits in a model's output: `.logits`, `[0]`, or the tensor itself."""
     if isinstance(output, Tensor):
@@ -76,7 +81,12 @@ def logits_of(output: Any) -> Any:
     if logits is not None:
         return logits
     if isinstance(output, Mapping):
-        return output["logits"] if "logits" in output else next(iter(output.values()))
+        if "logits" not in output:
+            raise Unsupported(
+                f"the model returns a mapping without logits: {', '.join(map(str, output))}",
+                way_out="return the logits under the name 'logits', or the tensor alone",
+            )
+        return output["logits"]
     return output[0]
 
 
@@ -198,10 +208,9 @@ def _fresh_forward(model: nn.Module) -> Callable[..., Any]:
     Dynamo keeps its cache on the code object; sharing one would let captures of several models count against each
     other's recompile limit, and clearing it would throw away the user's compiled code.
     """
-    forward = type(model).forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return logits_of(forward(model, *args, **kwargs))
+        return logits_of(call_module(model, *args, **kwargs))
 
     return types.FunctionType(run.__code__.replace(), run.__globals__, "treespec_capture", None, run.__closure__)
 
@@ -331,7 +340,9 @@ def _tidy(traced: dict[str, Any], model: nn.Module, call: CallSpec, example_leng
 def _bounds(mode: Any, length: torch.SymInt, guards: list[sympy.Basic]) -> list[sympy.Basic]:
     """The guards on the number of tokens; bounds that the ShapeEnv folded into its ranges are added back."""
     symbol = length.node.expr
-    found = [g for g in guards if symbol in g.free_symbols]
+    # NOTE a positions argument has a symbol of its own until `Eq(tokens, positions)` makes them one.
+    same = (mode.shape_env.replace(g) for g in guards)
+    found = [g for g in same if symbol in g.free_symbols]
     bounds = mode.shape_env.var_to_range.get(symbol)
     if bounds is not None:
         if isinstance(bounds.upper, sympy.Integer) and bounds.upper < 2**62:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .batch import Batch, Part, pack
 from .cache import TreeCache
-from .capture import CallSpec, logits_of
+from .capture import CallSpec, call_module, logits_of
 from .errors import PassError, Unsupported
 from .ir import ops
 from .passes.insert_state import META_INPUTS
@@ -39,7 +39,7 @@ def eager_logits(model: nn.Module, call: CallSpec, ids: list[int], device: torch
     tokens = torch.tensor([ids], device=device)
     there = call.with_tokens(tokens)
     with torch.no_grad():
-        return logits_of(model.forward(*there.args, **there.kwargs))[0]
+        return logits_of(call_module(model, *there.args, **there.kwargs))[0]
 
 
 def run_graph(state: GraphState, tree: TokenTree, prefix: list[int]) -> Tensor:
@@ -89,7 +89,7 @@ def random_tree(size: int, vocab: int, seed: int) -> TokenTree:
 
 
 def semantic_check(model: nn.Module, call: CallSpec) -> Check:
-    """The path oracle (chain oracle before state is inserted) as a check after each pass; the model is the reference."""
+    """The path oracle (chain oracle before state is inserted) as a check after each pass, against the model itself."""
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     return path_check(lambda ids: eager_logits(model, call, ids, device))
 
