@@ -147,7 +147,7 @@ def main() -> None:
         entries = measure(given.threads[0], given.inductor, given.repeats)
         given.output.write_text(json.dumps([asdict(e) for e in entries]))
         return
-    entries = []
+    entries, about = [], meta()
     given.output.parent.mkdir(parents=True, exist_ok=True)
     for threads in given.threads:
         part = given.output.with_suffix(f".{threads}.tmp")
@@ -157,7 +157,7 @@ def main() -> None:
         entries += [Entry(**e) for e in json.loads(part.read_text())]
         part.unlink()
     show(entries)
-    given.output.write_text(json.dumps({"meta": meta(), "entries": [asdict(e) for e in entries]}, indent=1) + "\n")
+    given.output.write_text(json.dumps({"meta": about, "entries": [asdict(e) for e in entries]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
