@@ -53,7 +53,7 @@ class StaticVariant:
         return StaticCacheLoop(model, max_tokens, self.settings, self.rows)
 
 
-_AUTOTUNE = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+_AUTOTUNE = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN", "autotune_num_choices_displayed": 0}
 # What treespec itself sets: Inductor's own loops on one thread (ATen keeps its threads), no Python in the call.
 _LEAN = {"cpp.threads": 1, "cpp_wrapper": True}
 STATIC: dict[str, StaticVariant] = {
