@@ -156,6 +156,13 @@ def _repeat_interleave(node: fx.Node, axes: Axes) -> Axis:
     return at
 
 
+def _outer(node: fx.Node, axes: Axes) -> Axis:
+    a, b = (axes.axes[x] for x in node.args[:2])
+    if (a is None) == (b is None):
+        raise Mixes("it combines every token of one operand with every token of the other")
+    return 0 if a is not None else 1
+
+
 def _complex(node: fx.Node, axes: Axes) -> Axis:
     at = axes.axes[node.args[0]]
     if at == max(rank_of(node.args[0]), rank_of(node)) - 1:
@@ -358,6 +365,7 @@ RULES: dict[str, Rule] = {f"aten.{name}": _pointwise for name in _POINTWISE} | {
     "aten.batch_norm": _batch_norm,
     "aten.repeat": _repeat,
     "aten.repeat_interleave": _repeat_interleave,
+    "aten.outer": _outer,
     "aten.view_as_complex": _complex,
     "aten.view_as_real": _complex,
     "aten.linalg_vector_norm": _keeps_except(2, "dim", keepdim=(3, "keepdim")),
