@@ -86,11 +86,11 @@ class Snapshot:
         return cls(document["after"], document["level"], nodes, document["tokens"], positions)
 
 
-def snapshot(state: GraphState, after: str) -> Snapshot:
-    """The state's graph as it is now."""
+def snapshot(state: GraphState, after: str, graph: fx.Graph | None = None, level: str | None = None) -> Snapshot:
+    """The state's graph as it is now, or an earlier copy of it with its level."""
     symbol = str(state.length)
-    nodes = tuple(_node(node, symbol, state.labels) for node in state.graph.nodes)
-    return Snapshot(after, state.level, nodes, state.tokens, tuple(state.position_inputs))
+    nodes = tuple(_node(node, symbol, state.labels) for node in (graph or state.graph).nodes)
+    return Snapshot(after, level or state.level, nodes, state.tokens, tuple(state.position_inputs))
 
 
 def _node(node: fx.Node, symbol: str, labels: dict[str, str]) -> NodeData:

@@ -13,7 +13,7 @@ log = logging.getLogger("treespec.guards")
 
 def run(state: GraphState) -> int:
     if state.other_length is None:
-        log.warning("the model is not at hand: %d guards on the number of tokens stay as they are", len(state.guards))
+        log.info("the model is not at hand: %d guards on the number of tokens stay as they are", len(state.guards))
         return 0
     state.limits += discharge_guards(state, state.other_length, state.max_context)
     return len(state.guards)

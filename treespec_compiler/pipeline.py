@@ -34,6 +34,7 @@ from .passes.manager import Check, History, Instrument, Pass, run_passes
 from .passes.plan import plan
 from .passes.registry import registered_passes
 from .passes.state import GraphState
+from .reproducer import Reproducer
 
 log = logging.getLogger("treespec.pipeline")
 
@@ -103,13 +104,21 @@ def convert(
     prepared = prepare(model, call, options)
     state = prepared.state
     check_complete(prepared.passes)
-    history = run_passes(state, prepared.passes, [*prepared.checks, *checks], user_checks, [*always(), *instruments])
+    history = run_passes(
+        state, prepared.passes, [*prepared.checks, *checks], user_checks, _watching(options, instruments)
+    )
     state.other_length = None
     _drop_unused_inputs(state)
     max_context, limits = _context(state.limits, options.max_context)
     return Converted(
         state, prepared.weights, history, prepared.capture_seconds, max_context, limits, _input_vocab(state)
     )
+
+
+def _watching(options: Options, instruments: Sequence[Instrument]) -> list[Instrument]:
+    """The instruments of every conversion, and those asked for; one of them may be a reproducer of its own."""
+    own = any(isinstance(i, Reproducer) for i in instruments)
+    return [*always(), *([] if own else [Reproducer(options)]), *instruments]
 
 
 def check_complete(passes: Sequence[Pass]) -> None:

@@ -32,8 +32,11 @@ examples:
   treespec demo
   treespec generate --target demo --draft demo --prompt "def main():" --stream
   treespec generate --target hf:PATH --draft hf:PATH --prompt-file prompt.txt --max-new-tokens 64 --json
+  treespec explain hf:PATH
+  treespec opt demo --print-after treeify --layer 0
 
-`treespec COMMAND --help` shows a command's options. Errors end with exit code 2; --debug shows the traceback.
+`treespec COMMAND --help` shows a command's options. Exit codes: 0 done, 1 the answer is no (refused, different,
+still failing), 2 error (--debug shows the traceback), 130 interrupted.
 """
 
 
@@ -50,6 +53,12 @@ class Command:
 COMMANDS = (
     Command("demo", "see the shipped pair of models speculate, and measure it"),
     Command("generate", "complete a prompt by speculation"),
+    Command("explain", "say what was proved about a model, or why it is refused"),
+    Command("opt", "run the passes on a model and print the graph between them"),
+    Command("report", "write a page that shows every pass at work"),
+    Command("passes", "list the passes and their contracts"),
+    Command("diff", "compare two graphs by structure"),
+    Command("reproduce", "run a failed conversion again"),
 )
 
 
@@ -124,7 +133,7 @@ def describe(error: Exception) -> str:
     from ..errors import TreespecError
 
     if isinstance(error, TreespecError):
-        return str(error)
+        return "\n".join([str(error), *getattr(error, "__notes__", ())])
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text.rstrip('.')}. Run again with --debug for the traceback."
 

@@ -21,6 +21,7 @@ from ..errors import InvalidOption, UnreadableModel
 Role = Literal["target", "draft"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LARGEST_RANDOM = 8 << 30  # bytes
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -33,9 +34,18 @@ class LoadedModel:
 
 
 def load(
-    name: str, *, role: Role = "target", dtype: torch.dtype = torch.float32, random_weights: bool = False, seed: int = 0
+    name: str,
+    *,
+    role: Role = "target",
+    dtype: torch.dtype = torch.float32,
+    random_weights: bool = False,
+    tiny: bool = False,
+    seed: int = 0,
 ) -> LoadedModel:
-    """The model called `name`, in evaluation mode; `random_weights` reads no weights, only `hf:` configurations."""
+    """The model called `name`, in evaluation mode; `random_weights` reads no weights, only `hf:` configurations.
+
+    With `random_weights`, `hf:` takes a model type such as `llama` as well; `tiny` shrinks the configuration.
+    """
     kind, _, rest = name.partition(":")
     if name == "demo":
         folder = demo.paths.target if role == "target" else demo.paths.draft
@@ -45,16 +55,61 @@ def load(
             raise UnreadableModel(name=name, problem=problem, expected="the weights of the demo pair", fix=fix)
         return _load_hf(name, str(folder), dtype)
     if kind == "hf" and rest:
-        return _load_hf(name, rest, dtype, random_weights, seed)
-    if random_weights:
-        fix = "Leave --random-weights out, or name a Hugging Face configuration."
+        if random_weights or tiny:
+            return load_random(name, rest, dtype, tiny, seed)
+        return _load_hf(name, rest, dtype)
+    if random_weights or tiny:
+        fix = "Leave --random-weights and --tiny out, or name a Hugging Face configuration."
         raise InvalidOption(name="--random-weights", got=name, expected="a model named hf:PATH_OR_ID", fix=fix)
     if kind == "py" and rest:
         return _load_py(name, rest, dtype)
     raise UnreadableModel(name=name, problem="no known kind of name", expected="`hf:...`, `py:...` or `demo`")
 
 
-def _load_hf(name: str, where: str, dtype: torch.dtype, random_weights: bool = False, seed: int = 0) -> LoadedModel:
+def _load_hf(name: str, where: str, dtype: torch.dtype) -> LoadedModel:
+    transformers = quiet_transformers(name)
+    where = place(name, where)
+    # NOTE: code that comes with a model is never run, and pickled weights are never read.
+    try:
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+        _check_weights(name, info)
+    except UnreadableModel:
+        raise
+    except Exception as error:
+        raise refused_by_transformers(name, error) from error
+    return LoadedModel(name, model.eval(), _tokenizer(where))
+
+
+def load_random(name: str, where: str, dtype: torch.dtype, tiny: bool, seed: int) -> LoadedModel:
+    """A model of a configuration, with made-up weights; a large one stays on `meta`, which is enough to look at."""
+    transformers = quiet_transformers(name)
+    is_type = where in transformers.CONFIG_MAPPING and not Path(where).expanduser().exists()
+    try:
+        if is_type:
+            config = transformers.AutoConfig.for_model(where)
+        else:
+            where = place(name, where, random_weights=True)
+            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
+        if tiny:
+            from .tiny import shrink
+
+            config = shrink(config)
+        torch.manual_seed(seed)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        if sum(p.numel() * p.element_size() for p in model.parameters()) <= LARGEST_RANDOM:
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except UnreadableModel:
+        raise
+    except Exception as error:
+        raise refused_by_transformers(name, error) from error
+    return LoadedModel(name, model.eval(), None if is_type or tiny else _tokenizer(where))
+
+
+def quiet_transformers(name: str) -> Any:
     try:
         import transformers
     except ModuleNotFoundError:
@@ -65,38 +120,30 @@ def _load_hf(name: str, where: str, dtype: torch.dtype, random_weights: bool = F
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    return transformers
 
+
+def place(name: str, where: str, random_weights: bool = False) -> str:
+    """The folder that `where` names, checked, or a hub's id."""
     folder = Path(where).expanduser()
     if folder.exists():
         _check_folder(name, folder, random_weights)
-        where = str(folder)
-    elif not HUB_ID.fullmatch(where):
+        return str(folder)
+    if not HUB_ID.fullmatch(where):
         raise UnreadableModel(name=name, problem="no such folder")
+    return where
 
-    # NOTE: code that comes with a model is never run, and pickled weights are never read.
-    safe = {"trust_remote_code": False}
+
+def _tokenizer(where: str) -> Any | None:
+    from transformers import AutoTokenizer
+
     try:
-        config = transformers.AutoConfig.from_pretrained(where, **safe)
-        if random_weights:
-            torch.manual_seed(seed)
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **safe)
-        else:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
-            )
-            _check_weights(name, info)
-    except UnreadableModel:
-        raise
-    except Exception as error:
-        raise _refused_by_transformers(name, error) from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **safe)
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception:
-        tokenizer = None
-    return LoadedModel(name, model.eval(), tokenizer)
+        return None
 
 
-def _refused_by_transformers(name: str, error: Exception) -> UnreadableModel:
+def refused_by_transformers(name: str, error: Exception) -> UnreadableModel:
     if "trust_remote_code" in str(error):
         return UnreadableModel(
             name=name,

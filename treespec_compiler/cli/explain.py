@@ -1,0 +1,119 @@
+"""Say whether a model can be converted, and what was proved about it; or why it was refused, and what would help."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import Unsupported
+from ..explain import Explanation, explain
+from ..passes.snapshot import short_source
+from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, console, parameter_count, read_subject
+
+EPILOG = f"""\
+examples:
+  treespec explain demo
+  treespec explain hf:mistral --random-weights --tiny
+  treespec explain py:mypackage.models:build --json
+
+{EXIT_CODES}
+"""
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    add_model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: Namespace) -> int:
+    subject = read_subject(arguments)
+    found: Explanation | Unsupported
+    try:
+        with Console(stderr=True).status("converting"):
+            found = explain(subject.loaded.model, subject.call, subject.options)
+    except Unsupported as error:
+        found = error
+    if arguments.json:
+        head = {"model": subject.name, "converted": not isinstance(found, Unsupported)}
+        body = refusal_fields(found) if isinstance(found, Unsupported) else found.as_json()
+        print(json.dumps(head | body, indent=2))
+    else:
+        model = subject.loaded.model
+        parameter = next(model.parameters(), None)
+        where = f", {arguments.dtype} on {parameter.device}" if parameter is not None else ""
+        title = f"{type(model).__name__}, {parameter_count(subject.loaded)} parameters{where}"
+        if isinstance(found, Unsupported):
+            show_refusal(console(), subject.name, title, found)
+        else:
+            show_explanation(console(), subject.name, title, found)
+    return REFUSED if isinstance(found, Unsupported) else CONVERTED
+
+
+def refusal_fields(error: Unsupported) -> dict[str, Any]:
+    source = short_source(error.source) if error.source else None
+    fields = {"reason": error.reason, "node": error.node, "source": source, "layer": error.layer}
+    return fields | {"way_out": error.way_out or error.DEFAULT_WAY_OUT}
+
+
+def show_refusal(out: Console, name: str, title: str, error: Unsupported) -> None:
+    out.print(f"[bold red]refused[/]  {escape(name)} ({escape(title)})")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for key, value in refusal_fields(error).items():
+        if value:
+            table.add_row(key.replace("_", " "), escape(str(value)))
+    out.print(table)
+
+
+def show_explanation(out: Console, name: str, title: str, found: Explanation) -> None:
+    out.print(f"[bold green]converted[/]  {escape(name)} ({escape(title)})")
+    out.print(f"context: {escape(found.context)}\n")
+    out.print(f"[bold]attention sites[/] ({len(found.sites)})")
+    out.print(sites_table(found))
+    out.print(f"KV cache: {found.bytes_per_token:,} bytes per token over all sites (KV B: of one)\n")
+    out.print("[bold]positions[/]")
+    for formula, reader in found.positions:
+        out.print(f"  {formula} read at {escape(reader)}", soft_wrap=True)
+    if not found.positions:
+        out.print("  none: the model does not read positions")
+    out.print(
+        f"\n[bold]token locality[/]: {found.local_values} values carry tokens, each made by an op proved to act on"
+    )
+    out.print("each token alone; only the attention sites move information between tokens")
+    out.print("  " + ", ".join(f"{op} {n}" for op, n in found.local_ops.items()))
+    out.print("\n[bold]tree program[/]")
+    for parameter, text, meaning in found.signature:
+        out.print(f"  {parameter}: {escape(text)}  [dim]{escape(meaning)}[/]", soft_wrap=True)
+    out.print(f"  -> {escape(found.result)}")
+
+
+def sites_table(found: Explanation) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("#", justify="right", style="dim", no_wrap=True)
+    table.add_column("module", no_wrap=True)
+    table.add_column("heads/KV/dim", no_wrap=True)
+    table.add_column("mask", overflow="fold", min_width=6)
+    for column in ("bias", "cap", "sinks", "pos"):
+        table.add_column(column, overflow="fold")
+    table.add_column("KV B", justify="right", no_wrap=True)
+    for site in found.sites:
+        dims = str(site.key_dim) if site.key_dim == site.value_dim else f"{site.key_dim}+{site.value_dim}"
+        table.add_row(
+            str(site.index),
+            escape(site.module),
+            f"{site.heads}/{site.kv_heads}/{dims}",
+            escape(site.mask),
+            escape(site.bias) or "-",
+            f"{site.softcap:g}" if site.softcap else "-",
+            "yes" if site.sinks else "-",
+            site.positions or "-",
+            str(site.bytes_per_token),
+        )
+    return table

@@ -1,0 +1,81 @@
+"""What the commands that look into the compiler share: naming a model, and output as text or JSON."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+
+from ..capture import CallSpec, call_spec
+from ..options import Options
+from .generate import parse_options
+from .models import DTYPES, LoadedModel, load
+
+CONVERTED, REFUSED = 0, 1  # exit codes; 2 is an error
+
+EXIT_CODES = "exit codes: 0 converted, 1 refused, 2 error"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under inspection and how it is compiled."""
+
+    loaded: LoadedModel
+    call: CallSpec
+    options: Options
+
+    @property
+    def name(self) -> str:
+        return self.loaded.name
+
+
+def add_model_arguments(parser: ArgumentParser, positional: bool = True) -> None:
+    group = parser.add_argument_group("model")
+    help_text = "hf:PATH_OR_ID, py:module:factory or demo; with --random-weights also a type: hf:llama"
+    if positional:
+        group.add_argument("model", metavar="MODEL", help=help_text)
+    else:
+        group.add_argument("--model", metavar="MODEL", help=help_text)
+    group.add_argument("--random-weights", action="store_true", help="read the configuration only, make up the weights")
+    group.add_argument("--tiny", action="store_true", help="shrink the configuration: few layers, small dimensions")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    group.add_argument(
+        "--option", metavar="NAME=VALUE", action="append", default=[], help="an option of the compiler; may be repeated"
+    )
+
+
+def read_subject(arguments: Namespace, **options: Any) -> Subject:
+    """Load the model; keyword arguments lay over `--option`."""
+    parsed = replace(parse_options(arguments.option), **{k: v for k, v in options.items() if v is not None})
+    quiet_torch()
+    with Console(stderr=True).status("reading the model"):
+        loaded = load(
+            arguments.model,
+            dtype=DTYPES[arguments.dtype],
+            random_weights=arguments.random_weights,
+            tiny=arguments.tiny,
+        )
+    return Subject(loaded, call_spec(loaded.model), parsed)
+
+
+def quiet_torch() -> None:
+    """A refusal is this command's result; torch's own report of it would say the same at ten times the length."""
+    for name in ("torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def console() -> Console:
+    """Standard output: as wide as the terminal, without colour when it is none."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=False)
+
+
+def parameter_count(loaded: LoadedModel) -> str:
+    count = sum(p.numel() for p in loaded.model.parameters())
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
