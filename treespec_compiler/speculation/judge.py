@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InvalidLogits
 from .chance import Chance, Row
 from .proposal import Proposal
-from .ranking import likeliest
+from .ranking import likeliest, unusable
 from .sampling import Processor, Sampling
 from .verifier import Verdict, Verifier
 from .verifiers import StochasticVerifier
@@ -45,8 +43,8 @@ class GreedyJudge:
         self._length = 0
 
     def first(self, logits: Tensor) -> int:
-        (token,) = likeliest(logits[None])
-        if not math.isfinite(float(logits[token])):
+        (token,) = best = likeliest(logits[None])
+        if unusable(logits[None], best):
             raise InvalidLogits(position=self._length - 1)
         return token
 
@@ -54,11 +52,11 @@ class GreedyJudge:
         verdict = self._verifier.verify(proposal, logits)
         path, tokens = verdict.path, proposal.tokens
         # NOTE: an argmax over NaN or +inf points at it, so the chosen logits tell whether a row was usable.
-        rows = logits.numpy() if logits.dtype is torch.float32 and logits.device.type == "cpu" else logits
-        for i, node in enumerate(path):
-            chosen = tokens[path[i + 1]] if i + 1 < len(path) else verdict.bonus
-            if not math.isfinite(rows[node, chosen].item()):
-                raise InvalidLogits(position=self._length - 1 + i)
+        chosen = [tokens[node] for node in path]
+        chosen.append(verdict.bonus)
+        bad = unusable(logits, chosen[1:], path)
+        if bad:
+            raise InvalidLogits(position=self._length - 1 + bad[0])
         return verdict
 
     def accept(self, tokens: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ FEW_ROWS = 2
 
 def likeliest(logits: Tensor, k: int = 1) -> list[int]:
     """The k ids with the largest logits of every row of [n, V], flat, best first; k = 1 takes the lowest of a tie."""
-    if logits.dtype is not float32 or logits.device.type != "cpu" or k > SMALL_K:
+    if logits.dtype is not float32 or not logits.is_cpu or k > SMALL_K:
         ids = logits.argmax(-1) if k == 1 else logits.topk(k).indices
         return ids.flatten().tolist()
     rows = logits.numpy()
@@ -40,10 +40,14 @@ def likeliest(logits: Tensor, k: int = 1) -> list[int]:
     return np.stack(columns, axis=1).ravel().tolist()
 
 
-def unusable(logits: Tensor, best: Sequence[int]) -> list[int]:
-    """Rows of [n, V] that are NaN or infinite, given the likeliest id of each: an argmax points at NaN and +inf."""
-    if logits.dtype is not float32 or logits.device.type != "cpu":
-        found = logits[range(len(best)), best].isfinite().logical_not().nonzero()
-        return found.flatten().tolist()
+def unusable(logits: Tensor, best: Sequence[int], rows: Sequence[int] | None = None) -> list[int]:
+    """Which of `rows` (default: all) of [n, V] are NaN or infinite, given each one's likeliest id: places in `best`.
+
+    An argmax points at NaN or +inf if there is one, and at -inf if there is nothing else.
+    """
+    if rows is None:
+        rows = range(len(best))
+    if logits.dtype is not float32 or not logits.is_cpu:
+        return logits[rows, best].isfinite().logical_not().nonzero().flatten().tolist()
     item = logits.numpy().item
-    return [row for row, token in enumerate(best) if not isfinite(item(row, token))]
+    return [i for i, (row, token) in enumerate(zip(rows, best)) if not isfinite(item(row, token))]

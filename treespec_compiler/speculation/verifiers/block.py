@@ -12,7 +12,7 @@ from ..chance import Chance, Row
 from ..proposal import Proposal
 from ..samplers import Kind
 from ..verifier import Verdict
-from .rule import Target
+from .rule import Target, ratio
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class BlockVerification:
         chain, qs = _chain(proposal, len(ps[0]))
         for node, q in zip(chain[1:], qs, strict=True):
             token = proposal.tokens[node]
-            weights.append(min(1.0, weights[-1] * float(ps[-1][token]) / float(q[token])))
+            weights.append(ratio(weights[-1] * float(ps[-1][token]), float(q[token])))
             ps.append(target(node))
         last = len(qs)
         if chance.accept(weights[last]):

@@ -39,10 +39,10 @@ class StochasticVerifier(Protocol):
 
 
 def ratio(p: float, q: float) -> float:
-    """p / q as an acceptance probability; q = 0 only where the draws are not what the rule assumes."""
+    """min(1, p / q); q = 0 is reached only by draws that are not what the rule assumes."""
     if p <= 0.0:
         return 0.0
-    return p / q if q > 0.0 else 1.0
+    return 1.0 if p >= q else p / q
 
 
 def residual(p: Row, q: Row) -> Row:

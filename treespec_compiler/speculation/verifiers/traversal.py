@@ -12,7 +12,7 @@ from ..chance import Chance, Row
 from ..proposal import Draws, Proposal
 from ..samplers import Kind
 from ..verifier import Verdict
-from .rule import Target
+from .rule import Target, ratio
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Visit:
         for child, q in self._untried:
             self._q = q
             token = self._tokens[child]
-            return child, min(1.0, self.weight * float(self.distribution()[token]) / float(q[token]))
+            return child, ratio(self.weight * float(self.distribution()[token]), float(q[token]))
         return None, 0.0
 
     def reject_child(self) -> None:
