@@ -1,4 +1,7 @@
-"""normalize: one spelling per meaning. Assertions, aliases and inference-time dropout go; views become reshapes."""
+"""normalize: one spelling per meaning.
+
+Assertions, aliases and inference-time dropout go; views become reshapes, inverted permutations become argsorts.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .inverse_permutation import spell_inverse
 from .manager import Pass
 from .provenance import op_name
 from .state import GraphState, refuse
@@ -38,7 +42,7 @@ def normalize(state: GraphState) -> int:
             node.target = aten.reshape.default
         elif name == "aten.squeeze":
             _name_squeezed(node)
-        else:
+        elif not spell_inverse(state, node):
             _refuse_mutation(node)
             continue
         matches += 1

@@ -1,9 +1,9 @@
 """token locality (no change): outside attention, every op acts on each token alone.
 
-Each node gets the dimension that carries the tokens, or None when no dimension does. An op is accepted only by a rule
-that shows where that dimension goes; an op without a rule, or one that reduces, slices, shifts or contracts the token
-dimension, is refused by name. This is what allows nodes of different branches, and of different requests, to be packed
-side by side in one sequence.
+Each node gets the dimension that carries the tokens, or None when no dimension does; `routing` knows of more places,
+for rows that are sorted by expert. An op is accepted only by a rule that shows where that dimension goes; an op without
+a rule, or one that reduces, slices, shifts or contracts the token dimension, is refused by name. This is what allows
+nodes of different branches, and of different requests, to be packed side by side in one sequence.
 """
 
 from __future__ import annotations
@@ -14,44 +14,51 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from .closed_form import ClosedForms, shape_of
+from .closed_form import SHAPE_ONLY, ClosedForms, shape_of
+from .form import packet
 from .manager import Pass
 from .positions import position_cut
 from .provenance import op_name
+from .routing import Routing
+from .rows import GroupSizes, Place, Rows, Uniform
 from .state import GraphState, refuse
-from .token_rules import RULES, Axis, Mixes, rank_of
+from .token_rules import Mixes, rank_of
 
 ABOVE = -1  # index arithmetic above the cut; only other such arithmetic and cut nodes may read it
 
 
 class TokenAxes:
-    """The token dimension of every tensor node; `of` raises the refusal for an op that mixes tokens."""
+    """The place of the tokens in every tensor node; raises the refusal for an op that mixes tokens."""
 
     def __init__(self, state: GraphState) -> None:
         self.length = state.length
         self.cut = position_cut(state)
         self.forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
-        self.axes: dict[fx.Node, Axis] = {}
+        self.axes: dict[fx.Node, Place] = {}
+        self.routing = Routing(self.axes, self.length)
         for node in state.graph.nodes:
             if node.op == "placeholder" or node.op == "get_attr":
                 self.axes[node] = self._leaf(state, node)
             elif node.op == "call_function" and has_tensor(node):
                 self.axes[node] = self._call(node)
 
-    def _leaf(self, state: GraphState, node: fx.Node) -> Axis:
+    def _leaf(self, state: GraphState, node: fx.Node) -> Place:
         if node.name == state.tokens:
             return 1
         if node.name in state.position_inputs:
             return len(shape_of(node)) - 1
         return None
 
-    def _call(self, node: fx.Node) -> Axis:
+    def _call(self, node: fx.Node) -> Place:
         if node in self.cut:
-            return self._checked(node, self.cut[node].at)
+            cut = self.cut[node]
+            if cut.kind == "constant" and cut.at is not None and shape_of(node)[cut.at] != self.length:
+                return self._checked(node, Uniform(cut.at))
+            return self._checked(node, cut.at)
         name = op_name(node)
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise refuse(f"{name} draws random numbers: the model is not a function of its tokens", node)
-        if all(self.axes.get(a) in (None, ABOVE) for a in node.all_input_nodes):
+        if packet(node) in SHAPE_ONLY or all(self.axes.get(a) in (None, ABOVE) for a in node.all_input_nodes):
             if not _sized(node, self.length):
                 return None
             if self.forms.of(node) is None:
@@ -59,32 +66,43 @@ class TokenAxes:
             return ABOVE
         if any(self.axes.get(a) == ABOVE for a in node.all_input_nodes):
             raise refuse(f"{name} reads index arithmetic that is not a position", node)
-        rule = RULES.get(name)
-        if rule is None:
-            raise refuse(f"{name} is not known to act on each token alone", node, _WAY_OUT)
+        if not self.routing.knows(node):
+            raise refuse(f"{name} is not known to act on each token alone", node, _way_out(name))
         try:
-            return self._checked(node, rule(node, self))
+            return self._checked(node, self.routing.place(node))
         except Mixes as error:
             raise refuse(f"{name} mixes tokens: {error}", node, _WAY_OUT) from None
 
-    def _checked(self, node: fx.Node, at: Axis) -> Axis:
-        """A rule's claim, against the shape: exactly one dimension depends on the number of tokens, and it is T."""
+    def _checked(self, node: fx.Node, place: Place) -> Place:
+        """A rule's claim, against the shape: exactly one dimension depends on the number of tokens, as it says."""
         value = node.meta["val"]
+        at = place.at if isinstance(place, (Rows, Uniform)) else None if isinstance(place, GroupSizes) else place
+        wanted = place.layout.size(self.length) if isinstance(place, Rows) else self.length
         for tensor in value if isinstance(value, (tuple, list)) else [value]:
             shape = tuple(map(_size, tensor.shape)) if isinstance(tensor, Tensor) else ()
-            if [i for i, s in enumerate(shape) if self.length in s.free_symbols] != [at] or shape[
-                at or 0
-            ] != self.length:
-                raise refuse(
-                    f"{op_name(node)} gives a tensor of shape {list(shape)}: the number of tokens {self.length} must be "
-                    "one whole dimension",
-                    node,
-                    _WAY_OUT,
-                )
-        return at
+            if shape == (0,):
+                continue  # a result the op leaves empty
+            sized = [i for i, s in enumerate(shape) if self.length in s.free_symbols]
+            whole = at is None or isinstance(place, Uniform) or (at < len(shape) and shape[at] == wanted)
+            if sized == ([] if at is None else [at]) and whole:
+                continue
+            raise refuse(
+                f"{op_name(node)} gives a tensor of shape {list(shape)}: the number of tokens {self.length} must be "
+                "one whole dimension",
+                node,
+                _WAY_OUT,
+            )
+        return place
 
 
 _WAY_OUT = "only attention may move information between tokens; a token mixer of another kind needs its own state"
+
+
+def _way_out(name: str) -> str:
+    if name.startswith(("aten.", "treespec.", "prims.")) or "." not in name:
+        return _WAY_OUT
+    op = name.replace(".", "::")
+    return f"if each token is computed on its own, vouch for it: treespec.register_op({op!r}, token_local=True)"
 
 
 def has_tensor(node: fx.Node) -> bool:

@@ -125,8 +125,8 @@ def call_spec(model: nn.Module, example: Any = None, roles: Mapping[str, str] | 
 
     `example`: a tensor of ids [1, T], a tuple of positional arguments, or a mapping of keyword arguments.
     `roles`: argument name (or position, as a string) -> "tokens" | "positions" | "constant".
-    `use_cache=False` is passed where the signature has it: with a cache a window shorter than the model's can vanish
-    from the trace.
+    `use_cache=False` is passed where the signature has it (or takes anything, and the configuration has it): with a
+    cache a window shorter than the model's can vanish from the trace.
     """
     signature = inspect.signature(model.forward)
     names = list(signature.parameters)
@@ -139,7 +139,8 @@ def call_spec(model: nn.Module, example: Any = None, roles: Mapping[str, str] | 
         kwargs = dict(example)
     else:
         args, kwargs = (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
-    if "use_cache" in names and "use_cache" not in kwargs:
+    cached = "use_cache" in names or (takes_any and hasattr(getattr(model, "config", None), "use_cache"))
+    if cached and "use_cache" not in kwargs:
         kwargs["use_cache"] = False
     if "return_dict" in names and "return_dict" not in kwargs and not takes_any:
         kwargs["return_dict"] = True

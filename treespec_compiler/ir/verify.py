@@ -85,7 +85,20 @@ _NORMAL = {"aten.view", "aten._unsafe_view", "aten.detach", "aten.alias", "aten.
 _NORMAL_RULE = _without(_NORMAL | {"aten._assert_tensor_metadata"}, "an op that normalize removes")
 _NO_SDPA = _without({"aten.scaled_dot_product_attention"}, "attention that is not recognized")
 _NO_MASKED = _without({"treespec.attention"}, "attention with an unclassified mask")
-_NO_COUNTING = _without({"aten.arange", "aten.cumsum"}, "a value that counts the tokens of the sequence")
+
+
+def _no_counting(graph: fx.Graph) -> str | None:
+    """No arange, and no running sum along a dimension whose size is not fixed."""
+    for node in _calls(graph):
+        counts = _name(node) == "aten.arange"
+        if _name(node) == "aten.cumsum":
+            shape = node.args[0].meta["val"].shape
+            counts = bool(shape) and not isinstance(shape[node.args[1]], int)
+        if counts:
+            return f"a value that counts the tokens of the sequence: {node.format_node()}"
+    return None
+
+
 _NO_SEQUENCE = _without({"treespec.causal_attention", "treespec.attention"}, "attention over one whole sequence")
 
 _ADDED: dict[str, tuple[Rule, ...]] = {
@@ -93,7 +106,7 @@ _ADDED: dict[str, tuple[Rule, ...]] = {
     "normalized": (_NORMAL_RULE,),
     "recognized": (_NO_SDPA,),
     "classified": (_NO_MASKED,),
-    "treeified": (_NO_COUNTING,),
+    "treeified": (_no_counting,),
     "stateful": (_NO_SEQUENCE, _only_attention_mutates, _pools_in_site_order),
     "rows": (_rows_selected,),
     "bound": (),
