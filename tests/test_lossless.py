@@ -1,4 +1,4 @@
-"""Every allowed pair of child sampler and verifier keeps the target's distribution, to 1e-9; every refused one does not.
+"""Every allowed pair of child sampler and verifier keeps the target's distribution to 1e-9; every refused one does not.
 
 By enumeration (tests/enumeration.py): no random numbers, no tolerance for noise.
 """
