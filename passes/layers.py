@@ -63,7 +63,7 @@ def _structure(group: str, nodes: list[NodeData], known: dict[str, NodeData]) ->
             return tuple(map(key, value))
         return type(value).__name__, value
 
-    rows = tuple((n.target, key(n.args), key(n.kwargs), n.type, relative(n.layer, group)) for n in nodes)
+    rows = tuple((n.target, key(n.args), key(n.kwargs), n.type, relative(n.layer + ".", group)) for n in nodes)
     return _DIGITS.sub("#", group), rows
 
 

@@ -123,7 +123,7 @@ def run_passes(
         try:
             record = _run(state, step, checks, user_checks)
         except Exception as error:
-            log.error(
+            log.info(
                 "pass %s failed: %s", step.name, str(error).splitlines()[0] if str(error) else type(error).__name__
             )
             for instrument in instruments:

@@ -164,6 +164,11 @@ def short_source(source: str) -> str:
     return f"{short_path(path)}:{line}{rest}" if line else source
 
 
+def short_paths(text: str) -> str:
+    """A text with `short_path` in place of every `/path:line` in it."""
+    return re.sub(r"(/[^\s:,()]+)(?=:\d+)", lambda found: short_path(found[1]), text)
+
+
 def split_source(source: str) -> tuple[str, str, str]:
     """`(file, line, ", in function: code")`."""
     found = re.match(r"(?P<path>.*?):(?P<line>\d+)(?P<rest>, in .*)?$", source, re.DOTALL)

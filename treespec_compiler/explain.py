@@ -11,9 +11,9 @@ from torch import nn
 from .capture import CallSpec
 from .options import Options
 from .passes.instruments import Recorder
-from .passes.snapshot import NodeData, Snapshot, short_source
+from .passes.snapshot import NodeData, Snapshot, short_paths, short_source
 from .pipeline import Converted, convert
-from .semantics import single_token_check
+from .semantics import lengths_check
 
 MEANINGS = {
     "tokens": "the new nodes of all trees, side by side",
@@ -68,7 +68,7 @@ def explain(model: nn.Module, call: CallSpec, options: Options) -> Explanation:
     """Convert the model and say what was found; raises `Unsupported` as `tree_program` does."""
     recorder = Recorder()
     converted = convert(model, call, options, instruments=[recorder])
-    single_token_check(model, call, converted.state)
+    lengths_check(model, call, converted.state)
     return describe(converted, recorder.graphs)
 
 
@@ -115,7 +115,7 @@ def describe(converted: Converted, graphs: list[Snapshot]) -> Explanation:
 def _context(converted: Converted) -> str:
     if converted.max_context is None:
         return "unlimited: nothing in the graph ends at a number of tokens"
-    return f"{converted.max_context} tokens at most ({short_source(converted.limits[0].reason)})"
+    return f"{converted.max_context} tokens at most ({short_paths(converted.limits[0].reason)})"
 
 
 def _readers(graph: Snapshot, start: str) -> set[str]:
@@ -131,7 +131,7 @@ def _local_ops(graph: Snapshot) -> dict[str, int]:
     """How many calls of each op carry tokens, attention aside."""
     readers = _readers(graph, graph.tokens)
     calls = [n for n in graph.nodes if n.op == "call_function" and n.name in readers and n.type and "[" in n.type]
-    counted = Counter(n.short_target.removeprefix("aten.") for n in calls if n.site is None)
+    counted = Counter(n.short_target.removeprefix("aten.").removeprefix("_operator.") for n in calls if n.site is None)
     return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
 
