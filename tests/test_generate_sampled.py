@@ -307,7 +307,7 @@ def test_chi_square_with_tiny_models(verifier):
     target, draft = (llama(seed, vocab=8, hidden=32, layers=1) for seed in (0, 1))
     arguments = {"temperature": 1.5, "top_p": 0.97, "repetition_penalty": 1.2, "verifier": verifier}
     policy = (1, 1) if verifier == "block" else (2, 1)
-    check_law(target, draft, [1, 2, 3], arguments | {"policy": policy}, tokens=4, total=600)
+    check_law(target, draft, [1, 2, 3], arguments | {"policy": policy}, tokens=4, total=400)
 
 
 @pytest.mark.slow
@@ -317,7 +317,7 @@ def test_chi_square_with_the_demo_pair():
         pytest.skip("the demo pair is not in this checkout")
     ids = demo.load_tokenizer()(demo.heldout_prompts()[0].text)["input_ids"][:24]
     arguments = {"temperature": 1.0, "top_k": 4, "policy": (2, 2)}
-    check_law(demo.load_target(), demo.load_draft(), ids, arguments, tokens=3, total=400)
+    check_law(demo.load_target(), demo.load_draft(), ids, arguments, tokens=3, total=300)
 
 
 def test_completed_is_what_decoding_on_gives():
