@@ -20,7 +20,7 @@ from .evaluate import cone, evaluate_for_length
 from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
 from .form_rules import RULES, Call
 
-__all__ = ["ClosedForms", "Form", "Shape", "axis", "broadcast", "number", "shape_of"]
+__all__ = ["SHAPE_ONLY", "ClosedForms", "Form", "Shape", "axis", "broadcast", "number", "shape_of"]
 
 
 class ClosedForms:
@@ -107,7 +107,7 @@ class ClosedForms:
 
 
 # Ops that read only the shape, dtype or device of their tensor argument.
-_SHAPE_ONLY = {"new_ones", "new_zeros", "new_full", "new_empty", "ones_like", "zeros_like", "full_like", "sym_size"}
+SHAPE_ONLY = {"new_ones", "new_zeros", "new_full", "new_empty", "ones_like", "zeros_like", "full_like", "sym_size"}
 
 
 def _content_dependent(gm: fx.GraphModule, tokens: str) -> set[fx.Node]:
@@ -116,7 +116,7 @@ def _content_dependent(gm: fx.GraphModule, tokens: str) -> set[fx.Node]:
         if node.op == "placeholder":
             if node.name == tokens:
                 tainted.add(node)
-        elif packet(node) not in _SHAPE_ONLY and any(a in tainted for a in node.all_input_nodes):
+        elif packet(node) not in SHAPE_ONLY and any(a in tainted for a in node.all_input_nodes):
             tainted.add(node)
     return tainted
 

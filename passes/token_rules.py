@@ -132,7 +132,7 @@ def _matmul_vector(node: fx.Node, axes: Axes) -> Axis:
 
 
 def _batch_norm(node: fx.Node, axes: Axes) -> Axis:
-    if node.args[5]:
+    if op_name(node) == "aten.batch_norm" and node.args[5]:
         raise Mixes("it normalises over the tokens (batch norm in training mode)")
     at = _only_first(node, axes)
     if at == 1:
@@ -363,6 +363,7 @@ RULES: dict[str, Rule] = {f"aten.{name}": _pointwise for name in _POINTWISE} | {
     "aten.std": _keeps_except(1, "dim", keepdim=(3, "keepdim")),
     "aten.logsumexp": _keeps_except(1, "dim", keepdim=(2, "keepdim")),
     "aten.batch_norm": _batch_norm,
+    "aten._native_batch_norm_legit_no_training": _batch_norm,
     "aten.repeat": _repeat,
     "aten.repeat_interleave": _repeat_interleave,
     "aten.outer": _outer,

@@ -470,7 +470,7 @@ class SoftmaxOverFeatures(Tiny):
         return self.head(x * x.softmax(-1)).log_softmax(-1)
 
 
-@refused("merges the tokens")
+@refused("aten.reshape mixes tokens")
 class ViewedHeads(Tiny):
     """[1, T, C].view(1, H, T, D) without a transpose mixes tokens into heads."""
 
@@ -478,7 +478,7 @@ class ViewedHeads(Tiny):
         return x.reshape(x.shape[0], HEADS, x.shape[1], -1)
 
 
-@refused("merges the tokens")
+@refused("aten.reshape mixes tokens")
 class JoinedWithoutTranspose(Tiny):
     def join(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], x.shape[2], -1)

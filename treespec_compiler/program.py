@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .lowering import Lowered, lower_eager, lower_inductor
 from .options import Options
 from .passes.insert_state import META_INPUTS
 from .pipeline import Converted, convert
-from .semantics import semantic_check, single_token_check
+from .semantics import semantic_check, lengths_check
 from .tree import Forest, TokenTree
 from .weights import WeightWatch
 
@@ -103,7 +103,7 @@ class TreeProgram:
         )
         state = self._converted.state
         self._watch = WeightWatch(model, self._converted.weights, state.proved_from)
-        single_token_check(model, self._call, state)
+        lengths_check(model, self._call, state)
         logits: Any = state.logits.meta["val"]
         self.dtype, self.device, self.vocab_size = logits.dtype, logits.device, int(logits.shape[-1])
         self._names = [n.name for n in state.graph.nodes if n.op == "placeholder"]
@@ -214,7 +214,9 @@ class TreeProgram:
         """Notice weights that changed: identity, address and version; with `contents`, a checksum as well."""
         if self._watch.touched() or self._watch.mode_changed():
             self._update()
-        elif contents and (self._watch.deep_mode_changed() or self._watch.contents_changed()):
+        elif contents and (
+            self._watch.deep_mode_changed() or self._watch.rearranged() or self._watch.contents_changed()
+        ):
             self._update(force=True)
 
     def _update(self, force: bool = False) -> None:
@@ -315,11 +317,14 @@ class TreeProgram:
                     fix="Prefill each request in its own slot.",
                 )
             prompt = prompt.tolist()
+        if not isinstance(prompt, Iterable):
+            raise InvalidPrompt(got=type(prompt).__name__, expected="a list or tensor of token ids")
         ids = list(prompt)
         if not ids:
             raise InvalidPrompt(got="no tokens", expected="at least one")
-        if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-            raise InvalidPrompt(got=f"{next(i for i in ids if not isinstance(i, int))!r}", expected="integer token ids")
+        for i in ids:
+            if not isinstance(i, int) or isinstance(i, bool):
+                raise InvalidPrompt(got=repr(i), expected="integer token ids")
         return ids
 
     def _check_tokens(self, tokens: Sequence[int], where: str) -> None:

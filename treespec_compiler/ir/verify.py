@@ -88,9 +88,9 @@ _NO_MASKED = _without({"treespec.attention"}, "attention with an unclassified ma
 
 
 def _no_counting(graph: fx.Graph) -> str | None:
-    """No arange, and no running sum along a dimension whose size is not fixed."""
+    """No arange, and no running sum, along a dimension whose size is not fixed."""
     for node in _calls(graph):
-        counts = _name(node) == "aten.arange"
+        counts = _name(node) == "aten.arange" and not isinstance(node.meta["val"].shape[0], int)
         if _name(node) == "aten.cumsum":
             shape = node.args[0].meta["val"].shape
             counts = bool(shape) and not isinstance(shape[node.args[1]], int)
