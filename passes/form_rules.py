@@ -179,6 +179,19 @@ def _choose(call: Call, mask: Form | None, yes: Form | None, no: Form | None) ->
     return call.result(sympy.Piecewise((yes.as_number(), condition), (no.as_number(), True)))
 
 
+class trunc(sympy.Function):  # noqa: N801  (printed in formulas)
+    """Rounding toward zero."""
+
+    is_integer = True
+
+
+def _embedding(call: Call) -> Form | None:
+    table, index = call.form(call.node.args[0]), call.form(call.node.args[1])
+    if table is None or index is None or index.is_bool:
+        return None
+    return call.result(rename(table, {0: index.expr, 1: axis(len(call.shape) - 1)}))
+
+
 def _identity(call: Call) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None:
@@ -186,7 +199,7 @@ def _identity(call: Call) -> Form | None:
     source = call.node.args[0].meta["val"].dtype
     to_integer = not call.dtype.is_floating_point and call.dtype is not torch.bool
     if to_integer and source.is_floating_point and form.expr.is_integer is not True:
-        return None  # rounding
+        return call.result(trunc(form.expr))
     return call.result(form.expr)
 
 
@@ -407,6 +420,7 @@ RULES: dict[str, Callable[[Call], Form | None]] = {
     "sqrt": _pointwise(sympy.sqrt),
     "floor": _pointwise(sympy.floor),
     "reciprocal": _pointwise(lambda a: 1 / a),
+    "embedding": _embedding,
     "permute": _permute,
     "transpose": _permute,
     "t": _permute,

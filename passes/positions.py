@@ -109,11 +109,7 @@ def _may_descend(form: Form, at: int) -> bool:
     symbol, expr = axis(at), form.expr
     if form.is_bool:
         return False
-    for read in form.tables:
-        if any(symbol in a.free_symbols and _offset(a, symbol) is None for a in read.args):
-            return False
-    plain = expr.xreplace({read: sympy.Dummy() for read in form.tables})
-    return symbol not in plain.free_symbols or not plain.has(sympy.Min, sympy.Max, sympy.Piecewise, sympy.Mod)
+    return symbol not in expr.free_symbols or not expr.has(sympy.Min, sympy.Max, sympy.Piecewise, sympy.Mod)
 
 
 def _table_slice(state: GraphState, forms: ClosedForms, node: fx.Node, at: int) -> int | None:

@@ -37,6 +37,7 @@ class GraphState:
     limits: list[Limit] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
     packs: dict[str, Any] = field(default_factory=dict)
+    lone_lengths: list[int] = field(default_factory=list)  # lengths that a run must compare with the model
     proved_from: set[str] = field(default_factory=set)  # constants whose values a proof used
     labels: dict[str, str] = field(default_factory=dict)  # weight placeholder -> the module's name for it
     notes: dict[str, Any] = field(default_factory=dict)  # what passes found out, by pass name

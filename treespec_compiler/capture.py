@@ -224,7 +224,10 @@ def _abandon(*_: Any) -> Any:
 def _tracing(model: nn.Module) -> Iterator[None]:
     """Dynamo's settings for a capture, and its failures as refusals that name the user's line."""
     config = torch._dynamo.config.patch(specialize_float=True, suppress_errors=False)
+    guard_log = logging.getLogger("torch._guards")
+    level = guard_log.level
     try:
+        guard_log.setLevel(logging.CRITICAL)  # a length that cannot be dynamic is a refusal here, with its own text
         with torch.no_grad(), config:
             yield
     except Unsupported:
@@ -246,6 +249,8 @@ def _tracing(model: nn.Module) -> Iterator[None]:
             source=_user_line(error),
             way_out="remove the graph break (torch._dynamo.explain shows it), or use on_unsupported='fallback'",
         ) from error
+    finally:
+        guard_log.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

@@ -53,6 +53,10 @@ def discharge_guards(state: GraphState, analyse: Callable[[int], GraphState], ma
                     f"tokens it cannot be analysed: {str(error).splitlines()[0]}",
                     way_out="make the forward pass the same for every number of tokens",
                 ) from error
+            if _is_lone(regions[0], state.length, other) and isinstance(error, Unsupported) and _specialised(error):
+                state.lone_lengths.append(other)  # compared with the model itself once there is something to run
+                regions.append([sympy.Eq(state.length, other)])
+                continue
             if isinstance(error, Unsupported) and not _ends_there(error):
                 raise _too_short(guard, state, other, f"is refused there ({error.reason})") from error
             limits.append(Limit(other - 1, f"the model stops at {other} tokens: {guard}"))
@@ -147,6 +151,20 @@ def _uncovered(regions: Sequence[Guards], length: sympy.Symbol, ceiling: int) ->
         if not any(all(_holds(g, length, n) for g in region) for region in regions):
             return int(n)
     return None
+
+
+# One length is compared by running the model on that many tokens; above this the context just ends before it.
+LONGEST_RUN = 2048
+
+
+def _is_lone(guards: Guards, length: sympy.Symbol, other: int) -> bool:
+    """Whether only this one length is excluded: `T != other`."""
+    failed = [g for g in guards if not _holds(g, length, other)]
+    return other <= LONGEST_RUN and all(_holds(g, length, n) for g in failed for n in (other - 1, other + 1))
+
+
+def _specialised(error: Unsupported) -> bool:
+    return "specialised it" in error.reason
 
 
 def _ends_there(error: Unsupported) -> bool:

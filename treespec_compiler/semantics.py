@@ -120,17 +120,21 @@ def path_check(reference: Reference) -> Check:
     return check
 
 
-def single_token_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
-    """The trace has two tokens or more; a model that branches on T == 1 is found by running it on one."""
+def lengths_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
+    """Lengths that the trace does not cover, compared by running them: one token, and any the guards single out."""
     value: Any = state.logits.meta["val"]
     if any(t.is_meta for t in state.constants.values()):
-        log.info("weights on meta: a branch on a single token cannot be looked for")
+        log.info("weights on meta: a branch on a single length cannot be looked for")
         return
-    expected = eager_logits(model, call, [1 % int(value.shape[-1])], value.device)
-    got = run_graph(state, TokenTree([1 % int(value.shape[-1])], [-1]), [])
-    if not _error(got, expected) <= 10 * TOLERANCE.get(value.dtype, LOOSE):
-        raise Unsupported(
-            f"a prompt of one token takes another branch: its logits differ by {_error(got, expected):.2e} of the largest "
-            "from those of the traced graph",
-            way_out="make the forward pass the same for one token and for many",
-        )
+    vocab = int(value.shape[-1])
+    for length in (1, *state.lone_lengths):
+        ids = [(7 * i + 1) % vocab for i in range(length)]
+        expected = eager_logits(model, call, ids, value.device)
+        got = run_graph(state, TokenTree.chain(ids), [])
+        if not _error(got, expected) <= 10 * TOLERANCE.get(value.dtype, LOOSE):
+            many = "one token takes" if length == 1 else f"{length} tokens takes"
+            raise Unsupported(
+                f"a prompt of {many} another branch: its logits differ by {_error(got, expected):.2e} of the largest "
+                "from those of the traced graph",
+                way_out="make the forward pass the same for every number of tokens",
+            )

@@ -58,7 +58,7 @@ class WeightWatch:
                 return True
             if tensor.data_ptr() != pointer or (not tensor.is_inference() and tensor._version != version):
                 return True
-        return self._rearranged() is not None
+        return False
 
     def mode_changed(self) -> bool:
         """Whether a module went from eval to train mode or back."""
@@ -68,6 +68,10 @@ class WeightWatch:
     def deep_mode_changed(self) -> bool:
         """As `mode_changed`, for every submodule."""
         return self._training_flags() != self._training
+
+    def rearranged(self) -> bool:
+        """Whether a submodule was exchanged or a tied weight came apart. Walks every module: not for each call."""
+        return self._rearranged() is not None
 
     def incompatible(self) -> str | None:
         """What changed in dtype, device, shape or structure, so that the program must be made anew; None: nothing."""
