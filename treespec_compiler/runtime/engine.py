@@ -23,6 +23,7 @@ from .stats import FinishReason, Stats
 
 if TYPE_CHECKING:
     from ..program import TreeProgram
+    from ..speculation.policies.auto import Controller
 
 # Relative to the larger logit: twice the spacing of the dtype's numbers, what one rounding more or less can move.
 NEAR_TIE = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -97,10 +98,21 @@ class Engine:
         if drawing is not None:
             request = replace(request, sampling=drawing.sampling, sampler=drawing.sampler, chance=drawing.chance)
         self.needs_q = needs_q
+        self.controller = self._control()
         self.cache = caches.take(program, self.capacity)
         self.sessions: list[DraftSession] = [draft.open(request) for draft in drafts]
         if self.remaining <= 0:
             stats.finish_reason = self.limit_reason
+
+    def _control(self) -> Controller | None:
+        """Who chooses the trees, where the policy leaves that to measurement."""
+        control = getattr(self.policy, "control", None)
+        if control is None or not self.drafts:
+            return None
+        began = perf_counter()
+        controller: Controller = control(self.program, self.drafts)  # may measure and so compile
+        self.stats.compile_seconds += perf_counter() - began
+        return controller
 
     def prefill(self) -> Step:
         """Run the prompt; its logits give the first token."""
@@ -157,6 +169,9 @@ class Engine:
                 session.accept(tokens)
             committed = perf_counter()
             stats.commit_seconds += committed - verified
+        if self.controller is not None:
+            drafting, rest = drafted - began - not_draft, perf_counter() - verified
+            self.controller.observe(proposal, path, len(tokens), verified - drafted - compiled, drafting, rest)
         stats.record(proposal, path)
         stats.step_tokens += len(tokens)
         stats.draft_seconds += drafted - began - not_draft
@@ -172,14 +187,17 @@ class Engine:
         sessions = self.sessions
         if depth <= 0 or not sessions:
             return Proposal.root(self.root, q=self.needs_q)
-        nodes = (self.capacity - self.length) // len(sessions)
+        policies: Sequence[TreePolicy | None] = [self.policy] * len(sessions)
+        if self.controller is not None:
+            policies = self.controller.plan(self.length, self.remaining)
+            if not any(policies):
+                return Proposal.root(self.root, q=self.needs_q)
+        asked = [(s, p) for s, p in zip(sessions, policies, strict=True) if p is not None]
+        nodes = (self.capacity - self.length) // len(asked)
         limits = Limits(depth, nodes)
         prefilled = sum(draft.prefill_seconds for draft in self.drafts)
         compiled = sum(draft.compile_seconds for draft in self.drafts)
-        if len(sessions) == 1:
-            proposal = sessions[0].propose(self.policy, limits)
-        else:
-            proposal = Proposal.merge([session.propose(self.policy, limits) for session in sessions])
+        proposal = Proposal.merge([session.propose(policy, limits) for session, policy in asked])
         prefilled = sum(draft.prefill_seconds for draft in self.drafts) - prefilled
         compiled = sum(draft.compile_seconds for draft in self.drafts) - compiled
         self.stats.draft_prefill_seconds += prefilled

@@ -16,6 +16,7 @@ from ..errors import InvalidOption, Unsupported
 from ..options import OnUnsupported, Options
 from ..speculation.draft import Draft, ModelDraft
 from ..speculation.named import named_draft
+from ..speculation.policies.auto import Auto
 from ..speculation.policy import TreePolicy, as_policy
 from ..speculation.samplers import ChildSampler
 from ..speculation.sampling import Sampling
@@ -192,6 +193,8 @@ def stream(
         logit_bias=logit_bias,
         seed=seed,
     )
+    if isinstance(tree_policy, Auto) and not sampling.plain:
+        tree_policy = tree_policy.for_sampling(verifier)
     judge, drawing = appoint(sampling, verifier, sampler, tree_policy, drafts=_count(draft))
     parsed = Options.parse(options)
     fallback = _on_unsupported(on_unsupported, parsed) == "fallback"

@@ -45,13 +45,13 @@ class TreePolicy(Protocol):
         ...
 
 
-DEFAULT_POLICY = StaticExpansion((1, 1, 3))
+DEFAULT_POLICY = "auto"
 
 
 def as_policy(policy: TreePolicy | str | Sequence[int] | None) -> TreePolicy:
     """A policy from what `generate(policy=...)` takes."""
     if policy is None:
-        return DEFAULT_POLICY
+        policy = DEFAULT_POLICY
     if isinstance(policy, str):
         return _parse(policy)
     if isinstance(policy, (tuple, list)):
@@ -62,11 +62,12 @@ def as_policy(policy: TreePolicy | str | Sequence[int] | None) -> TreePolicy:
     raise InvalidOption(name="policy", got=policy, expected=expected)
 
 
-NAMES = '"1,1,3", "chain:4", "best-first:12" (nodes) or "equal-growth:2,4" (width, steps)'
+NAMES = '"auto", "1,1,3", "chain:4", "best-first:12" (nodes) or "equal-growth:2,4" (width, steps)'
 
 
 def _parse(text: str) -> TreePolicy:
     """A policy from its text."""
+    from .policies.auto import Auto
     from .policies.best_first import BestFirst
     from .policies.equal_growth import EqualGrowth
     from .policies.fixed import FixedTree
@@ -82,6 +83,8 @@ def _parse(text: str) -> TreePolicy:
             return BestFirst(numbers[0])
         if name == "equal-growth" and len(numbers) == 2:
             return EqualGrowth(*numbers)
+    elif not rest and name == "auto":
+        return Auto()
     elif not rest and name == "best-first":
         return BestFirst()
     elif not rest and name == "equal-growth":

@@ -15,6 +15,9 @@ from functools import cache
 
 from .fixed import FixedTree
 
+PATIENCE = 3
+"""Depths in a row without gain after which no deeper tree is tried."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -101,11 +104,12 @@ def fastest_tree(
     `step_seconds(size, rows)`: what a step with `size` verified nodes takes when the draft's calls run `rows[i]` nodes.
     """
     monotone = [min(acceptance[: k + 1]) for k in range(len(acceptance))]
+    worse = 0  # depths in a row that were no faster
     best = Planned(FixedTree((-1,), "plain"), 1.0, step_seconds(1, ()))
     chosen: list[tuple[int, int, int, float]] = []
     for levels in range(1, depth + 1):
         order = greedy_nodes(monotone, nodes, levels)
-        rows, tokens = [1] + [0] * levels, 1.0
+        rows, tokens, before = [1] + [0] * levels, 1.0, best.rate
         for size, (_, _, level, value) in enumerate(order, 2):
             rows[level] += 1
             tokens += value
@@ -115,6 +119,9 @@ def fastest_tree(
             if tokens / seconds > best.rate:
                 chosen = order[: size - 1]
                 best = Planned(best.tree, tokens, seconds)
+        worse = 0 if best.rate > before else worse + 1
+        if worse == PATIENCE:
+            break
     if not chosen:
         return best
     tree = FixedTree.of([(parent, rank) for parent, rank, _, _ in chosen])

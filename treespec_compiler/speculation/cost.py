@@ -1,0 +1,268 @@
+"""What steps take on this machine: measured tables of forward passes, and the speed that a tree promises.
+
+    speedup = tokens per step / (verify(N) / decode + draft calls x draft / decode + overhead / decode)
+
+A table holds seconds of one tree-program call for some numbers of nodes and context lengths; between them it is
+interpolated. Tables are files in the user's cache directory, one for each model shape, device, thread count and set of
+versions; `treespec tune --latency` measures them thoroughly, `generate(policy="auto")` roughly when there is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CorruptTable
+from ..tree import Forest, TokenTree
+
+if TYPE_CHECKING:
+    from ..program import TreeProgram
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+QUICK_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+QUICK_CONTEXTS = (128, 1024)
+FULL_NODES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64)
+FULL_CONTEXTS = (32, 128, 512, 1024, 2048)
+FULL_BATCHES = (1, 4)
+CONTEXT_GRAIN = 256
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """`seconds` of a call that runs a chain of `nodes` nodes behind `context` tokens in each of `batch` slots."""
+
+    nodes: int
+    context: int
+    batch: int
+    seconds: float
+
+
+@dataclass
+class LatencyTable:
+    """Measured calls of one tree program."""
+
+    points: list[Point]
+    measured: bool = True
+    _curves: dict[tuple[int, int], list[float]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def assumed(cls, call: float = 1.0, node: float = 0.02) -> LatencyTable:
+        """For programs that cannot be measured: a call and a little for every further node, in arbitrary units."""
+        return cls([Point(1, 0, 1, call), Point(2, 0, 1, call + node)], measured=False)
+
+    def seconds(self, nodes: int, context: int = 0, batch: int = 1) -> float:
+        """Interpolated in nodes and context. A batch that was not measured is taken for its nodes in one slot."""
+        if batch > 1 and not any(point.batch == batch for point in self.points):
+            nodes, batch = nodes * batch, 1
+        curve = self.curve(context, batch)
+        if nodes < len(curve):
+            return curve[nodes]
+        return curve[-1] + (nodes - len(curve) + 1) * max(0.0, curve[-1] - curve[-2])
+
+    def curve(self, context: int, batch: int = 1) -> list[float]:
+        """Seconds by number of nodes (entry 0: none) at this context, to the next multiple of `CONTEXT_GRAIN`."""
+        key = (-(-context // CONTEXT_GRAIN), batch)
+        if key not in self._curves:
+            self._curves[key] = self._curve(key[0] * CONTEXT_GRAIN, batch)
+        return self._curves[key]
+
+    def _curve(self, context: int, batch: int) -> list[float]:
+        rows: dict[int, dict[int, float]] = {}
+        for point in self.points:
+            if point.batch == batch:
+                rows.setdefault(point.context, {})[point.nodes] = point.seconds
+        largest = max(nodes for row in rows.values() for nodes in row)
+        contexts = sorted(rows)
+        curves = {c: [_interpolate(sorted(rows[c].items()), n) for n in range(1, largest + 2)] for c in contexts}
+        found = [_interpolate([(c, curves[c][i]) for c in contexts], context) for i in range(largest + 1)]
+        # NOTE more nodes never take less time; where they seem to, it was noise.
+        for i in range(1, len(found)):
+            found[i] = max(found[i], found[i - 1])
+        return [0.0, *found]
+
+
+def _interpolate(known: Sequence[tuple[int, float]], at: int) -> float:
+    """Through the points, beyond the last one with the last slope; before the first one its value."""
+    if len(known) == 1 or at <= known[0][0]:
+        return known[0][1]
+    i = min(bisect_right(known, (at, float("inf"))), len(known) - 1)
+    (x0, y0), (x1, y1) = known[i - 1], known[i]
+    return max(0.0, y0 + (y1 - y0) * (at - x0) / (x1 - x0))
+
+
+@dataclass
+class CostModel:
+    """What a step takes: a pass of the target, the draft's calls, and the rest."""
+
+    target: LatencyTable
+    drafts: list[LatencyTable | None]
+    """One a draft; None: its proposals take no noticeable time."""
+    overhead: float = 0.0
+    """Of a step, beyond plain decoding's: proposing, choosing the path, committing."""
+
+    @property
+    def measured(self) -> bool:
+        return self.target.measured and all(table is None or table.measured for table in self.drafts)
+
+    def verify(self, nodes: int, context: int = 0, batch: int = 1) -> float:
+        return self.target.seconds(nodes, context, batch)
+
+    def draft(self, index: int, rows: Sequence[int], context: int = 0) -> float:
+        """Of calls that run `rows` nodes each."""
+        table = self.drafts[index]
+        if table is None:
+            return 0.0
+        curve = table.curve(context)
+        return sum(curve[n] if n < len(curve) else table.seconds(n, context) for n in rows)
+
+    def step(self, index: int, nodes: int, rows: Sequence[int], context: int = 0) -> float:
+        """A whole step with draft `index`; without rows it is plain decoding."""
+        seconds = self.verify(nodes, context) + self.draft(index, rows, context)
+        return seconds + self.overhead if nodes > 1 else seconds
+
+    def speedup(self, index: int, tokens: float, nodes: int, rows: Sequence[int], context: int = 0) -> float:
+        """Over plain decoding, with so many tokens a step: the identity at the top."""
+        return tokens * self.verify(1, context) / self.step(index, nodes, rows, context)
+
+
+def fingerprint(program: Any) -> str | None:
+    """What a program's speed depends on: its graph, sizes and dtypes (not values), device, threads and versions."""
+    gm = getattr(program, "graph_module", None)
+    if gm is None:
+        return None
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and "val" in node.meta]
+    shapes = [f"{node.name}:{tuple(node.meta['val'].shape)}:{node.meta['val'].dtype}" for node in inputs]
+    options = program.options
+    parts = [gm.code, *shapes, repr((options.lowering, options.kernels)), *meta(program).values()]
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
+
+
+def meta(program: TreeProgram) -> dict[str, Any]:
+    """What a table is valid for, readable."""
+    device = program.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    from .. import __version__
+
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "treespec": __version__}
+
+
+def table_path(key: str) -> Path:
+    from ..codegen.cpu.build import cache_dir
+
+    return cache_dir() / "latency" / f"{key}.json"
+
+
+def read_table(path: Path) -> LatencyTable:
+    """A table from its file; raises `CorruptTable`."""
+    expected = "a JSON object with schema, meta and entries"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptTable(path=str(path), problem=f"{type(error).__name__} ({error})") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        problem = f"schema {data.get('schema')!r}" if isinstance(data, dict) else f"a {type(data).__name__}"
+        raise CorruptTable(path=str(path), problem=problem, expected=f"{expected}, schema {SCHEMA}")
+    try:
+        points = [
+            Point(int(e["nodes"]), int(e["context"]), int(e["batch"]), float(e["seconds"])) for e in data["entries"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptTable(path=str(path), problem=f"an entry without {error}", expected=expected) from error
+    good = all(p.nodes > 0 and p.context >= 0 and p.batch > 0 and 0 < p.seconds < 1e6 for p in points)
+    if not good or len({p.nodes for p in points if p.batch == 1}) < 2:
+        raise CorruptTable(path=str(path), problem="entries that are no measurements", expected="two or more, above 0")
+    return LatencyTable(points)
+
+
+def write_table(path: Path, table: LatencyTable, about: dict[str, Any]) -> None:
+    """Whole or not at all, also when several processes write."""
+    data = {"schema": SCHEMA, "meta": about, "entries": [asdict(point) for point in table.points]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+    os.replace(temporary, path)
+
+
+def measure(
+    program: Any,
+    nodes: Sequence[int] = QUICK_NODES,
+    contexts: Sequence[int] = QUICK_CONTEXTS,
+    batches: Sequence[int] = (1,),
+    budget: float = 0.02,
+    clock: Clock = perf_counter,
+) -> LatencyTable:
+    """Time calls of a program, `budget` seconds or five calls a point, whichever is more.
+
+    The fastest call counts: what else the machine was busy with is no property of the program.
+    """
+    limit = program.max_context or max(contexts) + max(nodes)
+    fitting = [c for c in contexts if c + max(nodes) <= limit] or [max(0, limit - max(nodes))]
+    points = []
+    for batch in batches:
+        cache = program.new_cache(max_tokens=max(fitting) + max(nodes), slots=batch)
+        for context in fitting:
+            # NOTE the speed does not depend on what the K/V are, so nothing is prefilled.
+            cache._lengths = [context] * batch
+            for n in nodes:
+                chain = TokenTree._trusted([1] * n, range(-1, n - 1))
+                tree = Forest((slot, chain) for slot in range(batch)) if batch > 1 else chain
+                points.append(Point(n, context, batch, _time(partial(program.verify, tree, cache), budget, clock)))
+    return LatencyTable(points)
+
+
+def _time(call: Callable[[], Any], budget: float, clock: Clock) -> float:
+    with torch.inference_mode():
+        for _ in range(2):
+            call()
+        seconds: list[float] = []
+        while len(seconds) < 5 or (sum(seconds) < budget and len(seconds) < 1000):
+            began = clock()
+            out = call()
+            if out.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(clock() - began)
+    return min(seconds)
+
+
+def latency(program: Any, thorough: bool = False) -> LatencyTable:
+    """The program's table: kept with it, from the user's cache, or measured now and stored."""
+    kept: LatencyTable | None = program.__dict__.get("_latency")
+    if kept is not None and not thorough:
+        return kept
+    key = fingerprint(program)
+    if key is None:
+        return LatencyTable.assumed()
+    path = table_path(key)
+    table = None
+    if path.is_file() and not thorough:
+        try:
+            table = read_table(path)
+        except CorruptTable as error:
+            log.warning("%s It is ignored.", error)
+    if table is None:
+        settings: dict[str, Any] = {}
+        if thorough:
+            settings = {"nodes": FULL_NODES, "contexts": FULL_CONTEXTS, "batches": FULL_BATCHES, "budget": 0.1}
+        table = measure(program, **settings)
+        try:
+            write_table(path, table, meta(program))
+        except OSError as error:
+            log.warning("the latency table %s cannot be written (%s)", path, error)
+    program.__dict__["_latency"] = table
+    return table
