@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .errors import TreespecError, Unsupported
     from .options import Options
+    from .passes.custom_ops import register_op
+    from .passes.registry import register_pass
     from .program import TreeProgram, tree_program
     from .runtime.generate import GenerationOutput, Step, Stream, generate, stream
     from .speculation.policy import StaticExpansion
@@ -30,6 +32,8 @@ _HOME = {
     "TreespecError": ".errors",
     "Unsupported": ".errors",
     "generate": ".runtime.generate",
+    "register_op": ".passes.custom_ops",
+    "register_pass": ".passes.registry",
     "stream": ".runtime.generate",
     "tree_program": ".program",
 }
@@ -46,6 +50,8 @@ __all__ = [
     "TreespecError",
     "Unsupported",
     "generate",
+    "register_op",
+    "register_pass",
     "stream",
     "tree_program",
 ]

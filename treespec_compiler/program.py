@@ -148,6 +148,11 @@ class TreeProgram:
         return self._converted.history
 
     @property
+    def notes(self) -> dict[str, Any]:
+        """What passes left in `state.notes`."""
+        return self._converted.state.notes
+
+    @property
     def graph_module(self) -> torch.fx.GraphModule:
         """The rewritten graph, before lowering."""
         return self._converted.state.gm
