@@ -10,12 +10,13 @@ from torch import Tensor, fx
 
 from treespec_compiler.ir.specs import AttentionSpec, Limit, MaskSpec
 
+from .biases import NotAMask
 from .closed_form import ClosedForms, broadcast, shape_of
 from .evaluate import evaluate_for_length
 from .manager import Pass
-from .masks import NotAMask, Scoring, classify
-from .score_pack import ScorePack, cone
+from .masks import Scoring, classify
 from .provenance import layer_path, source_line
+from .score_pack import ScorePack, cone
 from .state import GraphState, refuse
 
 

@@ -179,7 +179,7 @@ def _choose(call: Call, mask: Form | None, yes: Form | None, no: Form | None) ->
     return call.result(sympy.Piecewise((yes.as_number(), condition), (no.as_number(), True)))
 
 
-class trunc(sympy.Function):  # noqa: N801  (printed in formulas)
+class trunc(sympy.Function):  # printed in formulas
     """Rounding toward zero."""
 
     is_integer = True
@@ -402,6 +402,7 @@ RULES: dict[str, Callable[[Call], Form | None]] = {
     "where": _where,
     "masked_fill": _masked_fill,
     "_to_copy": _identity,
+    "to": _identity,
     "clone": _identity,
     "detach": _identity,
     "alias": _identity,

@@ -1,6 +1,7 @@
 """normalize: one spelling per meaning.
 
-Assertions, aliases and inference-time dropout go; views become reshapes, inverted permutations become argsorts.
+Assertions, aliases and inference-time dropout go; views become reshapes, inverted permutations argsorts, and
+tensors that are written part by part concatenations.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .assembled import spell_assembled
 from .inverse_permutation import spell_inverse
 from .manager import Pass
 from .provenance import op_name
@@ -42,7 +44,7 @@ def normalize(state: GraphState) -> int:
             node.target = aten.reshape.default
         elif name == "aten.squeeze":
             _name_squeezed(node)
-        elif not spell_inverse(state, node):
+        elif not spell_inverse(state, node) and not spell_assembled(state, node):
             _refuse_mutation(node)
             continue
         matches += 1

@@ -76,7 +76,7 @@ class Reader:
             user = next(iter(node.users))
             name = op_name(user)
             if name in _PRODUCTS and user.args[0] is node and self._depends(user.args[1]):
-                return user.args[1], user, dropped  # type: ignore[return-value]
+                return user.args[1], user, dropped
             if name == "aten.slice" and not dropped and _drops_last(user):
                 dropped = True
             elif name not in ("aten._to_copy", "aten.reshape", "aten.expand") or not _same_matrix(node, user):
@@ -97,7 +97,7 @@ class Reader:
         if name in _PRODUCTS:
             a, b = node.args[:2]
             both = self._depends(a) and self._depends(b)
-            return Scores(a, b) if both else None  # type: ignore[arg-type]
+            return Scores(a, b) if both else None
         rule = _RULES.get(name)
         return rule(self, node) if rule is not None else None
 
@@ -281,7 +281,7 @@ def _baddbmm(reader: Reader, node: fx.Node) -> Scores | None:
         return None
     if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
         return None
-    scores = Scores(a, b, scale=float(alpha))  # type: ignore[arg-type]
+    scores = Scores(a, b, scale=float(alpha))
     if beta == 0:
         return scores
     added = extra if beta == 1 else reader.emit(aten.mul.Tensor, extra, beta)

@@ -41,7 +41,7 @@ class ScorePack:
     def build(self, constants: dict[str, Tensor]) -> Tensor:
         n = 2 if self.kind == "slopes" else self.limit
         output = next(x for x in reversed(self.mask.graph.nodes) if x.op == "output")
-        values = evaluate_for_length(output.args[0], self.tokens, constants, self.mask, n)  # type: ignore[arg-type]
+        values = evaluate_for_length(output.args[0], self.tokens, constants, self.mask, n)
         last = values.expand(*values.shape[:-2], n, n)[..., n - 1, :].reshape(
             -1, n
         )  # [heads or 1, n]: the last query's row

@@ -22,7 +22,8 @@ ROWS = "rows"
 _COMMUTES = {
     "aten.linear", "aten.matmul", "aten.layer_norm", "aten.rms_norm", "aten.mul", "aten.add", "aten.sub", "aten.div",
     "aten.pow", "aten.mean", "aten.rsqrt", "aten.tanh", "aten._to_copy", "aten.neg", "aten.sqrt", "aten.clamp",
-    "aten.square", "aten.gelu", "aten.silu", "aten.relu", "aten.reciprocal", "aten.rsub", "aten.abs", "aten.sigmoid", "aten.var",
+    "aten.square", "aten.gelu", "aten.silu", "aten.relu", "aten.reciprocal", "aten.rsub", "aten.abs",
+    "aten.sigmoid", "aten.var",
 }  # fmt: skip
 
 

@@ -214,7 +214,7 @@ def _index(node: fx.Node, axes: Axes) -> Axis:
     if source is None:
         if len(set(carried)) != 1 or any(rank_of(indices[i]) != rank for i in used):
             raise Mixes("its index tensors carry the tokens in different dimensions")
-        return used[0] + carried[0]
+        return used[0] + int(carried[0] or 0)
     if carried or source in used:
         raise Mixes("it picks tokens by index")
     return source if source < used[0] else source - len(used) + rank
@@ -333,7 +333,8 @@ _POINTWISE = (
     "clamp_min", "cos", "div", "elu", "eq", "erf", "exp", "exp2", "expm1", "floor", "floor_divide", "full_like",
     "ge", "gelu", "gt", "hardswish", "hardsigmoid", "hardtanh", "isinf", "isnan", "le", "leaky_relu", "lerp", "log",
     "log1p", "log2", "log_sigmoid", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum",
-    "minimum", "mish", "mul", "complex", "conj", "imag", "polar", "real", "trunc", "ceil", "nan_to_num", "ne", "neg", "ones_like", "pow", "reciprocal", "relu", "relu6",
+    "minimum", "mish", "mul", "complex", "conj", "imag", "polar", "real", "trunc", "ceil",
+    "nan_to_num", "ne", "neg", "ones_like", "pow", "reciprocal", "relu", "relu6",
     "remainder", "round", "rsqrt", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "softplus", "sqrt", "square",
     "sub", "tanh", "_to_copy", "to", "true_divide", "where", "zeros_like", "__and__", "__or__", "logaddexp", "celu",
     "threshold", "type_as",

@@ -133,10 +133,8 @@ class TwoSidedAlibi(Alibi):
 def test_refused(attention: Any) -> None:
     with pytest.raises(Unsupported) as refusal:
         tree_program(built(attention), options=EAGER)
-    assert (
-        refusal.value.source is not None
-        and "scored_modules.py" in refusal.value.source
-        or __file__ in str(refusal.value)
+    assert (refusal.value.source is not None and "scored_modules.py" in refusal.value.source) or __file__ in str(
+        refusal.value
     )
 
 

@@ -157,12 +157,12 @@ def _roles(args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], give
     roles: dict[str, str] = {}
     for key in tensors:
         name = names[int(key)] if key.isdigit() and int(key) < len(names) else key
-        role = given.get(key, given.get(name))
-        if role is None and name == "position_ids":
-            role = "positions"
-        if role is None and "tokens" not in roles.values() and "tokens" not in given.values():
-            role = "tokens"
-        roles[key] = role or "constant"
+        found: str | None = given.get(key, given.get(name))
+        if found is None and name == "position_ids":
+            found = "positions"
+        if found is None and "tokens" not in roles.values() and "tokens" not in given.values():
+            found = "tokens"
+        roles[key] = found or "constant"
     if list(roles.values()).count("tokens") != 1:
         raise TreespecError(
             f"The example call has {list(roles.values()).count('tokens')} token arguments, expected exactly one. "

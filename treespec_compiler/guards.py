@@ -168,7 +168,7 @@ def _specialised(error: Unsupported) -> bool:
 
 
 def _ends_there(error: Unsupported) -> bool:
-    """Whether the model has no graph of its own there: it raises, its shapes do not fit, or the one length is a constant.
+    """Whether the model has no graph of its own there: it raises, shapes do not fit, or T is a constant.
 
     The context then ends before that length, which is sound whatever the model would do beyond.
     """

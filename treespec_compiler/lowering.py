@@ -91,9 +91,9 @@ def _settings(device: torch.device) -> dict[str, Any]:
     """Inductor's settings for a decoding step."""
     settings: dict[str, Any] = {"size_asserts": False, "nan_asserts": False, "fallback_random": True}
     if device.type == "cpu":
-        # Between the matrix products a step has only microseconds of work: a barrier costs more than it saves, and far
-        # more when a core is busy. Measured, 11.5M parameters, 2 threads, one node: 0.92 ms with Inductor's own threads,
-        # 0.72 with one; the C++ wrapper takes a 0.5M-parameter draft from 0.118 to 0.093 ms.
+        # Between the matrix products a step has only microseconds of work: a barrier costs more than it saves, and
+        # far more when a core is busy. Measured, 11.5M parameters, 2 threads, one node: 0.92 ms with Inductor's own
+        # threads, 0.72 with one; the C++ wrapper takes a 0.5M-parameter draft from 0.118 to 0.093 ms.
         settings |= {"cpp.threads": 1, "cpp_wrapper": True}
     return settings
 
@@ -114,7 +114,7 @@ def _fake(mode: Any, name: str, tensor: Tensor) -> Any:
     sizes = [EXAMPLE.get(dynamic[i], 4) if i in dynamic else s for i, s in enumerate(tensor.shape)]
     example = torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
     kinds = [DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC for i in range(example.dim())]
-    context = StatelessSymbolicContext(dynamic_sizes=kinds)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
     return mode.from_tensor(example, symbolic_context=context)
 
 
@@ -124,5 +124,5 @@ def _min_nodes(env: ShapeEnv) -> int:
 
 
 def _holds_for_one(guard: Any) -> bool:
-    ones = {symbol: 1 for symbol in guard.free_symbols}
+    ones = dict.fromkeys(guard.free_symbols, 1)
     return len(ones) != 1 or bool(guard.xreplace(ones))

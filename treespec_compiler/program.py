@@ -22,7 +22,7 @@ from .lowering import Lowered, lower_eager, lower_inductor
 from .options import Options
 from .passes.insert_state import META_INPUTS
 from .pipeline import Converted, convert
-from .semantics import semantic_check, lengths_check
+from .semantics import lengths_check, semantic_check
 from .tree import Forest, TokenTree
 from .weights import WeightWatch
 
@@ -37,9 +37,9 @@ def tree_program(
 ) -> TreeProgram:
     """Compile a decoder into a tree verifier; the same instance and options give the same program.
 
-    `model`: an nn.Module, `torch.compile(module)`, or a module compiled in place. `example` and `roles` say how a module
-    with another signature than `model(input_ids)` is called (see `capture.call_spec`). Raises `Unsupported` with the
-    node, source line and reason when the model cannot be proved to be a causal decoder of a supported kind.
+    `model`: an nn.Module, `torch.compile(module)`, or a module compiled in place. `example` and `roles` say how a
+    module with another signature than `model(input_ids)` is called (see `capture.call_spec`). Raises `Unsupported` with
+    the node, source line and reason when the model cannot be proved to be a causal decoder of a supported kind.
     """
     parsed = Options.parse(options)
     module = original_module(model)
@@ -351,4 +351,17 @@ class TreeProgram:
         model = self._model()
         name = type(model).__name__ if model is not None else "a deleted module"
         masks = ", ".join(sorted({s.mask.formula for s in self.sites}))
-        return f"TreeProgram({name}: {len(self.sites)} attention sites, mask {masks}, context {self.max_context or 'unlimited'})"
+        context = self.max_context or "unlimited"
+        return f"TreeProgram({name}: {len(self.sites)} attention sites, mask {masks}, context {context})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the sites as a table."""
+        from html import escape
+
+        rows = "".join(
+            f"<tr><td>{s.index}</td><td>{escape(s.layer or s.name)}</td><td>{s.heads}/{s.kv_heads}</td>"
+            f"<td>{s.key_dim}/{s.value_dim}</td><td><code>{escape(s.mask.formula)}</code></td></tr>"
+            for s in self.sites
+        )
+        head = "<tr><th>#</th><th>module</th><th>heads/KV</th><th>dims</th><th>mask</th></tr>"
+        return f"<p>{escape(repr(self))}</p><table>{head}{rows}</table>"

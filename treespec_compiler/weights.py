@@ -99,7 +99,8 @@ class WeightWatch:
             if list(table.values()) != children:
                 return f"a submodule was replaced, added or removed (one of {', '.join(table)})"
         for table, key, ref in self._shared:
-            if table.get(key) is not self.current(ref):
+            held: Any = table.get(key)
+            if held is not self.current(ref):
                 return f"{key} no longer shares its tensor with {ref.name}"
         if any(table.get(key) is not None for table, key in self._absent):
             return "a parameter or buffer that was None has a value"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .attention import TAGS, ancestor_nodes, empty_output
 from .attention import SCHEMA as PLAIN_SCHEMA
+from .attention import TAGS, ancestor_nodes, empty_output
 
 SCHEMA = PLAIN_SCHEMA.replace(
     "SymInt window)",
