@@ -88,6 +88,13 @@ def test_chains_of_two_over_several_steps(monkeypatch, verifier, sampler):
     assert error(found, target_law(target_model(Sampling(temperature=0.8)), 4)) < 1e-9
 
 
+@pytest.mark.parametrize(("verifier", "sampler"), [PAIRS[2], PAIRS[5]])
+def test_trees_of_two_levels(monkeypatch, verifier, sampler):
+    arguments = {"verifier": verifier, "sampler": sampler, "policy": (2, 1), "logit_bias": {2: -1.5}}
+    found = generated_law(monkeypatch, 4, lambda: program(2), **arguments)
+    assert error(found, target_law(target_model(Sampling(temperature=0.8, logit_bias={2: -1.5})), 4)) < 1e-9
+
+
 PROCESSED = {
     "top-k": {"top_k": 2},
     "top-p": {"top_p": 0.8},

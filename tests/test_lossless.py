@@ -206,12 +206,13 @@ def plain(p: Proposal) -> Proposal:
 FIXED = Proposal([0, 1, 2, 0, 1], [-1, 0, 1, 0, 3], [0, 1, 2, 1, 2], [0, 0, 0, 1, 0], proposer="ngram")
 
 
+@pytest.mark.parametrize("widths", [(1, 1), (2,)])
 @pytest.mark.parametrize(("sampler", "rule"), [pair for pair in ALLOWED if pair[0] != "top-k"])
-def test_two_drafts_merged(sampler, rule):
+def test_two_drafts_merged(sampler, rule, widths):
     p, one, other = table(3, 13), table(3, 14), table(3, 15, zeros=0.3)
 
     def propose(chance: Chance) -> Proposal:
-        return merged(*(Grown(q, (1, 1), SAMPLERS[sampler], chance) for q in (one, other)))
+        return merged(*(Grown(q, widths, SAMPLERS[sampler], chance) for q in (one, other)))
 
     found = verify_law(VERIFIERS[rule], propose, p)
     assert error(completed(found, p, 3), target_law(p, 3)) < EXACT
