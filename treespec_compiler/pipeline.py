@@ -17,6 +17,7 @@ from .errors import InvalidPipeline, PassError, Unsupported
 from .ir import ops, verify
 from .ir.registry import best_kernel
 from .ir.specs import Limit
+from .logs import set_logs_from_environment
 from .options import Options
 from .passes import (
     bind_kernels,
@@ -37,6 +38,8 @@ from .passes.state import GraphState
 from .reproducer import Reproducer
 
 log = logging.getLogger("treespec.pipeline")
+
+set_logs_from_environment()
 
 # What is proved about the captured graph, what is rewritten, and what makes it fast.
 ANALYSIS: tuple[Pass, ...] = (normalize.PASS, recognize.PASS, classify.PASS, token_locality.PASS)

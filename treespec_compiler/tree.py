@@ -149,6 +149,12 @@ class TokenTree:
         graph.add_edges_from((parent, node) for node, parent in enumerate(self.parents) if parent >= 0)
         return graph
 
+    def _repr_svg_(self) -> str:
+        """What a notebook shows."""
+        from .ir.drawing import tree_svg
+
+        return tree_svg(self.tokens, self.parents)
+
     def draw(self, decode: Callable[[int], str] | None = None, *, accepted: Iterable[int] = ()) -> str:
         """The tree in box-drawing characters, a node a line; `accepted` nodes get a check mark."""
         marked = set(accepted)

@@ -35,6 +35,17 @@ class MaskSpec:
             seen = seen & (q - k < self.window)
         return seen & (q // self.chunk == k // self.chunk) if self.chunk else seen
 
+    def sees(self, q: int, k: int) -> bool:
+        """The predicate on two positions."""
+        return bool(self.visible(torch.tensor(q), torch.tensor(k)))
+
+    def _repr_svg_(self) -> str:
+        """What a notebook shows: 24 tokens, enough to see a short window."""
+        from treespec_compiler.ir.drawing import mask_svg
+
+        index = torch.arange(24)
+        return mask_svg(self.visible(index[:, None], index[None, :]).tolist(), self.formula)
+
 
 @dataclass(frozen=True)
 class PositionSpec:
