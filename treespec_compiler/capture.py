@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
+from .control_flow import refuse_control_flow
 from .errors import TreespecError, Unsupported
 
 log = logging.getLogger("treespec.capture")
@@ -255,6 +256,8 @@ def _tracing(model: nn.Module) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith("raised:"):
+        return lines[1]
     return lines[0] if lines else type(error).__name__
 
 
@@ -271,6 +274,7 @@ def _export(gm: fx.GraphModule, inputs: list[Any]) -> dict[str, Any]:
     from torch._guards import TracingContext
     from torch._subclasses import FakeTensor
 
+    refuse_control_flow(gm)
     context = TracingContext.get()
     mode = context.fake_mode
     assert mode is not None

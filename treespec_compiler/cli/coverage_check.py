@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import os
+import resource
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -133,15 +134,14 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def main(arguments: list[str]) -> int:
-    """`python -m treespec_compiler.cli.coverage_check TYPE [BYTES]`: one JSON object on standard output."""
-    if len(arguments) > 1:
-        import resource
+def send_result(model_type: str, memory: int, connection: Connection) -> None:
+    """The body of the process: limits its address space, keeps quiet, and sends the result."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    connection.send(check_type(model_type))
 
-        resource.setrlimit(resource.RLIMIT_AS, (int(arguments[1]),) * 2)
-    print(json.dumps(asdict(check_type(arguments[0]))))
-    return 0
 
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+# What each process needs: imported once, by the server that the processes are forked from.
+PRELOADED = (__name__, "transformers", "torch._dynamo", "treespec_compiler.program", "treespec_compiler.semantics")

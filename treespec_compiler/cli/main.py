@@ -59,6 +59,7 @@ COMMANDS = (
     Command("passes", "list the passes and their contracts"),
     Command("diff", "compare two graphs by structure"),
     Command("reproduce", "run a failed conversion again"),
+    Command("coverage", "convert and check a tiny model of every type in transformers"),
 )
 
 
