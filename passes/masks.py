@@ -7,7 +7,6 @@ A mask read from a buffer is decided on every element of the buffer, and holds u
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,7 +130,7 @@ def _cells(expr: Any, q: sympy.Symbol, k: sympy.Symbol, text: str) -> dict[int, 
         atoms[atom] = atom.func(gap, 0)
         if gap.free_symbols:
             at = -gap.coeff(_DISTANCE, 0) / gap.coeff(_DISTANCE, 1)
-            breakpoints |= {math.floor(at), math.ceil(at)}
+            breakpoints |= {int(sympy.floor(at)), int(sympy.ceiling(at))}
     points = sorted({p + e for p in breakpoints for e in (-1, 0, 1)})
     here = {p: {a: sympy.sympify(g).xreplace({_DISTANCE: sympy.Integer(p)}) for a, g in atoms.items()} for p in points}
     return {p: sympy.expand(_decided(expr.xreplace(here[p]))) for p in points}

@@ -46,7 +46,9 @@ def random_tree(size: int, vocab: int, seed: int, roots: float = 0.1) -> TokenTr
     return TokenTree([rng.randrange(vocab) for _ in range(size)], parents)
 
 
-def assert_decodes(model: nn.Module, program: Any, vocab: int, rounds: int = 3, size: int = 11, prompt: int = 7) -> None:
+def assert_decodes(
+    model: nn.Module, program: Any, vocab: int, rounds: int = 3, size: int = 11, prompt: int = 7
+) -> None:
     """Prefill, then rounds of verify and commit of a random root path: every row is the eager model's."""
     prefix = [(5 * i + 3) % vocab for i in range(prompt)]
     cache = program.new_cache(max_tokens=len(prefix) + (rounds + 1) * size)

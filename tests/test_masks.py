@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[Mask, str]] = {
     "one later": (lambda q, k: k <= q + 1, "1 later token"),
     "not itself": (lambda q, k: k < q, "off-by-one"),
     "nothing": (lambda q, k: (k < q) & (k > q), "hides everything"),
-    "every other": (lambda q, k: (k <= q) & ((q - k) % 2 == 0), "distance|gap|closed form"),
+    "every other": (lambda q, k: (k <= q) & ((q - k) % 2 == 0), "distance|gap|closed form|depends on"),
     "mirrored": (lambda q, k: k + q <= 8, "distance"),
     "fractions": (lambda q, k: (q * 0.1 - k * 0.1 < 0.3) & (k <= q), "fractions"),
     "small bias": (lambda q, k: torch.where(k <= q, 0.0, -30.0), "bias|scores change"),

@@ -83,7 +83,11 @@ CASES: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], str]] = {
     "path of siblings": (lambda p, c: (p.verify(FORK, c), c.commit([0, 1, 2])), InvalidPath, "node 2 after 1"),
     "path past the end": (lambda p, c: (p.verify(FORK, c), c.commit([0, 5])), InvalidPath, "indices from 0 to 2"),
     "commit in no slot": (lambda p, c: c.commit({4: []}), UnknownSlot, "got 4"),
-    "cache of no tokens": (lambda p, c: p.new_cache(0), InvalidOption, "max_tokens: got 0, expected a positive integer"),
+    "cache of no tokens": (
+        lambda p, c: p.new_cache(0),
+        InvalidOption,
+        "max_tokens: got 0, expected a positive",
+    ),
     "cache of half a slot": (lambda p, c: p.new_cache(8, slots=0.5), InvalidOption, "slots: got 0.5"),
 }
 
@@ -116,7 +120,7 @@ def test_the_position_table_ends(program: Any) -> None:
         program.prefill([1] * (CONTEXT + 1), cache)
     program.prefill([1] * (CONTEXT - 1), cache)
     program.verify(TokenTree([1, 2], [-1, -1]), cache)  # two nodes at the last position
-    with pytest.raises(ContextOverflow, match="wpe|position table"):
+    with pytest.raises(ContextOverflow, match="position table"):
         program.verify(TokenTree.chain([1, 2]), cache)
 
 

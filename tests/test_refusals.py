@@ -9,7 +9,7 @@ import torch
 from modules import CONTEXT, DIM, VOCAB, NanoGPT, Tiny
 from oracles import EAGER, assert_decodes
 from torch import Tensor, nn
-from torch.nn.functional import dropout, pad, scaled_dot_product_attention
+from torch.nn.functional import dropout, scaled_dot_product_attention
 from zoo import spread
 
 import treespec_compiler as treespec
@@ -44,10 +44,10 @@ class OneFuture(Tiny):
 
 class Convolution(Tiny):
     def setup(self) -> None:
-        self.conv = nn.Conv1d(DIM, DIM, 3)
+        self.conv = nn.Conv1d(DIM, DIM, 3, padding=1)
 
     def finish(self, x: Tensor) -> Tensor:
-        return self.head(self.conv(pad(x.transpose(1, 2), (2, 0))).transpose(1, 2))  # here
+        return self.head(self.conv(x.transpose(1, 2)).transpose(1, 2))  # here
 
 
 class Cumulative(Tiny):
@@ -110,14 +110,14 @@ class GraphBreak(Tiny):
 
 WHERE: list[tuple[type[Tiny], str, str]] = [
     # model, words of the reason, words of the node
-    (Bidirectional, "bidirectional", "scaled_dot_product_attention"),
+    (Bidirectional, "bidirectional", "attention"),
     (Strict, "off-by-one", "attention"),
     (OneFuture, "1 later token", "attention"),
     (Convolution, "conv1d", "aten.conv1d"),
     (Cumulative, "aten.cumsum mixes tokens", "aten.cumsum"),
     (Rolled, "aten.roll mixes tokens", "aten.roll"),
     (OverHeads, "not the tokens", "scaled_dot_product_attention"),
-    (ClampedPositions, "positions", "clamp"),
+    (ClampedPositions, "positions are not i + constant", ""),
     (ReducedPositions, "max", "max"),
     (CentredPositions, "number of tokens", ""),
     (Random, "random", "rand_like"),
@@ -154,7 +154,7 @@ def test_no_attention_at_all() -> None:
 def test_training_mode() -> None:
     error = refusal(NanoGPT().train())
     assert "training mode" in error.reason and error.way_out == "call model.eval() first"
-    assert error.source is not None and "test" not in error.source.split(",")[0].rsplit("/", 1)[-1][:0]
+    assert error.source is not None and "self.drop(" in error.source
 
 
 def test_state_changed_in_place() -> None:
@@ -243,7 +243,7 @@ def test_an_assertion_becomes_the_context() -> None:
 def test_a_branch_that_means_nothing_is_converted() -> None:
     class Same(Tiny):
         def finish(self, x: Tensor) -> Any:
-            return self.head(x) if x.shape[1] > 25 else self.head(x)
+            return self.head(x) if x.shape[1] > 25 else self.head(x)  # noqa: RUF034
 
     torch.manual_seed(0)
     model = spread(Same())

@@ -258,4 +258,4 @@ def test_a_program_dies_with_its_model() -> None:
 def test_packed_bytes_are_reported() -> None:
     program = treespec.tree_program(tiny(), options=EAGER)
     assert program.packed_bytes == 0 or program.packed_bytes >= 4 * VOCAB * DIM
-    assert HEADS == program.sites[0].heads
+    assert program.sites[0].heads == HEADS

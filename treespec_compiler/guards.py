@@ -9,14 +9,13 @@ means nothing; otherwise the model is refused, since the trace was too short, or
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 from torch import Tensor
 
-from .errors import TreespecError, Unsupported
+from .errors import PassError, TreespecError, Unsupported
 from .ir.specs import Limit
 from .passes.manager import Pass
 from .passes.state import GraphState
@@ -46,6 +45,8 @@ def discharge_guards(state: GraphState, analyse: Callable[[int], GraphState], ma
         guard = next(g for g in regions[0] if not _holds(g, state.length, other))
         try:
             there = analyse(other)
+        except PassError:  # a bug of ours says nothing about the model
+            raise
         except (TreespecError, AssertionError, RuntimeError, IndexError, ValueError) as error:
             if other < example:
                 raise Unsupported(
@@ -146,7 +147,7 @@ def _uncovered(regions: Sequence[Guards], length: sympy.Symbol, ceiling: int) ->
         if at is None:
             points |= set(range(2, min(ceiling, DECIDED) + 1))
         else:
-            points |= {math.floor(at) + e for e in (-1, 0, 1, 2)}
+            points |= {int(sympy.floor(at)) + e for e in (-1, 0, 1, 2)}
     for n in sorted(p for p in points if 2 <= p <= ceiling):
         if not any(all(_holds(g, length, n) for g in region) for region in regions):
             return int(n)
