@@ -98,9 +98,12 @@ class Engine:
         if drawing is not None:
             request = replace(request, sampling=drawing.sampling, sampler=drawing.sampler, chance=drawing.chance)
         self.needs_q = needs_q
-        self.controller = self._control()
         self.cache = caches.take(program, self.capacity)
+        request = replace(request, prompt=prompt, target=program, cache=self.cache)
+        compiled = sum(draft.compile_seconds for draft in drafts)
         self.sessions: list[DraftSession] = [draft.open(request) for draft in drafts]
+        stats.compile_seconds += sum(draft.compile_seconds for draft in drafts) - compiled
+        self.controller = self._control()
         if self.remaining <= 0:
             stats.finish_reason = self.limit_reason
 

@@ -48,6 +48,10 @@ class DraftRequest:
     leaves `proposal.draws` empty, and every verifier stays lossless."""
     chance: Chance | None = None
     """Whom to ask for randomness."""
+    prompt: Sequence[int] = ()
+    target: TreeProgram | None = None
+    """The target's program and cache, for drafts that run on them."""
+    cache: TreeCache | None = None
 
     @property
     def by_logits(self) -> bool:

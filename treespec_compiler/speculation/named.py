@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING
 
 from ..errors import InvalidOption
 from .draft import Draft
+from .early_exit import EarlyExitDraft
 from .ngram import NGramDraft
 
 if TYPE_CHECKING:
     from ..program import TreeProgram
 
-EXPECTED = '"ngram"'
+EXPECTED = '"ngram", "early-exit" or "early-exit:2" (layers)'
 
 
 def named_draft(name: str, program: TreeProgram) -> Draft:
     """The draft called `name` for the target `program`."""
     if name.strip() == "ngram":
         return NGramDraft()
+    kind, _, layers = name.strip().partition(":")
+    if kind == "early-exit" and (not layers or layers.isdecimal()) and layers != "0":
+        return EarlyExitDraft(program, int(layers) if layers else None)
     raise InvalidOption(name="draft", got=name, expected=f"a model, or {EXPECTED}")
