@@ -43,7 +43,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=6144, help="continuations to generate")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--best-share", type=float, default=0.3, help="part of the loss that is the target's argmax")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the draft")
+    parser.add_argument("--exit-lr", type=float, default=6e-4)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end earlier, after this time")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -131,13 +133,23 @@ def main() -> None:
     )
 
     small = [*pair.draft.parameters(), *pair.exit.parameters()]
-    opt = torch.optim.AdamW(small, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    groups = [
+        {"params": list(pair.draft.parameters()), "peak": args.lr},
+        {"params": list(pair.exit.parameters()), "peak": args.exit_lr},
+    ]
+    opt = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     order = np.random.default_rng(args.seed)
     queue: list[int] = []
     running: Tensor | None = None
+    began, done = now(), 0
     for step in track(range(args.steps), "draft learns", refresh_per_second=0.2):
         threads.choose()
-        opt.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / 50) * (1 - step / args.steps)
+        progress = max(step / args.steps, (now() - began) / (60 * args.minutes))
+        if progress >= 1:
+            break
+        done = step + 1
+        for group in opt.param_groups:
+            group["lr"] = group["peak"] * min(1.0, (step + 1) / 50) * (1 - progress)
         if step % 3 == 2:
             tokens, teacher = torch.from_numpy(data.batch(10**6 + step, 8, 512)).to(args.device), None
         else:
@@ -152,12 +164,13 @@ def main() -> None:
         running = losses.detach() if running is None else running.lerp(losses.detach(), 0.02)
         if step % 50 == 0:
             log.info("step %d draft %.3f exit %.3f, %.0f s", step, *running.tolist(), now() - started)
-        if (step + 1) % 400 == 0 or step + 1 == args.steps:
+        if done % 300 == 0:
             for name, tokens in windows.items():
                 log.info("step %d %s: %s", step + 1, name, describe(evaluate(pair, tokens)))
             export(pair, tokenizer, held_out, args.out)
+    export(pair, tokenizer, held_out, args.out)
     report = {name: asdict(evaluate(pair, tokens)) for name, tokens in windows.items()}
-    report["run"] = {"steps": args.steps, "rows": args.rows, "seconds": round(now() - started)}
+    report["run"] = {"steps": done, "rows": args.rows, "seconds": round(now() - started)}
     (args.work / "tuning.json").write_text(json.dumps(report, indent=1))
 
 

@@ -58,11 +58,19 @@ class Run:
 
 
 @torch.no_grad()
-def runs(target: PreTrainedModel, draft: PreTrainedModel, prompts: list[Tensor], new_tokens: int) -> list[Run]:
-    """Greedy continuations of the prompts (each [1, P]), and the draft's rank of each of their tokens."""
+def greedy_texts(target: PreTrainedModel, prompts: list[Tensor], new_tokens: int) -> list[Tensor]:
+    """Prompts [1, P] -> prompt and greedy continuation [1, P + G]; G < new_tokens where the target ends the text."""
+    return [
+        target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+        for ids in prompts
+    ]
+
+
+@torch.no_grad()
+def runs(draft: PreTrainedModel, prompts: list[Tensor], texts: list[Tensor]) -> list[Run]:
+    """The draft's rank of each greedy token."""
     found = []
-    for ids in prompts:
-        full = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    for ids, full in zip(prompts, texts, strict=True):
         greedy = full[0, ids.shape[1] :]
         logits = draft(full).logits[0, ids.shape[1] : -1]  # [G-1, V], after greedy token i
         own = logits.gather(1, greedy[1:, None])
@@ -120,6 +128,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=None, help="use the first N only")
     parser.add_argument("--no-best-first", action="store_true")
+    parser.add_argument("--texts", type=Path, help="keep the target's greedy texts here, or read them")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
     target = AutoModelForCausalLM.from_pretrained(args.pair / "target", dtype=torch.float32).eval()
@@ -127,7 +136,13 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.pair / "target")
     items = json.loads((args.pair / "heldout.json").read_text())[: args.prompts]
     prompts = [tokenizer(item["text"], return_tensors="pt")["input_ids"] for item in items]
-    done = runs(target, draft, prompts, args.new_tokens)
+    if args.texts and args.texts.exists():
+        texts = torch.load(args.texts, weights_only=True)
+    else:
+        texts = greedy_texts(target, prompts, args.new_tokens)
+    if args.texts:
+        torch.save(texts, args.texts)
+    done = runs(draft, prompts, texts)
 
     table = Table(title=f"{len(done)} held-out prompts, {sum(len(r.greedy) for r in done)} greedy tokens, 8-node trees")
     for column in ("tree", "tokens / step", "worst prompt", "best prompt"):
