@@ -22,6 +22,7 @@ def _save_bf16(model: LlamaForCausalLM, path: Path) -> None:
     clean.set_attn_implementation("sdpa")
     clean.generation_config.do_sample = False
     clean.to(torch.bfloat16).save_pretrained(path)
+    (path / "model.safetensors").chmod(0o644)
 
 
 def prompts(files: list[SourceFile], tokenizer: Tokenizer, count: int, low: int = 200, high: int = 400) -> list[dict]:
