@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 SEEN, PREFIX, HIDDEN, LINE, TEXT = "#3b82f6", "#93c5fd", "#8884", "#888", "#888"
+ROW = 28  # pixels between leaves
 ACCEPTED, ROOT = "#16a34a", "#3b82f6"
 
 
@@ -77,18 +78,21 @@ def tree_svg(
     wide = 30 + 7 * max((len(t) for t in texts.values()), default=1)
     deepest = max((d for d, _ in place.values()), default=0)
     green = set(accepted)
-    parts = [_open(20 + (deepest + 1) * wide, 14 + leaves * 22, f"token tree of {len(tokens)} nodes")]
+    left = 6 + wide // 3
+    parts = [_open(left + 6 + deepest * wide + wide // 3, 10 + leaves * ROW, f"token tree of {len(tokens)} nodes")]
     for node, parent in enumerate(parents):
         if parent >= 0:
             (d0, y0), (d1, y1) = place[parent], place[node]
             color = ACCEPTED if node in green and parent in green else LINE
-            start, end = f"{12 + d0 * wide} {16 + y0 * 22}", f"{12 + d1 * wide} {16 + y1 * 22}"
+            start, end = f"{left + d0 * wide} {20 + y0 * ROW}", f"{left + d1 * wide} {20 + y1 * ROW}"
             parts.append(f'<path d="M{start} L{end}" stroke="{color}" fill="none"/>')
     for node, (depth, spot) in sorted(place.items()):
         fill = ACCEPTED if node in green else ROOT
-        x, y = 12 + depth * wide, 16 + spot * 22
+        x, y = left + depth * wide, 20 + spot * ROW
         parts.append(f'<g class="tree-node" {node_attributes(node)}><circle cx="{x}" cy="{y}" r="5" fill="{fill}"/>')
-        parts.append(f'<text x="{x + 8}" y="{y + 4}" font-size="11" fill="{TEXT}">{escape(texts[node])}</text>')
+        parts.append(
+            f'<text x="{x}" y="{y - 8}" font-size="10" text-anchor="middle" fill="{TEXT}">{escape(texts[node])}</text>'
+        )
         parts.append(f"<title>node {node}, token {tokens[node]}, depth {depth}</title></g>")
     return "".join([*parts, "</svg>"])
 
