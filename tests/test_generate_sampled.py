@@ -122,6 +122,22 @@ def test_two_drafts(monkeypatch, verifier, sampler):
     assert error(found, target_law(target_model(Sampling(temperature=0.8)), 3)) < 1e-9
 
 
+@pytest.mark.parametrize(("verifier", "sampler"), PAIRS[2:4])
+@pytest.mark.parametrize("policy", ["best-first:4", "equal-growth:2,2", "chain:2"])
+def test_trees_picked_by_a_policy(monkeypatch, verifier, sampler, policy):
+    found = generated_law(monkeypatch, 4, lambda: program(2), verifier=verifier, sampler=sampler, policy=policy)
+    assert error(found, target_law(target_model(Sampling(temperature=0.8)), 4)) < 1e-9
+
+
+@pytest.mark.parametrize(("verifier", "sampler"), PAIRS)
+def test_a_draft_and_n_grams(monkeypatch, verifier, sampler):
+    from treespec_compiler.speculation.ngram import NGramDraft
+
+    drafts = lambda: [program(2), NGramDraft(min_match=1)]  # noqa: E731
+    found = generated_law(monkeypatch, 3, drafts, verifier=verifier, sampler=sampler, policy=(1,))
+    assert error(found, target_law(target_model(Sampling(temperature=0.8)), 3)) < 1e-9
+
+
 def broken(value: float, when) -> FakeProgram:
     """A program whose rows are `value` after some contexts."""
     good = rows(VOCAB, 2)

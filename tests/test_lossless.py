@@ -183,9 +183,12 @@ def test_what_is_accepted_more_by_theory_is_accepted_more(seed):
     def mean(sampler, rule, widths):
         return mean_length(verify_law(VERIFIERS[rule], proposer(sampler, q, widths), p))
 
-    chain, tree = (1, 1, 1), (2, 2)
+    chain, tree, apart = (1, 1, 1), (2, 2), "without-replacement"
     assert mean("iid", "block", chain) >= mean("iid", "multi-step", chain) - EXACT
     assert mean("iid", "multi-step", tree) >= mean("iid", "naive", tree) - EXACT  # SpecInfer, Theorem 4.3
+    # not proved for trees, but true of every pair tried
+    assert mean("iid", "traversal", tree) >= mean("iid", "multi-step", tree)
+    assert mean(apart, "traversal", tree) >= mean(apart, "recursive", tree) >= mean("iid", "multi-step", tree)
     assert mean("iid", "traversal", (2,)) == pytest.approx(mean("iid", "multi-step", (2,)), abs=EXACT)
 
 

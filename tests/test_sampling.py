@@ -94,6 +94,14 @@ def test_any_setting_is_the_one_of_transformers(logits, temperature, top_k, top_
     assert np.abs(row - wanted).max() < 1e-12
 
 
+@pytest.mark.parametrize("spread", [0.1, 2.0])
+def test_top_p_of_many_tokens(spread):
+    logits = spread * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    sampling = Sampling(temperature=1.0, top_p=0.9)
+    row = Processor(sampling).row(logits.numpy(), ())
+    np.testing.assert_allclose(row, huggingface(sampling, logits, [1]).numpy(), atol=1e-12, rtol=0)
+
+
 def test_rows_are_processed_together_as_alone():
     processor = Processor(Sampling(**SETTINGS["all"]))
     processor.accept([3, 1])

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from ..errors import InvalidOption
 from .chance import Row
 
+# Tokens sorted at first to find the top p: sorting all of 128000 takes 20 times as long as the rest of a row.
+FEW = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -136,7 +139,8 @@ class Processor:
             last = np.partition(scores, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
             scores[scores < last] = -np.inf
         if sampling.top_p is not None and sampling.top_p < 1.0:
-            self._keep_top_p(scores, sampling.top_p)
+            for row in scores:
+                _keep_top_p(row, sampling.top_p)
         if sampling.min_p:
             shares = _softmax(scores)
             scores[shares < sampling.min_p * shares.max(-1, keepdims=True)] = -np.inf
@@ -147,15 +151,6 @@ class Processor:
         rows, usable = self.probabilities(logits[None], (path,))
         return rows[0] if usable[0] else None
 
-    @staticmethod
-    def _keep_top_p(scores: NDArray[np.float64], top_p: float) -> None:
-        order = scores.argsort(-1, kind="stable")  # the least likely first
-        below = _softmax(np.take_along_axis(scores, order, -1)).cumsum(-1) <= 1.0 - top_p
-        below[:, -1] = False
-        removed = np.zeros_like(below)
-        np.put_along_axis(removed, order, below, -1)
-        scores[removed] = -np.inf
-
     def _masks(self, rows: int, vocab_size: int, paths: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
         """Which ids occur in the accepted tokens or in each row's path [n, V]."""
         masks = np.zeros((rows, vocab_size), dtype=bool)
@@ -164,6 +159,24 @@ class Processor:
         for mask, path in zip(masks, paths, strict=True):
             mask[[token for token in path if token < vocab_size]] = True
         return masks
+
+
+def _keep_top_p(scores: Row, top_p: float) -> None:
+    """Ban all but the likeliest tokens: one stays if those before it hold less than `top_p`. Changes `scores`."""
+    weights = _softmax(scores)
+    count = FEW
+    while True:
+        likeliest = scores.argpartition(-count)[-count:] if count < len(weights) else np.arange(len(weights))
+        # of equal ones the later first, as in transformers, which sorts them the other way round
+        order = likeliest[np.lexsort((likeliest, scores[likeliest]))[::-1]]
+        total = weights[order].cumsum()
+        if total[-1] >= top_p or count >= len(weights):
+            break
+        count *= 16
+    kept = order[: 1 + int((total < top_p).sum())]
+    values = scores[kept]
+    scores[:] = -np.inf
+    scores[kept] = values
 
 
 def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
