@@ -12,6 +12,8 @@ from .state import GraphState
 
 aten = torch.ops.aten
 
+_END = 2**62  # slices to the end are written with the largest int64
+
 
 def spell_assembled(state: GraphState, node: fx.Node) -> bool:
     """Rewrite a copy to what it copies, and the last of the writes that fill a tensor to a `cat`; False if neither.
@@ -36,15 +38,18 @@ def _copied(state: GraphState, node: fx.Node) -> fx.Node | None:
     """`copy(into, source)` has the values of source in the shape and dtype of `into`."""
     source: Any = node.args[1]
     value, given = node.meta["val"], source.meta["val"]
+    if _alike(node, source):
+        return source
     if list(map(str, value.shape)) != list(map(str, given.shape)) or value.device != given.device:
         return None
-    if value.dtype == given.dtype:
-        return source
     return state.call(aten._to_copy.default, (source,), {"dtype": value.dtype}, like=node)
 
 
 def _joined(state: GraphState, node: fx.Node) -> fx.Node | None:
-    dim = _write(node)[0]
+    dim, first, last, _ = _write(node)
+    source: Any = node.args[1]
+    if first == 0 and isinstance(last, int) and last >= _END and _alike(node, source):
+        return source
     size = node.meta["val"].shape[dim]
     parts: dict[int, tuple[int, Any]] = {}
     current: Any = node
@@ -63,6 +68,13 @@ def _joined(state: GraphState, node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes have the same shape, dtype and device."""
+    one, other = a.meta["val"], b.meta["val"]
+    same = one.dtype == other.dtype and one.device == other.device
+    return same and list(map(str, one.shape)) == list(map(str, other.shape))
+
+
 def _write(node: fx.Node) -> tuple[int, Any, Any, Any]:
     """(dimension, start, end, step) of a slice_scatter."""
 
@@ -71,7 +83,7 @@ def _write(node: fx.Node) -> tuple[int, Any, Any, Any]:
         return default if value is None else value
 
     dim = int(argument(2, "dim", 0)) % node.meta["val"].dim()
-    return dim, argument(3, "start", 0), argument(4, "end", 2**63 - 1), argument(5, "step", 1)
+    return dim, argument(3, "start", 0), argument(4, "end", _END), argument(5, "step", 1)
 
 
 def _fills(parts: dict[int, tuple[int, Any]], size: Any) -> bool:

@@ -42,6 +42,8 @@ def normalize(state: GraphState) -> int:
         elif name in ("aten.view", "aten._unsafe_view"):
             # NOTE a view is only legal for the strides of the trace; the rewritten graph has other strides.
             node.target = aten.reshape.default
+        elif name in ("aten.concat", "aten.concatenate"):
+            node.target = aten.cat.default
         elif name == "aten.squeeze":
             _name_squeezed(node)
         elif not spell_inverse(state, node) and not spell_assembled(state, node):
