@@ -2,7 +2,7 @@
 
 The residual stream is found by structure: a *cut* is a value through which everything that depends on the tokens must
 pass. The last cut between site k - 1 and site k is the residual stream after k layers. In the last layer the cut at the
-same place is what the final norm and head read; there the earlier value is put instead, and what is now dead is dropped.
+same place is what the final norm and head read: the earlier value is put there, and what is then dead is dropped.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def copy_state(state: GraphState) -> GraphState:
     graph = fx.Graph()
     output = graph.graph_copy(state.graph, {})
     graph.output(output)
-    lists = {name: list(getattr(state, name)) for name in ("sites", "inputs")}
-    return replace(state, gm=fx.GraphModule(state.gm, graph), packs=dict(state.packs), **lists)
+    gm = fx.GraphModule(state.gm, graph)
+    return replace(state, gm=gm, packs=dict(state.packs), sites=list(state.sites), inputs=list(state.inputs))
 
 
 def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = None) -> int:

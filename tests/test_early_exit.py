@@ -97,7 +97,7 @@ def test_the_pass_drops_the_later_sites_and_leaves_the_original_alone(program):
 
 def test_the_residual_stream_is_found_by_structure(program):
     groups = cuts(program._converted.state)
-    # Embedding; in every layer the values after attention and after the feed-forward block; then the final norm's parts.
+    # In every layer the values after attention and after the feed-forward block; then the final norm's parts too.
     assert [len(group) for group in groups[1:4]] == [2, 2, 2] and len(groups[4]) > 2
 
 

@@ -13,7 +13,8 @@ from rich.text import Text
 from ..errors import InvalidOption
 from ..options import Options
 from ..runtime.generate import Step, stream
-from ..speculation.policy import StaticExpansion
+from ..speculation.named import is_named
+from ..speculation.policy import StaticExpansion, as_policy
 from .models import DTYPES, LoadedModel, load
 from .text import TextStream, add_prompt_arguments, read_prompt
 
@@ -29,7 +30,13 @@ def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
     models = parser.add_argument_group("models (hf:PATH_OR_ID, py:module:factory or demo)")
     models.add_argument("--target", metavar="MODEL", required=True, help="the model whose output is wanted")
-    models.add_argument("--draft", metavar="MODEL", help="a smaller model that guesses; none: no speculation")
+    models.add_argument(
+        "--draft",
+        metavar="DRAFT",
+        action="append",
+        default=[],
+        help="what guesses: a smaller model, ngram, early-exit or early-exit:K; may be repeated; none: no speculation",
+    )
     models.add_argument("--dtype", choices=DTYPES, default="float32", help="of both models (default: float32)")
     models.add_argument(
         "--random-weights", action="store_true", help="read configurations only and make up weights (hf: models)"
@@ -40,8 +47,10 @@ def configure(parser: ArgumentParser) -> None:
     run_options.add_argument(
         "--expansion",
         metavar="K1,K2,..",
-        default="1,1,3",
-        help="children that each node of a level gets (default: 1,1,3)",
+        help="children that each node of a level gets; short for --policy",
+    )
+    run_options.add_argument(
+        "--policy", default="auto", help='"auto" (default), "1,1,3", "chain:4", "best-first:12" or "equal-growth:2,4"'
     )
     run_options.add_argument("--ignore-eos", action="store_true", help="do not end at the model's end-of-text token")
     run_options.add_argument(
@@ -75,24 +84,31 @@ def parse_options(pairs: list[str]) -> Options:
 
 
 def run(arguments: Namespace) -> int:
-    options, policy = parse_options(arguments.option), StaticExpansion.parse(arguments.expansion)
+    options = parse_options(arguments.option)
+    policy = StaticExpansion.parse(arguments.expansion) if arguments.expansion else as_policy(arguments.policy)
     dtype, random_weights = DTYPES[arguments.dtype], arguments.random_weights
     messages = Console(stderr=True)
     with messages.status("reading models"):
         target = load(arguments.target, dtype=dtype, random_weights=random_weights)
         prompt = read_prompt(arguments, target)
-        draft = arguments.draft and load(arguments.draft, role="draft", dtype=dtype, random_weights=random_weights)
+        drafts = [
+            LoadedModel(name, name)
+            if is_named(name)
+            else load(name, role="draft", dtype=dtype, random_weights=random_weights)
+            for name in arguments.draft
+        ]
+        tokenizers = [draft.tokenizer for draft in drafts if draft.tokenizer is not None]
     with messages.status("compiling"):
         steps = stream(
             target.model,
             prompt,
-            draft=draft.model if draft else None,
+            draft=[draft.model for draft in drafts] or None,
             max_new_tokens=arguments.max_new_tokens,
             policy=policy,
             eos_token_id=() if arguments.ignore_eos else None,
             options=options,
             tokenizer=target.tokenizer,
-            draft_tokenizer=draft.tokenizer if draft else None,
+            draft_tokenizer=tokenizers[0] if tokenizers else None,
         )
     printer = (JsonPrinter if arguments.json else TextPrinter)(target, live=arguments.stream)
     for step in steps:

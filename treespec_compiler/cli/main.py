@@ -53,12 +53,14 @@ class Command:
 COMMANDS = (
     Command("demo", "see the shipped pair of models speculate, and measure it"),
     Command("generate", "complete a prompt by speculation"),
+    Command("tune", "measure this machine, for trees that fit it"),
     Command("explain", "say what was proved about a model, or why it is refused"),
     Command("opt", "run the passes on a model and print the graph between them"),
     Command("report", "write a page that shows every pass at work"),
     Command("passes", "list the passes and their contracts"),
     Command("diff", "compare two graphs by structure"),
     Command("reproduce", "run a failed conversion again"),
+    Command("completion", "print a completion script for bash, zsh or fish"),
     Command("coverage", "convert and check a tiny model of every type in transformers"),
 )
 

@@ -1,8 +1,8 @@
 """Early exit: a draft cut from the target's own graph, with the target's weights and the K/V of its first layers.
 
-Nothing is held twice: the cut graph reads the target's weight tensors, and runs on the target's own tree cache, where it
-writes the first layers' K/V of uncommitted nodes only. The verification that follows writes them again. Committed tokens
-need no catching up. Self-speculation by early exit: LayerSkip (arXiv 2404.16710), Draft & Verify (arXiv 2309.08168).
+Nothing is held twice: the cut graph reads the target's weight tensors, and runs on the target's own tree cache, where
+it writes the first layers' K/V of uncommitted nodes only. The verification that follows writes them again. Committed
+tokens need no catching up. Self-speculation by early exit is LayerSkip (arXiv 2404.16710).
 """
 
 from __future__ import annotations

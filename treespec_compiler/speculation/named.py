@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 EXPECTED = '"ngram", "early-exit" or "early-exit:2" (layers)'
 
 
+def is_named(name: str) -> bool:
+    """Whether this is such a name, rather than a model's."""
+    return name.strip().partition(":")[0] in ("ngram", "early-exit")
+
+
 def named_draft(name: str, program: TreeProgram) -> Draft:
     """The draft called `name` for the target `program`."""
     if name.strip() == "ngram":
