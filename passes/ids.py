@@ -61,7 +61,7 @@ def _choices(node: fx.Node, dim: Any) -> int | None:
     """Size of the dimension that was chosen from, where it is fixed."""
     if not isinstance(dim, int):
         return None
-    shape = shape_of(node.args[0])  # type: ignore[arg-type]
+    shape = shape_of(node.args[0])
     size = shape[dim % max(len(shape), 1)]
     return int(size) if size.is_Integer else None
 

@@ -23,7 +23,7 @@ def _along(dim_at: int, operands: tuple[int, ...]) -> Rule:
 
     def rule(node: fx.Node, axes: Axes) -> Axis:
         found = _places([node.args[i] for i in operands if i < len(node.args)], axes)
-        at, dim = next(iter(found)), int(node.args[dim_at]) % rank_of(node.args[0])  # type: ignore[call-overload]
+        at, dim = next(iter(found)), int(node.args[dim_at]) % rank_of(node.args[0])
         if len(found) != 1 or at is None:
             raise Mixes("its operands do not all carry the tokens in the same dimension")
         if at == dim:
@@ -42,7 +42,7 @@ def _slice_scatter(node: fx.Node, axes: Axes) -> Axis:
 
 
 def _select_scatter(node: fx.Node, axes: Axes) -> Axis:
-    base, part = axes.axes[node.args[0]], axes.axes[node.args[1]]  # type: ignore[index]
+    base, part = axes.axes[node.args[0]], axes.axes[node.args[1]]
     dim = int(node.args[2]) % rank_of(node)
     if base is None or base == dim or part != base - (dim < base):
         raise Mixes("it writes along the token dimension")
