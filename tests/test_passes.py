@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import treespec_compiler as treespec
-import treespec_compiler.codegen  # noqa: F401  enters the kernels
+import treespec_compiler.codegen
 from treespec_compiler.capture import call_spec, capture
 from treespec_compiler.ir.verify import problems
 from treespec_compiler.passes import (
