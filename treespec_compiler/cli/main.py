@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         parser = build_parser(wanted)
-        arguments = parser.parse_args(words)
+        arguments = parser.parse_args(_joined(words))
         if arguments.command is None:
             parser.print_help()
             return 0
@@ -129,6 +129,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"treespec: error: {describe(error)}", file=sys.stderr)
         return 2
+
+
+def _joined(words: list[str]) -> list[str]:
+    """`--pipeline -fuse` as one word: argparse would take `-fuse` for an option."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--pipeline":
+            found[-1] = f"--pipeline={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def describe(error: Exception) -> str:

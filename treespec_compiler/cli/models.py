@@ -47,7 +47,7 @@ def load(
     With `random_weights`, `hf:` takes a model type such as `llama` as well; `tiny` shrinks the configuration.
     """
     kind, _, rest = name.partition(":")
-    if name == "demo":
+    if name == "demo" and not (random_weights or tiny):
         folder = demo.paths.target if role == "target" else demo.paths.draft
         if not (folder / "config.json").is_file():
             problem = f"no shipped {role} in this installation"

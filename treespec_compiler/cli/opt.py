@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..errors import InvalidPipeline, Unsupported
 from ..options import VerifyEach
-from ..passes.instruments import Dumper, Printer, Recorder
+from ..passes.instruments import Dumper, Printer, Recorder, always
 from ..passes.manager import History, Instrument, Pass, run_passes, slug
 from ..passes.plan import plan
 from ..passes.printing import FORMATS, View, render
@@ -81,7 +81,7 @@ def run(arguments: Namespace) -> int:
     printer = Printer(show, wanted[0], after, arguments.print_after_change, arguments.print_on_failure)
     recorder = Dumper(folder=arguments.dump_dir) if arguments.dump_dir else Recorder()
     reproducer = Reproducer(subject.options, arguments.reproducer, arguments.model, bool(arguments.reproducer))
-    instruments: list[Instrument] = [recorder, printer, reproducer]
+    instruments: list[Instrument] = [*always(), recorder, printer, reproducer]
     meaning = [semantic_check(subject.loaded.model, subject.call)]
     try:
         with Console(stderr=True).status("capturing"):
