@@ -55,6 +55,7 @@ def grow(
         wanted = policy.expand(call, proposal, value)
         wanted = [(node, min(k, widest)) for node, k in wanted if k > 0]
         if call:
+            wanted = [(node, k) for node, k in wanted if node not in own]  # run before, without usable logits
             wanted = wanted[: max(0, room - len(tokens))]
             for node, _ in wanted:
                 own[node] = len(tokens)
