@@ -10,6 +10,7 @@ derived from them, or positions within an expert, is refused.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -161,14 +162,14 @@ def sort_call(node: fx.Node) -> tuple[int, bool]:
 def _sort(self: Routing, node: fx.Node) -> Place:
     source: Any = node.args[0]
     rows = rows_of(self.places[source])
-    dim, _ = sort_call(node)
+    dim, descending = sort_call(node)
     if rows is None or rows.at != dim:
         return NotImplemented
     if rank_of(source) != 1:
         raise Mixes("it sorts the tokens in every column on its own")
     argsort = op_name(node) == "aten.argsort"
     numbers = self.numbers.get(source)
-    if argsort and numbers is not None and numbers.exact and rows.order is not None:
+    if argsort and not descending and numbers is not None and numbers.exact and rows.order is not None:
         # NOTE sorting a permutation: its values are 0, 1, 2, ..., so the places they came from are its inverse.
         self.inverses[node] = Inverse(rows.order)
         return simplest(Rows(0, rows.layout))
@@ -268,11 +269,20 @@ def _histc(self: Routing, node: fx.Node) -> Place:
     bound = id_bound(source)
     if bound is None or bound > groups or rank_of(source) != 1:
         raise Mixes("it counts a value over all tokens")
+    lost = _id_without_bin(bound, groups, low, high)
+    if lost is not None:
+        raise Mixes(f"it counts over all tokens, and id {lost} has no bin of its own")
+    return GroupSizes("counts", same_ids(source), groups)
+
+
+@functools.cache
+def _id_without_bin(bound: int, groups: int, low: float, high: float) -> int | None:
+    """The first id whose bin is not its own number, found by counting each id alone."""
     for i in range(bound):
         bins = torch.histc(torch.tensor([float(i)]), groups, low, high)
         if bins[i] != 1 or bins.sum() != 1:
-            raise Mixes(f"it counts over all tokens, and id {i} has no bin of its own")
-    return GroupSizes("counts", same_ids(source), groups)
+            return i
+    return None
 
 
 def _cumsum(self: Routing, node: fx.Node) -> Place:
@@ -297,8 +307,8 @@ def _grouped_matmul(self: Routing, node: fx.Node) -> Place:
     """Rows sorted by id, times the matrix of each row's id."""
     rows_node, weight, ends_node = node.args[0], node.args[1], argument(node, 2, "offs")
     rows, ends = rows_of(self.places[rows_node]), self.places.get(ends_node)
-    shapes = (rank_of(rows_node), rank_of(weight))
-    if rows is None or rows.at != 0 or shapes != (2, 3) or self.places[weight] is not None:
+    shapes, more = (rank_of(rows_node), rank_of(weight)), [a for a in node.args[3:] if isinstance(a, fx.Node)]
+    if rows is None or rows.at != 0 or shapes != (2, 3) or self.places[weight] is not None or more:
         raise Mixes("its rows or its matrices are not where a grouped matmul has them")
     if not isinstance(ends, GroupSizes) or ends.kind != "ends":
         raise Mixes("its groups do not end where the counts of the rows' ids say")

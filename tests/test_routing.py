@@ -177,6 +177,13 @@ class NotInverse(Routed):
         return rows[order].view(x.shape[0], self.choices, DIM).sum(1)
 
 
+class Reversed(Routed):
+    """The places of the permutation from the last to the first."""
+
+    def combine(self, rows: Tensor, order: Tensor, x: Tensor) -> Tensor:
+        return rows[order.argsort(descending=True)].view(x.shape[0], self.choices, DIM).sum(1)
+
+
 class NotUndone(Routed):
     def combine(self, rows: Tensor, order: Tensor, x: Tensor) -> Tensor:
         return rows.view(x.shape[0], self.choices, DIM).sum(1)
@@ -261,6 +268,7 @@ REFUSES = [
     (CapacityOfSorted, "must be one whole dimension"),
     (Balanced, "depends on every token"),
     (NotInverse, "count other rows"),
+    (Reversed, "already in the order of sort"),
     (NotUndone, "splits rows that are in the order of sort"),
     (OtherInverse, "it undoes the order of"),
     (OtherEnds, "but its rows are sorted by"),
