@@ -17,7 +17,7 @@ from .chance import Chance
 from .growth import ChoosingPolicy, grow
 from .policy import Limits, TreePolicy
 from .proposal import Proposal
-from .ranking import likeliest, unusable
+from .ranking import likeliest
 from .samplers import ChildSampler
 from .sampling import Sampling
 
@@ -198,9 +198,9 @@ class ModelDraftSession:
                 logits = logits[-frontier:]  # rows of caught-up tokens
             if self._truncate:
                 logits = logits[:, : self._shared]
-            ids, q = _candidates(logits, k, self._needs_q)
+            bad: list[int] = []
+            ids, q = _candidates(logits, k, self._needs_q, bad)
             first = len(proposal.tokens) - frontier
-            bad = unusable(logits, ids[::k])
             if bad:
                 proposal.unusable += len(bad)
                 counts = [0 if i in bad else k if counts is None else counts[i] for i in range(frontier)]
@@ -291,12 +291,18 @@ def _fit(widths: Sequence[int], frontier: int, room: int, vocab_size: int) -> li
     return counts
 
 
-def _candidates(logits: Tensor, k: int, needs_q: bool) -> tuple[list[int], list[float]]:
-    """The k likeliest ids of every row, flat and best first, and their probabilities if wanted."""
+def _candidates(logits: Tensor, k: int, needs_q: bool, bad: list[int] | None = None) -> tuple[list[int], list[float]]:
+    """The k likeliest ids of every row, flat and best first, and their probabilities if wanted.
+
+    `bad` gets the rows that are NaN or infinite appended.
+    """
     if needs_q:
-        q, ids = logits.float().softmax(-1).topk(k)
-        return ids.flatten().tolist(), q.flatten().tolist()
-    return likeliest(logits, k), []
+        best, ids = logits.float().softmax(-1).topk(k)
+        q = best.flatten().tolist()
+        if bad is not None:
+            bad += [row for row, x in enumerate(q[::k]) if x != x]  # softmax makes NaN of both
+        return ids.flatten().tolist(), q
+    return likeliest(logits, k, bad), []
 
 
 def draft_probabilities(logits: Tensor, vocab_size: int) -> Tensor:

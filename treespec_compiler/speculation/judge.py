@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InvalidLogits
 from .chance import Chance, Row
 from .proposal import Proposal
-from .ranking import likeliest, unusable
+from .ranking import likeliest
 from .sampling import Processor, Sampling
 from .verifier import Verdict, Verifier
 from .verifiers import StochasticVerifier
@@ -43,20 +43,16 @@ class GreedyJudge:
         self._length = 0
 
     def first(self, logits: Tensor) -> int:
-        (token,) = best = likeliest(logits[None])
-        if unusable(logits[None], best):
+        bad: list[int] = []
+        (token,) = likeliest(logits[None], 1, bad)
+        if bad:
             raise InvalidLogits(position=self._length - 1)
         return token
 
     def verify(self, proposal: Proposal, logits: Tensor) -> Verdict:
         verdict = self._verifier.verify(proposal, logits)
-        path, tokens = verdict.path, proposal.tokens
-        # NOTE: an argmax over NaN or +inf points at it, so the chosen logits tell whether a row was usable.
-        chosen = [tokens[node] for node in path]
-        chosen.append(verdict.bonus)
-        bad = unusable(logits, chosen[1:], path)
-        if bad:
-            raise InvalidLogits(position=self._length - 1 + bad[0])
+        if verdict.unusable >= 0:
+            raise InvalidLogits(position=self._length - 1 + verdict.unusable)
         return verdict
 
     def accept(self, tokens: Sequence[int]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import isfinite
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, float32
 
 # NOTE: torch's CPU argmax is not vectorised over a row: 8 rows of 4096 take 36 us, numpy's 2.4 us (one thread,
@@ -14,15 +14,25 @@ SMALL_K = 6
 FEW_ROWS = 2
 
 
-def likeliest(logits: Tensor, k: int = 1) -> list[int]:
-    """The k ids with the largest logits of every row of [n, V], flat, best first; k = 1 takes the lowest of a tie."""
+def likeliest(logits: Tensor, k: int = 1, bad: list[int] | None = None) -> list[int]:
+    """The k ids with the largest logits of every row of [n, V], flat, best first; k = 1 takes the lowest of a tie.
+
+    `bad`: gets the rows that are NaN or infinite appended. Their largest logit tells: NaN and +inf are above all
+    others, and -inf is the largest if there is nothing else.
+    """
     if logits.dtype is not float32 or not logits.is_cpu or k > SMALL_K:
-        ids = logits.argmax(-1) if k == 1 else logits.topk(k).indices
+        ids = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
+        if bad is not None:
+            finite = logits.gather(-1, ids[:, :1]).isfinite()
+            bad += finite.logical_not().nonzero()[:, 0].tolist()
         return ids.flatten().tolist()
     rows = logits.numpy()
     if k == 1:
-        return rows.argmax(-1).tolist()
-    rows = rows.copy()
+        found = rows.argmax(-1).tolist()
+        if bad is not None:
+            _unusable(rows, found, bad)
+        return found
+    original, rows = rows, rows.copy()
     if len(rows) <= FEW_ROWS:
         found = []
         for row in rows:
@@ -30,24 +40,21 @@ def likeliest(logits: Tensor, k: int = 1) -> list[int]:
                 token = int(row.argmax())
                 row[token] = -np.inf
                 found.append(token)
-        return found
-    every = np.arange(len(rows))
-    columns = []
-    for _ in range(k):
-        column = rows.argmax(-1)
-        rows[every, column] = -np.inf
-        columns.append(column)
-    return np.stack(columns, axis=1).ravel().tolist()
+    else:
+        every = np.arange(len(rows))
+        columns = []
+        for _ in range(k):
+            column = rows.argmax(-1)
+            rows[every, column] = -np.inf
+            columns.append(column)
+        found = np.stack(columns, axis=1).ravel().tolist()
+    if bad is not None:
+        _unusable(original, found[::k], bad)
+    return found
 
 
-def unusable(logits: Tensor, best: Sequence[int], rows: Sequence[int] | None = None) -> list[int]:
-    """Which of `rows` (default: all) of [n, V] are NaN or infinite, given each one's likeliest id: places in `best`.
-
-    An argmax points at NaN or +inf if there is one, and at -inf if there is nothing else.
-    """
-    if rows is None:
-        rows = range(len(best))
-    if logits.dtype is not float32 or not logits.is_cpu:
-        return logits[rows, best].isfinite().logical_not().nonzero().flatten().tolist()
-    item = logits.numpy().item
-    return [i for i, (row, token) in enumerate(zip(rows, best)) if not isfinite(item(row, token))]
+def _unusable(rows: NDArray[np.float32], best: list[int], bad: list[int]) -> None:
+    item = rows.item
+    for row, token in enumerate(best):
+        if not isfinite(item(row, token)):
+            bad.append(row)

@@ -18,6 +18,8 @@ class Verdict:
     """Accepted nodes, root first; the root is the target's own token and always accepted."""
     bonus: int
     """The target's token after the path's last node."""
+    unusable: int = -1
+    """Place in the path of the first node whose logits were NaN or infinite: nothing after it counts."""
 
 
 @runtime_checkable
@@ -44,7 +46,8 @@ class GreedyVerifier:
 
     def verify(self, proposal: Proposal, logits: Tensor, *, first: int | None = None) -> Verdict:
         """`first`: the target's token after the prefix; it is needed to choose among several roots only."""
-        choices = likeliest(logits)
+        bad: list[int] = []
+        choices = likeliest(logits, 1, bad)
         tokens, parents = proposal.tokens, proposal.parents
         if first is None:
             if len(parents) > 1 and -1 in parents[1:]:
@@ -62,6 +65,8 @@ class GreedyVerifier:
             if parents[node] == last and tokens[node] == want:
                 path.append(node)
                 last, want = node, choices[node]
+        if bad:
+            return Verdict(path, want, next((i for i, node in enumerate(path) if node in bad), -1))
         return Verdict(path, want)
 
 
