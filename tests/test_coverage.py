@@ -56,7 +56,8 @@ def test_the_page_counts_by_class_and_says_why_not() -> None:
         Result("mamba", "E", "refused", reason="a | b", source="/x/y.py:12, in forward: f(x)", layer="layers.0.mixer"),
         Result("mistral", "D", "wrong", 0.5, reason="far away", variant="window 24"),
     ]
-    text = page(results)
+    text = page(results, ["opt", "bloom"])
+    assert "Not run (2): opt, bloom." in text
     assert "| all | 3 | 1 | 1 | 1 | 0 |" in text
     assert "| llama | exact | 5.0e-07 | 2 | `k <= q` |  |" in text
     assert "a \\| b at `y.py:12` in `layers.0.mixer`" in text

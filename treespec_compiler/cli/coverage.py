@@ -133,7 +133,8 @@ def _write(results: list[Result], arguments: Namespace) -> None:
         arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(page(results))
+        ran = {r.type for r in results}
+        arguments.output.write_text(page(results, [t for t in model_types() if t not in ran]))
 
 
 def _summary(results: list[Result]) -> None:

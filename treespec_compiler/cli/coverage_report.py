@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from .coverage_check import NODES, ROUNDS, TOLERANCE, Result
@@ -12,9 +13,11 @@ from .coverage_models import CLASS_TEXT
 VERDICTS = ("exact", "refused", "wrong", "error")
 
 
-def page(results: list[Result]) -> str:
-    """Markdown: what was checked, a table of counts by class, and a table of types for each class."""
+def page(results: list[Result], missing: Sequence[str] = ()) -> str:
+    """Markdown: what was checked, counts by class, the types that were not run, and a table of types for each class."""
     parts = [_head(), _counts(results)]
+    if missing:
+        parts.append(f"Not run ({len(missing)}): {', '.join(missing)}.")
     for label, text in CLASS_TEXT.items():
         chosen = [r for r in results if r.cls == label]
         if chosen:
