@@ -31,54 +31,88 @@ class Batch:
     meta: TreeMeta
 
 
-def pack(parts: Sequence[Part], cache: TreeCache, device: torch.device, rows: Sequence[int] | None = None) -> Batch:
-    """Build the inputs for these parts; `rows` defaults to every new node."""
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What decides the sizes of a call's inputs."""
+
+    nodes: int
+    requests: int
+    rows: int
+    words: int
+
+    def split(self, flat: Tensor) -> Batch:
+        """Views of all integers of a call, in the order of `lay_out`."""
+        t, r, w = self.nodes, self.requests, self.words
+        tokens, positions, write_index, node_offsets, page_table, prefix_lens, tree_lens, rows, ancestors = (
+            torch.unsafe_split_with_sizes(flat, [t, t, t, r + 1, r, r, r, self.rows, t * w])
+        )
+        meta = TreeMeta(
+            positions=positions,
+            write_index=write_index,
+            node_offsets=node_offsets,
+            page_table=page_table.view(r, 1),
+            prefix_lens=prefix_lens,
+            tree_lens=tree_lens,
+            ancestors=ancestors.view(t, w),
+            rows=rows,
+        )
+        return Batch(tokens.view(1, t), meta)
+
+
+def lay_out(
+    parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None
+) -> tuple[tuple[int, int, int, int], array[int]]:
+    """The fields of a `Shape`, and all integers of the call; `rows` defaults to every new node."""
     tokens: list[int] = []
     positions: list[int] = []
     write: list[int] = []
+    bits: list[int] = []
     offsets, prefixes, sizes, pages = [0], [], [], []
+    words = -(-max([len(part.tree.tokens) for part in parts]) // WORD_BITS)
     for part in parts:
         tree, start, size = part.tree, part.start, len(part.tree.tokens)
-        prefix = cache.length(part.slot)
+        prefix = cache._lengths[part.slot]
         tokens += tree.tokens[start:]
         positions += [prefix + d for d in tree.depths[start:]]
         base = part.slot * cache.max_tokens + prefix
         write += range(base + start, base + size)
+        if words == 1 and size < WORD_BITS:
+            bits += tree._ancestor_rows[start:]
+        else:
+            bits += [_signed(row >> WORD_BITS * w) for row in tree._ancestor_rows[start:] for w in range(words)]
         offsets.append(len(tokens))
         prefixes.append(prefix)
         sizes.append(size)
         pages.append(part.slot)
     count = len(tokens)
     chosen = range(count) if rows is None else rows
-    # One tensor for all integers, split into views: building eight small tensors costs more than a small draft's layer.
-    numbers = array("q", tokens + positions + write + offsets + pages + prefixes + sizes)
-    numbers.extend(chosen)
-    flat = torch.frombuffer(numbers, dtype=torch.int64)
-    if device.type != "cpu":
-        flat = flat.to(device, non_blocking=True)
-    n = len(parts)
-    ids, position, write_index, node_offsets, page_table, prefix_lens, tree_lens, row_index = (
-        torch.unsafe_split_with_sizes(flat, [count, count, count, n + 1, n, n, n, len(chosen)])
-    )
-    words = max(-(-size // WORD_BITS) for size in sizes)
-    ancestors = _ancestors(parts, words)
-    if device.type != "cpu":
-        ancestors = ancestors.to(device, non_blocking=True)
-    meta = TreeMeta(
-        positions=position,
-        write_index=write_index,
-        node_offsets=node_offsets,
-        page_table=page_table.view(n, 1),
-        prefix_lens=prefix_lens,
-        tree_lens=tree_lens,
-        ancestors=ancestors,
-        rows=row_index,
-    )
-    return Batch(ids.view(1, count), meta)
+    # One array for all integers: building nine small tensors costs more than a small draft's layer.
+    numbers = array("q", [*tokens, *positions, *write, *offsets, *pages, *prefixes, *sizes, *chosen, *bits])
+    return (count, len(parts), len(chosen), words), numbers
 
 
-def _ancestors(parts: Sequence[Part], words: int) -> Tensor:
-    if len(parts) == 1:
-        packed = parts[0].tree.ancestors(words)
-        return packed[parts[0].start :] if parts[0].start else packed
-    return torch.cat([p.tree.ancestors(words)[p.start :] for p in parts])
+def _signed(word: int) -> int:
+    """The low 64 bits as a signed integer."""
+    return ((word & (1 << WORD_BITS) - 1) ^ 1 << WORD_BITS - 1) - (1 << WORD_BITS - 1)
+
+
+def pack(parts: Sequence[Part], cache: TreeCache, device: torch.device, rows: Sequence[int] | None = None) -> Batch:
+    """Build the inputs for these parts; `rows` defaults to every new node."""
+    shape, numbers = lay_out(parts, cache, rows)
+    return Shape(*shape).split(torch.frombuffer(numbers, dtype=torch.int64).to(device, non_blocking=True))
+
+
+class Buffer:
+    """The inputs of every call of one shape, in memory that each call writes again.
+
+    NOTE: for the CPU only, where a call has ended when it returns.
+    """
+
+    def __init__(self, shape: Shape, total: int) -> None:
+        numbers = array("q", bytes(8 * total))
+        self._memory = memoryview(numbers)
+        with torch.inference_mode(False):
+            self.batch = shape.split(torch.frombuffer(numbers, dtype=torch.int64))
+
+    def fill(self, numbers: array[int]) -> None:
+        self._memory[:] = numbers

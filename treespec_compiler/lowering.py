@@ -6,14 +6,19 @@ size compiles anything again.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+log = logging.getLogger(__name__)
 
 # Example sizes, all different: equal sizes would be taken for the same symbol.
 EXAMPLE = {"T": 13, "rows": 7, "requests": 3, "words": 5, "pages": 2, "page_size": 17}
@@ -26,9 +31,12 @@ def compile_calls() -> int:
     return _compile_calls
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lowered:
-    """`run(inputs)` takes the graph's inputs in placeholder order and returns the logits [rows, V]."""
+    """`run(inputs)` takes the graph's inputs in placeholder order and returns the logits [1, rows, V].
+
+    It may empty the list it is given.
+    """
 
     run: Callable[[list[Tensor]], Tensor]
     seconds: float
@@ -77,14 +85,58 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
     fakes = [_fake(mode, name, tensor) for name, tensor in zip(names, examples, strict=True)]
     module = fx.GraphModule(gm, _without_values(gm.graph))
     settings = _settings(examples[0].device)
-    with torch.no_grad(), config.patch(settings), tracing(TracingContext(mode)):
+    with torch.no_grad(), config.patch(settings), tracing(TracingContext(mode)), _compiled_graphs() as graphs:
         compiled = compile_fx(module, fakes)
     _compile_calls += 1
 
     def run(inputs: list[Tensor]) -> Tensor:
         return compiled(*inputs)[0]
 
-    return Lowered(run, time.perf_counter() - started, _min_nodes(env))
+    lowered = Lowered(run, time.perf_counter() - started, _min_nodes(env))
+    if len(graphs) == 1 and examples[0].device.type == "cpu":
+        _shorten(lowered, graphs[0].current_callable)
+    return lowered
+
+
+@contextmanager
+def _compiled_graphs() -> Iterator[list[Any]]:
+    """The graphs that Inductor compiles, or loads from its caches, meanwhile."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    graphs: list[Any] = []
+    original = CompiledFxGraph.post_compile
+
+    def post_compile(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        graphs.append(self)
+
+    with mock.patch.object(CompiledFxGraph, "post_compile", post_compile):
+        yield graphs
+
+
+def _shorten(lowered: Lowered, call: Callable[[list[Tensor]], Sequence[Tensor]]) -> None:
+    """Leave out the wrappers around the compiled code, once it has given by itself what they gave.
+
+    They unwrap tensor subclasses, outputs that alias inputs and the like, which these graphs do not have, and take 5 us
+    of the 65 us of a 0.5M-parameter draft.
+    """
+    wrapped = lowered.run
+
+    def direct(inputs: list[Tensor]) -> Tensor:
+        return call(inputs)[0]
+
+    def first(inputs: list[Tensor]) -> Tensor:
+        logits = wrapped(inputs)
+        try:
+            again = call(inputs.copy())  # writes the same keys and values to the same places
+            same = len(again) == 1 and torch.equal(again[0], logits)
+        except Exception:
+            log.debug("the compiled graph cannot be called directly", exc_info=True)
+            same = False
+        lowered.run = direct if same else wrapped
+        return logits
+
+    lowered.run = first
 
 
 def _settings(device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Part, pack
+from .batch import Batch, Buffer, Part, Shape, lay_out, pack
 from .cache import TreeCache
 from .capture import CallSpec, call_spec, original_module
 from .errors import ContextOverflow, InvalidOption, InvalidPrompt, InvalidTree, StaleCache, TokenOutOfRange
@@ -27,6 +27,9 @@ from .tree import Forest, TokenTree
 from .weights import WeightWatch
 
 log = logging.getLogger("treespec.program")
+
+# Shapes of calls whose inputs a cache keeps: a loop has a few, and each is a few hundred bytes.
+MAX_PREPARED = 256
 
 
 def tree_program(
@@ -276,10 +279,28 @@ class TreeProgram:
 
     def _run(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None) -> Tensor:
         lowered = self._lowered or self._lower()
-        batch = pack(parts, cache, self.device, rows)
+        inputs = self._inputs(parts, cache, rows)
+        if not torch.is_grad_enabled():  # entering no_grad again would cost 1 us
+            return lowered.run(inputs)[0]
+        with torch.no_grad():
+            return lowered.run(inputs)[0]
+
+    def _inputs(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None) -> list[Tensor]:
+        if self.device.type != "cpu":
+            return self._place(pack(parts, cache, self.device, rows), cache)
+        shape, numbers = lay_out(parts, cache, rows)
+        held = cache.prepared.get(shape)
+        if held is None or held[0] is not self._template:
+            if len(cache.prepared) >= MAX_PREPARED:
+                cache.prepared.clear()
+            buffer = Buffer(Shape(*shape), len(numbers))
+            held = cache.prepared[shape] = (self._template, buffer, self._place(buffer.batch, cache))
+        held[1].fill(numbers)
+        return held[2].copy()  # compiled code empties the list it is given
+
+    def _place(self, batch: Batch, cache: TreeCache) -> list[Tensor]:
         inputs = list(self._template)
-        place = self._slots
-        meta = batch.meta
+        place, meta = self._slots, batch.meta
         inputs[place["tokens"]] = batch.tokens
         inputs[place["positions"]] = meta.positions
         for name in META_INPUTS:
@@ -287,8 +308,7 @@ class TreeProgram:
         inputs[place["rows"]] = meta.rows
         first = place["pool_k_0"]
         inputs[first : first + len(cache.pools)] = cache.pools
-        with torch.no_grad():
-            return lowered.run(inputs)[0]
+        return inputs
 
     def _lower(self) -> Lowered:
         gm = self._converted.state.gm
