@@ -24,6 +24,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _latency_tables(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tables measured by tests stay out of the user's cache."""
+    from treespec_compiler.speculation import cost
+
+    folder = tmp_path_factory.mktemp("latency")
+    cost.table_path = lambda key: folder / f"{key}.json"
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

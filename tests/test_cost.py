@@ -123,7 +123,7 @@ def test_a_corrupt_table_is_ignored_with_a_warning_and_replaced(tmp_path, monkey
     monkeypatch.setattr(cost, "meta", lambda program: {})
     monkeypatch.setattr(cost, "measure", lambda program, **kw: LatencyTable(POINTS))
     path = cost.table_path("abc")
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("nonsense")
     with caplog.at_level(logging.WARNING):
         table = cost.latency(Measurable())
