@@ -97,11 +97,12 @@ def show_explanation(out: Console, name: str, title: str, found: Explanation) ->
 def sites_table(found: Explanation) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("#", justify="right", style="dim", no_wrap=True)
-    table.add_column("module", no_wrap=True)
+    table.add_column("module", overflow="fold", min_width=8)
     table.add_column("heads/KV/dim", no_wrap=True)
     table.add_column("mask", overflow="fold", min_width=6)
-    for column in ("bias", "cap", "sinks", "pos"):
-        table.add_column(column, overflow="fold")
+    table.add_column("bias", overflow="fold", min_width=4)
+    for column in ("cap", "sinks", "pos"):
+        table.add_column(column, no_wrap=True)
     table.add_column("KV B", justify="right", no_wrap=True)
     for site in found.sites:
         dims = str(site.key_dim) if site.key_dim == site.value_dim else f"{site.key_dim}+{site.value_dim}"
