@@ -1,4 +1,4 @@
-"""Complete a prompt by speculation: greedy, and identical to the target's own output."""
+"""Complete a prompt by speculation: what the target alone would have written, or a sample from its distribution."""
 
 from __future__ import annotations
 
@@ -56,6 +56,17 @@ def configure(parser: ArgumentParser) -> None:
     run_options.add_argument(
         "--option", metavar="NAME=VALUE", action="append", default=[], help="an option of the compiler; may be repeated"
     )
+    sampling = parser.add_argument_group("sampling (docs/verification.md)")
+    sampling.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0 (default): the likeliest token"
+    )
+    sampling.add_argument("--top-k", metavar="N", type=int)
+    sampling.add_argument("--top-p", metavar="P", type=float)
+    sampling.add_argument("--min-p", metavar="P", type=float)
+    sampling.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0)
+    sampling.add_argument("--seed", metavar="N", type=int, help="gives the same output again")
+    sampling.add_argument("--verifier", help="traversal (default), multi-step, recursive, naive or block")
+    sampling.add_argument("--sampler", help="children of the draft: without-replacement, iid or top-k")
     output = parser.add_argument_group("output")
     output.add_argument("--stream", action="store_true", help="print tokens as they are accepted")
     output.add_argument(
@@ -105,6 +116,14 @@ def run(arguments: Namespace) -> int:
             draft=[draft.model for draft in drafts] or None,
             max_new_tokens=arguments.max_new_tokens,
             policy=policy,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            min_p=arguments.min_p,
+            repetition_penalty=arguments.repetition_penalty,
+            seed=arguments.seed,
+            verifier=arguments.verifier,
+            sampler=arguments.sampler,
             eos_token_id=() if arguments.ignore_eos else None,
             options=options,
             tokenizer=target.tokenizer,

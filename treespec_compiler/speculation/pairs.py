@@ -68,10 +68,10 @@ def as_stochastic_verifier(verifier: StochasticVerifier | Verifier | str) -> Sto
 
 def check_shape(verifier: StochasticVerifier, policy: TreePolicy, drafts: int) -> None:
     """Refuse trees the rule is not meant for, as far as they are known before the first one."""
-    if not isinstance(verifier, BlockVerification):
+    if not isinstance(verifier, BlockVerification) or not drafts:
         return
-    if drafts > 1 or any(width != 1 for width in getattr(policy, "expansion", ())):
-        got = f"'block' with {drafts} drafts" if drafts > 1 else f"'block' with the tree {policy}"
+    if drafts > 1 or policy.max_nodes > policy.max_depth + 1:
+        got = f"'block' with {drafts} drafts" if drafts > 1 else f"'block' with the policy {policy}"
         fix = "Traversal verification is the same rule for trees: verifier='traversal'."
         expected = "a chain: one draft and a policy such as '1,1,1,1'"
         raise InvalidOption(name="verifier", got=got, expected=expected, fix=fix)
