@@ -23,6 +23,21 @@ aten = torch.ops.aten
 _ASSERTIONS = {"aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range"}
 _ALIASES = {"aten.detach", "aten.alias", "aten.lift_fresh_copy", "aten.lift_fresh", "aten.clone", "aten.contiguous"}
 _DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.native_dropout"}
+_SYNONYMS = {
+    "aten.multiply": aten.mul,
+    "aten.subtract": aten.sub,
+    "aten.divide": aten.div,
+    "aten.concat": aten.cat,
+    "aten.concatenate": aten.cat,
+    "aten.absolute": aten.abs,
+    "aten.negative": aten.neg,
+    "aten.greater": aten.gt,
+    "aten.greater_equal": aten.ge,
+    "aten.less": aten.lt,
+    "aten.less_equal": aten.le,
+    "aten.not_equal": aten.ne,
+    "aten.clip": aten.clamp,
+}
 _END = 2**62  # slices to the end are written with the largest int64
 
 
@@ -42,8 +57,8 @@ def normalize(state: GraphState) -> int:
         elif name in ("aten.view", "aten._unsafe_view"):
             # NOTE a view is only legal for the strides of the trace; the rewritten graph has other strides.
             node.target = aten.reshape.default
-        elif name in ("aten.concat", "aten.concatenate"):
-            node.target = aten.cat.default
+        elif name in _SYNONYMS:
+            node.target = getattr(_SYNONYMS[name], node.target._overloadname)  # type: ignore[union-attr]
         elif name == "aten.squeeze":
             _name_squeezed(node)
         elif not spell_inverse(state, node) and not spell_assembled(state, node):

@@ -123,3 +123,14 @@ def test_the_bound_of_ids(function: Function, bound: int | None) -> None:
     assert id_bound(ids) == bound
     if bound is not None:
         assert same_ids(ids).op == "call_function"
+
+
+def test_synonyms() -> None:
+    def function(x: Tensor) -> Tensor:
+        return torch.concat((x.multiply(x), x.subtract(1).clip(0, 1)), -1)[:, :DIM].where(x.greater(0), x.negative())
+
+    _, new, _, _ = applied(model(function), normalize.PASS)
+    wordy = {"aten.concat", "aten.multiply", "aten.subtract", "aten.clip", "aten.greater", "aten.negative"}
+    assert not wordy & set(new) and {"aten.cat", "aten.mul", "aten.sub", "aten.clamp", "aten.gt", "aten.neg"} <= set(
+        new
+    )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
-from .control_flow import refuse_control_flow
+from .control_flow import refuse_control_flow, where_specialised
 from .errors import TreespecError, Unsupported
 
 log = logging.getLogger("treespec.capture")
@@ -192,7 +192,7 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
         value = call.args[int(key)] if key.isdigit() else call.kwargs[key]
         torch._dynamo.mark_dynamic(value, value.dim() - 1)
     compiled = torch.compile(_fresh_forward(model), backend=backend, fullgraph=True)
-    with _tracing(model), contextlib.suppress(_Captured):
+    with _tracing(model, traced), contextlib.suppress(_Captured):
         compiled(*call.args, **call.kwargs)
     if not traced:
         raise Unsupported("the model gave no graph: its forward runs no tensor operation on the token ids")
@@ -222,7 +222,7 @@ def _abandon(*_: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _tracing(model: nn.Module) -> Iterator[None]:
+def _tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
     """Dynamo's settings for a capture, and its failures as refusals that name the user's line."""
     config = torch._dynamo.config.patch(specialize_float=True, suppress_errors=False)
     guard_log = logging.getLogger("torch._guards")
@@ -236,6 +236,7 @@ def _tracing(model: nn.Module) -> Iterator[None]:
     except ConstraintViolationError as error:
         raise Unsupported(
             "the model treats the number of tokens as a constant: the trace specialised it",
+            source=where_specialised(traced.get("mode")),
             way_out="use torch ops on x.shape[1] instead of int(), len() or a buffer of fixed length",
         ) from error
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -336,6 +337,7 @@ def _tidy(traced: dict[str, Any], model: nn.Module, call: CallSpec, example_leng
     if not isinstance(length, torch.SymInt) or not isinstance(length.node.expr, sympy.Symbol):
         raise Unsupported(
             f"the number of tokens was specialised to {length} during the trace: the model treats it as a constant",
+            source=where_specialised(traced["mode"]),
             way_out="use torch ops on x.shape[1] instead of int()/len() or a table of fixed length",
         )
     _refuse_state_changes(traced["signature"], gm, weights)

@@ -1,6 +1,8 @@
-"""Refusal of scans, loops, conditions and mapped functions that Dynamo keeps as operators of their own."""
+"""What keeps a graph from being the same for every length: scans, loops, conditions, sizes taken as constants."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import fx
 
@@ -36,3 +38,10 @@ def refuse_control_flow(gm: fx.GraphModule) -> None:
                     layer=layer_path(node),
                     way_out=None if _REASONS[name] is _BRANCH else "only attention may carry anything between tokens",
                 )
+
+
+def where_specialised(mode: Any) -> str | None:
+    """The user's line that made a size a constant, as the trace's shape environment remembers it."""
+    places = getattr(getattr(mode, "shape_env", None), "replacements_slocs", None) or {}
+    found = [str(place.maybe_user_loc) for place in places.values() if getattr(place, "maybe_user_loc", None)]
+    return found[0] if found else None
