@@ -26,6 +26,7 @@ from demo_pair.training import ThreadChoice, describe, evaluate, now
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import track
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -40,6 +41,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--start", type=Path, help="export to go on from (its draft; the early exit is then left as it is)"
+    )
     parser.add_argument("--rows", type=int, default=6144, help="continuations to generate")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--best-share", type=float, default=0.3, help="part of the loss that is the target's argmax")
@@ -82,21 +86,25 @@ def early_hidden(pair: DemoPair, tokens: Tensor) -> Tensor:
     return hidden
 
 
-def step_loss(pair: DemoPair, tokens: Tensor, teacher: Tensor | None, best_share: float) -> Tensor:
-    """tokens [B, T]; teacher [B, G, V] for the last G tokens, or None: run the target. -> draft, exit losses"""
+def step_loss(
+    pair: DemoPair, tokens: Tensor, teacher: Tensor | None, best_share: float, with_exit: bool = True
+) -> Tensor:
+    """tokens [B, T]; teacher [B, G, V] for the last G tokens, or None: run the target. -> draft (and exit) losses"""
     inputs = tokens[:, :-1]
+    early = None
     with torch.autocast(tokens.device.type, torch.bfloat16):
         with torch.no_grad():
             if teacher is None:
                 teacher, early = pair.target_logits(inputs)
-            else:
+            elif with_exit:
                 early = early_hidden(pair, inputs)
         count = teacher.shape[1]
-        draft = pair.draft_logits(inputs)[:, -count:]
-        early_exit = pair.exit_logits(early[:, -count:])
+        students = [pair.draft_logits(inputs)[:, -count:]]
+        if with_exit and early is not None:
+            students.append(pair.exit_logits(early[:, -count:]))
     flat = teacher.flatten(0, 1).float()
     wanted = mixed_distribution(flat.softmax(-1), flat.argmax(-1), best_share)
-    return torch.stack([soft_cross_entropy(x.flatten(0, 1), wanted) for x in (draft, early_exit)])
+    return torch.stack([soft_cross_entropy(x.flatten(0, 1), wanted) for x in students])
 
 
 def main() -> None:
@@ -119,6 +127,11 @@ def main() -> None:
     pair = DemoPair().to(args.device)
     saved = torch.load(args.work / "checkpoint.pt", map_location="cpu", weights_only=True)
     pair.load_state_dict(saved["pair"])
+    if args.start is not None:
+        pair.draft.load_state_dict(
+            LlamaForCausalLM.from_pretrained(args.start / "draft", dtype=torch.float32).state_dict()
+        )
+        pair.exit.load_state_dict(load_file(args.start / "early_exit.safetensors"))
     with torch.no_grad():  # the target as shipped
         for weight in pair.target.parameters():
             weight.copy_(weight.bfloat16().float())
@@ -132,11 +145,10 @@ def main() -> None:
         "%d generated tokens in %.0f s", sum(p.logits.shape[0] * p.logits.shape[1] for p in pieces), now() - started
     )
 
-    small = [*pair.draft.parameters(), *pair.exit.parameters()]
-    groups = [
-        {"params": list(pair.draft.parameters()), "peak": args.lr},
-        {"params": list(pair.exit.parameters()), "peak": args.exit_lr},
-    ]
+    groups = [{"params": list(pair.draft.parameters()), "peak": args.lr}]
+    if args.start is None:
+        groups.append({"params": list(pair.exit.parameters()), "peak": args.exit_lr})
+    small = [parameter for group in groups for parameter in group["params"]]
     opt = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     order = np.random.default_rng(args.seed)
     queue: list[int] = []
@@ -156,14 +168,14 @@ def main() -> None:
             queue = queue or order.permutation(len(pieces)).tolist()
             piece = pieces[queue.pop()]
             tokens, teacher = piece.tokens, piece.logits
-        losses = step_loss(pair, tokens, teacher, args.best_share)
+        losses = step_loss(pair, tokens, teacher, args.best_share, args.start is None)
         losses.sum().backward()
         torch.nn.utils.clip_grad_norm_(small, 1.0)
         opt.step()
         opt.zero_grad(set_to_none=True)
         running = losses.detach() if running is None else running.lerp(losses.detach(), 0.02)
         if step % 50 == 0:
-            log.info("step %d draft %.3f exit %.3f, %.0f s", step, *running.tolist(), now() - started)
+            log.info("step %d losses %s, %.0f s", step, [round(x, 3) for x in running.tolist()], now() - started)
         if done % 300 == 0:
             for name, tokens in windows.items():
                 log.info("step %d %s: %s", step + 1, name, describe(evaluate(pair, tokens)))

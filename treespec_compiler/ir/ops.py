@@ -7,4 +7,12 @@ from treespec_compiler.ir.commit import commit_path
 from treespec_compiler.ir.linear import pack_weight, packed_bytes, packed_linear, unpack_weight
 from treespec_compiler.ir.scored_attention import scored_tree_attention
 
-__all__ = ["commit_path", "pack_weight", "packed_bytes", "packed_linear", "scored_tree_attention", "tree_attention", "unpack_weight"]
+__all__ = [
+    "commit_path",
+    "pack_weight",
+    "packed_bytes",
+    "packed_linear",
+    "scored_tree_attention",
+    "tree_attention",
+    "unpack_weight",
+]
