@@ -58,7 +58,7 @@ def normalize(state: GraphState) -> int:
             # NOTE a view is only legal for the strides of the trace; the rewritten graph has other strides.
             node.target = aten.reshape.default
         elif name in _SYNONYMS:
-            node.target = getattr(_SYNONYMS[name], node.target._overloadname)  # type: ignore[union-attr]
+            node.target = getattr(_SYNONYMS[name], node.target._overloadname)
         elif name == "aten.squeeze":
             _name_squeezed(node)
         elif not spell_inverse(state, node) and not spell_assembled(state, node):
