@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import WeightRef
+from .codegen import cpu
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -51,7 +52,8 @@ class WeightWatch:
         ]
         self._meta = [(r.tensor.dtype, r.tensor.device, r.tensor.shape) for r in self._weights]
         self._training = self._training_flags()
-        self._sums = [_checksum(r.tensor) for r in self._weights]
+        self._native = cpu.loaded()  # decided once: the two kinds of checksums differ
+        self._sums = self._checksums()
         self._proved_sums = [_checksum(r.tensor) for r in self._proved]
 
     def current(self, ref: WeightRef) -> Tensor:
@@ -96,10 +98,17 @@ class WeightWatch:
 
     def contents_changed(self) -> bool:
         """Compare checksums: finds writes through `.data`, which count no version."""
-        sums = [_checksum(ref.tensor) for ref in self._weights]
+        sums = self._checksums()
         changed = sums != self._sums
         self._sums = sums
         return changed
+
+    def _checksums(self) -> list[int]:
+        tensors = [ref.tensor for ref in self._weights]
+        if self._native and all(t.is_cpu and t.is_contiguous() for t in tensors):
+            with torch.no_grad():
+                return cpu.CHECKSUMS(tensors)
+        return [_checksum(t) for t in tensors]
 
     def _rearranged(self) -> str | None:
         for table, children in self._children:

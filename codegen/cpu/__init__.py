@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._ops import OpOverload
 
-from treespec_compiler.codegen.cpu.build import load
+from treespec_compiler.codegen.cpu.build import load, loaded
 from treespec_compiler.ir import attention, commit, linear
 
 _library = torch.library.Library("treespec_cpu", "FRAGMENT")
@@ -17,4 +17,8 @@ TREE_ATTENTION: OpOverload = torch.ops.treespec_cpu.tree_attention.default
 PACKED_LINEAR: OpOverload = torch.ops.treespec_cpu.packed_linear.default
 COMMIT_PATH: OpOverload = torch.ops.treespec_cpu.commit_path.default
 
-__all__ = ["COMMIT_PATH", "PACKED_LINEAR", "TREE_ATTENTION", "load"]
+_library.define("checksums(Tensor[] x) -> int[]")
+CHECKSUMS: OpOverload = torch.ops.treespec_cpu.checksums.default
+"""Of each contiguous tensor's bytes; their order matters."""
+
+__all__ = ["CHECKSUMS", "COMMIT_PATH", "PACKED_LINEAR", "TREE_ATTENTION", "load", "loaded"]

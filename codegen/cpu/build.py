@@ -112,3 +112,8 @@ def load() -> bool:
         log.warning("no native CPU kernels, the slower ATen ones are used instead: %s", error)
         return False
     return True
+
+
+def loaded() -> bool:
+    """Whether `load` was called and succeeded; never builds."""
+    return load.cache_info().currsize > 0 and load()

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "checksum.h"
 #include "linear.h"
 
 namespace treespec {
@@ -191,6 +192,39 @@ void commit_path(const Tensor& pool, const Tensor& src_in, const Tensor& dst_in)
       }
 }
 
+std::vector<int64_t> checksums(const std::vector<Tensor>& tensors) {
+  struct Block {
+    const char* bytes;
+    int64_t count;
+  };
+  std::vector<Block> blocks;
+  int64_t total = 0;
+  for (const Tensor& t : tensors) {
+    TORCH_CHECK(t.is_contiguous(), "checksums takes contiguous tensors");
+    const char* bytes = static_cast<const char*>(t.const_data_ptr());
+    const int64_t count = t.nbytes();
+    for (int64_t at = 0; at < count; at += SUM_BLOCK) blocks.push_back({bytes + at, std::min(SUM_BLOCK, count - at)});
+    total += count;
+  }
+  std::vector<uint64_t> sums(blocks.size());
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sums[i] = checksum(blocks[i].bytes, blocks[i].count);
+  };
+  if (worth_threads(total)) {  // 20 bytes a ns
+    at::parallel_for(0, blocks.size(), 1, run);
+  } else {
+    run(0, blocks.size());
+  }
+  std::vector<int64_t> results;
+  size_t next = 0;
+  for (const Tensor& t : tensors) {
+    uint64_t sum = t.nbytes();
+    for (int64_t at = 0; at < int64_t(t.nbytes()); at += SUM_BLOCK) sum = mix(sum, sums[next++]);
+    results.push_back(int64_t(sum));
+  }
+  return results;
+}
+
 }  // namespace
 }  // namespace treespec
 
@@ -198,4 +232,5 @@ TORCH_LIBRARY_IMPL(treespec_cpu, CPU, m) {
   m.impl("packed_linear", TORCH_FN(treespec::packed_linear));
   m.impl("tree_attention", TORCH_FN(treespec::tree_attention));
   m.impl("commit_path", TORCH_FN(treespec::commit_path));
+  m.impl("checksums", TORCH_FN(treespec::checksums));
 }
