@@ -140,7 +140,9 @@ def call_spec(model: nn.Module, example: Any = None, roles: Mapping[str, str] | 
         kwargs = dict(example)
     else:
         args, kwargs = (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
-    cached = "use_cache" in names or (takes_any and hasattr(getattr(model, "config", None), "use_cache"))
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cached = "use_cache" in names or (takes_any and hasattr(config, "use_cache"))
     if cached and "use_cache" not in kwargs:
         kwargs["use_cache"] = False
     if "return_dict" in names and "return_dict" not in kwargs and not takes_any:
