@@ -1,0 +1,99 @@
+"""The benchmark scripts run on a tiny pair, and write what docs/benchmarks.md reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_cli import pair  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, *arguments: object) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def check_run(report: dict[str, Any]) -> None:
+    about = report["run"]
+    assert about["threads"] == 2 and about["commit"] and about["device"] and about["date"]
+    assert about["versions"]["torch"] and about["versions"]["transformers"]
+
+
+@pytest.fixture(scope="module")
+def decode(pair: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:  # noqa: F811
+    folder = tmp_path_factory.mktemp("decode")
+    lines = [{"module": "m", "line": i, "text": f"def f{i}(x):\n    return x"} for i in range(3)]
+    (folder / "prompts.json").write_text(json.dumps(lines))
+    options = [
+        "--prompts",
+        2,
+        "--calibration",
+        1,
+        "--max-new-tokens",
+        8,
+        "--static",
+        "--lowering",
+        "eager",
+        "--rounds",
+        2,
+    ]
+    options += ["--expansions", "1,1,3", "--candidates", "1,1", "2,1", "--output", folder / "decode.json"]
+    models = ["--target", pair.target, "--draft", pair.draft, "--prompts-file", folder / "prompts.json"]
+    shown = run("bench_decode.py", *models, *options)
+    return SimpleNamespace(shown=shown, path=folder / "decode.json")
+
+
+def test_bench_decode(decode: SimpleNamespace) -> None:
+    report = json.loads(decode.path.read_text())
+    check_run(report)
+    names = [loop["name"] for loop in report["loops"]]
+    assert {loop["kind"] for loop in report["loops"]} == {"generate", "assisted", "plain", "treespec"}
+    assert names[-1] == report["settings"]["headline"] and "chosen on other prompts" in names[-1]
+    assert all(len(report["runs"][name]) == 2 for name in names)
+    assert [len(ids) for ids in report["ids"]] == [8, 8]
+    measured = {prompt["line"] for prompt in report["prompts"]}
+    assert measured.isdisjoint(prompt["line"] for prompt in report["calibration"]["prompts"])
+    assert report["identity"]["identical"] and not report["identity"]["parted"]
+    assert set(report["alone"]["seconds"]) == {"decode", "draft", "1,1,3", ",".join(map(str, chosen(report)))}
+    summary = report["summary"]
+    assert set(summary["best"]) == {"generate", "assisted", "plain"}
+    steps = summary["steps"][names[-1]]
+    assert steps["tokens_per_step"] >= 1 and steps["expected_speedup"] > 0
+    assert sum(steps["share_of_wall"].values()) == pytest.approx(1, abs=0.02)
+    assert "identical: yes" in decode.shown and "speed identity:" in decode.shown
+
+
+def chosen(report: dict[str, Any]) -> list[int]:
+    return report["loops"][-1]["settings"]["expansion"]
+
+
+def test_tables_from_a_file(decode: SimpleNamespace) -> None:
+    shown = run("bench_decode.py", "--show", decode.path, "--markdown")
+    assert "| --- | ---: |" in shown and "treespec without a draft" in shown and "identical: yes" in shown
+
+
+def test_bench_verify(pair: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+    path = tmp_path / "verify.json"
+    options = ["--nodes", 1, 2, 4, "--prefix", 16, "--static", "--lowering", "eager", "--rounds", 2, "--output", path]
+    shown = run("bench_verify.py", "--models", pair.target, *options)
+    report = json.loads(path.read_text())
+    check_run(report)
+    (model,) = report["models"]
+    assert set(model["verify"]) == {"1", "2", "4"} and set(model["plain"]) == set(model["seconds"])
+    assert all(len(values) == 16 for values in model["seconds"].values())
+    (figures,) = report["summary"]
+    assert min(figures["verify_over_decode"].values()) == 1.0  # decode is the fastest of them
+    assert "verify(N) / decode" in shown
+    assert "verify(N) / decode" in run("bench_verify.py", "--show", path, "--markdown")
