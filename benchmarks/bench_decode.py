@@ -4,7 +4,7 @@
     python benchmarks/bench_decode.py --target hf:PATH --draft hf:PATH --prompts-file heldout.json
     python benchmarks/bench_decode.py --show benchmarks/results/cpu/decode.json --markdown
 
-Which expansion stands for treespec is chosen on prompts that are not measured, or named with --expansion.
+Which policy stands for treespec is chosen on prompts that are not measured, or named with --policy.
 docs/benchmarks.md says how it is measured and why.
 """
 
@@ -15,7 +15,7 @@ import cProfile
 import json
 import pstats
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,16 @@ from typing import Any
 
 import torch
 from common import RESULTS, Quartiles, Table, describe_run, interleave, orders, progress, settle, show, write_json
-from loops import STATIC, Loop, Run, assisted_loops, generate_loop, static_loop, treespec_loop
+from loops import (
+    STATIC,
+    Loop,
+    Run,
+    assisted_loops,
+    generate_loop,
+    plain_treespec_loop,
+    static_loop,
+    treespec_loop,
+)
 from torch import Tensor
 
 import treespec_compiler as treespec
@@ -31,9 +40,20 @@ from treespec_compiler import demo
 from treespec_compiler.cli.models import load
 from treespec_compiler.speculation.ranking import likeliest
 
-# 6 to 9 nodes: about what one pass of the weights serves on a CPU.
-EXPANSIONS = ("1,1,1,1,1,1,1", "2,1,1", "1,2,1,1", "1,1,3")
-CANDIDATES = (*EXPANSIONS, "1,1,1", "1,1,1,1", "1,1,1,1,1", "1,1,1,1,1,1", "2,1,1,1", "1,1,2,1", "1,1,1,2", "2,2,1")
+# Trees of 6 to 9 nodes: about what one pass over the weights serves on a CPU. `auto` is the default of `generate`.
+POLICIES = ("auto", "auto+ngram", "1,1,1,1,1,1,1", "2,1,1", "1,2,1,1", "1,1,3")
+CANDIDATES = (
+    *POLICIES,
+    "chain:2",
+    "chain:3",
+    "chain:4",
+    "chain:5",
+    "chain:6",
+    "2,1,1,1",
+    "1,1,2,1",
+    "2,2,1",
+    "chain:4+ngram",
+)
 
 
 @dataclass(frozen=True)
@@ -100,9 +120,9 @@ def compare(model: Any, prompts: Sequence[Prompt], runs: dict[str, list[Run]]) -
 
 
 def measure_alone(
-    target: Any, draft: Any, expansions: Sequence[Sequence[int]], options: dict[str, Any], prefix: int, rounds: int
+    target: Any, draft: Any, trees: Mapping[str, treespec.TokenTree], options: dict[str, Any], prefix: int, rounds: int
 ) -> dict[str, Any]:
-    """Calls outside any loop: the target's verification of each expansion's tree, and one level of the draft."""
+    """Calls outside any loop: the target's verification of each loop's tree, and one level of the draft."""
     programs = {
         "target": treespec.tree_program(target, options=options),
         "draft": treespec.tree_program(draft, options=options),
@@ -120,26 +140,25 @@ def measure_alone(
 
     root = treespec.TokenTree([1], [-1])
     functions = {"decode": call("target", root), "draft": call("draft", root)}
-    for expansion in expansions:
-        functions[_key(expansion)] = call("target", expanded(expansion))
+    functions |= {name: call("target", tree) for name, tree in trees.items()}
     with torch.inference_mode():
         return {"prefix": prefix, "seconds": interleave(functions, rounds)}
 
 
-def expanded(expansion: Sequence[int]) -> treespec.TokenTree:
-    """A tree of this shape with arbitrary tokens."""
+def typical_tree(loop: Loop, runs: Sequence[Run]) -> treespec.TokenTree:
+    """The loop's tree, or where it varies a chain of as many nodes as it had in the mean; arbitrary tokens."""
+    expansion = loop.settings["expansion"]
+    if expansion is None:
+        stats = [run.stats for run in runs if run.stats]
+        nodes = sum(s["nodes"] for s in stats) / max(1, sum(s["steps"] for s in stats))
+        expansion = [1] * (round(nodes) - 1)
     parents, level = [-1], [0]
     for width in expansion:
-        level = [parents.append(node) or len(parents) - 1 for node in level for _ in range(width)]
+        above, level = level, []
+        for node in above:
+            level += range(len(parents), len(parents) + width)
+            parents += [node] * width
     return treespec.TokenTree([1 + i % 100 for i in range(len(parents))], parents)
-
-
-def _key(expansion: Sequence[int]) -> str:
-    return ",".join(map(str, expansion))
-
-
-def parse_expansion(text: str) -> tuple[int, ...]:
-    return treespec.StaticExpansion.parse(text).expansion
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
@@ -148,40 +167,31 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     target_model, draft_model = load(_name(given.target)), load(_name(given.draft), role="draft")
     target, draft, tokenizer = target_model.model, draft_model.model, target_model.tokenizer
     prompts = read_prompts(given.prompts_file or default_prompts(given.target), tokenizer)
-    calibration_count = 0 if given.expansion else given.calibration
-    measured, calibration = split_prompts(prompts, given.prompts, calibration_count)
+    measured, calibration = split_prompts(prompts, given.prompts, 0 if given.policy else given.calibration)
     new_tokens = given.max_new_tokens
     room = max(p.ids.shape[1] for p in prompts) + new_tokens
     variants = [STATIC[name] for name in given.static]
+    candidates = [] if given.policy else list(dict.fromkeys(given.candidates))
 
-    fixed = [parse_expansion(text) for text in given.expansions]
-    candidates = [parse_expansion(text) for text in given.candidates] if not given.expansion else []
-    with progress(
-        6
-        + len(variants)
-        + len(fixed)
-        + (len(measured) + 1) * (6 + len(variants) + len(fixed))
-        + len(calibration) * len(candidates)
-    ) as say:
-        settle()
-        calibrated = None
-        if given.expansion:
-            chosen = parse_expansion(given.expansion)
-        else:
+    most = 5 + len(variants) + len(given.policies)  # loops
+    total = (len(measured) + 1) * most + len(calibration) * len(candidates) + 2
+    with progress(total) as say:
+        calibrated, chosen = None, given.policy
+        if candidates:
             say("compiling target and draft with treespec")
-            tried = [treespec_loop(target, draft, expansion, options) for expansion in candidates]
+            tried = [treespec_loop(target, draft, spec, options) for spec in candidates]
             for loop in tried:
                 loop.run(calibration[0].ids, new_tokens)
             settle()
-            runs = run_all(tried, calibration, new_tokens, say, "choosing the expansion")
-            seconds = {_key(e): [r.seconds for r in runs[loop.name]] for e, loop in zip(candidates, tried)}
-            chosen = parse_expansion(min(seconds, key=lambda key: sum(seconds[key])))
+            runs = run_all(tried, calibration, new_tokens, say, "choosing the policy")
+            seconds = {spec: [r.seconds for r in runs[loop.name]] for spec, loop in zip(candidates, tried)}
+            chosen = min(seconds, key=lambda spec: sum(seconds[spec]))
             calibrated = {"prompts": [p.describe() for p in calibration], "seconds": seconds}
-        note = " (named)" if given.expansion else " (chosen on other prompts)"
+        note = " (named)" if given.policy else " (chosen on other prompts)"
         loops = [generate_loop(target), *assisted_loops(target, draft)]
         loops += [static_loop(target, room, variant) for variant in variants]
-        loops.append(treespec_loop(target, None, (), options))
-        loops += [treespec_loop(target, draft, e, options) for e in fixed if e != chosen]
+        loops.append(plain_treespec_loop(target, options))
+        loops += [treespec_loop(target, draft, spec, options) for spec in given.policies if spec != chosen]
         headline = treespec_loop(target, draft, chosen, options, note)
         loops.append(headline)
         for loop in loops:
@@ -192,8 +202,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         runs = run_all(loops, measured, new_tokens, say, "measuring")
         say("measuring single calls")
         prefix = round(median(p.ids.shape[1] for p in measured)) + new_tokens // 2
-        expansions = [loop.settings["expansion"] for loop in loops if loop.kind == "treespec"]
-        alone = measure_alone(target, draft, expansions, options, prefix, given.rounds)
+        trees = {loop.name: typical_tree(loop, runs[loop.name]) for loop in loops if loop.kind == "treespec"}
+        alone = measure_alone(target, draft, trees, options, prefix, given.rounds)
         identity = compare(target, measured, runs)
     if given.profile:
         profile(headline, measured[:4], new_tokens)
@@ -296,11 +306,13 @@ def step_figures(report: dict[str, Any], loop: dict[str, Any], decode: float) ->
 
     steps = max(1, total("steps"))
     alone = {name: median(values) for name, values in report["alone"]["seconds"].items()}
-    levels = len(loop["settings"]["expansion"])
+    expansion = loop["settings"]["expansion"]
     tokens_per_step = total("step_tokens") / steps
-    rest = total("step_seconds") - total("draft_seconds") - total("verify_seconds")
-    verify, draft, overhead = alone[_key(loop["settings"]["expansion"])], alone["draft"], rest / steps
-    cost = (verify + levels * draft + overhead) / decode
+    drafting, verify = total("draft_seconds") / steps, alone[loop["name"]]
+    overhead = (total("step_seconds") - total("verify_seconds")) / steps - drafting
+    # Where the number of draft calls varies, their time is taken from the loop.
+    levels = len(expansion) if expansion else None
+    cost = verify + (levels * alone["draft"] if levels else drafting) + overhead
     wall = sum(run["seconds"] for run in runs)
     parts = ("draft_seconds", "verify_seconds", "commit_seconds", "overhead_seconds")
     prompts = ("prefill_seconds", "draft_prefill_seconds")
@@ -310,9 +322,9 @@ def step_figures(report: dict[str, Any], loop: dict[str, Any], decode: float) ->
         "acceptance_by_depth": _rates(stats, "accepted_by_depth"),
         "levels": levels,
         "verify_over_decode": {"alone": verify / decode, "in_loop": total("verify_seconds") / steps / decode},
-        "draft_over_decode": {"alone": draft / decode, "in_loop": total("draft_seconds") / steps / levels / decode},
+        "draft_over_decode": {"alone": alone["draft"] / decode, "in_loop": drafting / (levels or 1) / decode},
         "overhead_over_decode": overhead / decode,
-        "expected_speedup": tokens_per_step / cost,
+        "expected_speedup": tokens_per_step * decode / cost,
         "seconds_per_step": {part: total(part) / steps for part in parts},
         "share_of_wall": {part: total(part) / wall for part in (*parts, *prompts)}
         | {"outside_seconds": (wall - total("step_seconds") - sum(map(total, prompts))) / wall},
@@ -366,7 +378,9 @@ def tables(report: dict[str, Any]) -> tuple[list[Table], list[str]]:
             name,
             f"{figures['tokens_per_step']:.2f}",
             f"{verify['alone']:.2f} ({verify['in_loop']:.2f})",
-            f"{figures['levels']} x {draft['alone']:.3f} ({draft['in_loop']:.3f})",
+            f"{figures['levels']} x {draft['alone']:.3f} ({draft['in_loop']:.3f})"
+            if figures["levels"]
+            else f"({draft['in_loop']:.3f})",
             f"{figures['overhead_over_decode']:.3f}",
             f"{figures['expected_speedup']:.2f}",
             f"{summary['decoding_ratios'][name]['median']:.2f}",
@@ -398,8 +412,8 @@ def tables(report: dict[str, Any]) -> tuple[list[Table], list[str]]:
 def calibration_table(report: dict[str, Any]) -> Table:
     calibration = report["calibration"]
     table = Table(
-        f"Choice of the expansion, on {len(calibration['prompts'])} prompts that are not among the measured ones",
-        ("expansion", "seconds", "tokens/s"),
+        f"Choice of the policy, on {len(calibration['prompts'])} prompts that are not among the measured ones",
+        ("policy", "seconds", "tokens/s"),
     )
     tokens = report["settings"]["new_tokens"]
     for name, seconds in sorted(calibration["seconds"].items(), key=lambda item: sum(item[1])):
@@ -409,10 +423,9 @@ def calibration_table(report: dict[str, Any]) -> Table:
 
 def identity_line(summary: dict[str, Any], name: str) -> str:
     figures = summary["steps"][name]
-    terms = (
-        f"{figures['verify_over_decode']['alone']:.2f} + {figures['levels']} x "
-        f"{figures['draft_over_decode']['alone']:.3f} + {figures['overhead_over_decode']:.3f}"
-    )
+    draft = figures["draft_over_decode"]
+    drafting = f"{figures['levels']} x {draft['alone']:.3f}" if figures["levels"] else f"{draft['in_loop']:.3f}"
+    terms = f"{figures['verify_over_decode']['alone']:.2f} + {drafting} + {figures['overhead_over_decode']:.3f}"
     measured = summary["decoding_ratios"][name]["median"]
     return (
         f"speed identity: {figures['tokens_per_step']:.2f} tokens per step / ({terms}) = "
@@ -442,11 +455,9 @@ def main() -> None:
     parser.add_argument("--prompts", metavar="N", type=int, default=24, help="prompts to measure (default: 24)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="for each (default: 128)")
     parser.add_argument("--threads", metavar="N", type=int, default=2, help="(default: 2)")
-    parser.add_argument(
-        "--expansion", metavar="K1,K2,..", help="what stands for treespec (default: chosen on other prompts)"
-    )
-    parser.add_argument("--expansions", metavar="E", nargs="*", default=EXPANSIONS, help="measured beside it")
-    parser.add_argument("--candidates", metavar="E", nargs="+", default=CANDIDATES, help="to choose from")
+    parser.add_argument("--policy", metavar="P", help="what stands for treespec (default: chosen on other prompts)")
+    parser.add_argument("--policies", metavar="P", nargs="*", default=POLICIES, help="measured beside it")
+    parser.add_argument("--candidates", metavar="P", nargs="+", default=CANDIDATES, help="to choose from")
     parser.add_argument("--calibration", metavar="N", type=int, default=8, help="prompts to choose on (default: 8)")
     parser.add_argument(
         "--static", metavar="LOOP", nargs="*", choices=STATIC, default=[*STATIC], help=f"of {', '.join(STATIC)}"

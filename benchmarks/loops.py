@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, Literal
@@ -102,10 +103,29 @@ def static_loop(target: Any, max_tokens: int, variant: StaticVariant) -> Loop:
     return Loop(variant.name, "plain", run, {"inductor": loop.settings, "rows": loop.rows})
 
 
-def treespec_loop(target: Any, draft: Any, expansion: Sequence[int], options: dict[str, Any], note: str = "") -> Loop:
-    """treespec with a draft and an expansion; without a draft it decodes plainly, with the same kernels."""
-    policy = treespec.StaticExpansion(tuple(expansion)) if draft is not None else None
+def plain_treespec_loop(target: Any, options: dict[str, Any]) -> Loop:
+    """treespec's program without a draft: the same kernels, one token a step."""
+    return Loop("treespec without a draft", "plain", _generate(target, None, None, options), {"options": options})
 
+
+def treespec_loop(target: Any, draft: Any, spec: str, options: dict[str, Any], note: str = "") -> Loop:
+    """What `spec` names: a policy as `generate` takes it, and `+ngram` for prompt lookup beside the model."""
+    policy, _, added = spec.partition("+")
+    if added not in ("", "ngram"):
+        raise SystemExit(f"got {spec!r}, expected a policy such as 1,1,3 or auto, and after it nothing or +ngram")
+    drafts = [draft, "ngram"] if added else draft
+    settings = {"spec": spec, "expansion": expansion(policy) if not added else None, "options": options}
+    return Loop(f"treespec {spec}{note}", "treespec", _generate(target, drafts, policy, options), settings)
+
+
+def expansion(policy: str) -> list[int] | None:
+    """The widths of a policy whose trees have one shape; None for others."""
+    if chain := re.fullmatch(r"chain:(\d+)", policy):
+        return [1] * int(chain[1])
+    return [int(k) for k in policy.split(",")] if re.fullmatch(r"\d+(,\d+)*", policy) else None
+
+
+def _generate(target: Any, draft: Any, policy: str | None, options: dict[str, Any]) -> Callable[[Tensor, int], Run]:
     def run(prompt: Tensor, new_tokens: int) -> Run:
         began = perf_counter()
         out = treespec.generate(
@@ -116,10 +136,7 @@ def treespec_loop(target: Any, draft: Any, expansion: Sequence[int], options: di
         prefill = stats.prefill_seconds + stats.draft_prefill_seconds
         return Run(out.sequences[0, prompt.shape[1] :].tolist(), seconds, prefill, stats.as_dict())
 
-    if policy is None:
-        return Loop("treespec without a draft", "plain", run, {"options": options})
-    settings = {"expansion": list(policy.expansion), "nodes": policy.max_nodes, "options": options}
-    return Loop(f"treespec {policy}{note}", "treespec", run, settings)
+    return run
 
 
 def _timed(loop: HuggingFaceGenerate) -> Callable[[Tensor, int], Run]:
