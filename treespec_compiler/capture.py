@@ -367,6 +367,12 @@ def _bounds(mode: Any, length: torch.SymInt, guards: list[sympy.Basic]) -> list[
 
 
 def _refuse_state_changes(signature: Any, gm: fx.GraphModule, weights: dict[str, WeightRef]) -> None:
+    outputs = next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]
+    if isinstance(outputs, (list, tuple)) and len(outputs) != 1:
+        raise Unsupported(
+            f"the forward pass keeps {len(outputs) - 1} value(s) besides the logits (it sets attributes)",
+            way_out="move the assignment out of forward, or call it without its own cache (use_cache=False)",
+        )
     changed = list(getattr(signature, "buffers_to_mutate", {}).values())
     changed += [
         weights[n].name if n in weights else n for n in getattr(signature, "user_inputs_to_mutate", {}).values()
