@@ -169,3 +169,14 @@ def test_aten_equals_the_reference(window: int, chunk: int, softcap: float, what
     got = torch.ops.treespec_aten.scored_tree_attention(*[a.clone() for a in arguments], *rest)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert got.transpose(1, 2).is_contiguous()
+
+
+class KeepsItsInput(Decoder):
+    def forward(self, ids: Tensor) -> Tensor:
+        self.last = self.embed(ids)
+        return super().forward(ids)
+
+
+def test_a_forward_pass_that_sets_attributes_is_refused() -> None:
+    with pytest.raises(Unsupported, match="sets attributes"):
+        tree_program(KeepsItsInput().eval(), options=EAGER)

@@ -140,7 +140,7 @@ def call_spec(model: nn.Module, example: Any = None, roles: Mapping[str, str] | 
         kwargs = dict(example)
     else:
         args, kwargs = (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     cached = "use_cache" in names or (takes_any and hasattr(config, "use_cache"))
     if cached and "use_cache" not in kwargs:
@@ -367,12 +367,6 @@ def _bounds(mode: Any, length: torch.SymInt, guards: list[sympy.Basic]) -> list[
 
 
 def _refuse_state_changes(signature: Any, gm: fx.GraphModule, weights: dict[str, WeightRef]) -> None:
-    outputs = next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]
-    if isinstance(outputs, (list, tuple)) and len(outputs) != 1:
-        raise Unsupported(
-            f"the forward pass keeps {len(outputs) - 1} value(s) besides the logits (it sets attributes)",
-            way_out="move the assignment out of forward, or call it without its own cache (use_cache=False)",
-        )
     changed = list(getattr(signature, "buffers_to_mutate", {}).values())
     changed += [
         weights[n].name if n in weights else n for n in getattr(signature, "user_inputs_to_mutate", {}).values()
@@ -381,6 +375,12 @@ def _refuse_state_changes(signature: Any, gm: fx.GraphModule, weights: dict[str,
         raise Unsupported(
             f"the forward pass changes state in place: {', '.join(changed)}",
             way_out="call it without its own cache (use_cache=False), or move the update out of forward",
+        )
+    outputs = next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]
+    if isinstance(outputs, (list, tuple)) and len(outputs) != 1:
+        raise Unsupported(
+            f"the forward pass keeps {len(outputs) - 1} value(s) besides the logits (it sets attributes)",
+            way_out="move the assignment out of forward, or call it without its own cache (use_cache=False)",
         )
 
 
