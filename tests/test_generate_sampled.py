@@ -153,7 +153,7 @@ def test_unusable_rows_of_the_draft_are_no_proposals(monkeypatch, verifier, samp
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("policy", [(2, 2), (1, 1, 1)])
+@pytest.mark.parametrize("policy", [(2, 2), (1, 1, 1), "best-first:3", "equal-growth:2,2"])
 def test_unusable_rows_of_the_draft_are_counted(temperature, policy):
     arguments = {"max_new_tokens": 40, "temperature": temperature, "policy": policy, "seed": 3}
     out = treespec.generate(program(1), PROMPT, draft=broken(math.nan, lambda t: t[-1] == 1), **arguments)

@@ -103,4 +103,5 @@ def pruned(proposal: Proposal, kept: Sequence[int]) -> Proposal:
         None if proposal.q is None else [proposal.q[node] for node in kept],
         None if proposal.multiplicity is None else pick(proposal.multiplicity),
         proposal.proposer,
+        unusable=proposal.unusable,
     )
