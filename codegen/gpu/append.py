@@ -1,0 +1,54 @@
+"""K and V of new nodes into the paged pools, in one launch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+# Elements of a block: 8 numbers for each thread of 4 warps.
+BLOCK = 1024
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def append(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Tensor) -> None:
+    """Write token t of every head at page `write_index[t] // page_size`, offset `write_index[t] % page_size`.
+
+    k [1, Hkv, T, Dk] and v [1, Hkv, T, Dv] of any strides; pool_k [pages, Hkv, page_size, Dk] and pool_v of any strides
+    and float dtype; write_index [T] int64, negative: this token is padding and is written nowhere. The grid depends on
+    shapes only and nothing is read back, so the launch can be captured in a CUDA graph.
+    """
+    from .kernels.append import append_kernel
+
+    heads, nodes = k.shape[1], k.shape[2]
+    if nodes == 0:
+        return
+    block_k, block_v = power_of_two(k.shape[3]), power_of_two(v.shape[3])
+    block_t = min(power_of_two(nodes), max(1, BLOCK // max(block_k, block_v)))
+    append_kernel[(-(-nodes // block_t), heads)](
+        k,
+        v,
+        pool_k,
+        pool_v,
+        write_index,
+        nodes,
+        pool_k.shape[2],
+        *_token_strides(k),
+        *_token_strides(v),
+        *pool_k.stride(),
+        *pool_v.stride(),
+        KEY_DIM=k.shape[3],
+        VALUE_DIM=v.shape[3],
+        BLOCK_T=block_t,
+        BLOCK_K=block_k,
+        BLOCK_V=block_v,
+        num_warps=4,
+    )
+
+
+def _token_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of [1, H, T, D] by token, head and dimension."""
+    _, head, token, dim = x.stride()
+    return token, head, dim
