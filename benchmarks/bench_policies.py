@@ -95,6 +95,7 @@ class Bench:
             self.drafts["early exit"] = EarlyExitDraft(self.target, head.layer, head)
 
     def request(self, arm: Arm, prompt: list[int], temperature: float, seed: int = 0) -> tuple[float, Any]:
+        torch.manual_seed(seed)  # not `seed=`: then "auto" would start from nothing in every request
         began = self.clock()
         steps = treespec.stream(
             self.target,
@@ -104,7 +105,6 @@ class Bench:
             verifier=arm.verifier,
             max_new_tokens=self.given.max_new_tokens,
             temperature=temperature,
-            seed=seed if temperature else None,
             eos_token_id=(),
         )
         seen = list(steps)

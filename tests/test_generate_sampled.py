@@ -18,6 +18,7 @@ from torch import nn
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidLogits, InvalidOption, LossyPair, TreespecError
 from treespec_compiler.runtime import judging
+from treespec_compiler.speculation import acceptance
 from treespec_compiler.speculation.sampling import Processor, Sampling
 
 VOCAB = 3
@@ -206,6 +207,30 @@ def test_seeds_reproduce_the_output():
     assert not torch.equal(unseeded.sequences, next_one.sequences)
     assert torch.equal(run(unseeded.stats.seed).sequences, unseeded.sequences)
     assert run(temperature=0.0).stats.seed is None
+
+
+def test_automatic_trees_learn_from_earlier_calls_unless_a_seed_is_given():
+    target, draft = program(1), program(2)
+
+    def call(**kw):
+        arguments = {"temperature": 1.0, "max_new_tokens": 40, "draft": draft} | kw
+        return treespec.generate(target, PROMPT, **arguments)
+
+    seeded = call(seed=7)
+    torch.manual_seed(1)
+    learning = call()
+    assert learning.stats.seed is None and seeded.stats.seed == 7
+    kinds = acceptance._MEMORY[target][draft]
+    assert list(kinds) == ["default, default, 1"] and sum(kinds["default, default, 1"].tried) > 0
+    again = call(seed=7)
+    assert torch.equal(again.sequences, seeded.sequences)
+    assert again.stats.nodes == seeded.stats.nodes
+    call(temperature=0.5, verifier="multi-step", sampler="iid")
+    assert list(kinds) == ["default, default, 1", "multi-step, iid, 0.5"]
+    acceptance.forget(target)
+    torch.manual_seed(1)
+    assert torch.equal(call().sequences, learning.sequences)
+    assert call(draft=None).stats.seed is not None
 
 
 @pytest.mark.parametrize("verifier", ["greedy", "naive", "multi-step", "recursive", "traversal", "block", None])

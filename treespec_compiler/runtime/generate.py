@@ -121,7 +121,8 @@ def generate(
     With `temperature` 0 it is the greedy one; above, a sample that has exactly the target's distribution after
     `logit_bias`, `repetition_penalty`, `temperature`, `top_k`, `top_p` and `min_p` (as in transformers, in this order).
     `verifier` ("traversal", "multi-step", "recursive", "naive", "block") and `sampler` ("without-replacement", "iid",
-    "top-k") say how; pairs that are not lossless are refused. `out.stats.seed` gives the same sample again.
+    "top-k") say how; pairs that are not lossless are refused. `out.stats.seed` gives the same sample again; it is None
+    where the trees follow earlier calls too (`policy="auto"` with a draft, and no `seed` given).
 
     `model` and `draft` are modules (converted on first use) or tree programs; `draft` may also be a `Draft` or a list,
     whose trees are merged, or None for no speculation. `policy` shapes the tree: `StaticExpansion((1, 1, 3))` or
@@ -194,7 +195,7 @@ def stream(
         seed=seed,
     )
     if isinstance(tree_policy, Auto) and not sampling.plain:
-        tree_policy = tree_policy.for_sampling(verifier)
+        tree_policy = tree_policy.for_sampling(verifier, sampler, sampling.temperature, seed is not None)
     judge, drawing = appoint(sampling, verifier, sampler, tree_policy, drafts=_count(draft))
     parsed = Options.parse(options)
     fallback = _on_unsupported(on_unsupported, parsed) == "fallback"
@@ -202,7 +203,8 @@ def stream(
     module = model._model() if _is_program(model) else _module(model)
     eos, stop = end_ids(eos_token_id, stop_ids, module)
     ending = Ending(max_new_tokens, eos, stop)
-    stats = Stats(prompt_tokens=len(prompt), seed=drawing.sampling.seed if drawing else None)
+    repeatable = not (isinstance(tree_policy, Auto) and tree_policy.remember and _count(draft))
+    stats = Stats(prompt_tokens=len(prompt), seed=drawing.sampling.seed if drawing and repeatable else None)
     try:
         program = _program(model, parsed, stats)
     except Unsupported as refusal:

@@ -63,7 +63,7 @@ class Stats:
     unusable_draft_rows: int = 0
     """Rows of a draft with NaN or infinite logits: nothing was proposed there."""
     seed: int | None = None
-    """The seed that gives this output again; None for greedy decoding."""
+    """The seed that gives this output again; None for greedy decoding, and where trees follow earlier calls too."""
     near_ties: int = 0
     """Steps where the target's two best logits were closer than its precision (bf16 and fp16 only)."""
     finish_reason: FinishReason | None = None

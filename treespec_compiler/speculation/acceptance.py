@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from .policies.fixed import FixedTree
 from .proposal import Proposal
@@ -77,12 +77,14 @@ class Acceptance:
         self.total = self.total * DECAY + own
 
 
-_MEMORY: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Acceptance]] = weakref.WeakKeyDictionary()
+_Kinds: TypeAlias = dict[str, Acceptance]
+_MEMORY: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, _Kinds]] = weakref.WeakKeyDictionary()
 
 
-def remembered(target: Any, draft: Any) -> Acceptance:
-    """The pair's record, shared by all requests. Neither model is kept alive by it."""
-    return _MEMORY.setdefault(target, weakref.WeakKeyDictionary()).setdefault(draft, Acceptance())
+def remembered(target: Any, draft: Any, kind: str = "greedy") -> Acceptance:
+    """The pair's record of one kind of decoding, shared by all requests. Neither model is kept alive by it."""
+    kinds = _MEMORY.setdefault(target, weakref.WeakKeyDictionary()).setdefault(draft, {})
+    return kinds.setdefault(kind, Acceptance())
 
 
 def forget(target: Any | None = None) -> None:

@@ -47,7 +47,11 @@ class Auto:
     chain: bool = False
     """Whether only chains are wanted, as block verification needs."""
     remember: bool = True
-    """Whether timings, and the acceptance of earlier calls, count; without, a request always gets the same trees."""
+    """Whether the acceptance of earlier calls counts; without, a request gets the same trees whatever went before."""
+    clock: bool = True
+    """Whether the times of its own steps count; without, the trees depend on tokens and on the latency tables only."""
+    kind: str = "greedy"
+    """What the acceptance is remembered under: a draw and a likeliest token are accepted differently often."""
 
     @property
     def max_nodes(self) -> int:
@@ -61,10 +65,13 @@ class Auto:
     def needs_q(self) -> bool:
         return False
 
-    def for_sampling(self, verifier: object) -> Auto:
-        """For a request with a seed: trees must not depend on what happened before it, nor fork where they may not."""
-        chain = "block" in (verifier, getattr(verifier, "name", None))
-        return replace(self, remember=False, chain=self.chain or chain)
+    def for_sampling(self, verifier: object, sampler: object, temperature: float, seeded: bool) -> Auto:
+        """For sampled output: a given seed must give the same sample whatever happened before and however long it
+        took; without one, earlier calls of the same kind count. Trees may not fork where the rule takes chains."""
+        rule, children = (getattr(x, "name", x) or "default" for x in (verifier, sampler))
+        kind = f"{rule}, {children}, {temperature:.2g}"
+        chain = self.chain or rule == "block"
+        return replace(self, remember=self.remember and not seeded, clock=False, kind=kind, chain=chain)
 
     def widths(self, depth: int, proposal: Proposal) -> int:
         """Without a controller: a chain of three."""
@@ -76,7 +83,7 @@ class Auto:
     def _memory(self, target: Any, draft: Any) -> Acceptance:
         if not self.remember:
             return Acceptance()
-        return remembered(target, getattr(draft, "program", type(draft)))
+        return remembered(target, getattr(draft, "program", type(draft)), self.kind)
 
     def __str__(self) -> str:
         return "auto"
@@ -117,7 +124,7 @@ class Controller:
         self._due = 0  # steps until the next plan
         self._none: list[TreePolicy | None] = [None] * len(self.arms)
         self._current = self._none
-        self._checks = policy.remember and cost.measured
+        self._checks = policy.clock and cost.measured
         self._restart()
 
     def plan(self, context: int, remaining: int) -> list[TreePolicy | None]:
