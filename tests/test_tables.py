@@ -1,0 +1,168 @@
+"""Tuning tables: the nearest measured shape, whose kernel they are for, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+
+import pytest
+
+from treespec_compiler.codegen import tables
+from treespec_compiler.codegen.tables import Entry, Table
+from treespec_compiler.errors import CorruptTable
+
+KEY = {"dtype": "bf16", "key_dim": 128, "nodes": 16, "context": 1024}
+
+
+@pytest.fixture(autouse=True)
+def _places(tmp_path, monkeypatch):
+    """Shipped tables, user tables and kernels in folders of the test's own."""
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tables, "KERNELS", tmp_path / "gpu")
+    monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "toy.py").write_text("first version")
+    tables.forget()
+    yield
+    tables.forget()
+
+
+def entry(block, us=1.0, **key):
+    return Entry(KEY | key, {"block_m": block}, us)
+
+
+def write(entries, where=tables.user_path, **changed):
+    fields = {"op": "toy", "arch": "sm_90", "source_hash": tables.kernel_hash("toy")} | changed
+    path = where("toy", "sm_90")
+    tables.write(path, Table(**fields, entries=tuple(entries), meta={"device": "a GPU"}))
+    return path
+
+
+def found(**key):
+    config = tables.lookup("toy", "sm_90", KEY | key)
+    return config and config["block_m"]
+
+
+def test_nothing_measured_gives_nothing(caplog):
+    assert tables.lookup("toy", "sm_90", KEY) is None
+    assert not caplog.records
+
+
+def test_the_nearest_size_by_ratio():
+    write([entry(16, nodes=1), entry(32, nodes=16), entry(64, nodes=64)])
+    assert [found(nodes=n) for n in (1, 3, 6, 16, 30, 40, 64, 4096)] == [16, 16, 32, 32, 32, 64, 64, 64]
+
+
+def test_two_sizes_add_up_and_ties_go_to_the_smaller():
+    write([entry(2, nodes=64, context=1024), entry(1, nodes=16, context=2048)])
+    assert found(nodes=16, context=1024) == 1  # one octave of context against two of nodes
+    assert found(nodes=64, context=2048) == 2
+    write([entry(2, nodes=31), entry(1, nodes=7)])
+    assert found(nodes=15) == 1
+
+
+def test_fields_that_are_no_sizes_must_be_equal():
+    write([entry(16)])
+    assert found() == 16
+    assert found(dtype="fp16") is None
+    assert found(key_dim=64) is None
+    assert tables.lookup("toy", "sm_90", KEY | {"window": 8}) is None
+    assert tables.lookup("toy", "sm_90", {k: v for k, v in KEY.items() if k != "nodes"}) is None
+    assert tables.lookup("toy", "sm_80", KEY) is None
+
+
+def test_the_callers_copy_is_its_own():
+    write([entry(16)])
+    tables.lookup("toy", "sm_90", KEY)["block_m"] = 5
+    assert found() == 16
+
+
+def test_the_users_table_lies_over_the_shipped_one():
+    write([entry(16, nodes=1), entry(32, nodes=64)], tables.shipped_path)
+    assert found(nodes=1) == 16
+    write([entry(128, nodes=1)])
+    assert (found(nodes=1), found(nodes=64)) == (128, 32)
+
+
+def test_another_source_of_the_kernel_makes_the_table_void(tmp_path, caplog):
+    path = write([entry(16)])
+    assert found() == 16
+    (tmp_path / "gpu" / "toy_template.py").write_text("a file beside it")
+    tables.forget()
+    assert found() is None and found(nodes=3) is None
+    assert len(caplog.records) == 1 and str(path) in caplog.text and "treespec tune" in caplog.text
+
+
+GOOD = json.dumps({"key": KEY, "config": {"block_m": 16}, "us": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "a list"),
+        ('{"schema": 99}', "schema 99"),
+        ('{"schema": 1, "meta": {}, "entries": []}', "no meta.source_hash"),
+        ('{"schema": 1, "meta": META, "entries": {}}', "entries of type dict"),
+        ('{"schema": 1, "meta": META, "entries": [GOOD, {}]}', "an entry without 'key'"),
+        ('{"schema": 1, "meta": META, "entries": [GOOD, 7]}', "an entry without"),
+        ('{"schema": 1, "meta": META, "entries": [{"key": {}, "config": {"block_m": "16"}, "us": 1}]}', "the entry"),
+        ('{"schema": 1, "meta": META, "entries": [{"key": {}, "config": {"block_m": 16}, "us": 0}]}', "the entry"),
+        ('{"schema": 1, "meta": META, "entries": [{"key": {"nodes": "x"}, "config": {"a": 1}, "us": 1}]}', "an entry"),
+        ('{"schema": 1, "meta": OTHER, "entries": [GOOD]}', "a table for toy on sm_80"),
+    ],
+)
+def test_corrupt_and_foreign_tables_are_named_and_ignored(text, problem, caplog):
+    meta = {"op": "toy", "arch": "sm_90", "source_hash": tables.kernel_hash("toy")}
+    text = text.replace("META", json.dumps(meta)).replace("OTHER", json.dumps(meta | {"arch": "sm_80"}))
+    write([entry(32)], tables.shipped_path)
+    path = tables.user_path("toy", "sm_90")
+    path.parent.mkdir(parents=True)
+    path.write_text(text.replace("GOOD", GOOD))
+    with pytest.raises(CorruptTable, match=problem):
+        tables.read(path, "toy", "sm_90")
+    with caplog.at_level(logging.WARNING):
+        assert [found(nodes=n) for n in (1, 2, 3)] == [32, 32, 32]  # what is shipped still holds
+    assert len(caplog.records) == 1
+    assert str(path) in caplog.text and problem in caplog.text and "ignored" in caplog.text
+
+
+def test_what_is_written_is_read_again_one_line_an_entry():
+    runner_up = {"config": {"block_m": 64}, "us": 2.5}
+    first = Entry(KEY, {"block_m": 32, "warps": 4}, 2.0, runner_up)
+    path = write([first, entry(16, nodes=1)])
+    table = tables.read(path, "toy", "sm_90")
+    assert table.entries == (first, entry(16, nodes=1)) and table.meta == {"device": "a GPU"}
+    assert sum('"key"' in line for line in path.read_text().splitlines()) == 2
+    assert tables.read(write([]), "toy", "sm_90").entries == ()
+
+
+def test_merging_replaces_entries_of_the_same_key():
+    table = Table("toy", "sm_90", "h", (entry(16), entry(32, nodes=64)))
+    merged = tables.merge(table, [entry(128)])
+    assert [e.config["block_m"] for e in merged.entries] == [128, 32]
+
+
+def test_writers_at_once_leave_a_whole_table_and_no_other_file():
+    def many(block):
+        for _ in range(30):
+            write([entry(block, nodes=n) for n in range(1, 40)])
+
+    writers = [threading.Thread(target=many, args=(b,)) for b in (16, 32, 64)]
+    for writer in writers:
+        writer.start()
+    path = tables.user_path("toy", "sm_90")
+    while any(w.is_alive() for w in writers):
+        if path.exists():
+            assert len({e.config["block_m"] for e in tables.read(path, "toy", "sm_90").entries}) == 1
+    assert [p.name for p in path.parent.iterdir()] == ["sm_90.json"]
+
+
+def test_shipped_tables_fit_the_shipped_kernels(monkeypatch):
+    """Tables that nobody can use any more are not shipped."""
+    monkeypatch.undo()
+    tables.forget()
+    for path in tables.SHIPPED.rglob("*.json"):
+        table = tables.read(path, path.parent.name, path.stem)
+        assert table.source_hash == tables.kernel_hash(table.op), path
