@@ -8,7 +8,10 @@ import triton.language as tl
 
 
 @triton.jit
-def copy_rows(x, x_t, x_h, x_d, pool, pool_page, pool_h, pool_t, pool_d, tokens, live, slot, page_size, head, DIM, BLOCK):
+def copy_rows(
+    x, x_t, x_h, x_d, pool, pool_page, pool_h, pool_t, pool_d, tokens, live, slot, page_size, head,
+    DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One head of x [T, H, D] at `tokens` into pool [pages, H, page_size, D] at `slot`, where `live`."""
     dims = tl.arange(0, BLOCK)
     mask = live[:, None] & (dims < DIM)[None, :]

@@ -1,0 +1,38 @@
+"""Kernels that are the same for every model compile for every target, without a GPU, and spill nothing."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET makes no kernels to compile", allow_module_level=True)
+
+from treespec_compiler.codegen.gpu.kernels.append import append_kernel
+from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offline
+
+DTYPES = ("fp32", "fp16", "bf16")
+
+
+def compiled(kernel: Any, pointers: dict[str, str], constexprs: dict[str, Any], target: str) -> Offline:
+    """Every argument that is neither a pointer nor constexpr is an i32; strides and pointers are multiples of 16."""
+    numbers = {name: "i32" for name in kernel.arg_names if name not in pointers and name not in constexprs}
+    unit = {name for name in numbers if name.endswith("_d")}  # the last dimension is contiguous
+    signature = {**pointers, **{name: kind for name, kind in numbers.items() if name not in unit}}
+    strides = [name for name in signature if name.endswith(("_t", "_h", "_page")) or name in pointers]
+    return compile_offline(kernel, signature, {**constexprs, **dict.fromkeys(unit, 1)}, target, divisible=strides)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append(target: str, dtype: str) -> None:
+    pointers = dict.fromkeys(("k", "v", "pool_k", "pool_v"), f"*{dtype}") | {"write_index": "*i64"}
+    blocks = {"KEY_DIM": 128, "VALUE_DIM": 128, "BLOCK_T": 8, "BLOCK_K": 128, "BLOCK_V": 128}
+    done = compiled(append_kernel, pointers, blocks, target)
+    assert done.resources.fits
+    if target.startswith("sm_"):
+        # a row of 128 numbers is read and written in pieces of 16 bytes
+        assert done.has("LDG.E.128") and done.has("STG.E.128")
