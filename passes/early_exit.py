@@ -122,6 +122,9 @@ def _final(state: GraphState, groups: list[list[fx.Node]]) -> fx.Node:
 
 def _trained_head(state: GraphState, x: fx.Node, head: Mapping[str, Any], *, like: fx.Node) -> fx.Node:
     """projection @ (norm * rmsnorm(x)), with the two weights as new inputs."""
+    width = shape_of(x)[2]
+    if head["norm"].numel() != width:
+        raise refuse(f"the trained head is for a width of {head['norm'].numel()}, this model has {width}", x)
     norm, projection = (
         _weight(state, name, head[key]) for name, key in ((HEAD_NORM, "norm"), (HEAD_PROJECTION, "projection"))
     )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from fake_program import FakeProgram, greedy, module_row, table_row
+from safetensors.torch import save_file
 from test_generate_llama import EAGER, PROMPT, llama
 
 import treespec_compiler as treespec
-from treespec_compiler.errors import InvalidOption, Unsupported
+from treespec_compiler.errors import InvalidOption, UnreadableModel, Unsupported
 from treespec_compiler.passes.early_exit import copy_state, cuts, early_exit
 from treespec_compiler.speculation.early_exit import EarlyExitDraft, EarlyExitProgram, ExitHead, choose_layers
+from treespec_compiler.speculation.named import named_draft
 
 transformers = pytest.importorskip("transformers")
 
@@ -212,6 +215,45 @@ def test_an_exit_of_another_model_is_refused(target):
     other = treespec.tree_program(llama(8), options=EAGER)
     with pytest.raises(InvalidOption, match="early-exit:1 of another model"):
         treespec.generate(target, PROMPT, draft=EarlyExitDraft(other, 1), options=EAGER)
+
+
+def test_a_trained_head_is_named_by_its_file(target, tmp_path):
+    width = target.config.hidden_size
+    path = tmp_path / "head.safetensors"
+    save_file({"norm.weight": torch.ones(width), "proj.weight": torch.eye(width)}, path)
+    (tmp_path / "head.json").write_text(json.dumps({"layer": 2, "eps": target.config.rms_norm_eps}))
+    program = treespec.tree_program(target, options=EAGER)
+    draft = named_draft(f"early-exit:{path}", program)
+    assert draft.name == "early-exit:2" and draft.program.own_bytes == 4 * (width * width + width)
+    truth = greedy(module_row(target), PROMPT, 24)
+    out = treespec.generate(program, PROMPT, draft=f"early-exit:{path}", max_new_tokens=24, policy="chain:2")
+    assert out.sequences.tolist() == [truth]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "about", "problem"),
+    [
+        ({"norm.weight": torch.ones(4)}, '{"layer": 1, "eps": 1e-6}', "KeyError: 'proj.weight'"),
+        ({"norm.weight": torch.ones(4), "proj.weight": torch.eye(4)}, '{"layer": 1}', "KeyError: 'eps'"),
+        ({"norm.weight": torch.ones(4), "proj.weight": torch.ones(4, 3)}, '{"layer": 1, "eps": 0}', r"\[4, 3\]"),
+        ({"norm.weight": torch.ones(4), "proj.weight": torch.eye(4)}, "{", "JSONDecodeError"),
+        (None, '{"layer": 1, "eps": 1e-6}', "No such file"),
+    ],
+)
+def test_heads_that_cannot_be_read_are_named(tmp_path, tensors, about, problem):
+    path = tmp_path / "head.safetensors"
+    if tensors:
+        save_file(tensors, path)
+    path.with_suffix(".json").write_text(about)
+    with pytest.raises(UnreadableModel, match=problem):
+        ExitHead.load(path)
+
+
+def test_a_head_of_another_width_is_refused(target):
+    program = treespec.tree_program(target, options=EAGER)
+    head = ExitHead(1, torch.ones(4), torch.eye(4), 1e-6)
+    with pytest.raises(Unsupported, match="the trained head is for a width of 4, this model has"):
+        EarlyExitDraft(program, 1, head)
 
 
 @pytest.mark.parametrize("name", ["early-exit:x", "early-exit:0", "lookup"])

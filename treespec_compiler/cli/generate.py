@@ -35,7 +35,8 @@ def configure(parser: ArgumentParser) -> None:
         metavar="DRAFT",
         action="append",
         default=[],
-        help="what guesses: a smaller model, ngram, early-exit or early-exit:K; may be repeated; none: no speculation",
+        help="what guesses: a smaller model, ngram, early-exit, early-exit:K (layers) or early-exit:FILE.safetensors "
+        "(a trained head); may be repeated; none: no speculation",
     )
     models.add_argument("--dtype", choices=DTYPES, default="float32", help="of both models (default: float32)")
     models.add_argument(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Part, pack
-from ..errors import InvalidOption, Unsupported
+from ..errors import InvalidOption, UnreadableModel, Unsupported
 from ..lowering import Lowered, lower_eager, lower_inductor
 from ..passes.early_exit import HEAD_NORM, HEAD_PROJECTION, copy_state, early_exit
 from ..passes.insert_state import META_INPUTS
@@ -48,12 +48,24 @@ class ExitHead:
 
     @classmethod
     def load(cls, weights: Path | str, config: Path | str | None = None) -> ExitHead:
-        """From a safetensors file with norm.weight and proj.weight, and its JSON with `layer` and `eps`."""
+        """From a safetensors file with norm.weight [D] and proj.weight [D, D], and its JSON with `layer` and `eps`.
+
+        Raises UnreadableModel.
+        """
         from safetensors.torch import load_file
 
-        about = json.loads(Path(config or Path(weights).with_suffix(".json")).read_text(encoding="utf-8"))
-        tensors = load_file(str(weights))
-        return cls(int(about["layer"]), tensors["norm.weight"], tensors["proj.weight"], float(about["eps"]))
+        try:
+            about = json.loads(Path(config or Path(weights).with_suffix(".json")).read_text(encoding="utf-8"))
+            tensors = load_file(str(weights))
+            head = cls(int(about["layer"]), tensors["norm.weight"], tensors["proj.weight"], float(about["eps"]))
+            if head.projection.shape != (head.norm.numel(),) * 2:
+                raise ValueError(f"shapes {list(head.norm.shape)} and {list(head.projection.shape)}")
+        except Exception as error:  # safetensors has an exception of its own, without a common base
+            expected = "norm.weight [D] and proj.weight [D, D] in safetensors, beside it a JSON with layer and eps"
+            fix = "Name the safetensors file of a trained exit."
+            problem = f"{type(error).__name__}: {error}"
+            raise UnreadableModel(name=str(weights), problem=problem, expected=expected, fix=fix) from error
+        return head
 
 
 class EarlyExitProgram:

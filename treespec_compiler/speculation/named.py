@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import InvalidOption
 from .draft import Draft
-from .early_exit import EarlyExitDraft
+from .early_exit import EarlyExitDraft, ExitHead
 from .ngram import NGramDraft
 
 if TYPE_CHECKING:
     from ..program import TreeProgram
 
-EXPECTED = '"ngram", "early-exit" or "early-exit:2" (layers)'
+EXPECTED = '"ngram", "early-exit", "early-exit:2" (layers) or "early-exit:FILE.safetensors" (a trained head)'
 
 
 def is_named(name: str) -> bool:
@@ -25,6 +25,9 @@ def named_draft(name: str, program: TreeProgram) -> Draft:
     if name.strip() == "ngram":
         return NGramDraft()
     kind, _, layers = name.strip().partition(":")
+    if kind == "early-exit" and layers.endswith(".safetensors"):
+        head = ExitHead.load(layers)
+        return EarlyExitDraft(program, head.layer, head)
     if kind == "early-exit" and (not layers or layers.isdecimal()) and layers != "0":
         return EarlyExitDraft(program, int(layers) if layers else None)
     raise InvalidOption(name="draft", got=name, expected=f"a model, or {EXPECTED}")
