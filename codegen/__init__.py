@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from treespec_compiler.codegen import aten, aten_scored, cpu
+from treespec_compiler.codegen.gpu import commit, triton_installed
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import register_kernel
 
@@ -29,3 +30,12 @@ for _op, _target in (
     register_kernel(
         _op, device="cpu", dtypes=_FLOAT32, priority=20, name="native C++", target=_target, available=cpu.load
     )
+register_kernel(
+    ops.commit_path,
+    device="cuda",
+    dtypes=None,
+    priority=30,
+    name="triton",
+    target=commit.COMMIT_PATH,
+    available=triton_installed,
+)

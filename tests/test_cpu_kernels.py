@@ -141,11 +141,13 @@ def test_commit_path(dtype):
     pool = torch.randn(2, 3, 4, 16, 5).to(dtype)
     expected = pool.clone()
     src, dst = torch.tensor([18, 20, 21, 30, 33, 40]), torch.tensor([18, 19, 20, 21, 32, 33])
-    ops.commit_path(expected, src, dst)
-    cpu.COMMIT_PATH(pool, src, dst)
-    assert torch.equal(pool, expected)
+    other = torch.randn(1, 3, 2, 16, 7).to(dtype)
+    expected_other = other.clone()
+    ops.commit_path([expected, expected_other], src, dst)
+    cpu.COMMIT_PATH([pool, other], src, dst)
+    assert torch.equal(pool, expected) and torch.equal(other, expected_other)
     with pytest.raises(RuntimeError, match="must increase"):
-        cpu.COMMIT_PATH(pool, dst, src)
+        cpu.COMMIT_PATH([pool], dst, src)
 
 
 @compiled
@@ -154,7 +156,8 @@ def test_ops_are_wellformed():
     torch.library.opcheck(
         cpu.PACKED_LINEAR, (torch.randn(3, 24), ops.pack_weight(torch.randn(40, 24)), torch.randn(40), 40)
     )
-    torch.library.opcheck(cpu.COMMIT_PATH, (torch.randn(1, 2, 1, 8, 4), torch.tensor([3, 5]), torch.tensor([2, 3])))
+    pools = [torch.randn(1, 2, 1, 8, 4), torch.randn(2, 2, 3, 8, 6)]
+    torch.library.opcheck(cpu.COMMIT_PATH, (pools, torch.tensor([3, 5]), torch.tensor([2, 3])))
 
 
 @compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET makes no kernels to compile", allow_module_level=True)
 
 from treespec_compiler.codegen.gpu.kernels.append import append_kernel
+from treespec_compiler.codegen.gpu.kernels.commit import commit_kernel
 from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offline
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -36,3 +38,16 @@ def test_append(target: str, dtype: str) -> None:
     if target.startswith("sm_"):
         # a row of 128 numbers is read and written in pieces of 16 bytes
         assert done.has("LDG.E.128") and done.has("STG.E.128")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_commit_reads_a_block_before_it_writes_any_of_it(target: str) -> None:
+    import triton.language as tl
+
+    pointers = {"lanes": "*i64", "src": "*i64", "dst": "*i64"}
+    done = compiled(commit_kernel, pointers, {"WORD": tl.int32, "BLOCK_J": 16, "BLOCK_W": 64}, target)
+    assert done.resources.fits
+    if target.startswith("sm_"):
+        order = re.findall(r"\b(LDG|BAR|STG)\b", done.sass)
+        assert "BAR" in order and "STG" in order
+        assert "STG" not in order[: order.index("BAR")] and "LDG" not in order[order.index("STG") :]

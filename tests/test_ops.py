@@ -99,14 +99,15 @@ def test_packed_linear(bias):
 
 
 def test_commit_path_moves_tokens_of_every_site():
-    pool = torch.randn(2, 3, 4, 16, 5)
-    before = pool.clone()
+    pools = [torch.randn(2, 3, 4, 16, 5), torch.randn(1, 3, 2, 16, 8)]
+    before = [pool.clone() for pool in pools]
     src, dst = torch.tensor([18, 20, 21, 30, 33, 40]), torch.tensor([18, 19, 20, 21, 32, 33])
-    ops.commit_path(pool, src, dst)
-    expected = before.clone()
-    for s, d in zip(src.tolist(), dst.tolist()):
-        expected[:, d // 16, :, d % 16] = before[:, s // 16, :, s % 16]
-    assert torch.equal(pool, expected)
+    ops.commit_path(pools, src, dst)
+    for pool, old in zip(pools, before):
+        expected = old.clone()
+        for s, d in zip(src.tolist(), dst.tolist()):
+            expected[:, d // 16, :, d % 16] = old[:, s // 16, :, s % 16]
+        assert torch.equal(pool, expected)
 
 
 def test_registry_prefers_available_kernels_of_high_priority():
@@ -131,3 +132,9 @@ def test_registry_prefers_available_kernels_of_high_priority():
         assert registry.best_kernel(op, "cpu", torch.float16).target is ATEN
     finally:
         registry._KERNELS[op] = before
+
+
+def test_on_cuda_a_cache_is_committed_by_one_triton_launch():
+    pytest.importorskip("triton", reason="needs triton")
+    kernel = registry.best_kernel(ops.commit_path, "cuda", torch.bfloat16)
+    assert kernel is not None and kernel.name == "triton"

@@ -28,7 +28,7 @@ class TreeCache:
         max_tokens: int,
         slots: int,
         device: torch.device,
-        commit_kernel: Callable[[Tensor, Tensor, Tensor], Any],
+        commit_kernel: Callable[[Sequence[Tensor], Tensor, Tensor], Any],
     ) -> None:
         self.max_tokens, self.slots = max_tokens, slots
         self.stale: str | None = None
@@ -70,10 +70,8 @@ class TreeCache:
                     src.append(base + node)
                     dst.append(base + target)
         if src:
-            device = self.storages[0].device
-            moved_from, moved_to = torch.tensor(src, device=device), torch.tensor(dst, device=device)
-            for storage in self.storages:
-                self._commit(storage, moved_from, moved_to)
+            moves = torch.tensor([src, dst]).to(self.storages[0].device, non_blocking=True)
+            self._commit(self.storages, moves[0], moves[1])
         for slot, nodes in paths.items():
             self._lengths[slot] += len(nodes)
             self._trees[slot] = None

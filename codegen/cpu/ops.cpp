@@ -173,25 +173,30 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
   return out.transpose(1, 2);
 }
 
-void commit_path(const Tensor& pool, const Tensor& src_in, const Tensor& dst_in) {
-  TORCH_CHECK(pool.dim() == 5 && pool.stride(4) == 1, "pool must be [sites, pages, heads, page size, D]");
+void commit_path(at::TensorList pools, const Tensor& src_in, const Tensor& dst_in) {
   const Tensor src = int64_input(src_in, src_in.numel(), "src"), dst = int64_input(dst_in, src_in.numel(), "dst");
-  const int64_t n = src.numel(), size = pool.size(3), bytes = pool.element_size(), token = pool.stride(3) * bytes;
+  const int64_t n = src.numel();
   const int64_t *from = src.const_data_ptr<int64_t>(), *to = dst.const_data_ptr<int64_t>();
-  for (int64_t j = 0; j < n; ++j)
-    TORCH_CHECK(to[j] >= 0 && to[j] <= from[j] && from[j] < pool.size(1) * size && (!j || to[j] > to[j - 1]) &&
-                    (!j || from[j] > from[j - 1]),
-                "src and dst must increase within the pool, dst[j] <= src[j]");
-  char* base = static_cast<char*>(pool.mutable_data_ptr());
-  for (int64_t s = 0; s < pool.size(0); ++s)
-    for (int64_t h = 0; h < pool.size(2); ++h)
-      for (int64_t j = 0; j < n; ++j) {
-        if (from[j] == to[j]) continue;
-        char* head = base + (s * pool.stride(0) + h * pool.stride(2)) * bytes;
-        const int64_t page = pool.stride(1) * bytes;
-        std::memcpy(head + to[j] / size * page + to[j] % size * token,
-                    head + from[j] / size * page + from[j] % size * token, pool.size(4) * bytes);
-      }
+  for (const Tensor& pool : pools) {
+    TORCH_CHECK(pool.dim() == 5 && pool.stride(4) == 1, "pool must be [sites, pages, heads, page size, D]");
+    for (int64_t j = 0; j < n; ++j)
+      TORCH_CHECK(to[j] >= 0 && to[j] <= from[j] && from[j] < pool.size(1) * pool.size(3) &&
+                      (!j || to[j] > to[j - 1]) && (!j || from[j] > from[j - 1]),
+                  "src and dst must increase within the pool, dst[j] <= src[j]");
+  }
+  for (const Tensor& pool : pools) {
+    const int64_t size = pool.size(3), bytes = pool.element_size(), token = pool.stride(3) * bytes;
+    char* base = static_cast<char*>(pool.mutable_data_ptr());
+    for (int64_t s = 0; s < pool.size(0); ++s)
+      for (int64_t h = 0; h < pool.size(2); ++h)
+        for (int64_t j = 0; j < n; ++j) {
+          if (from[j] == to[j]) continue;
+          char* head = base + (s * pool.stride(0) + h * pool.stride(2)) * bytes;
+          const int64_t page = pool.stride(1) * bytes;
+          std::memcpy(head + to[j] / size * page + to[j] % size * token,
+                      head + from[j] / size * page + from[j] % size * token, pool.size(4) * bytes);
+        }
+  }
 }
 
 std::vector<int64_t> checksums(const std::vector<Tensor>& tensors) {

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-SCHEMA = "(Tensor(a!) pool, Tensor src, Tensor dst) -> ()"
+SCHEMA = "(Tensor(a!)[] pools, Tensor src, Tensor dst) -> ()"
 TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
-def reference(pool: Tensor, src: Tensor, dst: Tensor) -> None:
-    """Token dst[j] of every site and head becomes token src[j].
+def reference(pools: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
+    """Token dst[j] of every site and head of every pool becomes token src[j].
 
-    pool [sites, pages, H, page_size, D]; src and dst are int64 token indices, page * page_size + offset. Both increase
-    and dst[j] <= src[j], so copying in order never overwrites a token that is still to be read.
+    Each pool [sites, pages, H, page_size, D], with sites, H and D of its own; src and dst are int64 token indices,
+    page * page_size + offset. Both increase and dst[j] <= src[j], so copying in order never overwrites a token that is
+    still to be read.
     """
-    size = pool.shape[3]
-    pool[:, dst // size, :, dst % size] = pool[:, src // size, :, src % size]  # the right side is a copy
+    for pool in pools:
+        size = pool.shape[3]
+        pool[:, dst // size, :, dst % size] = pool[:, src // size, :, src % size]  # the right side is a copy
 
 
-def fake(pool: Tensor, src: Tensor, dst: Tensor) -> None:
+def fake(pools: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     return None
 
 
