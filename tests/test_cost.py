@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from fake_program import FakeProgram, table_row
@@ -34,7 +35,14 @@ def test_seconds_are_interpolated_in_nodes_and_context():
 def test_more_nodes_never_take_less_time():
     noisy = LatencyTable([Point(1, 0, 1, 1.0), Point(2, 0, 1, 1.5), Point(3, 0, 1, 1.2), Point(8, 0, 1, 2.0)])
     curve = noisy.curve(0)
-    assert curve[1:] == sorted(curve[1:]) and curve[2] == curve[3] == 1.5
+    assert curve[1:] == sorted(curve[1:]) and curve[2] == curve[3] == 1.2
+
+
+def test_one_stalled_call_spoils_no_other():
+    points = [Point(n, c, 1, 1 + 0.1 * n + 0.001 * c) for c in (128, 512) for n in (1, 2, 4)]
+    stalled = LatencyTable([replace(points[0], seconds=12.0), *points[1:]])
+    assert stalled.seconds(1, 256) == pytest.approx(LatencyTable(points).seconds(2, 256), rel=0.1)
+    assert stalled.points[1:] == points[1:]
 
 
 def test_a_batch_that_was_not_measured_counts_its_nodes():

@@ -16,7 +16,7 @@ import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -40,6 +40,7 @@ FULL_CONTEXTS = (32, 128, 512, 1024, 2048)
 FULL_BATCHES = (1, 4)
 CONTEXT_GRAIN = 256
 SLOW = 0.05
+ROUNDS = 3
 Clock = Callable[[], float]
 
 
@@ -52,6 +53,10 @@ class Point:
     batch: int
     seconds: float
 
+    def no_less_than(self, other: Point) -> bool:
+        """Whether this call does at least the other's work."""
+        return self.nodes >= other.nodes and self.context >= other.context and self.batch >= other.batch
+
 
 @dataclass
 class LatencyTable:
@@ -60,6 +65,14 @@ class LatencyTable:
     points: list[Point]
     measured: bool = True
     _curves: dict[tuple[int, int], list[float]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        # NOTE a call that did no less work in less time shows that the rest was noise. The other way round (nothing is
+        # faster than a smaller call) one stalled call would spoil all larger ones.
+        self.points = [
+            replace(point, seconds=min(p.seconds for p in self.points if p.no_less_than(point)))
+            for point in self.points
+        ]
 
     @classmethod
     def assumed(cls, call: float = 1.0, node: float = 0.02) -> LatencyTable:
@@ -90,11 +103,7 @@ class LatencyTable:
         largest = max(nodes for row in rows.values() for nodes in row)
         contexts = sorted(rows)
         curves = {c: [_interpolate(sorted(rows[c].items()), n) for n in range(1, largest + 2)] for c in contexts}
-        found = [_interpolate([(c, curves[c][i]) for c in contexts], context) for i in range(largest + 1)]
-        # NOTE more nodes never take less time; where they seem to, it was noise.
-        for i in range(1, len(found)):
-            found[i] = max(found[i], found[i - 1])
-        return [0.0, *found]
+        return [0.0, *(_interpolate([(c, curves[c][i]) for c in contexts], context) for i in range(largest + 1))]
 
 
 def _interpolate(known: Sequence[tuple[int, float]], at: int) -> float:
@@ -208,33 +217,40 @@ def measure(
     budget: float = 0.01,
     clock: Clock = perf_counter,
 ) -> LatencyTable:
-    """Time calls of a program, `budget` seconds or five calls a point (slow ones: two), whichever is more.
+    """Time calls of a program, `budget` seconds or six calls a point (slow ones: two), whichever is more.
 
-    The fastest call counts: what else the machine was busy with is no property of the program.
+    The fastest call counts: what else the machine was busy with is no property of the program. Points are timed in
+    `ROUNDS` rounds, as a busy moment spoils all calls that follow each other.
     """
     limit = program.max_context or max(contexts) + max(nodes)
     fitting = [c for c in contexts if c + max(nodes) <= limit] or [max(0, limit - max(nodes))]
-    points = []
+    calls: dict[tuple[int, int, int], Callable[[], Any]] = {}
     for batch in batches:
         cache = program.new_cache(max_tokens=max(fitting) + max(nodes), slots=batch)
         for context in fitting:
-            # NOTE the speed does not depend on what the K/V are, so nothing is prefilled.
-            cache._lengths = [context] * batch
             for n in nodes:
                 chain = TokenTree._trusted([1] * n, range(-1, n - 1))
                 tree = Forest((slot, chain) for slot in range(batch)) if batch > 1 else chain
-                points.append(Point(n, context, batch, _time(partial(program.verify, tree, cache), budget, clock)))
-    return LatencyTable(points)
+                calls[n, context, batch] = partial(_call, program, tree, cache, [context] * batch)
+    best = {point: _time(call, budget / ROUNDS, clock) for point, call in calls.items()}
+    for _ in range(ROUNDS - 1):
+        for point, call in calls.items():
+            if best[point] < SLOW:
+                best[point] = min(best[point], _time(call, budget / ROUNDS, clock))
+    return LatencyTable([Point(*point, seconds) for point, seconds in best.items()])
+
+
+def _call(program: Any, tree: Any, cache: Any, lengths: list[int]) -> Any:
+    # NOTE the speed does not depend on what the K/V are, so nothing is prefilled.
+    cache._lengths = lengths
+    return program.verify(tree, cache)
 
 
 def _time(call: Callable[[], Any], budget: float, clock: Clock) -> float:
     with torch.inference_mode():
         call()
-        began = clock()
-        call()
-        least = 5 if clock() - began < SLOW else 2
         seconds: list[float] = []
-        while len(seconds) < least or (sum(seconds) < budget and len(seconds) < 1000):
+        while len(seconds) < 2 or (sum(seconds) < budget and len(seconds) < 1000):
             began = clock()
             out = call()
             if out.is_cuda:
