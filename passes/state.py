@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import sympy
@@ -41,6 +41,7 @@ class GraphState:
     proved_from: set[str] = field(default_factory=set)  # constants whose values a proof used
     labels: dict[str, str] = field(default_factory=dict)  # weight placeholder -> the module's name for it
     notes: dict[str, Any] = field(default_factory=dict)  # what passes found out, by pass name
+    weights: dict[str, Any] = field(default_factory=dict)  # weight placeholder -> where the module keeps it
     max_context: int | None = None  # the context that was asked for
     other_length: Callable[[int], GraphState] | None = None  # the same model analysed for another number of tokens
 
@@ -79,6 +80,13 @@ class GraphState:
         node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
         self.inputs.append(node.name)
         return node
+
+    def become(self, other: GraphState) -> None:
+        """Go on with another trace of the same model, on which the same passes ran."""
+        kept = ("max_context", "other_length", "lone_lengths")
+        for entry in fields(self):
+            if entry.name not in kept:
+                setattr(self, entry.name, getattr(other, entry.name))
 
     def clean(self) -> None:
         """Drop dead code; placeholders stay."""

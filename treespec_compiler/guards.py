@@ -4,20 +4,23 @@ In the tree program T counts nodes, not context, so no branch on T may be left u
 by the guards; for every region but the trace's own the model is analysed once more. If that raises an error (an
 assertion, a table that ends), the region's start bounds the context; if it proves to be the same program, the branch
 means nothing; otherwise the model is refused, since the trace was too short, or too long, to show what it does.
+Programs are compared where both are asked: with at most n tokens no distance reaches n, so a window of n or more is no
+window. A trace that is shown to be right where the first one was made takes its place.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
 from torch import Tensor
 
 from .errors import PassError, TreespecError, Unsupported
-from .ir.specs import Limit
-from .passes.manager import Pass
+from .ir.sequence_attention import causal_attention
+from .ir.specs import Limit, MaskSpec
 from .passes.state import GraphState
 
 # Lengths are looked at up to here, and each one by itself up to DECIDED when a guard is not linear in T.
@@ -33,12 +36,11 @@ def discharge_guards(state: GraphState, analyse: Callable[[int], GraphState], ma
     """Decide every guard on the number of tokens; returns the capacity limits found. Raises `Unsupported`."""
     limits: list[Limit] = []
     regions: list[Guards] = [_about_length(state.guards, state.length)]
-    example = int(state.node(state.tokens).meta["val"].shape[1].node.hint)
     ceiling = max_context or LONGEST
-    if any(_threshold(g, state.length) is None for g in regions[0]):
-        limits.append(Limit(DECIDED, f"a condition on the number of tokens is decided up to here: {regions[0][0]}"))
-        ceiling = min(ceiling, DECIDED)
     for _ in range(MOST_REGIONS):
+        if (limit := _decided(regions, state.length)) is not None and limit not in limits:
+            limits.append(limit)
+            ceiling = min(ceiling, DECIDED)
         other = _uncovered(regions, state.length, ceiling)
         if other is None:
             return limits
@@ -48,7 +50,7 @@ def discharge_guards(state: GraphState, analyse: Callable[[int], GraphState], ma
         except PassError:  # a bug of ours says nothing about the model
             raise
         except (TreespecError, AssertionError, RuntimeError, IndexError, ValueError) as error:
-            if other < example:
+            if other < _example(state):
                 raise Unsupported(
                     f"the model takes another branch unless {guard} (T = {state.length} tokens), and with {other} "
                     f"tokens it cannot be analysed: {str(error).splitlines()[0]}",
@@ -63,14 +65,31 @@ def discharge_guards(state: GraphState, analyse: Callable[[int], GraphState], ma
             limits.append(Limit(other - 1, f"the model stops at {other} tokens: {guard}"))
             ceiling = other - 1
             continue
-        if meaning(there) != meaning(state):
+        if _same(there, state, _reach(there)):
+            regions.append(_about_length(there.guards, there.length, state.length))
+        elif _same(there, state, _reach(state)):
+            regions = [there.guards, _about_length(state.guards, state.length, there.length)]
+            state.become(there)
+        else:
             raise _too_short(guard, state, other, "does something else there")
-        regions.append(_about_length(there.guards, there.length, state.length))
     raise Unsupported(
         f"the model branches on the number of tokens in more than {MOST_REGIONS} ways: "
         f"{', '.join(map(str, regions[0]))}",
         way_out="make the forward pass the same for every number of tokens",
     )
+
+
+def _example(state: GraphState) -> int:
+    """The number of tokens that the trace was made with."""
+    return int(state.node(state.tokens).meta["val"].shape[1].node.hint)
+
+
+def _decided(regions: Sequence[Guards], length: sympy.Symbol) -> Limit | None:
+    """Up to where lengths are looked at one by one, where a guard is not linear in T."""
+    guard = next((g for region in regions for g in region if _threshold(g, length) is None), None)
+    if guard is None:
+        return None
+    return Limit(DECIDED, f"a condition on the number of tokens is decided up to here: {guard}")
 
 
 def _too_short(guard: Any, state: GraphState, other: int, what: str) -> Unsupported:
@@ -81,8 +100,23 @@ def _too_short(guard: Any, state: GraphState, other: int, what: str) -> Unsuppor
     )
 
 
-def meaning(state: GraphState) -> tuple[Any, ...]:
-    """What must agree for two analyses to be the same program: sites, masks, and the data graph op by op."""
+def _same(a: GraphState, b: GraphState, reach: int | None) -> bool:
+    return meaning(a, reach) == meaning(b, reach)
+
+
+def _reach(state: GraphState) -> int | None:
+    """The largest number of tokens that the state's guards allow; None where they do not end."""
+    at = [_threshold(g, state.length) for g in _about_length(state.guards, state.length)]
+    if any(t is None for t in at):
+        return None
+    points = {2, LONGEST} | {int(sympy.floor(t)) + e for t in at for e in (-1, 0, 1)}
+    inside = [p for p in points if p >= 2 and all(_holds(g, state.length, p) for g in state.guards)]
+    return None if LONGEST in inside or not inside else max(inside)
+
+
+def meaning(state: GraphState, reach: int | None = None) -> tuple[Any, ...]:
+    """What must agree for two analyses to be the same program of at most `reach` tokens: sites, masks, and the data
+    graph op by op."""
     names: dict[Any, int] = {}
 
     def key(value: Any) -> Any:
@@ -102,9 +136,34 @@ def meaning(state: GraphState) -> tuple[Any, ...]:
             what = id(state.constants[node.name]) if node.name in state.constants else "input"
         elif node.op == "get_attr":
             what = _contents(getattr(state.gm, str(node.target)))
-        rows.append((node.op, what, key(node.args), key(node.kwargs)))
-    masks = tuple((s.mask, s.scale, s.heads, s.kv_heads, s.softcap, s.bias, s.sinks) for s in state.sites)
+        args = _attention_args(node, reach) if node.target is _ATTENTION else node.args
+        rows.append((node.op, what, key(args), key(node.kwargs)))
+    masks = tuple(
+        (_within(s.mask, reach), s.scale, s.heads, s.kv_heads, s.softcap, s.bias, s.sinks) for s in state.sites
+    )
     return masks, tuple(rows), tuple(_contents(pack.build(state.constants)) for pack in state.packs.values())
+
+
+_ATTENTION = causal_attention._opoverload
+# What classify leaves out of a call: chunk, softcap, slopes, bias and sinks.
+_NO_CHANGES = (0, 0.0, None, None, None)
+
+
+def _attention_args(node: Any, reach: int | None) -> tuple[Any, ...]:
+    """All arguments of a `treespec::causal_attention`, with its mask as it is for at most `reach` tokens."""
+    q, k, v, scale, window, *changes = node.args
+    chunk, *rest = changes or _NO_CHANGES
+    mask = _within(MaskSpec(window, chunk=chunk), reach)
+    return (q, k, v, scale, mask.window, mask.chunk, *rest)
+
+
+def _within(mask: MaskSpec, reach: int | None) -> MaskSpec:
+    """The mask on the first `reach` tokens: a window or chunk that holds them all hides nothing."""
+    if reach is None:
+        return mask
+    return replace(
+        mask, window=0 if mask.window >= reach else mask.window, chunk=0 if mask.chunk >= reach else mask.chunk
+    )
 
 
 def _contents(value: Any) -> Any:
@@ -175,20 +234,3 @@ def _ends_there(error: Unsupported) -> bool:
     """
     text = error.reason.lower()
     return any(sign in text for sign in ("assert", "raise", "observed exception", "cannot capture", "specialised it"))
-
-
-def discharge(state: GraphState) -> int:
-    """Decide the state's guards; returns how many there were."""
-    if state.guards:
-        assert state.other_length is not None
-        state.limits += discharge_guards(state, state.other_length, state.max_context)
-    return len(state.guards)
-
-
-PASS = Pass(
-    "discharge guards",
-    discharge,
-    before="proved graph",
-    after="unchanged; every condition on the number of tokens is a bound on the context, or means nothing",
-    changes=False,
-)

@@ -66,7 +66,6 @@ class Prepared:
     """A captured model, and the passes that are to run on it."""
 
     state: GraphState
-    weights: dict[str, WeightRef]
     passes: list[Pass]
     checks: list[Check]
     capture_seconds: float
@@ -92,7 +91,7 @@ def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
         return there
 
     state.other_length = other_length
-    return Prepared(state, captured.weights, passes, checks, seconds)
+    return Prepared(state, passes, checks, seconds)
 
 
 def convert(
@@ -113,9 +112,7 @@ def convert(
     state.other_length = None
     _drop_unused_inputs(state)
     max_context, limits = _context(state.limits, options.max_context)
-    return Converted(
-        state, prepared.weights, history, prepared.capture_seconds, max_context, limits, _input_vocab(state)
-    )
+    return Converted(state, state.weights, history, prepared.capture_seconds, max_context, limits, _input_vocab(state))
 
 
 def _watching(options: Options, instruments: Sequence[Instrument]) -> list[Instrument]:
@@ -156,6 +153,7 @@ def _state(captured: Capture, options: Options) -> GraphState:
         fake_mode=captured.fake_mode,
         guards=captured.guards,
         labels={name: ref.name for name, ref in captured.weights.items()},
+        weights=dict(captured.weights),
         max_context=options.max_context,
     )
 
