@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..batch import Part, pack
+from ..batch import Batch, Part, pack
+from ..cuda_graphs import GraphStats, run_or_explain
 from ..errors import InvalidOption, UnreadableModel, Unsupported
+from ..inputs import check_tokens, new_part
 from ..lowering import Lowered, lower_eager, lower_inductor
 from ..passes.early_exit import HEAD_NORM, HEAD_PROJECTION, copy_state, early_exit
-from ..passes.insert_state import META_INPUTS
 from ..tree import TokenTree
 from .draft import DraftRequest, ModelDraft, ModelDraftSession
 from .sampled_draft import SampledDraftSession
@@ -106,6 +107,7 @@ class EarlyExitProgram:
             places[n] if n in places else own[n].to(self.device, self.dtype).contiguous() for n in names
         ]
         self._lowered: Lowered | None = None
+        self._graphs, self._no_graphs = self.target._recording(self._place, self._launch)
         self.compile_seconds += perf_counter() - began
 
     @property
@@ -154,30 +156,36 @@ class EarlyExitProgram:
         target = self.target
         target._ready(cache)
         self._sync()
-        part = target._part(cache, slot, tree, start)
-        target._check_tokens(tree.tokens, f"the tree of slot {slot}")
+        part = new_part(cache, slot, tree, start)
+        check_tokens(tree.tokens, target._input_vocab, f"the tree of slot {slot}")
         target._check_context(cache.length(slot) + max(tree.depths) + 1)
         cache._reserve(slot, len(tree))
         logits = self._run(part, cache)
         cache._trees[slot] = tree
         return logits
 
-    def _run(self, part: Part, cache: TreeCache) -> Tensor:
-        lowered = self._lowered or self._lower()
-        every = self._every_input(part, cache)
-        with torch.no_grad():
-            return lowered.run([every[x] if isinstance(x, int) else x for x in self._inputs])[0]
+    @property
+    def graph_stats(self) -> GraphStats:
+        """What was recorded as CUDA graphs, or why nothing is."""
+        return self._graphs.stats() if self._graphs is not None else GraphStats(off=self._no_graphs)
 
-    def _every_input(self, part: Part, cache: TreeCache) -> list[Any]:
-        """What the target's own graph would be given."""
-        target, batch = self.target, pack([part], cache, self.device)
-        inputs, place = list(target._template), target._slots
-        inputs[place["tokens"]], inputs[place["positions"]] = batch.tokens, batch.meta.positions
-        for name in (*META_INPUTS, "rows"):
-            inputs[place[name]] = getattr(batch.meta, name)
-        first = place["pool_k_0"]
-        inputs[first : first + len(cache.pools)] = cache.pools
-        return inputs
+    def _run(self, part: Part, cache: TreeCache) -> Tensor:
+        if self._graphs is not None:
+            logits, self._no_graphs = run_or_explain(self._graphs, [part], cache, self.target._template, self.options)
+            if logits is not None:
+                return logits
+            if self._no_graphs:
+                self._graphs = None
+        return self._launch(self._place(pack([part], cache, self.device), cache))
+
+    def _launch(self, inputs: list[Tensor]) -> Tensor:
+        lowered = self._lowered or self._lower()
+        with torch.no_grad():
+            return lowered.run(inputs)[0]
+
+    def _place(self, batch: Batch, cache: TreeCache) -> list[Tensor]:
+        every = self.target._place(batch, cache)
+        return [every[x] if isinstance(x, int) else x for x in self._inputs]
 
     def _lower(self) -> Lowered:
         gm, target = self.graph_module, self.target

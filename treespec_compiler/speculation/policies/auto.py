@@ -1,7 +1,7 @@
 """Automatic choice among tree, chain and no speculation, by measured acceptance and measured cost.
 
-Every so many steps each draft's fastest tree is planned anew from its acceptance by rank (Sequoia, arXiv 2402.12374,
-section 4) and the cost model. A draft that is not worth its time is left alone, and tried again after a wait that
+Every so many steps each draft's fastest tree is planned anew from its acceptance by rank (Sequoia, arXiv 2402.12374v3,
+section 3) and the cost model. A draft that is not worth its time is left alone, and tried again after a wait that
 doubles with every failure and is long enough for the trial to cost at most `REGRET` of the time until then.
 """
 

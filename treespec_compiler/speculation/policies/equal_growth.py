@@ -12,7 +12,7 @@ from .best_first import check_counts, likeliest_nodes, values
 
 @dataclass(frozen=True)
 class EqualGrowth:
-    """The equal-growth tree of Yggdrasil (arXiv 2512.23858, section 4).
+    """The equal-growth tree of Yggdrasil (arXiv 2512.23858).
 
     Each step runs the `width` nodes of largest value (the product of the draft's probabilities on the path) among all
     that were not run yet, at whatever depth, so each draft call has the same shape; after `steps` of them the

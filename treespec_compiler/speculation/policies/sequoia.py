@@ -1,9 +1,9 @@
 """Sequoia: the tree of largest expected acceptance for every node budget, and the budget that is fastest.
 
-Sequoia (Chen et al., arXiv 2402.12374), section 4.1: let a[k] be the chance that the k-th child of an accepted node is
+Sequoia (Chen et al., arXiv 2402.12374v3, section 3): let a[k] be the chance that the k-th child of an accepted node is
 accepted (and none of those before it), whatever its place. A tree then yields the sum over its nodes of the product of
-a on each path, and the best tree is found by dynamic programming; section 4.3 takes the size and depth that are fastest
-by *measured* times.
+a on each path, and the best tree is found by dynamic programming; its hardware-aware optimizer takes the fastest size and
+depth by *measured* times.
 """
 
 from __future__ import annotations

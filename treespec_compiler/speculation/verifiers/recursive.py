@@ -17,7 +17,7 @@ from .rule import Target
 class RecursiveRejection:
     """As multi-step sampling, but a rejected x changes both sides: p <- norm(max(0, p - q)), then q <- q without x.
 
-    Sequoia (arXiv 2402.12374), section 3.2, "Sequoia Sampling and Verification"; the same rule is recursive rejection
+    Sequoia (arXiv 2402.12374v3, section 3), "Sequoia Sampling and Verification"; the same rule is recursive rejection
     sampling without replacement in arXiv 2402.14160. Children must have been drawn without replacement: then the
     renormalised q is what the next one was drawn from. Where q runs out of tokens there are no further children;
     Sequoia goes on with uniform ones.
