@@ -2,8 +2,8 @@
 
 Sequoia (Chen et al., arXiv 2402.12374v3, section 3): let a[k] be the chance that the k-th child of an accepted node is
 accepted (and none of those before it), whatever its place. A tree then yields the sum over its nodes of the product of
-a on each path, and the best tree is found by dynamic programming; its hardware-aware optimizer takes the fastest size and
-depth by *measured* times.
+a on each path, and the best tree is found by dynamic programming; its hardware-aware optimizer takes the size and depth
+that are fastest by *measured* times.
 """
 
 from __future__ import annotations
