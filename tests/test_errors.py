@@ -29,6 +29,7 @@ EXAMPLES: list[TreespecError] = [
     errors.TokenizerMismatch(difference="id 7 as 'a' in the draft and 'b' in the target"),
     errors.UnreadableModel(name="hf:/nowhere", problem="no such folder"),
     errors.CorruptTable(path="tree_attention/cpu.json", problem="no key 'schema'"),
+    errors.CaptureFailed(problem="RuntimeError (operation not permitted when stream is capturing)"),
     errors.PassError(pass_name="treeify", problem="an arange over the sequence is left"),
     errors.PassError(pass_name="probe", problem="a changed graph", user=True),
     errors.InvalidPipeline(got="no pass 'fuze'", expected="a known pass"),

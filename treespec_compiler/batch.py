@@ -40,6 +40,11 @@ class Shape:
     rows: int
     words: int
 
+    @property
+    def integers(self) -> int:
+        """Of all inputs together."""
+        return 3 * self.nodes + 4 * self.requests + 1 + self.rows + self.nodes * self.words
+
     def split(self, flat: Tensor) -> Batch:
         """Views of all integers of a call, in the order of `lay_out`."""
         t, r, w = self.nodes, self.requests, self.words
@@ -60,15 +65,19 @@ class Shape:
 
 
 def lay_out(
-    parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None
+    parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None, room: Shape | None = None
 ) -> tuple[tuple[int, int, int, int], array[int]]:
-    """The fields of a `Shape`, and all integers of the call; `rows` defaults to every new node."""
+    """The fields of a `Shape`, and all integers of the call; `rows` defaults to every new node.
+
+    With `room`, a shape at least as large, the call is padded to it: with nodes that belong to no request and write
+    nowhere, requests without nodes, and words without ancestors. Row i is then node i.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     write: list[int] = []
     bits: list[int] = []
     offsets, prefixes, sizes, pages = [0], [], [], []
-    words = -(-max([len(part.tree.tokens) for part in parts]) // WORD_BITS)
+    words = word_count(parts) if room is None else room.words
     for part in parts:
         tree, start, size = part.tree, part.start, len(part.tree.tokens)
         prefix = cache._lengths[part.slot]
@@ -84,11 +93,26 @@ def lay_out(
         prefixes.append(prefix)
         sizes.append(size)
         pages.append(part.slot)
+    if room is not None:
+        more, idle = room.nodes - len(tokens), [0] * (room.requests - len(parts))
+        tokens += [0] * more
+        positions += [0] * more
+        write += [-1] * more
+        bits += [0] * (more * words)
+        offsets += [offsets[-1]] * len(idle)
+        prefixes += idle
+        sizes += idle
+        pages += idle
     count = len(tokens)
     chosen = range(count) if rows is None else rows
     # One array for all integers: building nine small tensors costs more than a small draft's layer.
     numbers = array("q", [*tokens, *positions, *write, *offsets, *pages, *prefixes, *sizes, *chosen, *bits])
-    return (count, len(parts), len(chosen), words), numbers
+    return (count, len(pages), len(chosen), words), numbers
+
+
+def word_count(parts: Sequence[Part]) -> int:
+    """Words of 64 nodes that the largest tree needs."""
+    return -(-max([len(part.tree.tokens) for part in parts]) // WORD_BITS)
 
 
 def _signed(word: int) -> int:

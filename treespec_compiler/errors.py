@@ -279,6 +279,17 @@ class CorruptTable(TreespecError, ValueError):
 
 
 @dataclass(eq=False, kw_only=True)
+class CaptureFailed(TreespecError, RuntimeError):
+    """A step that cannot be recorded as a CUDA graph."""
+
+    problem: str
+    template: ClassVar[str] = (
+        "A step cannot be recorded as a CUDA graph: got {e.problem}, expected kernels that never wait for the device. "
+        'Use the option cuda_graphs="auto", which runs such a program kernel by kernel, or False.'
+    )
+
+
+@dataclass(eq=False, kw_only=True)
 class PassError(TreespecError, RuntimeError):
     """A pass broke its promise: the graph after it does not satisfy the level's rules. A bug in the pass."""
 

@@ -142,6 +142,8 @@ def _shorten(lowered: Lowered, call: Callable[[list[Tensor]], Sequence[Tensor]])
 def _settings(device: torch.device) -> dict[str, Any]:
     """Inductor's settings for a decoding step."""
     settings: dict[str, Any] = {"size_asserts": False, "nan_asserts": False, "fallback_random": True}
+    # Steps are recorded whole, with their metadata, by cuda_graphs.py; Inductor's recordings would copy every input.
+    settings |= {"triton.cudagraphs": False}
     if device.type == "cpu":
         # Between the matrix products a step has only microseconds of work: a barrier costs more than it saves, and
         # far more when a core is busy. Measured, 11.5M parameters, 2 threads, one node: 0.92 ms with Inductor's own

@@ -42,6 +42,8 @@ class Options:
     """Which implementations ops are bound to: the best registered, ATen only, or the readable references."""
     pipeline: str | None = None
     """Passes to run, such as `default,mine,-fuse`; None: the default pipeline."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Whether steps are recorded as CUDA graphs: "auto" where they can be, True or an error, or never."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -51,6 +53,8 @@ class Options:
         if self.max_context is not None:
             _check_positive("max_context", self.max_context, "a positive integer or None")
         _check_positive("prefill_chunk", self.prefill_chunk, "a positive integer")
+        if not isinstance(self.cuda_graphs, bool) and self.cuda_graphs != "auto":
+            raise InvalidOption(name="cuda_graphs", got=self.cuda_graphs, expected="'auto' or True or False")
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | Options | None = None) -> Options:

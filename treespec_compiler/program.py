@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from .batch import Batch, Buffer, Part, Shape, lay_out, pack
 from .cache import TreeCache
 from .capture import CallSpec, call_spec, original_module
-from .errors import ContextOverflow, InvalidOption, InvalidPrompt, InvalidTree, StaleCache, TokenOutOfRange
+from .cuda_graphs import CudaRecorder, Graphs, GraphStats, Launch, Place, obstacle, run_or_explain
+from .errors import ContextOverflow, InvalidOption, StaleCache
+from .inputs import check_tokens, new_part, prompt_ids_of
 from .ir import ops
 from .ir.registry import best_kernel
 from .ir.specs import AttentionSpec, Limit
@@ -114,9 +116,21 @@ class TreeProgram:
         self._slots = {role: i for i, role in enumerate(self._roles)}
         self._bind_weights()
         self._lowered: Lowered | None = None
+        self._graphs, self._no_graphs = self._recording(self._place, self._launch)
         kernel = best_kernel(ops.commit_path, self.device, self.dtype) if self.options.kernels == "auto" else None
         self._commit = kernel.target if kernel is not None else ops.commit_path
         self.compile_seconds += time.perf_counter() - started
+
+    def _recording(self, place: Place, launch: Launch) -> tuple[Graphs | None, str]:
+        """What records calls as CUDA graphs, or why nothing does."""
+        wanted = self.options.cuda_graphs
+        reason = "option cuda_graphs=False" if wanted is False else obstacle(self.graph_module.graph, self.device)
+        if not reason:
+            return Graphs(place, launch, CudaRecorder(self.device), self.device), ""
+        if wanted is True:
+            fix = f"This one cannot: {reason}."
+            raise InvalidOption(name="cuda_graphs", got=True, expected="a program that can be recorded", fix=fix)
+        return None, reason
 
     def _bind_weights(self) -> None:
         """Put weights and packed weights into the template of inputs."""
@@ -156,6 +170,11 @@ class TreeProgram:
         return self._converted.state.notes
 
     @property
+    def graph_stats(self) -> GraphStats:
+        """What was recorded as CUDA graphs, or why nothing is."""
+        return self._graphs.stats() if self._graphs is not None else GraphStats(off=self._no_graphs)
+
+    @property
     def graph_module(self) -> torch.fx.GraphModule:
         """The rewritten graph, before lowering."""
         return self._converted.state.gm
@@ -176,10 +195,10 @@ class TreeProgram:
         `prompt_ids`: integers, or an int64 tensor [S] or [1, S]. Long prompts run in chunks of
         `options.prefill_chunk`; only the last row's logits are computed. Uncommitted nodes of the slot are dropped.
         """
-        ids = self._prompt(prompt_ids)
+        ids = prompt_ids_of(prompt_ids)
         self._ready(cache)
         cache._check_slot(slot)
-        self._check_tokens(ids, "the prompt")
+        check_tokens(ids, self._input_vocab, "the prompt")
         self._check_context(cache.length(slot) + len(ids))
         cache._reserve(slot, len(ids))
         chunk = self.options.prefill_chunk
@@ -204,9 +223,9 @@ class TreeProgram:
         """As `verify` for nodes >= `start` only; nodes < start are in the cache, uncommitted. [new nodes, V]."""
         items: Sequence[tuple[int, TokenTree]] = tree.items if isinstance(tree, Forest) else ((0, tree),)
         self._ready(cache)
-        parts = [self._part(cache, s, t, start.get(s, 0) if isinstance(start, Mapping) else start) for s, t in items]
+        parts = [new_part(cache, s, t, start.get(s, 0) if isinstance(start, Mapping) else start) for s, t in items]
         for part in parts:
-            self._check_tokens(part.tree.tokens, f"the tree of slot {part.slot}")
+            check_tokens(part.tree.tokens, self._input_vocab, f"the tree of slot {part.slot}")
             self._check_context(cache.length(part.slot) + max(part.tree.depths) + 1)
             cache._reserve(part.slot, len(part.tree))
         logits = self._run(parts, cache)
@@ -253,33 +272,17 @@ class TreeProgram:
         if cache not in self._caches:
             raise StaleCache(reason="this program (it belongs to another one)")
 
-    def _part(self, cache: TreeCache, slot: int, tree: TokenTree, start: int) -> Part:
-        if not isinstance(tree, TokenTree):
-            raise InvalidTree(
-                got=type(tree).__name__, expected="a TokenTree or a Forest", fix="Build TokenTree(tokens, parents)."
-            )
-        cache._check_slot(slot)
-        if start:
-            held = cache._trees[slot]
-            known = 0 if held is None else len(held)
-            if not isinstance(start, int) or not 0 < start < len(tree) or start > known:
-                raise InvalidTree(
-                    got=f"start={start} for a tree of {len(tree)} nodes with {known} in the cache",
-                    expected=f"0 <= start <= {min(known, len(tree) - 1)}",
-                    fix="Run the earlier nodes first, with verify or extend.",
-                )
-            assert held is not None
-            if held.tokens[:start] != tree.tokens[:start] or held.parents[:start] != tree.parents[:start]:
-                raise InvalidTree(
-                    got=f"a tree whose first {start} nodes differ from those in the cache",
-                    expected="the same tree, grown at the end",
-                    fix="Extend the tree that was run, or call verify.",
-                )
-        return Part(slot, tree, start)
-
     def _run(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None) -> Tensor:
+        if self._graphs is not None and rows is None:
+            logits, self._no_graphs = run_or_explain(self._graphs, parts, cache, self._template, self.options)
+            if logits is not None:
+                return logits
+            if self._no_graphs:
+                self._graphs = None
+        return self._launch(self._inputs(parts, cache, rows))
+
+    def _launch(self, inputs: list[Tensor]) -> Tensor:
         lowered = self._lowered or self._lower()
-        inputs = self._inputs(parts, cache, rows)
         if not torch.is_grad_enabled():  # entering no_grad again would cost 1 us
             return lowered.run(inputs)[0]
         with torch.no_grad():
@@ -329,35 +332,6 @@ class TreeProgram:
         sizes = [s if isinstance(s, int) else 2 for s in value.shape]
         return torch.zeros(sizes, dtype=value.dtype, device=value.device)
 
-    def _prompt(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, Tensor):
-            if prompt.dtype not in (torch.int64, torch.int32):
-                raise InvalidPrompt(got=f"a tensor of dtype {prompt.dtype}", expected="torch.int64", fix="Convert it.")
-            if prompt.dim() == 2 and prompt.shape[0] == 1:
-                prompt = prompt[0]
-            if prompt.dim() != 1:
-                raise InvalidPrompt(
-                    got=f"shape {list(prompt.shape)}",
-                    expected="[S] or [1, S]",
-                    fix="Prefill each request in its own slot.",
-                )
-            prompt = prompt.tolist()
-        if not isinstance(prompt, Iterable):
-            raise InvalidPrompt(got=type(prompt).__name__, expected="a list or tensor of token ids")
-        ids = list(prompt)
-        if not ids:
-            raise InvalidPrompt(got="no tokens", expected="at least one")
-        for i in ids:
-            if not isinstance(i, int) or isinstance(i, bool):
-                raise InvalidPrompt(got=repr(i), expected="integer token ids")
-        return ids
-
-    def _check_tokens(self, tokens: Sequence[int], where: str) -> None:
-        vocab = self._input_vocab
-        if max(tokens) >= vocab or min(tokens) < 0:
-            index = next(i for i, t in enumerate(tokens) if not 0 <= t < vocab)
-            raise TokenOutOfRange(token=tokens[index], index=index, vocab_size=vocab, where=where)
-
     @property
     def _input_vocab(self) -> int:
         return self._converted.input_vocab or self.vocab_size
@@ -372,7 +346,8 @@ class TreeProgram:
         name = type(model).__name__ if model is not None else "a deleted module"
         masks = ", ".join(sorted({s.mask.formula for s in self.sites}))
         context = self.max_context or "unlimited"
-        return f"TreeProgram({name}: {len(self.sites)} attention sites, mask {masks}, context {context})"
+        graphs = f", {self._graphs.stats()}" if self._graphs is not None else ""
+        return f"TreeProgram({name}: {len(self.sites)} attention sites, mask {masks}, context {context}{graphs})"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the sites as a table."""

@@ -91,7 +91,8 @@ def parse_options(pairs: list[str]) -> Options:
         if not separator:
             fix = "Write the name, an equals sign and the value, without spaces."
             raise InvalidOption(name="--option", got=pair, expected="NAME=VALUE, such as lowering=eager", fix=fix)
-        options[name] = None if value == "None" else int(value) if value.isdecimal() else value
+        words = {"None": None, "True": True, "False": False}
+        options[name] = int(value) if value.isdecimal() else words.get(value, value)
     return Options.parse(options)
 
 

@@ -20,6 +20,15 @@ def ancestor_nodes(words: Tensor) -> list[int]:
     return [64 * w + b for w, word in enumerate(words.tolist()) for b in range(64) if word >> b & 1]
 
 
+def append(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Tensor) -> None:
+    """Write the new nodes' K and V into the pools, except where `write_index` is negative; shapes as in `reference`."""
+    nodes = (write_index >= 0).nonzero().flatten()
+    at, page_size = write_index[nodes], pool_k.shape[2]
+    pages, offsets = at // page_size, at % page_size
+    pool_k[pages, :, offsets] = k[0].transpose(0, 1)[nodes].to(pool_k.dtype)
+    pool_v[pages, :, offsets] = v[0].transpose(0, 1)[nodes].to(pool_v.dtype)
+
+
 def reference(
     q: Tensor,  # [1, Hq, T, Dk]
     k: Tensor,  # [1, Hkv, T, Dk]
@@ -39,12 +48,11 @@ def reference(
     """Write K and V at `write_index`, then softmax(scale * q @ keys) @ values over what each node sees.
 
     A node sees the tokens j < prefix_len with position - j < window, and of its ancestors (itself included) those
-    fewer than `window` levels above it. window == 0: all of them. Rows that belong to no request give 0.
+    fewer than `window` levels above it. window == 0: all of them. Rows that belong to no request give 0, and their
+    K and V are written nowhere if their write_index is negative.
     """
     page_size, group = pool_k.shape[2], q.shape[1] // k.shape[1]
-    pages, offsets = write_index // page_size, write_index % page_size
-    pool_k[pages, :, offsets] = k[0].transpose(0, 1).to(pool_k.dtype)
-    pool_v[pages, :, offsets] = v[0].transpose(0, 1).to(pool_v.dtype)
+    append(k, v, pool_k, pool_v, write_index)
 
     out = empty_output(q, v).zero_()
     wide = torch.promote_types(q.dtype, torch.float32)  # softmax in float32, or in float64

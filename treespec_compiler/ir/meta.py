@@ -12,7 +12,7 @@ class TreeMeta:
     """T new nodes of R requests; all int64, on the pools' device. P pages per slot, W words of 64 nodes."""
 
     positions: Tensor  # [T]    prefix length of the node's request + node depth
-    write_index: Tensor  # [T]    where this node's K/V goes: page * page_size + offset
+    write_index: Tensor  # [T]    where this node's K/V goes: page * page_size + offset; < 0: nowhere
     node_offsets: Tensor  # [R+1]  rows node_offsets[r]:node_offsets[r+1] are request r's new nodes
     page_table: Tensor  # [R, P] pages of request r's slot; today P = 1, page = slot
     prefix_lens: Tensor  # [R]    committed tokens

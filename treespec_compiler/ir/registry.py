@@ -20,6 +20,7 @@ class Kernel:
     dtypes: frozenset[torch.dtype] | None  # None: any floating-point dtype
     priority: int
     available: Callable[[], bool]  # may be slow the first time (a build); asked only for kernels that fit
+    capturable: bool = False  # never waits for the device, and writes no K/V where write_index is negative
 
     def fits(self, device: str, dtype: torch.dtype) -> bool:
         return self.device in (device, "any") and (self.dtypes is None or dtype in self.dtypes)
@@ -37,9 +38,13 @@ def register_kernel(
     name: str,
     target: OpOverload,
     available: Callable[[], bool] = lambda: True,
+    capturable: bool = False,
 ) -> Kernel:
-    """Enter a kernel; one of the same name for the same op is replaced."""
-    kernel = Kernel(op, target, name, device, dtypes, priority, available)
+    """Enter a kernel; one of the same name for the same op is replaced.
+
+    `capturable`: whether a CUDA graph may hold it, with inputs that are padded (see `Kernel`).
+    """
+    kernel = Kernel(op, target, name, device, dtypes, priority, available, capturable)
     others = [k for k in _KERNELS.get(op, []) if k.name != name]
     _KERNELS[op] = sorted([*others, kernel], key=lambda k: -k.priority)
     return kernel
@@ -54,3 +59,8 @@ def best_kernel(op: OpOverload, device: torch.device | str, dtype: torch.dtype) 
     """The available kernel of highest priority; None: only the reference, which is `op` itself."""
     kind = torch.device(device).type
     return next((k for k in kernels(op) if k.fits(kind, dtype) and k.available()), None)
+
+
+def kernel_of(target: OpOverload) -> Kernel | None:
+    """The kernel that was entered under this name."""
+    return next((k for entered in _KERNELS.values() for k in entered if k.target is target), None)

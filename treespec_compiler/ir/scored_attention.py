@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from .attention import SCHEMA as PLAIN_SCHEMA
-from .attention import TAGS, ancestor_nodes, empty_output
+from .attention import TAGS, ancestor_nodes, append, empty_output
 
 SCHEMA = PLAIN_SCHEMA.replace(
     "SymInt window)",
@@ -68,9 +68,7 @@ def reference(
 ) -> Tensor:
     """Shapes as in `tree_attention`; slopes [Hq], bias [Hq, distances], sinks [Hq]."""
     page_size, group = pool_k.shape[2], q.shape[1] // k.shape[1]
-    pages, offsets = write_index // page_size, write_index % page_size
-    pool_k[pages, :, offsets] = k[0].transpose(0, 1).to(pool_k.dtype)
-    pool_v[pages, :, offsets] = v[0].transpose(0, 1).to(pool_v.dtype)
+    append(k, v, pool_k, pool_v, write_index)
 
     out = empty_output(q, v).zero_()
     wide = torch.promote_types(q.dtype, torch.float32)
