@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from treespec_compiler.codegen import aten, aten_scored, cpu
-from treespec_compiler.codegen.gpu import commit, triton_installed
+from treespec_compiler.codegen.gpu import accept, commit, triton_installed
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import register_kernel
 
@@ -37,5 +37,14 @@ register_kernel(
     priority=30,
     name="triton",
     target=commit.COMMIT_PATH,
+    available=triton_installed,
+)
+register_kernel(
+    ops.greedy_accept,
+    device="cuda",
+    dtypes=accept.DTYPES,
+    priority=30,
+    name="triton",
+    target=accept.GREEDY_ACCEPT,
     available=triton_installed,
 )

@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="needs triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET makes no kernels to compile", allow_module_level=True)
 
+from treespec_compiler.codegen.gpu.accept import walk_warps
+from treespec_compiler.codegen.gpu.kernels.accept import greedy_walk_kernel, row_best_kernel
 from treespec_compiler.codegen.gpu.kernels.append import append_kernel
 from treespec_compiler.codegen.gpu.kernels.commit import commit_kernel
 from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offline
@@ -19,13 +21,16 @@ from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offl
 DTYPES = ("fp32", "fp16", "bf16")
 
 
-def compiled(kernel: Any, pointers: dict[str, str], constexprs: dict[str, Any], target: str) -> Offline:
-    """Every argument that is neither a pointer nor constexpr is an i32; strides and pointers are multiples of 16."""
+def compiled(
+    kernel: Any, pointers: dict[str, str], constexprs: dict[str, Any], target: str, num_warps: int = 4
+) -> Offline:
+    """Every argument that is neither a pointer nor constexpr is an i32; pointers, strides and V are multiples of 16."""
     numbers = {name: "i32" for name in kernel.arg_names if name not in pointers and name not in constexprs}
     unit = {name for name in numbers if name.endswith("_d")}  # the last dimension is contiguous
     signature = {**pointers, **{name: kind for name, kind in numbers.items() if name not in unit}}
-    strides = [name for name in signature if name.endswith(("_t", "_h", "_page")) or name in pointers]
-    return compile_offline(kernel, signature, {**constexprs, **dict.fromkeys(unit, 1)}, target, divisible=strides)
+    strides = [name for name in signature if name.endswith(("_t", "_h", "_page", "_stride", "V")) or name in pointers]
+    every = {**constexprs, **dict.fromkeys(unit, 1)}
+    return compile_offline(kernel, signature, every, target, num_warps=num_warps, divisible=strides)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -51,3 +56,22 @@ def test_commit_reads_a_block_before_it_writes_any_of_it(target: str) -> None:
         order = re.findall(r"\b(LDG|BAR|STG)\b", done.sass)
         assert "BAR" in order and "STG" in order
         assert "STG" not in order[: order.index("BAR")] and "LDG" not in order[order.index("STG") :]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_largest_logits(target: str, dtype: str) -> None:
+    pointers = {"logits": f"*{dtype}", "best": "*i64"}
+    done = compiled(row_best_kernel, pointers, {"id_stride": 1, "SPLIT": 8192, "BLOCK": 1024}, target)
+    assert done.resources.fits
+    if target.startswith("sm_"):
+        assert done.has("LDG.E.128")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("nodes", "splits"), [(64, 4), (512, 1), (4096, 1)])
+def test_greedy_walk(target: str, nodes: int, splits: int) -> None:
+    pointers = dict.fromkeys(("best", "tokens", "parents", "node_offsets", "out"), "*i64")
+    blocks = {"TIE": 2.0**-7, "FIELDS": 4, "BLOCK_N": nodes, "BLOCK_S": splits}
+    done = compiled(greedy_walk_kernel, pointers, blocks, target, num_warps=walk_warps(nodes, splits))
+    assert done.resources.fits

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treespec_compiler.errors import InvalidOption, InvalidTree, TokenizerMismatch
-from treespec_compiler.runtime.engine import near_tie
 from treespec_compiler.runtime.stats import Count, Stats
 from treespec_compiler.speculation.draft import MAX_CHAIN, DraftRequest, ModelDraft, draft_probabilities
+from treespec_compiler.speculation.near_ties import near_tie
 from treespec_compiler.speculation.policy import Limits, StaticExpansion, TreePolicy, as_policy
 from treespec_compiler.speculation.proposal import Proposal
 from treespec_compiler.speculation.ranking import likeliest

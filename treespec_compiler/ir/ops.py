@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from treespec_compiler.ir.accept import greedy_accept
 from treespec_compiler.ir.attention import tree_attention
 from treespec_compiler.ir.commit import commit_path
 from treespec_compiler.ir.linear import pack_weight, packed_bytes, packed_linear, unpack_weight
@@ -9,6 +10,7 @@ from treespec_compiler.ir.scored_attention import scored_tree_attention
 
 __all__ = [
     "commit_path",
+    "greedy_accept",
     "pack_weight",
     "packed_bytes",
     "packed_linear",

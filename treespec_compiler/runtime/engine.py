@@ -8,12 +8,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..speculation import caches
 from ..speculation.chance import Chance
 from ..speculation.draft import Draft, DraftRequest, DraftSession
-from ..speculation.judge import Judge
+from ..speculation.judge import GreedyJudge, Judge
+from ..speculation.near_ties import TOLERANCE, near_tie
+from ..speculation.on_device import greedy_kernel
 from ..speculation.policy import Limits, TreePolicy
 from ..speculation.proposal import Proposal
 from ..speculation.samplers import ChildSampler
@@ -24,9 +25,6 @@ from .stats import FinishReason, Stats
 if TYPE_CHECKING:
     from ..program import TreeProgram
     from ..speculation.policies.auto import Controller
-
-# Relative to the larger logit: twice the spacing of the dtype's numbers, what one rounding more or less can move.
-NEAR_TIE = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +76,8 @@ class Engine:
     ) -> None:
         self.program, self.policy, self.judge, self.stats = program, policy, judge, stats
         self.prompt, self.drafts = prompt, drafts
+        if isinstance(judge, GreedyJudge):
+            judge.kernel = greedy_kernel(program)
         self.ends = ending.eos | ending.stop
         self.eos = ending.eos
         self.remaining = ending.max_new_tokens
@@ -90,7 +90,7 @@ class Engine:
         max_nodes = policy.max_nodes * max(1, len(drafts)) if drafts else 1
         self.max_depth = policy.max_depth if drafts else 0
         self.capacity = max_tokens + max_nodes
-        self.near_tie = NEAR_TIE.get(program.dtype) if drawing is None else None
+        self.near_tie = TOLERANCE.get(program.dtype) if drawing is None else None
         self.root = -1
         self.length = 0  # tokens in the target's cache
         needs_q = judge.needs_q or policy.needs_q
@@ -150,7 +150,8 @@ class Engine:
         verdict = self.judge.verify(proposal, logits)
         path = verdict.path
         if self.near_tie is not None:
-            stats.near_ties += near_tie(logits, path, self.near_tie)
+            near = verdict.near_tie
+            stats.near_ties += near_tie(logits, path, self.near_tie) if near is None else near
         verified, compiled = perf_counter(), program.compile_seconds - compiled
 
         tokens = [proposal.tokens[node] for node in path]
@@ -228,10 +229,3 @@ class Engine:
             session.close()
         self.sessions = []
         caches.give_back(self.program, self.cache)
-
-
-def near_tie(logits: Tensor, path: Sequence[int], tolerance: float) -> bool:
-    """Whether rounding could have decided any of the path's choices."""
-    best = logits[list(path)].float().topk(2, dim=-1).values  # [path, 2]
-    gap = best[:, 0] - best[:, 1]
-    return bool((gap <= tolerance * best.abs().amax(-1)).any())

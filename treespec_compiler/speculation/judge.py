@@ -8,13 +8,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._ops import OpOverload
 
 from ..errors import InvalidLogits
 from .chance import Chance, Row
+from .on_device import accept_greedily
 from .proposal import Proposal
 from .ranking import likeliest
 from .sampling import Processor, Sampling
-from .verifier import Verdict, Verifier
+from .verifier import GreedyVerifier, Verdict, Verifier
 from .verifiers import StochasticVerifier
 
 
@@ -41,6 +43,8 @@ class GreedyJudge:
         self.needs_q = verifier.needs_q
         self._verifier = verifier
         self._length = 0
+        self.kernel: OpOverload | None = None
+        """An implementation of `treespec::greedy_accept` for the target's logits; None: they are read here."""
 
     def first(self, logits: Tensor) -> int:
         bad: list[int] = []
@@ -50,7 +54,10 @@ class GreedyJudge:
         return token
 
     def verify(self, proposal: Proposal, logits: Tensor) -> Verdict:
-        verdict = self._verifier.verify(proposal, logits)
+        if self.kernel is not None and type(self._verifier) is GreedyVerifier:
+            verdict = accept_greedily(self.kernel, proposal, logits)
+        else:
+            verdict = self._verifier.verify(proposal, logits)
         if verdict.unusable >= 0:
             raise InvalidLogits(position=self._length - 1 + verdict.unusable)
         return verdict

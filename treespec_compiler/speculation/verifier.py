@@ -20,6 +20,8 @@ class Verdict:
     """The target's token after the path's last node."""
     unusable: int = -1
     """Place in the path of the first node whose logits were NaN or infinite: nothing after it counts."""
+    near_tie: bool | None = None
+    """Whether rounding could have decided any of the path's choices; None: not looked at."""
 
 
 @runtime_checkable
@@ -50,12 +52,7 @@ class GreedyVerifier:
         choices = likeliest(logits, 1, bad)
         tokens, parents = proposal.tokens, proposal.parents
         if first is None:
-            if len(parents) > 1 and -1 in parents[1:]:
-                raise InvalidTree(
-                    got="several roots",
-                    expected="one, or `first=` with the target's token after the prefix",
-                    fix="Only that token tells which root the target would have taken.",
-                )
+            check_one_root(proposal)
             path, want = [0], choices[0]
         else:
             path, want = [], first
@@ -68,6 +65,15 @@ class GreedyVerifier:
         if bad:
             return Verdict(path, want, next((i for i, node in enumerate(path) if node in bad), -1))
         return Verdict(path, want)
+
+
+def check_one_root(proposal: Proposal) -> None:
+    if len(proposal.parents) > 1 and -1 in proposal.parents[1:]:
+        raise InvalidTree(
+            got="several roots",
+            expected="one, or `first=` with the target's token after the prefix",
+            fix="Only that token tells which root the target would have taken.",
+        )
 
 
 def as_verifier(verifier: Verifier | str | None) -> Verifier:

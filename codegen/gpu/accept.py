@@ -1,0 +1,70 @@
+"""`treespec_triton::greedy_accept`: two launches, nothing of which waits for the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from treespec_compiler.codegen.gpu.append import power_of_two
+from treespec_compiler.ir import accept
+
+DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+BLOCK = 1024
+MAX_SPLITS = 16
+# Programs that give every multiprocessor of a large GPU (132 to 160 of them) something to do, twice.
+PROGRAMS = 256
+
+
+def split_size(rows: int, vocab_size: int) -> int:
+    """Ids of a row that one program reads: a power of two, so that few kernels are compiled."""
+    splits = max(1, min(MAX_SPLITS, PROGRAMS // max(1, rows)))
+    return max(BLOCK, power_of_two(-(-vocab_size // splits)))
+
+
+def walk_warps(block_n: int, block_s: int) -> int:
+    """One warp, which needs no barriers, while a thread holds 8 numbers at most; 16 warps hold 4096 without spills."""
+    return min(16, power_of_two(max(1, block_n * block_s // 256)))
+
+
+def greedy_accept(logits: Tensor, tokens: Tensor, parents: Tensor, node_offsets: Tensor, tie: float) -> Tensor:
+    """As `treespec::greedy_accept`, for the dtypes of DTYPES."""
+    from .kernels.accept import greedy_walk_kernel, row_best_kernel
+
+    if logits.dtype not in DTYPES:
+        raise ValueError(f"got logits of {logits.dtype}, expected one of {sorted(map(str, DTYPES))}")
+    (rows, vocab_size), requests = logits.shape, node_offsets.numel() - 1
+    out = accept.fake(logits, tokens, parents, node_offsets, tie)
+    size = split_size(rows, vocab_size)
+    splits = -(-vocab_size // size)
+    block_n, block_s = power_of_two(max(rows, 2)), power_of_two(splits)
+    best = torch.empty(rows, splits, 2, dtype=torch.int64, device=logits.device)
+    with torch.cuda.device_of(logits):
+        if rows:
+            row_best_kernel[rows, splits](
+                logits, *logits.stride(), best, vocab_size, SPLIT=size, BLOCK=BLOCK, num_warps=4
+            )
+        greedy_walk_kernel[(requests,)](
+            best,
+            tokens,
+            parents,
+            node_offsets,
+            out,
+            requests,
+            splits,
+            TIE=tie,
+            FIELDS=accept.FIELDS,
+            BLOCK_N=block_n,
+            BLOCK_S=block_s,
+            num_warps=walk_warps(block_n, block_s),
+        )
+    return out
+
+
+_library = torch.library.Library("treespec_triton", "FRAGMENT")
+_library.define("greedy_accept" + accept.SCHEMA, tags=accept.TAGS)
+_library.impl("greedy_accept", greedy_accept, "CompositeExplicitAutograd")
+torch.library.register_fake("treespec_triton::greedy_accept", accept.fake, lib=_library)
+
+GREEDY_ACCEPT: OpOverload = torch.ops.treespec_triton.greedy_accept.default

@@ -1,0 +1,68 @@
+"""`treespec::greedy_accept`: which nodes of a verified forest the target's own argmax would have produced."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+SCHEMA = "(Tensor logits, Tensor tokens, Tensor parents, Tensor node_offsets, float tie) -> Tensor"
+TAGS = (torch.Tag.pt2_compliant_tag,)
+
+FIELDS = 4
+"""Integers of a request before the paths: accepted nodes, bonus token, place of the first unusable one, near tie."""
+
+
+def reference(logits: Tensor, tokens: Tensor, parents: Tensor, node_offsets: Tensor, tie: float) -> Tensor:
+    """What one readback tells of R requests: int64 [FIELDS * R + N].
+
+    logits [N, V]; tokens and parents [N] int64, parents within the request, its first node is its only root;
+    node_offsets [R + 1] int64. First, for every request: the number of accepted nodes, the target's token after them,
+    the place in the path of the first node whose row is NaN, infinite or all -inf (-1: none), and whether two logits of
+    a row of the path lie within `tie` of each other, relative to the larger (tie = 0: never). Then, where the request's
+    nodes lie, its path, filled up with -1. The largest logit wins, the lowest id of a tie; NaN is above all others.
+    """
+    requests = node_offsets.numel() - 1
+    out = tokens.new_full((FIELDS * requests + tokens.numel(),), -1)
+    for r in range(requests):
+        first, end = int(node_offsets[r]), int(node_offsets[r + 1])
+        rows = logits[first:end]
+        path = _walk(rows.argmax(-1).tolist(), tokens[first:end].tolist(), parents[first:end].tolist())
+        unusable = [place for place, node in enumerate(path) if not rows[node].max().isfinite()]
+        out[FIELDS * r] = len(path)
+        if path:
+            out[FIELDS * r + 1] = rows[path[-1]].argmax()
+        out[FIELDS * r + 2] = unusable[0] if unusable else -1
+        out[FIELDS * r + 3] = any(near_tie(rows[node], tie) for node in path)
+        out[FIELDS * requests + first :][: len(path)] = torch.tensor(path, dtype=torch.int64)
+    return out
+
+
+def _walk(choices: list[int], tokens: list[int], parents: list[int]) -> list[int]:
+    """Children follow their parents, so one walk over the nodes finds the whole path."""
+    path = [0] if tokens else []
+    for node in range(1, len(tokens)):
+        if parents[node] == path[-1] and tokens[node] == choices[path[-1]]:
+            path.append(node)
+    return path
+
+
+def near_tie(row: Tensor, tie: float) -> bool:
+    """Whether the two largest logits of a row [V] are finite and within `tie` of the larger magnitude."""
+    if not tie or row.numel() < 2:
+        return False
+    best = row.float().topk(2).values
+    gap = best[0] - best[1]
+    return bool(best.isfinite().all() and gap <= tie * best.abs().max())
+
+
+def fake(logits: Tensor, tokens: Tensor, parents: Tensor, node_offsets: Tensor, tie: float) -> Tensor:
+    return tokens.new_empty(FIELDS * (node_offsets.numel() - 1) + tokens.numel())
+
+
+_library = torch.library.Library("treespec", "FRAGMENT")
+_library.define("greedy_accept" + SCHEMA, tags=TAGS)
+_library.impl("greedy_accept", reference, "CompositeExplicitAutograd")
+torch.library.register_fake("treespec::greedy_accept", fake, lib=_library)
+
+greedy_accept: OpOverload = torch.ops.treespec.greedy_accept.default
