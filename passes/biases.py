@@ -20,17 +20,19 @@ def bias_kind(
     length: sympy.Symbol,
     sizes: dict[str, Tensor],
     text: str,
+    sinks: bool = False,
 ) -> tuple[str, int | None]:
     """("" | "slopes" | "distance", context limit) of the value added at visible keys, in terms of k and q - k.
 
     Softmax does not see what is constant along a row, so only the dependence on k matters:
-    slope * k + anything(q) is ALiBi, and a function of q - k alone is a relative bias.
+    slope * k + anything(q) is ALiBi, and a function of q - k alone is a relative bias. Beside sinks a constant counts,
+    and only slope * (k - q) is ALiBi.
     """
     in_q_and_k = sympy.expand(value.xreplace({distance: q - k}))
     slope = sympy.diff(in_q_and_k, k)
     if not slope.free_symbols & {q, k, length} and not slope.has(sympy.Derivative, sympy.Subs):
         rest = sympy.expand(in_q_and_k - slope * k)
-        if k not in rest.free_symbols:
+        if k not in rest.free_symbols and not (sinks and sympy.expand(rest + slope * q) != 0):
             return ("slopes" if slope != 0 else ""), None
     if value.free_symbols & {k, q, length}:
         raise NotAMask(f"attention scores get a bias that is no function of the distance q - k: {text}")

@@ -27,11 +27,12 @@ def classify_masks(state: GraphState) -> int:
     for node in sites:
         call = dict(zip(_ARGUMENTS, node.args, strict=False))
         q, k, v, mask, is_causal, scale = node.args[:6]
-        key = (mask, is_causal, shape_of(q)[1])
+        softcap, sinks = float(call.get("softcap") or 0.0), call.get("sinks")
+        key = (mask, is_causal, shape_of(q)[1], sinks is not None)
         if key not in scorings:
-            scorings[key] = _scoring(state, forms, node, mask, bool(is_causal))
+            scorings[key] = _scoring(state, forms, node, mask, bool(is_causal), sinks is not None)
         scoring, values = scorings[key]
-        spec, softcap, sinks = scoring.mask, float(call.get("softcap") or 0.0), call.get("sinks")
+        spec = scoring.mask
         changes = (
             spec.chunk,
             softcap,
@@ -55,7 +56,7 @@ _ARGUMENTS = ("q", "k", "v", "mask", "is_causal", "scale", "softcap", "sinks")
 
 
 def _scoring(
-    state: GraphState, forms: ClosedForms, node: fx.Node, mask: Any, is_causal: bool
+    state: GraphState, forms: ClosedForms, node: fx.Node, mask: Any, is_causal: bool, sinks: bool
 ) -> tuple[Scoring, fx.Node | None]:
     """What the mask is, and the input that holds its slopes or biases."""
     if mask is None:
@@ -75,7 +76,7 @@ def _scoring(
         return value.expand(*value.shape[:-2], n, n).cpu()
 
     try:
-        scoring = classify(form, state.length, evaluate, forms.tables)
+        scoring = classify(form, state.length, evaluate, forms.tables, sinks)
     except NotAMask as error:
         raise refuse(str(error), node) from None
     if not scoring.bias:

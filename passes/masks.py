@@ -47,22 +47,49 @@ class Scoring:
     bias: str = ""
 
 
-def classify(form: Form, length: sympy.Symbol, evaluate: Callable[[int], Tensor], sizes: dict[str, Tensor]) -> Scoring:
+def classify(
+    form: Form,
+    length: sympy.Symbol,
+    evaluate: Callable[[int], Tensor],
+    sizes: dict[str, Tensor],
+    sinks: bool = False,
+) -> Scoring:
     """What a [.., heads, q, k] mask does.
 
-    `evaluate(n)` runs the mask's own subgraph for n tokens; `sizes` maps table names to their tensors.
+    `evaluate(n)` runs the mask's own subgraph for n tokens; `sizes` maps table names to their tensors; `sinks`: what is
+    constant along a row counts, since a sink stands beside the scores.
     Raises NotAMask.
     """
-    rank = len(form.shape)
-    q, k = axis(rank - 2), axis(rank - 1)
-    if any(read.args for atom in form.expr.atoms(Relational) for read in atom.atoms(AppliedUndef)) or (
-        _pair_tables(form, q, k)
-    ):
+    q, k = _query_and_key(form)
+    if _is_table(form, q, k):
         extra = form.expr.free_symbols - {q, k}
         if extra:
             raise NotAMask(f"the mask differs between heads, or depends on the number of tokens: {_text(form, q, k)}")
         return Scoring(_from_table(form, evaluate, sizes, q, k))
-    return _analytic(form, length, evaluate, sizes, q, k)
+    return _analytic(form, length, evaluate, sizes, q, k, sinks)
+
+
+def hides_all(form: Form, evaluate: Callable[[int], Tensor], sizes: dict[str, Tensor]) -> bool:
+    """Whether a [.., heads, q, k] mask is proved to hide every key from every query."""
+    q, k = _query_and_key(form)
+    text = _text(form, q, k)
+    try:
+        if _is_table(form, q, k):
+            return bool((evaluate(_table_limit(form, sizes, q, k, text)) <= HIDDEN).all())
+        return all(_is_hidden(value) for value in _cells(form.expr, q, k, text).values())
+    except NotAMask:
+        return False
+
+
+def _query_and_key(form: Form) -> tuple[sympy.Symbol, sympy.Symbol]:
+    rank = len(form.shape)
+    return axis(rank - 2), axis(rank - 1)
+
+
+def _is_table(form: Form, q: sympy.Symbol, k: sympy.Symbol) -> bool:
+    """Whether the values of a buffer decide what is seen."""
+    compared = any(read.args for atom in form.expr.atoms(Relational) for read in atom.atoms(AppliedUndef))
+    return compared or _pair_tables(form, q, k)
 
 
 def _pair_tables(form: Form, q: sympy.Symbol, k: sympy.Symbol) -> bool:
@@ -73,7 +100,13 @@ def _pair_tables(form: Form, q: sympy.Symbol, k: sympy.Symbol) -> bool:
 
 
 def _analytic(
-    form: Form, length: sympy.Symbol, evaluate: Callable[[int], Tensor], sizes: dict[str, Tensor], q: Any, k: Any
+    form: Form,
+    length: sympy.Symbol,
+    evaluate: Callable[[int], Tensor],
+    sizes: dict[str, Tensor],
+    q: Any,
+    k: Any,
+    sinks: bool,
 ) -> Scoring:
     text = _text(form, q, k)
     expr, chunk = _without_chunks(form.expr, q, k, text)
@@ -83,7 +116,7 @@ def _analytic(
     if len(shown) > 1:
         raise NotAMask(f"the scores change differently at different distances: {text}")
     seen = _visible_distances(sorted(cells), hidden, text)
-    bias, limit = ("", None) if not shown else bias_kind(shown.pop(), _DISTANCE, q, k, length, sizes, text)
+    bias, limit = ("", None) if not shown else bias_kind(shown.pop(), _DISTANCE, q, k, length, sizes, text, sinks)
     spec = replace(_spec(seen, limit, text), chunk=chunk)
     if chunk and spec.window >= chunk:
         spec = replace(spec, window=0)

@@ -7,14 +7,16 @@ from typing import Any
 
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from treespec_compiler.ir import sequence_attention  # noqa: F401  (defines the ops)
 
-from .closed_form import ClosedForms, shape_of
+from .closed_form import ClosedForms, broadcast, shape_of
+from .evaluate import evaluate_for_length
 from .manager import Pass
+from .masks import hides_all
 from .provenance import op_name
-from .recognize_eager import SOFTMAXES, EagerSite, Reader
+from .recognize_eager import SOFTMAXES, EagerSite, Reader, Scores
 from .state import GraphState, refuse
 
 aten = torch.ops.aten
@@ -82,6 +84,7 @@ def recognize_eager(state: GraphState) -> int:
         if found is None or not _attends_over_tokens(state, found):
             continue
         scores, output = found.scores, found.output
+        _check_replaced(state, output, scores)
         q, v = _four_dimensional(state, output, scores.q), _four_dimensional(state, output, found.values)
         k = _four_dimensional(state, output, _untransposed(state, output, scores.k_transposed))
         rest: tuple[Any, ...] = (scores.mask, False, scores.scale)
@@ -94,6 +97,22 @@ def recognize_eager(state: GraphState) -> int:
         state.graph.erase_node(output)
         matches += 1
     return matches
+
+
+def _check_replaced(state: GraphState, at: fx.Node, scores: Scores) -> None:
+    """Scores that were replaced by an ordinary number must be hidden: what is seen must come from q k^T."""
+    for where in scores.replaced:
+        hiding = state.call(aten.full.default, ([], -math.inf), {"device": where.meta["val"].device}, like=at)
+        mask = hiding if scores.mask is None else state.call(aten.where.self, (where, scores.mask, hiding), like=at)
+        forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+        form = forms.of(mask)
+        shape = (sympy.Integer(1), shape_of(scores.q)[-3], state.length, state.length)
+
+        def evaluate(n: int, mask: fx.Node = mask) -> Tensor:
+            return evaluate_for_length(mask, state.tokens, state.constants, state.gm, n).cpu()
+
+        if form is None or not hides_all(broadcast(form, shape), evaluate, forms.tables):
+            raise refuse("attention scores are replaced by another value for keys that are not hidden", where)
 
 
 def _attends_over_tokens(state: GraphState, found: EagerSite) -> bool:

@@ -3,7 +3,8 @@
 Read backwards from the softmax, the scores are a chain of operations on one product q k^T. Each is folded into what is
 known so far: a factor on the product, a softcap, an additive mask or bias (any value that does not depend on token
 content), a condition that overrides scores, a sink column. An operation that fits nowhere ends the attempt; the softmax
-is then left alone, and token locality judges it.
+is then left alone, and token locality judges it. What is constant along a row is left out, since a softmax does not see
+it; one with sinks does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from torch import fx
 
 from .closed_form import ClosedForms, shape_of
+from .masks import HIDDEN
 from .provenance import op_name
+from .sink_gate import sink_gate
 from .state import GraphState
 
 aten = torch.ops.aten
@@ -28,7 +31,8 @@ _LOWEST = -1e30
 
 @dataclass(frozen=True)
 class Scores:
-    """softcap(scale * q k^T) + mask, before the softmax; `inner` is the scale inside a tanh that is still open."""
+    """softcap(scale * q k^T) + mask, before the softmax; `inner` is the scale inside a tanh that is still open, and
+    `shifted` says that something constant along each row was left out."""
 
     q: fx.Node
     k_transposed: fx.Node
@@ -37,6 +41,9 @@ class Scores:
     softcap: float = 0.0
     mask: fx.Node | None = None
     sinks: fx.Node | None = None
+    shifted: bool = False
+    replaced: tuple[fx.Node, ...] = ()
+    """Where scores were replaced by a value that hides nothing by itself: the mask must hide it there."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,9 @@ class Reader:
         scores = self.read(softmax.args[0])
         if scores is None or scores.inner is not None or (scores.sinks is not None) != dropped:
             return None
+        gate = sink_gate(softmax, output, self.forms, self.state.length)
+        if gate is not None and scores.sinks is None and not scores.shifted:
+            scores, output = replace(scores, sinks=gate[0]), gate[1]
         return EagerSite(scores, softmax, values, output)
 
     def _values(self, softmax: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
@@ -115,7 +125,7 @@ class Reader:
         if scores.inner is not None or scores.sinks is not None:
             return None
         if isinstance(extra, (int, float)):
-            return scores  # softmax does not see a constant
+            return replace(scores, shifted=True)
         if self._depends(extra):
             return None
         if sign < 0:
@@ -127,6 +137,10 @@ class Reader:
         """Scores replaced by `value` where `condition == when`."""
         if scores.inner is not None or scores.sinks is not None or self._depends(condition) or self._depends(value):
             return None
+        fixed = self.number(value)
+        if fixed is None or fixed > HIDDEN:
+            where = condition if when else self.emit(aten.logical_not.default, condition)
+            scores = replace(scores, replaced=(*scores.replaced, where))
         if isinstance(value, (int, float)):
             value = self.emit(aten.full.default, [], value, dtype=scores.q.meta["val"].dtype, device=self._device)
         kept = scores.mask
@@ -199,7 +213,7 @@ def _zeros_and_ones(reader: Reader, form: Any) -> bool:
 
 def _tanh(reader: Reader, node: fx.Node) -> Scores | None:
     scores = reader.read(node.args[0])
-    if scores is None or scores.mask is not None or scores.softcap or scores.inner is not None:
+    if scores is None or scores.mask is not None or scores.softcap or scores.inner is not None or scores.shifted:
         return None
     return replace(scores, inner=scores.scale)
 
@@ -223,7 +237,8 @@ def _sub(reader: Reader, node: fx.Node) -> Scores | None:
     if scores is None:
         return None
     if _is_row_maximum(b, a):
-        return scores  # softmax is the same for scores shifted by a row
+        # With the sinks among them, scores and sinks are shifted alike.
+        return scores if scores.sinks is not None else replace(scores, shifted=True)
     return None if reader._depends(b) or node.kwargs.get("alpha", 1) != 1 else reader.add(scores, b, -1)
 
 
@@ -301,11 +316,9 @@ def _cat(reader: Reader, node: fx.Node) -> Scores | None:
     if len(parts) != 2 or dim not in (-1, _rank(node) - 1) or reader._depends(parts[1]) or shape_of(parts[1])[-1] != 1:
         return None
     scores = reader.read(parts[0])
-    return (
-        None
-        if scores is None or scores.sinks is not None or scores.inner is not None
-        else replace(scores, sinks=parts[1])
-    )
+    if scores is None or scores.sinks is not None or scores.inner is not None or scores.shifted:
+        return None
+    return replace(scores, sinks=parts[1])
 
 
 _RULES: dict[str, Callable[[Reader, fx.Node], Scores | None]] = {
