@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from treespec_compiler.codegen import aten, aten_scored, cpu
-from treespec_compiler.codegen.gpu import accept, commit, triton_installed
+from treespec_compiler.codegen.gpu import accept, commit, tree_attention, tree_attention_spec, triton_installed
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import register_kernel
 
@@ -48,3 +48,16 @@ register_kernel(
     target=accept.GREEDY_ACCEPT,
     available=triton_installed,
 )
+for _op, _target in (
+    (ops.tree_attention, tree_attention.TREE_ATTENTION),
+    (ops.scored_tree_attention, tree_attention.SCORED_TREE_ATTENTION),
+):
+    register_kernel(
+        _op,
+        device="cuda",
+        dtypes=frozenset(tree_attention_spec.DTYPES),
+        priority=30,
+        name="triton",
+        target=_target,
+        available=triton_installed,
+    )

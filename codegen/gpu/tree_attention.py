@@ -1,0 +1,223 @@
+"""`treespec_triton::tree_attention` and its scored sister: generated Triton kernels over paged K/V pools."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from treespec_compiler.codegen import tables
+from treespec_compiler.codegen.gpu import source as files
+from treespec_compiler.codegen.gpu.append import append
+from treespec_compiler.codegen.gpu.tree_attention_spec import (
+    DTYPES,
+    AttentionKernel,
+    Config,
+    default_config,
+    split_count,
+)
+from treespec_compiler.ir import attention, scored_attention
+from treespec_compiler.ir.specs import MaskSpec
+
+OP = "tree_attention"
+
+
+def module(spec: AttentionKernel) -> ModuleType:
+    """The generated module with the kernels `attend` and `merge`."""
+    from treespec_compiler.codegen.gpu.tree_attention_source import source
+
+    return files.load(OP, spec.key(), source(spec))
+
+
+def signature(spec: AttentionKernel, *, split: bool = False) -> dict[str, str]:
+    """Types of `attend`'s arguments, for compiling without a GPU."""
+    pointers = {
+        "q": DTYPES[spec.dtype],
+        "pool_k": DTYPES[spec.pool_dtype],
+        "pool_v": DTYPES[spec.pool_dtype],
+        "out": "fp32" if split else DTYPES[spec.dtype],
+        "tops": "fp32",
+        **dict.fromkeys(METADATA, "i64"),
+        "ancestors": "i32",
+        **{name: "fp32" for name in ("slopes", "bias", "sinks") if getattr(spec, name)},
+    }
+    types = {name: f"*{kind}" for name, kind in pointers.items()} | {"scale": "fp32"}
+    numbers = [*(["distances"] if spec.bias else []), "nodes", "requests", "splits", "words", "pages", *SIZES]
+    return types | dict.fromkeys(numbers, "i32")
+
+
+def constexprs(config: Config, *, requests: int = 1, one_page: bool = True, split: bool = False) -> dict[str, Any]:
+    """The constexpr arguments of `attend`."""
+    return {**config.constexprs(), "REQUESTS": requests, "ONE_PAGE": one_page, "SPLIT": split}
+
+
+def divisible(spec: AttentionKernel) -> list[str]:
+    """Arguments of `attend` that are multiples of 16 where pools and queries are laid out as a model makes them."""
+    named = ["q", "pool_k", "pool_v", "out", "tops", "page_size", "k_page", "k_head", "v_page", "v_head"]
+    named += ["q_head", "q_node", "k_token"] if spec.key_dim % 16 == 0 else []
+    return named + (["v_token"] if spec.value_dim % 16 == 0 else [])
+
+
+METADATA = ("positions", "node_offsets", "page_table", "prefix_lens", "tree_lens", "ancestors")
+SIZES = ("page_size", "q_head", "q_node", "k_page", "k_head", "k_token", "v_page", "v_head", "v_token")
+
+
+def attend(
+    q: Tensor,
+    pool_k: Tensor,
+    pool_v: Tensor,
+    positions: Tensor,
+    node_offsets: Tensor,
+    page_table: Tensor,
+    prefix_lens: Tensor,
+    tree_lens: Tensor,
+    ancestors: Tensor,
+    scale: float,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    config: Config | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Attention over K/V that are in the pools already: `ir.attention.reference` without the write.
+
+    q [1, Hq, T, Dk], any strides; the last dimension of the pools must be contiguous. A node comes after its ancestors,
+    so no bit above its own is set. Launches depend on shapes only and nothing is read back: they can be captured in a
+    CUDA graph. `config` and `splits` default to what was measured or is sensible. Returns [1, Hq, T, Dv], laid out as
+    [1, T, Hq, Dv].
+    """
+    spec = AttentionKernel(
+        q.shape[1], pool_k.shape[1], q.shape[3], pool_v.shape[3], q.dtype, pool_k.dtype, MaskSpec(window, None, chunk),
+        float(softcap), slopes is not None, bias is not None, sinks is not None,
+    )  # fmt: skip
+    nodes, requests, capacity = q.shape[2], prefix_lens.shape[0], page_table.shape[1] * pool_k.shape[2]
+    out = q.new_empty(1, nodes, spec.heads, spec.value_dim)
+    if nodes == 0 or requests == 0:
+        return out.zero_().transpose(1, 2)
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    device = _device_key(q.device)
+    config = config or _config(spec, nodes, requests, capacity, device)
+    blocks = -(-nodes * spec.group // config.block_m) + requests - 1  # of ragged requests, at most
+    if splits is None:
+        reach = min(capacity, window + nodes if window else capacity, chunk + nodes if chunk else capacity)
+        splits = split_count(blocks * spec.kv_heads, reach, config, _processors(device))
+    kernels, parts = module(spec), splits + 1 if splits > 1 else 1
+    partial, tops = out, out
+    if parts > 1:
+        partial = q.new_empty(parts, nodes, spec.heads, spec.value_dim, dtype=torch.float32)
+        tops = q.new_empty(parts, nodes, spec.heads, dtype=torch.float32)
+    given = {name: t for name, t in (("slopes", slopes), ("bias", bias), ("sinks", sinks)) if t is not None}
+    kernels.attend[(blocks, spec.kv_heads, parts)](
+        q, pool_k, pool_v, partial, tops, positions, node_offsets, page_table, prefix_lens, tree_lens,
+        ancestors.contiguous().view(torch.int32), **{name: t.contiguous() for name, t in given.items()},
+        **({"distances": bias.shape[1]} if bias is not None else {}),
+        scale=scale, nodes=nodes, requests=requests, splits=splits, words=2 * ancestors.shape[1],
+        pages=page_table.shape[1], page_size=pool_k.shape[2], q_head=q.stride(1), q_node=q.stride(2),
+        k_page=pool_k.stride(0), k_head=pool_k.stride(1), k_token=pool_k.stride(2),
+        v_page=pool_v.stride(0), v_head=pool_v.stride(1), v_token=pool_v.stride(2),
+        **constexprs(config, requests=_power_of_two(requests), one_page=page_table.shape[1] == 1, split=parts > 1),
+        **config.options(), enable_fp_fusion=True,
+    )  # fmt: skip
+    if parts > 1:
+        kernels.merge[(nodes * spec.heads,)](
+            partial, tops, out, node_offsets, **({"sinks": sinks.contiguous()} if sinks is not None else {}),
+            requests=requests, rows=nodes * spec.heads, parts=parts, PARTS=_power_of_two(parts),
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _device_key(device: torch.device) -> int:
+    """An index of a GPU, -1 for the interpreter on a CPU."""
+    return (torch.cuda.current_device() if device.index is None else device.index) if device.type == "cuda" else -1
+
+
+@functools.lru_cache(4096)
+def _config(spec: AttentionKernel, nodes: int, requests: int, capacity: int, device: int) -> Config:
+    arch = tables.architecture(f"cuda:{device}") if device >= 0 else ""
+    measured: Mapping[str, int] | None = None
+    if arch:
+        measured = tables.lookup(OP, arch, spec.tuning_key(nodes, requests, capacity))
+    return Config(**measured) if measured else default_config(spec, nodes * spec.group, arch)
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool_k: Tensor,
+    pool_v: Tensor,
+    positions: Tensor,
+    write_index: Tensor,
+    node_offsets: Tensor,
+    page_table: Tensor,
+    prefix_lens: Tensor,
+    tree_lens: Tensor,
+    ancestors: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    append(k, v, pool_k, pool_v, write_index)
+    return attend(
+        q, pool_k, pool_v, positions, node_offsets, page_table, prefix_lens, tree_lens, ancestors, scale, window
+    )
+
+
+def scored_tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool_k: Tensor,
+    pool_v: Tensor,
+    positions: Tensor,
+    write_index: Tensor,
+    node_offsets: Tensor,
+    page_table: Tensor,
+    prefix_lens: Tensor,
+    tree_lens: Tensor,
+    ancestors: Tensor,
+    scale: float,
+    window: int,
+    chunk: int,
+    softcap: float,
+    slopes: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    append(k, v, pool_k, pool_v, write_index)
+    return attend(
+        q, pool_k, pool_v, positions, node_offsets, page_table, prefix_lens, tree_lens, ancestors, scale, window,
+        chunk, softcap, slopes, bias, sinks,
+    )  # fmt: skip
+
+
+_library = torch.library.Library("treespec_triton", "FRAGMENT")
+for _name, _schema, _implementation in (
+    ("tree_attention", attention.SCHEMA, tree_attention),
+    ("scored_tree_attention", scored_attention.SCHEMA, scored_tree_attention),
+):
+    _library.define(_name + _schema, tags=attention.TAGS)
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"treespec_triton::{_name}", attention.fake, lib=_library)
+
+TREE_ATTENTION: OpOverload = torch.ops.treespec_triton.tree_attention.default
+SCORED_TREE_ATTENTION: OpOverload = torch.ops.treespec_triton.scored_tree_attention.default

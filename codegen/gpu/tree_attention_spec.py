@@ -1,0 +1,168 @@
+"""What a tree attention kernel is generated for, and the numbers it can be launched with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from treespec_compiler.ir.specs import MaskSpec
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""The dtypes there are kernels for, as Triton spells them."""
+
+
+_CAUSAL = MaskSpec()
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """What the source of a kernel depends on. Dims are of a head; slopes, bias and sinks: whether there are any."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    pool_dtype: torch.dtype
+    mask: MaskSpec = _CAUSAL
+    softcap: float = 0.0
+    slopes: bool = False
+    bias: bool = False
+    sinks: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def scored(self) -> bool:
+        """Whether scores are changed by more than the scale."""
+        return bool(self.softcap) or self.slopes or self.bias
+
+    def key(self) -> dict[str, str | int | float]:
+        """As headers of generated source show it."""
+        changes = [name for name in ("slopes", "bias", "sinks") if getattr(self, name)]
+        return {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "dtype": DTYPES[self.dtype],
+            "pool": DTYPES[self.pool_dtype],
+            "mask": self.mask.formula,
+            "softcap": self.softcap,
+            "also": "+".join(changes) or "nothing",
+        }
+
+    def tuning_key(self, nodes: int, requests: int, capacity: int) -> dict[str, str | int | float]:
+        """What the best configuration depends on. `capacity`: tokens of a slot."""
+        kind = "dense" if not (self.mask.window or self.mask.chunk) else "window"
+        return {
+            "dtype": DTYPES[self.dtype],
+            "group": self.group,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "kind": f"scored {kind}" if self.scored else kind,
+            "rows": nodes * self.group,
+            "requests": requests * self.kv_heads,
+            "capacity": min(capacity, self.mask.window or capacity, self.mask.chunk or capacity),
+        }
+
+
+@dataclass(frozen=True)
+class Config:
+    """A program's block of rows (nodes x heads of a group) and of keys, and how Triton compiles it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def constexprs(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def as_dict(self) -> dict[str, int]:
+        """As tuning tables hold it."""
+        return {**{name.lower(): value for name, value in self.constexprs().items()}, **self.options()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a head's dimensions: `size` is a power of two, of which `valid` exist."""
+
+    start: int
+    size: int
+    valid: int
+
+
+SMALLEST = 16  # tensor cores multiply along 16 numbers at least
+
+
+def pieces(dim: int) -> tuple[Piece, ...]:
+    """A head dimension as at most three powers of two: 192 = 128 + 64 loads nothing twice, 256 would load 64 zeros."""
+    out: list[Piece] = []
+    start = 0
+    while start < dim:
+        rest = dim - start
+        size = max(SMALLEST, 1 << (rest.bit_length() - 1))
+        if rest > size and len(out) == 2:
+            size *= 2
+        out.append(Piece(start, size, min(size, rest)))
+        start += size
+    return tuple(out)
+
+
+def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Config:
+    """A configuration that compiles without spills on every target and is sensible for `rows` rows of a request."""
+    wide = max(_padded(spec.key_dim), _padded(spec.value_dim))
+    block_m = min(max(16, _power_of_two(rows)), 128)
+    if spec.dtype == torch.float32 or spec.pool_dtype == torch.float32:
+        # float32 products are sums in registers, without tensor cores
+        block_m = min(block_m, 32 if wide <= 128 else 16)
+        return Config(block_m, 32 if wide <= 128 else 16, 4, 2)
+    if wide > 128:
+        block_m = min(block_m, 64)
+    block_n = 64 if wide <= 128 else 32
+    stages = 2 if arch.startswith("gfx") else 3
+    return Config(block_m, block_n, 8 if block_m * wide >= 128 * 128 else 4, stages)
+
+
+def search_space(spec: AttentionKernel) -> Iterator[Config]:
+    """Every configuration worth compiling; which ones fit and use tensor cores is known after that."""
+    wide = max(_padded(spec.key_dim), _padded(spec.value_dim))
+    for block_m in (16, 32, 64, 128):
+        for block_n in (16, 32, 64, 128):
+            for num_warps in (4, 8):
+                for num_stages in (2, 3, 4):
+                    if block_m * block_n >= 16 * num_warps * 16 // 2 and block_n * wide <= 128 * 256:
+                        yield Config(block_m, block_n, num_warps, num_stages)
+
+
+def split_count(programs: int, capacity: int, config: Config, processors: int) -> int:
+    """How many programs share the committed tokens of a block of rows.
+
+    `programs`: what is launched without splits; `capacity`: the most tokens there can be. Enough to fill the GPU once,
+    or twice where blocks are small enough for two programs on a processor, but never less than a few blocks of keys for
+    each: what a program gains must be more than what merging its part costs.
+    """
+    waves = 2 if config.block_m <= 32 else 1
+    wanted = waves * processors // max(1, programs)
+    return max(1, min(wanted, math.ceil(capacity / (4 * config.block_n)), MAX_SPLITS))
+
+
+MAX_SPLITS = 64
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _padded(dim: int) -> int:
+    return sum(piece.size for piece in pieces(dim))
