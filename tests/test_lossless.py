@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treespec_compiler.errors import LossyPair
-from treespec_compiler.speculation.chance import Chance, SeededChance
+from treespec_compiler.speculation.chance import REPEATS, Chance, SeededChance
 from treespec_compiler.speculation.pairs import as_pair
 from treespec_compiler.speculation.proposal import Draws, Proposal
 from treespec_compiler.speculation.samplers import SAMPLERS
@@ -306,8 +306,10 @@ def test_outcomes_add_up_and_are_the_laws_of_the_draws():
     assert sum(found.values()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("repeats", [REPEATS, 1, 0])
 @pytest.mark.parametrize("kind", SAMPLERS)
-def test_pseudo_random_draws_have_the_enumerated_law(kind):
+def test_pseudo_random_draws_have_the_enumerated_law(monkeypatch, kind, repeats):
+    monkeypatch.setattr("treespec_compiler.speculation.chance.REPEATS", repeats)  # fewer: the race draws the rest
     weights, count = np.array([0.35, 0.0, 0.05, 0.4, 0.2]), 20_000
     expected: dict[tuple[int, ...], float] = {}
     for drawn, probability in outcomes(lambda chance: tuple(SAMPLERS[kind].draw(weights, 3, chance))):

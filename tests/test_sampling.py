@@ -102,17 +102,6 @@ def test_top_p_of_many_tokens(spread):
     np.testing.assert_allclose(row, huggingface(sampling, logits, [1]).numpy(), atol=1e-12, rtol=0)
 
 
-def test_rows_are_processed_together_as_alone():
-    processor = Processor(Sampling(**SETTINGS["all"]))
-    processor.accept([3, 1])
-    logits = np.random.default_rng(0).standard_normal((4, 12)).astype(np.float32)
-    paths = [[], [2], [2, 5], [11]]
-    together, usable = processor.probabilities(logits, paths)
-    assert usable.all()
-    for row, line, path in zip(together, logits, paths):
-        np.testing.assert_array_equal(row, processor.row(line, path))
-
-
 def test_ties_at_the_last_of_the_top_k_stay_as_in_transformers():
     row = Processor(Sampling(temperature=1.0, top_k=2)).row(np.array([1.0, 2.0, 1.0, 0.0]), ())
     assert (row > 0).tolist() == [True, True, True, False]
@@ -132,8 +121,6 @@ def test_greedy_is_the_argmax_after_bias_and_penalty():
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]])
 def test_unusable_rows_are_told_from_usable_ones(bad):
     processor = Processor(Sampling(temperature=0.7, top_p=0.9, top_k=2))
-    rows, usable = processor.probabilities(np.array([bad, [0.0, 1.0]]), ((), ()))
-    assert usable.tolist() == [False, True] and np.isfinite(rows).all()
     assert processor.row(np.array(bad), ()) is None
     assert processor.row(np.array([-math.inf, 1.0]), ()).tolist() == [0.0, 1.0]
 

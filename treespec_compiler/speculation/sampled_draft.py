@@ -55,14 +55,18 @@ class SampledDraftSession(ModelDraftSession):
             start = self._run = len(tokens)
             first = len(proposal.tokens) - frontier
             rows = logits[-frontier:, : self._shared].float().cpu().numpy()
-            q, usable = self._distributions(rows, proposal, first)
-            proposal.unusable += int((~usable).sum())
             for i, count in enumerate(counts):
-                if count and usable[i]:
-                    children = self._draw(q[i], count, first + i, depth + 1, proposal)
+                if not count:
+                    continue
+                path = proposal.path_tokens(first + i) if self._processor.needs_paths else ()
+                q = self._processor.row(rows[i], path)
+                if q is None:
+                    proposal.unusable += 1
+                else:
+                    children = self._draw(q, count, first + i, depth + 1, proposal)
                     if self._drawn:
                         replacement = self._sampler.kind == "iid"
-                        draws[first + i] = [Draws(children, self._padded(q[i]), replacement, self.draft.name)]
+                        draws[first + i] = [Draws(children, self._padded(q), replacement, self.draft.name)]
             frontier = len(proposal.tokens) - first - frontier
             if not frontier:
                 return
@@ -73,15 +77,6 @@ class SampledDraftSession(ModelDraftSession):
         if isinstance(widths, int):
             return [min(widths, self._shared, room // frontier)] * frontier
         return _fit(widths, frontier, room, self._shared)
-
-    def _distributions(
-        self, rows: NDArray[np.float32], proposal: Proposal, first: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Processed rows [n, shared] of the nodes from `first` on, and which of them are usable."""
-        paths: list[list[int]] = []
-        if self._processor.needs_paths:
-            paths = [proposal.path_tokens(first + i) for i in range(len(rows))]
-        return self._processor.probabilities(rows, paths)
 
     def _draw(self, q: NDArray[np.float64], count: int, parent: int, depth: int, proposal: Proposal) -> list[int]:
         """Append the drawn children of `parent`; the node of every draw."""

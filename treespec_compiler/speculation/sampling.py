@@ -110,55 +110,45 @@ class Processor:
             self._seen = np.pad(self._seen, (0, int(ids.max()) + 1 - len(self._seen)))
         self._seen[ids] = True
 
-    def probabilities(
-        self, logits: NDArray[np.floating], paths: Sequence[Sequence[int]]
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Distributions [n, V] from logits [n, V], and which rows are usable: not NaN, not infinite.
+    def row(self, logits: NDArray[np.floating], path: Sequence[int]) -> Row | None:
+        """The distribution [V] of one row of logits [V]; None if it is NaN, infinite or has nothing finite.
 
-        `paths[i]`: row i's tokens beyond the accepted ones (read only if `needs_paths`).
+        `path`: the row's tokens beyond the accepted ones (read only if `needs_paths`).
         """
+        # NOTE row by row: arrays of a few rows leave the caches (8 rows of 4096: 229 us together, 110 alone).
         sampling = self.sampling
         scores = logits.astype(np.float64)  # a copy
         if len(self._bias_ids):
-            known = self._bias_ids < scores.shape[-1]
-            scores[:, self._bias_ids[known]] += self._bias_values[known]
+            known = self._bias_ids < len(scores)
+            scores[self._bias_ids[known]] += self._bias_values[known]
         if self.needs_paths:
-            seen = self._masks(len(scores), scores.shape[-1], paths)
-            penalty = sampling.repetition_penalty
+            seen, penalty = self._mask(len(scores), path), sampling.repetition_penalty
             scores = np.where(seen, np.where(scores < 0, scores * penalty, scores / penalty), scores)
-        usable = np.isfinite(scores.max(-1))  # of NaN, the maximum is NaN
-        if not usable.all():
-            scores[~usable] = 0.0
+        largest = float(scores.max())  # of NaN, the maximum is NaN
+        if not math.isfinite(largest):
+            return None
         if sampling.greedy:
             best = np.zeros_like(scores)
-            best[np.arange(len(scores)), scores.argmax(-1)] = 1.0
-            return best, usable
+            best[scores.argmax()] = 1.0
+            return best
         if sampling.temperature != 1.0:
             scores /= sampling.temperature
-        if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
-            last = np.partition(scores, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
-            scores[scores < last] = -np.inf
+        if sampling.top_k is not None and sampling.top_k < len(scores):
+            scores[scores < np.partition(scores, -sampling.top_k)[-sampling.top_k]] = -np.inf
         if sampling.top_p is not None and sampling.top_p < 1.0:
-            for row in scores:
-                _keep_top_p(row, sampling.top_p)
+            _keep_top_p(scores, sampling.top_p)
         if sampling.min_p:
             shares = _softmax(scores)
-            scores[shares < sampling.min_p * shares.max(-1, keepdims=True)] = -np.inf
-        return _softmax(scores), usable
+            scores[shares < sampling.min_p * shares.max()] = -np.inf
+        return _softmax(scores)
 
-    def row(self, logits: NDArray[np.floating], path: Sequence[int]) -> Row | None:
-        """The distribution [V] of one row of logits [V]; None if it is unusable."""
-        rows, usable = self.probabilities(logits[None], (path,))
-        return rows[0] if usable[0] else None
-
-    def _masks(self, rows: int, vocab_size: int, paths: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
-        """Which ids occur in the accepted tokens or in each row's path [n, V]."""
-        masks = np.zeros((rows, vocab_size), dtype=bool)
+    def _mask(self, vocab_size: int, path: Sequence[int]) -> NDArray[np.bool_]:
+        """Which ids occur in the accepted tokens or in the path [V]."""
+        mask = np.zeros(vocab_size, dtype=bool)
         known = self._seen[:vocab_size]
-        masks[:, : len(known)] = known
-        for mask, path in zip(masks, paths, strict=True):
-            mask[[token for token in path if token < vocab_size]] = True
-        return masks
+        mask[: len(known)] = known
+        mask[[token for token in path if token < vocab_size]] = True
+        return mask
 
 
 def _keep_top_p(scores: Row, top_p: float) -> None:
@@ -179,7 +169,8 @@ def _keep_top_p(scores: Row, top_p: float) -> None:
     scores[kept] = values
 
 
-def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
+def _softmax(scores: Row) -> Row:
+    weights = scores - scores.max()
+    np.exp(weights, out=weights)
+    weights /= weights.sum()
     return weights
