@@ -143,9 +143,9 @@ def user_path(op: str, arch: str) -> Path:
 
 @functools.cache
 def kernel_hash(op: str) -> str:
-    """Of the sources of `codegen/gpu` whose names begin with the op's: the kernel and its template."""
+    """Of the modules below `codegen/gpu` whose names begin with the op's."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in KERNELS.glob(f"{op}*") if p.is_file()):
+    for path in sorted(KERNELS.rglob(f"{op}*.py")):
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

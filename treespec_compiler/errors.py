@@ -266,6 +266,16 @@ class UnreadableModel(TreespecError, ValueError):
 
 
 @dataclass(eq=False, kw_only=True)
+class MissingPackage(TreespecError, ImportError):
+    """A package that only some commands need."""
+
+    package: str
+    purpose: str
+    fix: str
+    template: ClassVar[str] = "{e.package} is not installed: got no such package, expected one for {e.purpose}. {e.fix}"
+
+
+@dataclass(eq=False, kw_only=True)
 class CorruptTable(TreespecError, ValueError):
     """A tuning table that does not parse or has the wrong schema."""
 

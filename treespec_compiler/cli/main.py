@@ -57,6 +57,7 @@ COMMANDS = (
     Command("explain", "say what was proved about a model, or why it is refused"),
     Command("opt", "run the passes on a model and print the graph between them"),
     Command("report", "write a page that shows every pass at work"),
+    Command("kernels", "show a model's GPU kernels, compiled without a GPU"),
     Command("passes", "list the passes and their contracts"),
     Command("diff", "compare two graphs by structure"),
     Command("reproduce", "run a failed conversion again"),

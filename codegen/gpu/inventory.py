@@ -1,0 +1,181 @@
+"""The kernels that a tree program launches on a GPU, each with what it takes to compile it anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treespec_compiler.codegen import tables
+from treespec_compiler.codegen.gpu.append import BLOCK, power_of_two
+from treespec_compiler.codegen.gpu.offline import Offline, compile_offline
+from treespec_compiler.codegen.gpu.tree_attention_spec import (
+    DTYPES,
+    MAX_SPLITS,
+    AttentionKernel,
+    Config,
+    default_config,
+)
+from treespec_compiler.ir import accept
+from treespec_compiler.ir.specs import AttentionSpec, MaskSpec
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as it is launched: its arguments' types, its constants, and how Triton compiles it."""
+
+    op: str
+    name: str
+    what: str
+    """For which sites or sizes."""
+    kernel: Any = field(repr=False)
+    signature: Mapping[str, str] = field(repr=False)
+    constexprs: Mapping[str, Any]
+    divisible: tuple[str, ...] = field(repr=False, default=())
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def file(self) -> Path:
+        """Where its source lies."""
+        return Path(self.kernel.fn.__code__.co_filename)
+
+    @property
+    def source(self) -> str:
+        """The file's text, with what the kernel calls."""
+        return self.file.read_text(encoding="utf-8")
+
+    def compile(self, target: str) -> Offline:
+        """For a target that need not be there; see `compile_offline`."""
+        return compile_offline(
+            self.kernel, self.signature, self.constexprs, target, self.num_warps, self.num_stages, self.divisible
+        )
+
+
+def attention_kernel(site: AttentionSpec) -> AttentionKernel:
+    """What the kernel of an attention site is generated for."""
+    return AttentionKernel(
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        key_dim=site.key_dim,
+        value_dim=site.value_dim,
+        dtype=site.dtype,
+        pool_dtype=site.dtype,
+        mask=MaskSpec(site.mask.window, None, site.mask.chunk),
+        softcap=float(site.softcap),
+        slopes=site.bias.startswith("slope"),
+        bias=site.bias.startswith("bias"),
+        sinks=site.sinks,
+    )
+
+
+def attention_kernels(sites: Sequence[AttentionSpec]) -> dict[AttentionKernel, list[int]]:
+    """Each distinct kernel, and the sites that launch it."""
+    found: dict[AttentionKernel, list[int]] = {}
+    for site in sites:
+        found.setdefault(attention_kernel(site), []).append(site.index)
+    return found
+
+
+def inventory(
+    sites: Sequence[AttentionSpec], vocab_size: int, dtype: torch.dtype, target: str, nodes: Sequence[int] = (1, 64)
+) -> Iterator[Launch]:
+    """Every kernel of a program with these sites, for trees of so many nodes; needs triton."""
+    for spec, indices in attention_kernels(sites).items():
+        where = f"site {indices[0]}" if len(indices) == 1 else f"{len(indices)} sites from {indices[0]} on"
+        yield from _attention(spec, where, target, nodes)
+        yield _append(spec, where)
+    yield _commit(sites)
+    yield from _accept(vocab_size, dtype, max(nodes))
+
+
+def chosen_config(spec: AttentionKernel, nodes: int, target: str, capacity: int = 4096) -> tuple[Config, bool]:
+    """What one request's tree would be launched with on this target, and whether that was measured."""
+    measured = tables.lookup("tree_attention", target, spec.tuning_key(nodes, 1, capacity))
+    return (Config(**measured), True) if measured else (default_config(spec, nodes * spec.group, target), False)
+
+
+def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[int]) -> Iterator[Launch]:
+    from treespec_compiler.codegen.gpu import tree_attention
+
+    module = tree_attention.module(spec)
+    by_config: dict[Config, list[int]] = {}
+    for count in nodes:
+        by_config.setdefault(chosen_config(spec, count, target)[0], []).append(count)
+    for config, counts in by_config.items():
+        yield Launch(
+            "tree_attention",
+            "attend",
+            f"{where}, {' or '.join(map(str, counts))} nodes",
+            module.attend,
+            tree_attention.signature(spec, split=True),
+            tree_attention.constexprs(config, split=True),
+            tuple(tree_attention.divisible(spec)),
+            config.num_warps,
+            config.num_stages,
+        )
+    pointers = {"partial": "*fp32", "tops": "*fp32", "out": f"*{DTYPES[spec.dtype]}", "node_offsets": "*i64"}
+    pointers |= {"sinks": "*fp32"} if spec.sinks else {}
+    sizes = dict.fromkeys(("requests", "rows", "parts"), "i32")
+    aligned = ("partial", "tops", "out")
+    yield Launch("tree_attention", "merge", where, module.merge, pointers | sizes, {"PARTS": MAX_SPLITS}, aligned)
+
+
+def _append(spec: AttentionKernel, where: str) -> Launch:
+    from treespec_compiler.codegen.gpu.kernels.append import append_kernel
+
+    kind, pool = DTYPES[spec.dtype], DTYPES[spec.pool_dtype]
+    block_k, block_v = power_of_two(spec.key_dim), power_of_two(spec.value_dim)
+    constants = {"KEY_DIM": spec.key_dim, "VALUE_DIM": spec.value_dim, "BLOCK_K": block_k, "BLOCK_V": block_v}
+    constants |= {"BLOCK_T": max(1, BLOCK // max(block_k, block_v)), "k_d": 1, "v_d": 1, "pool_k_d": 1, "pool_v_d": 1}
+    types = {"k": f"*{kind}", "v": f"*{kind}", "pool_k": f"*{pool}", "pool_v": f"*{pool}", "write_index": "*i64"}
+    aligned = spec.key_dim % 16 == 0 and spec.value_dim % 16 == 0
+    return _launch("append", append_kernel, where, types, constants, aligned=aligned)
+
+
+def _commit(sites: Sequence[AttentionSpec]) -> Launch:
+    import triton.language as tl
+
+    from treespec_compiler.codegen.gpu.commit import MAX_MOVES, WORDS
+    from treespec_compiler.codegen.gpu.kernels.commit import commit_kernel
+
+    width = power_of_two(max(max(s.key_dim, s.value_dim) * s.dtype.itemsize // 4 for s in sites))
+    constants = {"WORD": tl.int32, "BLOCK_J": min(MAX_MOVES, max(1, WORDS // width)), "BLOCK_W": width}
+    types = dict.fromkeys(("lanes", "src", "dst"), "*i64")
+    return _launch("commit_path", commit_kernel, f"all {len(sites)} sites", types, constants, aligned=False)
+
+
+def _accept(vocab_size: int, dtype: torch.dtype, nodes: int) -> Iterator[Launch]:
+    from treespec_compiler.codegen.gpu import accept as launcher
+    from treespec_compiler.codegen.gpu.kernels.accept import greedy_walk_kernel, row_best_kernel
+
+    size = launcher.split_size(nodes, vocab_size)
+    constants: dict[str, Any] = {"id_stride": 1, "SPLIT": size, "BLOCK": launcher.BLOCK}
+    where = f"{nodes} nodes, {vocab_size} ids"
+    types = {"logits": f"*{DTYPES[dtype]}", "best": "*i64"}
+    yield _launch("greedy_accept", row_best_kernel, where, types, constants, aligned=vocab_size % 16 == 0)
+    block_n, block_s = power_of_two(max(nodes, 2)), power_of_two(-(-vocab_size // size))
+    constants = {"TIE": 0.0, "FIELDS": accept.FIELDS, "BLOCK_N": block_n, "BLOCK_S": block_s}
+    types = dict.fromkeys(("best", "tokens", "parents", "node_offsets", "out"), "*i64")
+    warps = launcher.walk_warps(block_n, block_s)
+    yield _launch("greedy_accept", greedy_walk_kernel, where, types, constants, num_warps=warps)
+
+
+def _launch(
+    op: str,
+    kernel: Any,
+    where: str,
+    pointers: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    num_warps: int = 4,
+    aligned: bool = True,
+) -> Launch:
+    """What is neither a pointer nor a constant is an integer. `aligned`: strides of rows are multiples of 16."""
+    integers = {name: "i32" for name in kernel.arg_names if name not in pointers and name not in constants}
+    strides = [name for name in integers if aligned and name.endswith(("_t", "_h", "_page", "_stride"))]
+    name = kernel.fn.__name__.removesuffix("_kernel")
+    return Launch(op, name, where, kernel, {**pointers, **integers}, constants, (*pointers, *strides), num_warps)

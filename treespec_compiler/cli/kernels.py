@@ -1,0 +1,196 @@
+"""Show the kernels a model would run on a GPU: source, instructions, registers, spills, shared memory. Needs no GPU."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..codegen.gpu import triton_installed
+from ..codegen.gpu.inventory import Launch, inventory
+from ..codegen.gpu.offline import TARGETS, Offline
+from ..errors import InvalidOption, MissingPackage, Unsupported
+from ..pipeline import convert
+from ..semantics import lengths_check
+from .explain import refusal_fields, show_refusal
+from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, console, parameter_count, read_subject
+
+EPILOG = f"""\
+examples:
+  treespec kernels demo
+  treespec kernels hf:llama --random-weights --tiny --dtype bfloat16 --target sm_80
+  treespec kernels demo --kernel attend --source
+  treespec kernels demo --kernel attend --sass --resources
+  treespec kernels demo --json
+
+A configuration comes from the target's tuning table where one was measured (`treespec tune`), else it is a default.
+{EXIT_CODES}
+"""
+
+# Products on tensor cores, by the names of their instructions: Hopper's and Blackwell's, Ampere's, AMD's.
+TENSOR_CORES = ("HGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA", "HMMA", "v_mfma")
+
+T = TypeVar("T")
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    add_model_arguments(parser)
+    parser.add_argument("--target", choices=tuple(TARGETS), default="sm_90", help="architecture (default: sm_90)")
+    parser.add_argument("--nodes", metavar="N", type=int, nargs="+", default=[1, 64], help="tree sizes (default: 1 64)")
+    parser.add_argument("--kernel", metavar="NAME", help="only kernels of this name")
+    what = parser.add_argument_group("what is printed").add_mutually_exclusive_group()
+    what.add_argument("--source", action="store_true", help="the Triton source, as it lies in the cache")
+    what.add_argument("--ptx", action="store_true", help="PTX, or AMD's assembly")
+    what.add_argument("--sass", action="store_true", help="the machine's instructions")
+    parser.add_argument("--resources", action="store_true", help="registers, spills and shared memory beside the text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel and what became of it on the target."""
+
+    launch: Launch
+    offline: Offline
+
+    @property
+    def tensor_cores(self) -> str:
+        return next((name for name in TENSOR_CORES if self.offline.has(name)), "")
+
+    def as_json(self) -> dict[str, Any]:
+        launch, used = self.launch, self.offline.resources
+        return {
+            "op": launch.op,
+            "kernel": launch.name,
+            "for": launch.what,
+            "file": str(launch.file),
+            "constants": {name: _plain(value) for name, value in launch.constexprs.items()},
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+            "registers": used.registers,
+            "stack_bytes": used.stack,
+            "shared_bytes": used.shared,
+            "shared_limit": used.shared_limit,
+            "fits": used.fits,
+            "tensor_cores": self.tensor_cores,
+        }
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float | str) else str(value)
+
+
+def run(arguments: Namespace) -> int:
+    if not triton_installed():
+        fix = "Install it, no GPU is needed: pip install triton."
+        raise MissingPackage(package="triton", purpose="generating and compiling GPU kernels", fix=fix)
+    if min(arguments.nodes) < 1:
+        raise InvalidOption(name="--nodes", got=arguments.nodes, expected="positive numbers of nodes")
+    subject = read_subject(arguments, kernels="reference")
+    try:
+        with Console(stderr=True).status("converting"):
+            state = convert(subject.loaded.model, subject.call, subject.options).state
+            lengths_check(subject.loaded.model, subject.call, state)
+    except Unsupported as error:
+        _refuse(arguments, subject, error)
+        return REFUSED
+    logits: Any = state.logits.meta["val"]
+    launches = list(inventory(state.sites, int(logits.shape[-1]), logits.dtype, arguments.target, arguments.nodes))
+    if arguments.kernel is not None:
+        names = sorted({launch.name for launch in launches})
+        if arguments.kernel not in names:
+            raise InvalidOption(name="--kernel", got=arguments.kernel, expected=f"one of {', '.join(names)}")
+        launches = [launch for launch in launches if launch.name == arguments.kernel]
+    compiled = _with_progress(launches, lambda launch: Compiled(launch, launch.compile(arguments.target)))
+    if arguments.json:
+        rows = [c.as_json() | _text(arguments, c) for c in compiled]
+        print(json.dumps({"model": subject.name, "target": arguments.target, "kernels": rows}, indent=2))
+    elif arguments.source or arguments.ptx or arguments.sass:
+        _print_texts(arguments, compiled)
+    else:
+        title = f"{subject.name}, {parameter_count(subject.loaded)} parameters, {arguments.dtype}, {arguments.target}"
+        _print_table(console(), title, compiled)
+    return CONVERTED
+
+
+def _refuse(arguments: Namespace, subject: Any, error: Unsupported) -> None:
+    if arguments.json:
+        print(json.dumps({"model": subject.name, "converted": False} | refusal_fields(error), indent=2))
+    else:
+        show_refusal(console(), subject.name, type(subject.loaded.model).__name__, error)
+
+
+def _with_progress(launches: list[Launch], work: Callable[[Launch], T]) -> list[T]:
+    done = []
+    with Console(stderr=True).status("") as status:
+        for i, launch in enumerate(launches, 1):
+            status.update(f"compiling {i} of {len(launches)}: {launch.name}")
+            done.append(work(launch))
+    return done
+
+
+def _text(arguments: Namespace, compiled: Compiled) -> dict[str, str]:
+    """The text that was asked for, by its kind."""
+    if arguments.source:
+        return {"source": compiled.launch.source}
+    if arguments.ptx:
+        return {"ptx": compiled.offline.ptx}
+    return {"sass": compiled.offline.sass} if arguments.sass else {}
+
+
+def _print_texts(arguments: Namespace, compiled: list[Compiled]) -> None:
+    """Each kernel's text below comment lines that say which it is; sources of one file once."""
+    seen = set()
+    for one in compiled:
+        (text,) = _text(arguments, one).values()
+        if text in seen:
+            continue
+        seen.add(text)
+        mark = "#" if arguments.source else "//"
+        print(f"{mark} {one.launch.name}: {one.launch.what}\n{mark} {one.launch.file}")
+        if arguments.resources:
+            print(f"{mark} {_resources(one)}")
+        print(text.rstrip() + "\n")
+
+
+def _resources(one: Compiled) -> str:
+    used = one.offline.resources
+    spills = f"{used.stack} bytes of stack" if used.spills else "no spills"
+    fits = "" if used.shared <= used.shared_limit else f" (more than the {used.shared_limit} of a block)"
+    with_tensor_cores = f", {one.tensor_cores}" if one.tensor_cores else ""
+    return f"{used.registers} registers, {spills}, {used.shared} bytes shared{fits}{with_tensor_cores}"
+
+
+def _print_table(out: Console, title: str, compiled: list[Compiled]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold", title=escape(title), title_justify="left")
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("for", overflow="fold")
+    for name in ("block", "warps", "stages", "registers", "spills", "shared"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("tensor cores", no_wrap=True)
+    for one in compiled:
+        launch, used = one.launch, one.offline.resources
+        block = "x".join(str(v) for n, v in launch.constexprs.items() if n.startswith("BLOCK_"))
+        table.add_row(
+            launch.name,
+            escape(launch.what),
+            block or "-",
+            str(launch.num_warps),
+            str(launch.num_stages),
+            str(used.registers),
+            f"[red]{used.stack} B[/]" if used.spills else "none",
+            f"{used.shared:,} B" if used.shared <= used.shared_limit else f"[red]{used.shared:,} B[/]",
+            one.tensor_cores or "-",
+        )
+    out.print(table)
+    files = sorted({str(one.launch.file) for one in compiled})
+    out.print("\nsource (`--source` prints it):")
+    for file in files:
+        out.print(f"  {file}", markup=False, soft_wrap=True)
