@@ -54,6 +54,7 @@ def restore(graph: Snapshot, tensors: dict[str, Tensor]) -> GraphState:
         fake_mode=mode,
         guards=[],
         labels={n.name: n.label for n in graph.nodes if n.label},
+        written=list(graph.written),
     )
 
 

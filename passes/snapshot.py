@@ -70,6 +70,7 @@ class Snapshot:
     nodes: tuple[NodeData, ...]
     tokens: str
     position_inputs: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> NodeData:
         return next(n for n in self.nodes if n.name == name)
@@ -77,20 +78,23 @@ class Snapshot:
     def as_json(self) -> dict[str, Any]:
         nodes = [{k: v for k, v in vars(n).items() if v not in ("", None, {})} for n in self.nodes]
         head = {"treespec_graph": SCHEMA, "after": self.after, "level": self.level, "tokens": self.tokens}
-        return head | {"position_inputs": list(self.position_inputs), "nodes": nodes}
+        inputs = {"position_inputs": list(self.position_inputs), "written": list(self.written)}
+        return head | inputs | {"nodes": nodes}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Snapshot:
         nodes = tuple(NodeData(**node) for node in document["nodes"])
         positions = tuple(document.get("position_inputs", ()))
-        return cls(document["after"], document["level"], nodes, document["tokens"], positions)
+        written = tuple(document.get("written", ()))
+        return cls(document["after"], document["level"], nodes, document["tokens"], positions, written)
 
 
 def snapshot(state: GraphState, after: str, graph: fx.Graph | None = None, level: str | None = None) -> Snapshot:
     """The state's graph as it is now, or an earlier copy of it with its level."""
     symbol = str(state.length)
     nodes = tuple(_node(node, symbol, state.labels) for node in (graph or state.graph).nodes)
-    return Snapshot(after, level or state.level, nodes, state.tokens, tuple(state.position_inputs))
+    inputs = tuple(state.position_inputs), tuple(state.written)
+    return Snapshot(after, level or state.level, nodes, state.tokens, *inputs)
 
 
 def _node(node: fx.Node, symbol: str, labels: dict[str, str]) -> NodeData:

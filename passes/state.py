@@ -40,6 +40,8 @@ class GraphState:
     lone_lengths: list[int] = field(default_factory=list)  # lengths that a run must compare with the model
     proved_from: set[str] = field(default_factory=set)  # constants whose values a proof used
     labels: dict[str, str] = field(default_factory=dict)  # weight placeholder -> the module's name for it
+    written: list[str] = field(default_factory=list)  # inputs that forward writes; outputs 1, 2, ... are them
+    caches: list[str] = field(default_factory=list)  # the module's names of them, stripped or not
     notes: dict[str, Any] = field(default_factory=dict)  # what passes found out, by pass name
     weights: dict[str, Any] = field(default_factory=dict)  # weight placeholder -> where the module keeps it
     max_context: int | None = None  # the context that was asked for

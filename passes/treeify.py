@@ -50,16 +50,18 @@ def _shifted(state: GraphState, node: fx.Node, what: Cut, positions: fx.Node) ->
 def _position(state: GraphState, node: fx.Node, what: Cut, positions: fx.Node) -> fx.Node:
     """positions [T] -> the node's shape and dtype."""
     value = node.meta["val"]
-    new = _shifted(state, node, what, positions)
+    # NOTE nothing may stand in front of the inputs; a positions argument is an input itself.
+    like = node if node.op == "call_function" else next(n for n in state.graph.nodes if n.op == "call_function")
+    new = _shifted(state, like, what, positions)
     rank, at = value.dim(), what.at or 0
-    length: Any = state.call(aten.sym_size.int, (positions, 0), like=node)
     if rank != 1:
-        new = state.call(aten.reshape.default, (new, [length if i == at else 1 for i in range(rank)]), like=node)
-    if any(i != at and s != 1 for i, s in enumerate(shape_of(node))):
-        sizes = [length if i == at else int(s) for i, s in enumerate(shape_of(node))]
-        new = state.call(aten.expand.default, (new, sizes), like=node)
+        length: Any = state.call(aten.sym_size.int, (positions, 0), like=like)
+        new = state.call(aten.reshape.default, (new, [length if i == at else 1 for i in range(rank)]), like=like)
+        if any(i != at and s != 1 for i, s in enumerate(shape_of(node))):
+            sizes = [length if i == at else int(s) for i, s in enumerate(shape_of(node))]
+            new = state.call(aten.expand.default, (new, sizes), like=like)
     if value.dtype != torch.int64:
-        new = state.call(aten._to_copy.default, (new,), {"dtype": value.dtype}, like=node)
+        new = state.call(aten._to_copy.default, (new,), {"dtype": value.dtype}, like=like)
     if not state.positions:
         state.positions.append(PositionSpec(what.offset, None, source_line(node) or op_name(node)))
     return new

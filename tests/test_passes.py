@@ -47,8 +47,8 @@ class One(Tiny):
     layers = 1
 
 
-def captured(model: nn.Module) -> GraphState:
-    found = capture(model.eval(), call_spec(model))
+def captured(model: nn.Module, example: Any = None, roles: dict[str, str] | None = None) -> GraphState:
+    found = capture(model.eval(), call_spec(model, example, roles))
     return GraphState(
         gm=found.graph,
         tokens=found.tokens,
@@ -57,6 +57,8 @@ def captured(model: nn.Module) -> GraphState:
         length=found.length,
         fake_mode=found.fake_mode,
         guards=found.guards,
+        labels={name: ref.name for name, ref in found.weights.items()},
+        written=list(found.written),
     )
 
 

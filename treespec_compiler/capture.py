@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from .control_flow import refuse_control_flow, where_specialised
 from .errors import TreespecError, Unsupported
+from .state_changes import written_state
 
 log = logging.getLogger("treespec.capture")
 
@@ -58,6 +59,7 @@ class Capture:
     example_length: int
     fake_mode: torch._subclasses.FakeTensorMode
     guards: list[sympy.Basic] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)  # weights that forward writes, in the order of outputs 1, 2, ...
 
 
 class _Captured(BaseException):
@@ -226,7 +228,7 @@ def _abandon(*_: Any) -> Any:
 @contextlib.contextmanager
 def _tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
     """Dynamo's settings for a capture, and its failures as refusals that name the user's line."""
-    config = torch._dynamo.config.patch(specialize_float=True, suppress_errors=False)
+    config = torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False, suppress_errors=False)
     guard_log = logging.getLogger("torch._guards")
     level = guard_log.level
     try:
@@ -342,13 +344,12 @@ def _tidy(traced: dict[str, Any], model: nn.Module, call: CallSpec, example_leng
             source=where_specialised(traced["mode"]),
             way_out="use torch ops on x.shape[1] instead of int()/len() or a table of fixed length",
         )
-    _refuse_state_changes(traced["signature"], gm, weights)
+    written = written_state(traced["signature"], gm, weights)
     _replace_sizes(gm, tokens, sizes, length.node.expr)
     mode = traced["mode"]
     guards = [g.expr for g in mode.shape_env.guards] if mode.shape_env is not None else []
-    return Capture(
-        gm, tokens.name, positions, weights, length.node.expr, example_length, mode, _bounds(mode, length, guards)
-    )
+    bounds = _bounds(mode, length, guards)
+    return Capture(gm, tokens.name, positions, weights, length.node.expr, example_length, mode, bounds, written)
 
 
 def _bounds(mode: Any, length: torch.SymInt, guards: list[sympy.Basic]) -> list[sympy.Basic]:
@@ -364,24 +365,6 @@ def _bounds(mode: Any, length: torch.SymInt, guards: list[sympy.Basic]) -> list[
         if isinstance(bounds.lower, sympy.Integer) and bounds.lower > 2:
             found.append(symbol >= bounds.lower)
     return list(dict.fromkeys(found))
-
-
-def _refuse_state_changes(signature: Any, gm: fx.GraphModule, weights: dict[str, WeightRef]) -> None:
-    changed = list(getattr(signature, "buffers_to_mutate", {}).values())
-    changed += [
-        weights[n].name if n in weights else n for n in getattr(signature, "user_inputs_to_mutate", {}).values()
-    ]
-    if changed:
-        raise Unsupported(
-            f"the forward pass changes state in place: {', '.join(changed)}",
-            way_out="call it without its own cache (use_cache=False), or move the update out of forward",
-        )
-    outputs = next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]
-    if isinstance(outputs, (list, tuple)) and len(outputs) != 1:
-        raise Unsupported(
-            f"the forward pass keeps {len(outputs) - 1} value(s) besides the logits (it sets attributes)",
-            way_out="move the assignment out of forward, or call it without its own cache (use_cache=False)",
-        )
 
 
 def _replace_sizes(gm: fx.GraphModule, tokens: fx.Node, sizes: list[fx.Node], length: sympy.Symbol) -> None:

@@ -46,6 +46,13 @@ def _single_output(graph: fx.Graph) -> str | None:
     return None if isinstance(values, (tuple, list)) and len(values) == 1 else f"outputs {values}, expected the logits"
 
 
+def _logits_first(graph: fx.Graph) -> str | None:
+    """The logits, and behind them what forward writes to buffers, until that is stripped."""
+    outputs = [n for n in graph.nodes if n.op == "output"]
+    values = outputs[-1].args[0] if outputs else ()
+    return None if isinstance(values, (tuple, list)) and values else f"outputs {values}, expected the logits first"
+
+
 def _every_value_known(graph: fx.Graph) -> str | None:
     bad = next((n for n in _calls(graph) if "val" not in n.meta), None)
     return f"a node without a fake value: {bad.format_node()}" if bad is not None else None
@@ -102,9 +109,9 @@ def _no_counting(graph: fx.Graph) -> str | None:
 _NO_SEQUENCE = _without({"treespec.causal_attention", "treespec.attention"}, "attention over one whole sequence")
 
 _ADDED: dict[str, tuple[Rule, ...]] = {
-    "captured": (_tensor_inputs_only, _single_output, _every_value_known),
+    "captured": (_tensor_inputs_only, _logits_first, _every_value_known),
     "normalized": (_NORMAL_RULE,),
-    "recognized": (_NO_SDPA,),
+    "recognized": (_single_output, _NO_SDPA),
     "classified": (_NO_MASKED,),
     "treeified": (_no_counting,),
     "stateful": (_NO_SEQUENCE, _only_attention_mutates, _pools_in_site_order),

@@ -1,0 +1,45 @@
+"""What a forward pass changes besides giving logits: buffers that may be K/V caches, and what is refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from .errors import Unsupported
+
+if TYPE_CHECKING:
+    from .capture import WeightRef
+
+
+def written_state(signature: Any, gm: fx.GraphModule, weights: Mapping[str, WeightRef]) -> list[str]:
+    """Inputs that hold buffers that the forward pass writes: logits become output 0, new contents outputs 1, 2, ...
+
+    `signature` is what `aot_export_module` gives beside the graph. `strip native cache` proves that the buffers are K/V
+    caches, or refuses; anything else that is kept is refused here.
+    """
+    changed: dict[str, str] = dict(getattr(signature, "buffers_to_mutate", {}))
+    changed |= getattr(signature, "user_inputs_to_mutate", {})
+    foreign = [weights[n].name if n in weights else n for n in changed.values() if _nobodys(n, weights)]
+    if foreign:
+        raise Unsupported(
+            f"the forward pass changes state in place: {', '.join(foreign)}",
+            way_out="call it without its own cache (use_cache=False), or move the update out of forward",
+        )
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    values = list(output.args[0])
+    kept = len(values) - 1 - len(changed)
+    if kept:
+        raise Unsupported(
+            f"the forward pass keeps {kept} value(s) besides the logits (it sets attributes)",
+            way_out="move the assignment out of forward, or call it without its own cache (use_cache=False)",
+        )
+    assert list(changed) == [v.name for v in values[:-1]], "outputs in the order of the signature"
+    output.args = ((values[-1], *values[:-1]),)
+    return list(changed.values())
+
+
+def _nobodys(name: str, weights: Mapping[str, WeightRef]) -> bool:
+    """Whether no module holds the tensor, so that nobody could keep the user's own copy from being written."""
+    return name not in weights or weights[name].owner is None
