@@ -51,6 +51,15 @@ class Entry:
     speed: float = 0.0
     """Tokens a second over those of plain decoding, prompts included."""
 
+    def add(self, seconds: float, stats: Any) -> None:
+        self.seconds += seconds
+        self.tokens += stats.tokens
+        self.steps += stats.steps
+        self.step_tokens += stats.step_tokens
+        self.nodes += stats.nodes
+        self.step_seconds += stats.step_seconds
+        self.draft_seconds += stats.draft_seconds
+
     @property
     def tokens_per_step(self) -> float:
         return self.step_tokens / max(1, self.steps)
@@ -111,28 +120,24 @@ class Bench:
         return self.clock() - began, (steps.stats, seen)
 
     def compare(self, arms: Sequence[Arm], temperature: float) -> list[Entry]:
-        """Every arm on every prompt, interleaved; the best of the repeats counts for each."""
+        """Every arm on every prompt, interleaved. Greedily the median of the repeats counts; sampling draws anew in
+        each repeat, and all count: the fastest would be the luckiest sample."""
         entries = {arm: Entry(arm.name, arm.draft, temperature, arm.verifier or "default") for arm in arms}
         for arm in arms:
             self.request(arm, self.prompts[0][:32], temperature)  # compiles, measures
         acceptance.forget()
+        repeats = self.given.repeats
         for number, prompt in enumerate(self.prompts):
-            best: dict[Arm, tuple[float, Any]] = {}
-            for repeat in range(self.given.repeats):
-                order = arms if repeat % 2 == 0 else arms[::-1]
-                for arm in order:
-                    seconds, (stats, _) = self.request(arm, prompt, temperature, number)
-                    if arm not in best or seconds < best[arm][0]:
-                        best[arm] = seconds, stats
-            for arm, (seconds, stats) in best.items():
-                entry = entries[arm]
-                entry.seconds += seconds
-                entry.tokens += stats.tokens
-                entry.steps += stats.steps
-                entry.step_tokens += stats.step_tokens
-                entry.nodes += stats.nodes
-                entry.step_seconds += stats.step_seconds
-                entry.draft_seconds += stats.draft_seconds
+            runs: dict[Arm, list[tuple[float, Any]]] = {arm: [] for arm in arms}
+            for repeat in range(repeats):
+                for arm in arms if repeat % 2 == 0 else arms[::-1]:
+                    seconds, (stats, _) = self.request(arm, prompt, temperature, number * repeats + repeat)
+                    runs[arm].append((seconds, stats))
+            for arm, found in runs.items():
+                if not temperature:
+                    found = [sorted(found, key=lambda run: run[0])[repeats // 2]]
+                for seconds, stats in found:
+                    entries[arm].add(seconds, stats)
         plain = next(e for e in entries.values() if e.draft == "none")
         for entry in entries.values():
             entry.speed = entry.tokens / entry.seconds / (plain.tokens / plain.seconds)

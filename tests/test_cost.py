@@ -62,6 +62,14 @@ def test_the_speed_identity():
     assert not model.measured and CostModel(target, [None]).measured
 
 
+def test_sampling_costs_its_rows():
+    target, draft = LatencyTable(POINTS), LatencyTable.assumed(0.1, 0.01)
+    greedy, sampled = (CostModel(target, [draft, None], 0.05, row) for row in (0.0, 0.01))
+    assert sampled.step(0, 1, ()) == greedy.step(0, 1, ())  # plain decoding works on one row too
+    assert sampled.step(0, 4, (1, 2)) - greedy.step(0, 4, (1, 2)) == pytest.approx(0.01 * (3 + 3))
+    assert sampled.step(1, 4, ()) - greedy.step(1, 4, ()) == pytest.approx(0.01 * 3)
+
+
 class Measurable(FakeProgram):
     """Calls take virtual time: one second, and a tenth more a node and a thousandth a token of context."""
 
@@ -97,10 +105,10 @@ def test_contexts_beyond_the_models_are_left_out():
 
 def test_a_table_survives_its_file(tmp_path):
     path = tmp_path / "deep" / "table.json"
-    write_table(path, LatencyTable(POINTS), {"device": "x"})
-    assert read_table(path).points == POINTS
+    write_table(path, LatencyTable(POINTS, sampled_row=1e-5), {"device": "x"})
+    assert read_table(path) == LatencyTable(POINTS, sampled_row=1e-5)
     data = json.loads(path.read_text())
-    assert data["schema"] == 1 and data["meta"] == {"device": "x"} and len(data["entries"]) == 6
+    assert data["schema"] == 2 and data["meta"] == {"device": "x"} and len(data["entries"]) == 6
     assert [p.name for p in path.parent.iterdir()] == ["table.json"]
 
 
@@ -110,10 +118,14 @@ def test_a_table_survives_its_file(tmp_path):
         ("{", "JSONDecodeError"),
         ("[]", "a list"),
         ('{"schema": 99}', "schema 99"),
-        ('{"schema": 1}', "an entry without 'entries'"),
-        ('{"schema": 1, "entries": [{"nodes": 1}]}', "an entry without 'context'"),
-        ('{"schema": 1, "entries": []}', "entries that are no measurements"),
-        ('{"schema": 1, "entries": [{"nodes": 1, "context": 0, "batch": 1, "seconds": -1}]}', "no measurements"),
+        ('{"schema": 2, "sampled_row": 0}', "an entry without 'entries'"),
+        ('{"schema": 2, "sampled_row": 0, "entries": [{"nodes": 1}]}', "an entry without 'context'"),
+        ('{"schema": 2, "entries": []}', "an entry without 'sampled_row'"),
+        ('{"schema": 2, "sampled_row": 0, "entries": []}', "entries that are no measurements"),
+        (
+            '{"schema": 2, "sampled_row": 0, "entries": [{"nodes": 1, "context": 0, "batch": 1, "seconds": -1}]}',
+            "no measurements",
+        ),
     ],
 )
 def test_corrupt_tables_are_named(tmp_path, text, problem):

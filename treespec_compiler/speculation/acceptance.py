@@ -11,6 +11,7 @@ from .policies.fixed import FixedTree
 from .proposal import Proposal
 
 RANKS = 4
+GREEDY = "greedy"
 # What is assumed before anything was seen, and for how many tries it counts: optimistic, so that a draft gets its
 # chance, and light, so that three misses end it.
 PRIOR_BEST = 0.7
@@ -81,7 +82,7 @@ _Kinds: TypeAlias = dict[str, Acceptance]
 _MEMORY: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, _Kinds]] = weakref.WeakKeyDictionary()
 
 
-def remembered(target: Any, draft: Any, kind: str = "greedy") -> Acceptance:
+def remembered(target: Any, draft: Any, kind: str = GREEDY) -> Acceptance:
     """The pair's record of one kind of decoding, shared by all requests. Neither model is kept alive by it."""
     kinds = _MEMORY.setdefault(target, weakref.WeakKeyDictionary()).setdefault(draft, {})
     return kinds.setdefault(kind, Acceptance())

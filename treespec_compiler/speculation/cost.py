@@ -22,17 +22,20 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..errors import CorruptTable
 from ..tree import Forest, TokenTree
+from .chance import SeededChance
+from .sampling import Processor, Sampling
 
 if TYPE_CHECKING:
     from ..program import TreeProgram
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 QUICK_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 QUICK_CONTEXTS = (128, 1024)
 FULL_NODES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64)
@@ -64,6 +67,8 @@ class LatencyTable:
 
     points: list[Point]
     measured: bool = True
+    sampled_row: float = 0.0
+    """Seconds to turn a row of logits into a distribution and to draw three children from it."""
     _curves: dict[tuple[int, int], list[float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -124,6 +129,8 @@ class CostModel:
     """One a draft; None: its proposals take no noticeable time."""
     overhead: float = 0.0
     """Of a step, beyond plain decoding's: proposing, choosing the path, committing."""
+    sampled_row: float = 0.0
+    """Of every row that sampling works on beyond plain decoding's one: the draft's, and the target's below the root."""
 
     @property
     def measured(self) -> bool:
@@ -143,7 +150,10 @@ class CostModel:
     def step(self, index: int, nodes: int, rows: Sequence[int], context: int = 0) -> float:
         """A whole step with draft `index`; without rows it is plain decoding."""
         seconds = self.verify(nodes, context) + self.draft(index, rows, context)
-        return seconds + self.overhead if nodes > 1 else seconds
+        if nodes == 1:
+            return seconds
+        drawn = sum(rows) if self.drafts[index] is not None else 0
+        return seconds + self.overhead + self.sampled_row * (drawn + nodes - 1)
 
     def speedup(self, index: int, tokens: float, nodes: int, rows: Sequence[int], context: int = 0) -> float:
         """Over plain decoding, with so many tokens a step: the identity at the top."""
@@ -158,7 +168,7 @@ def fingerprint(program: Any) -> str | None:
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and "val" in node.meta]
     shapes = [f"{node.name}:{tuple(node.meta['val'].shape)}:{node.meta['val'].dtype}" for node in inputs]
     options = program.options
-    parts = [gm.code, *shapes, repr((options.lowering, options.kernels)), *meta(program).values()]
+    parts = [SCHEMA, gm.code, *shapes, repr((options.lowering, options.kernels)), *meta(program).values()]
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
 
 
@@ -188,20 +198,22 @@ def read_table(path: Path) -> LatencyTable:
         problem = f"schema {data.get('schema')!r}" if isinstance(data, dict) else f"a {type(data).__name__}"
         raise CorruptTable(path=str(path), problem=problem, expected=f"{expected}, schema {SCHEMA}")
     try:
+        sampled_row = float(data["sampled_row"])
         points = [
             Point(int(e["nodes"]), int(e["context"]), int(e["batch"]), float(e["seconds"])) for e in data["entries"]
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptTable(path=str(path), problem=f"an entry without {error}", expected=expected) from error
     good = all(p.nodes > 0 and p.context >= 0 and p.batch > 0 and 0 < p.seconds < 1e6 for p in points)
-    if not good or len({p.nodes for p in points if p.batch == 1}) < 2:
+    if not good or not 0 <= sampled_row < 1 or len({p.nodes for p in points if p.batch == 1}) < 2:
         raise CorruptTable(path=str(path), problem="entries that are no measurements", expected="two or more, above 0")
-    return LatencyTable(points)
+    return LatencyTable(points, sampled_row=sampled_row)
 
 
 def write_table(path: Path, table: LatencyTable, about: dict[str, Any]) -> None:
     """Whole or not at all, also when several processes write."""
-    data = {"schema": SCHEMA, "meta": about, "entries": [asdict(point) for point in table.points]}
+    entries = [asdict(point) for point in table.points]
+    data = {"schema": SCHEMA, "meta": about, "sampled_row": table.sampled_row, "entries": entries}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -237,7 +249,21 @@ def measure(
         for point, call in calls.items():
             if best[point] < SLOW:
                 best[point] = min(best[point], _time(call, budget / ROUNDS, clock))
-    return LatencyTable([Point(*point, seconds) for point, seconds in best.items()])
+    points = [Point(*point, seconds) for point, seconds in best.items()]
+    return LatencyTable(points, sampled_row=_time(_sampled_row(program.vocab_size), budget, clock))
+
+
+def _sampled_row(vocab_size: int) -> Callable[[], Any]:
+    """What sampling does for each node of a draft's tree."""
+    logits = np.random.default_rng(0).standard_normal(vocab_size, dtype=np.float32)
+    processor, chance = Processor(Sampling(temperature=1.0)), SeededChance(0)
+
+    def work() -> None:
+        row = processor.row(logits, ())
+        assert row is not None
+        chance.distinct(row, 3)
+
+    return work
 
 
 def _call(program: Any, tree: Any, cache: Any, lengths: list[int]) -> Any:
@@ -253,7 +279,7 @@ def _time(call: Callable[[], Any], budget: float, clock: Clock) -> float:
         while len(seconds) < 2 or (sum(seconds) < budget and len(seconds) < 1000):
             began = clock()
             out = call()
-            if out.is_cuda:
+            if out is not None and out.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(clock() - began)
     return min(seconds)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..acceptance import Acceptance, remembered, split
+from ..acceptance import GREEDY, Acceptance, remembered, split
 from ..cost import CONTEXT_GRAIN, CostModel, LatencyTable, latency
 from ..policy import TreePolicy
 from ..proposal import Proposal
@@ -50,7 +50,7 @@ class Auto:
     """Whether the acceptance of earlier calls counts; without, a request gets the same trees whatever went before."""
     clock: bool = True
     """Whether the times of its own steps count; without, the trees depend on tokens and on the latency tables only."""
-    kind: str = "greedy"
+    kind: str = GREEDY
     """What the acceptance is remembered under: a draw and a likeliest token are accepted differently often."""
 
     @property
@@ -67,18 +67,20 @@ class Auto:
 
     def for_sampling(self, verifier: object, sampler: object, temperature: float, seeded: bool) -> Auto:
         """For sampled output: a given seed must give the same sample whatever happened before and however long it
-        took; without one, earlier calls of the same kind count. Trees may not fork where the rule takes chains."""
+        took; without one, earlier calls of the same kind and the clock count. Trees may not fork where the rule takes
+        chains."""
         rule, children = (getattr(x, "name", x) or "default" for x in (verifier, sampler))
         kind = f"{rule}, {children}, {temperature:.2g}"
-        chain = self.chain or rule == "block"
-        return replace(self, remember=self.remember and not seeded, clock=False, kind=kind, chain=chain)
+        chain, free = self.chain or rule == "block", not seeded
+        return replace(self, remember=self.remember and free, clock=self.clock and free, kind=kind, chain=chain)
 
     def widths(self, depth: int, proposal: Proposal) -> int:
         """Without a controller: a chain of three."""
         return 1 if depth < 3 else 0
 
     def control(self, target: Any, drafts: Sequence[Any]) -> Controller:
-        return Controller(self, cost_model(target, drafts), [self._memory(target, draft) for draft in drafts])
+        cost = cost_model(target, drafts, self.kind != GREEDY)
+        return Controller(self, cost, [self._memory(target, draft) for draft in drafts])
 
     def _memory(self, target: Any, draft: Any) -> Acceptance:
         if not self.remember:
@@ -89,7 +91,7 @@ class Auto:
         return "auto"
 
 
-def cost_model(target: Any, drafts: Sequence[Any]) -> CostModel:
+def cost_model(target: Any, drafts: Sequence[Any], sampled: bool = False) -> CostModel:
     """Tables of the target and of every draft that runs a program."""
     table = latency(target)
     programs = [getattr(draft, "program", None) for draft in drafts]
@@ -99,7 +101,7 @@ def cost_model(target: Any, drafts: Sequence[Any]) -> CostModel:
         tables = [None if t is None else LatencyTable.assumed() for t in tables]
     if not table.measured:  # stand-ins, whose drafts are taken to be small
         tables = [None if t is None else LatencyTable.assumed(0.1, 0.002) for t in tables]
-    return CostModel(table, tables, ASSUMED_OVERHEAD * table.seconds(1))
+    return CostModel(table, tables, ASSUMED_OVERHEAD * table.seconds(1), table.sampled_row if sampled else 0.0)
 
 
 @dataclass(slots=True)
