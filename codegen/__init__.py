@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from treespec_compiler.codegen import aten, aten_scored, cpu
-from treespec_compiler.codegen.gpu import accept, commit, tree_attention, tree_attention_spec, triton_installed
+from treespec_compiler.codegen.gpu import (
+    accept,
+    commit,
+    stochastic_accept,
+    tree_attention,
+    tree_attention_spec,
+    triton_installed,
+)
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import register_kernel
 
@@ -30,24 +37,14 @@ for _op, _target in (
     register_kernel(
         _op, device="cpu", dtypes=_FLOAT32, priority=20, name="native C++", target=_target, available=cpu.load
     )
-register_kernel(
-    ops.commit_path,
-    device="cuda",
-    dtypes=None,
-    priority=30,
-    name="triton",
-    target=commit.COMMIT_PATH,
-    available=triton_installed,
-)
-register_kernel(
-    ops.greedy_accept,
-    device="cuda",
-    dtypes=accept.DTYPES,
-    priority=30,
-    name="triton",
-    target=accept.GREEDY_ACCEPT,
-    available=triton_installed,
-)
+for _op, _target, _dtypes in (
+    (ops.commit_path, commit.COMMIT_PATH, None),
+    (ops.greedy_accept, accept.GREEDY_ACCEPT, accept.DTYPES),
+    (ops.stochastic_accept, stochastic_accept.STOCHASTIC_ACCEPT, frozenset({torch.float64})),
+):
+    register_kernel(
+        _op, device="cuda", dtypes=_dtypes, priority=30, name="triton", target=_target, available=triton_installed
+    )
 for _op, _target in (
     (ops.tree_attention, tree_attention.TREE_ATTENTION),
     (ops.scored_tree_attention, tree_attention.SCORED_TREE_ATTENTION),

@@ -16,6 +16,7 @@ from treespec_compiler.codegen.gpu.accept import walk_warps
 from treespec_compiler.codegen.gpu.kernels.accept import greedy_walk_kernel, row_best_kernel
 from treespec_compiler.codegen.gpu.kernels.append import append_kernel
 from treespec_compiler.codegen.gpu.kernels.commit import commit_kernel
+from treespec_compiler.codegen.gpu.kernels.stochastic_accept import chance_walk_kernel, residual_kernel
 from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offline
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -75,3 +76,24 @@ def test_greedy_walk(target: str, nodes: int, splits: int) -> None:
     blocks = {"TIE": 2.0**-7, "FIELDS": 4, "BLOCK_N": nodes, "BLOCK_S": splits}
     done = compiled(greedy_walk_kernel, pointers, blocks, target, num_warps=walk_warps(nodes, splits))
     assert done.resources.fits
+
+
+DRAWS = {
+    **dict.fromkeys(("p", "q", "ratios", "totals", "lefts", "sums"), "*fp64"),
+    **dict.fromkeys(("tokens", "draw_offsets", "draw_rows", "draw_q"), "*i64"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("replacement", [True, False])
+def test_residuals(target: str, replacement: bool) -> None:
+    assert compiled(residual_kernel, DRAWS, {"REPLACEMENT": replacement, "BLOCK": 1024}, target).resources.fits
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("naive", [True, False])
+def test_chance_walk(target: str, naive: bool) -> None:
+    pointers = DRAWS | dict.fromkeys(("parents", "node_offsets", "out"), "*i64") | {"uniforms": "*fp64"}
+    blocks = {"FIELDS": 3, "BLOCK": 1024, "BLOCKS": 128, "BLOCK_N": 64}
+    constants = {"NAIVE": naive, "REPLACEMENT": naive, **blocks}
+    assert compiled(chance_walk_kernel, pointers, constants, target).resources.fits

@@ -7,6 +7,7 @@ from treespec_compiler.ir.attention import tree_attention
 from treespec_compiler.ir.commit import commit_path
 from treespec_compiler.ir.linear import pack_weight, packed_bytes, packed_linear, unpack_weight
 from treespec_compiler.ir.scored_attention import scored_tree_attention
+from treespec_compiler.ir.stochastic_accept import stochastic_accept
 
 __all__ = [
     "commit_path",
@@ -15,6 +16,7 @@ __all__ = [
     "packed_bytes",
     "packed_linear",
     "scored_tree_attention",
+    "stochastic_accept",
     "tree_attention",
     "unpack_weight",
 ]

@@ -1,0 +1,99 @@
+"""`treespec_triton::stochastic_accept`: one program a node for what is owed, then one a request for the walk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from treespec_compiler.codegen.gpu.append import power_of_two
+from treespec_compiler.ir import stochastic_accept as definition
+
+BLOCK = 1024
+
+
+def stochastic_accept(
+    p: Tensor,
+    q: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    node_offsets: Tensor,
+    draw_offsets: Tensor,
+    draw_rows: Tensor,
+    draw_q: Tensor,
+    uniforms: Tensor,
+    rule: str,
+) -> Tensor:
+    """As `treespec::stochastic_accept`; float64 throughout, so only the order of sums differs from it."""
+    from .kernels.stochastic_accept import chance_walk_kernel, residual_kernel
+
+    definition.check(p, q, uniforms, draw_rows, rule)
+    if any(x.numel() and x.stride(1) != 1 for x in (p, q, uniforms)):
+        raise ValueError("got p, q or uniforms with strided rows, expected contiguous ones")
+    (nodes, vocab_size), requests, draws = p.shape, node_offsets.numel() - 1, draw_rows.numel()
+    naive = rule == "naive"
+    if naive:
+        draw_offsets = torch.zeros_like(draw_offsets)  # nothing that was drawn has any influence
+    out = tokens.new_empty(definition.FIELDS * requests + nodes)
+    block = min(BLOCK, power_of_two(vocab_size))
+    blocks = -(-vocab_size // block)
+    ratios, totals, lefts = torch.empty(3, max(draws, 1), dtype=torch.float64, device=p.device)
+    sums = torch.empty(nodes, blocks, dtype=torch.float64, device=p.device)
+    with torch.cuda.device_of(p):
+        if nodes:
+            residual_kernel[(nodes,)](
+                p,
+                p.stride(0),
+                q,
+                q.stride(0),
+                tokens,
+                draw_offsets,
+                draw_rows,
+                draw_q,
+                ratios,
+                totals,
+                lefts,
+                sums,
+                vocab_size,
+                REPLACEMENT=rule != "recursive",
+                BLOCK=block,
+                num_warps=4,
+            )
+        chance_walk_kernel[(requests,)](
+            p,
+            p.stride(0),
+            q,
+            q.stride(0),
+            tokens,
+            parents,
+            node_offsets,
+            draw_offsets,
+            draw_rows,
+            draw_q,
+            uniforms,
+            uniforms.stride(0),
+            ratios,
+            totals,
+            lefts,
+            sums,
+            out,
+            requests,
+            vocab_size,
+            blocks,
+            NAIVE=naive,
+            REPLACEMENT=rule != "recursive",
+            FIELDS=definition.FIELDS,
+            BLOCK=block,
+            BLOCKS=power_of_two(blocks),
+            BLOCK_N=power_of_two(max(nodes, 2)),
+            num_warps=4,
+        )
+    return out
+
+
+_library = torch.library.Library("treespec_triton", "FRAGMENT")
+_library.define("stochastic_accept" + definition.SCHEMA, tags=definition.TAGS)
+_library.impl("stochastic_accept", stochastic_accept, "CompositeExplicitAutograd")
+torch.library.register_fake("treespec_triton::stochastic_accept", definition.fake, lib=_library)
+
+STOCHASTIC_ACCEPT: OpOverload = torch.ops.treespec_triton.stochastic_accept.default

@@ -1,0 +1,56 @@
+"""Acceptance by chance in kernels against its definition, which the verifiers are compared with elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from draws import as_tensors, distribution, random_proposal
+
+from treespec_compiler.codegen.gpu import stochastic_accept as kernels
+from treespec_compiler.ir.stochastic_accept import FIELDS, stochastic_accept
+
+PAIRS = [
+    ("naive", "iid", 1),
+    ("multi-step", "iid", 1),
+    ("multi-step", "iid", 2),
+    ("multi-step", "top-k", 1),
+    ("recursive", "without-replacement", 1),
+    ("recursive", "without-replacement", 2),
+]
+
+
+def forest(rng, vocab_size, requests, sampler, proposers, most=8):
+    proposals, targets = [], []
+    for _ in range(requests):
+        p = [distribution(rng, vocab_size) for _ in range(int(rng.integers(1, most)))]
+        proposals.append(random_proposal(rng, p, sampler, proposers=proposers))
+        targets += p[: len(proposals[-1])]
+    tensors = as_tensors(proposals, vocab_size)
+    uniforms = torch.from_numpy(rng.random((requests, len(targets) + len(tensors[-1]))))
+    return torch.from_numpy(np.array(targets)), *tensors, uniforms
+
+
+@pytest.mark.parametrize(("rule", "sampler", "proposers"), PAIRS)
+def test_random_forests(rule, sampler, proposers, monkeypatch):
+    """Blocks of 4 ids, so that rows have several of them and an end inside one."""
+    rng, lengths = np.random.default_rng(2), []
+    monkeypatch.setattr(kernels, "BLOCK", 4)
+    for trial in range(5):
+        inputs = forest(rng, int(rng.integers(2, 15)), 1 + trial % 3, sampler, proposers)
+        want = stochastic_accept(*inputs, rule)
+        got = kernels.STOCHASTIC_ACCEPT(*inputs, rule)
+        assert got.tolist() == want.tolist()
+        lengths += want[: FIELDS * (1 + trial % 3) : FIELDS].tolist()
+    assert max(lengths) > 1
+
+
+@pytest.mark.parametrize("rule", ["naive", "multi-step", "recursive"])
+def test_numbers_at_both_ends(rule):
+    """0 accepts and chooses what it can; just below 1 chooses the last token that has a weight."""
+    rng = np.random.default_rng(5)
+    *inputs, uniforms = forest(rng, 9, 2, "without-replacement", 1)
+    for number in (0.0, 1.0 - 2.0**-53):
+        numbers = torch.full_like(uniforms, number)
+        want = stochastic_accept(*inputs, numbers, rule)
+        assert kernels.STOCHASTIC_ACCEPT(*inputs, numbers, rule).tolist() == want.tolist()

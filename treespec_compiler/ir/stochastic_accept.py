@@ -1,0 +1,168 @@
+"""`treespec::stochastic_accept`: which nodes of a verified forest are accepted by chance, given the uniform numbers.
+
+Three rules, those of `speculation.verifiers`; p is the target's distribution after a node, q the draft's.
+
+    naive       a token is drawn from p; the walk goes on where a child has it, and ends with it where none has.
+    multi-step  the drawn children are tried in order: x is accepted with min(1, p(x) / q(x)), else
+                p <- norm(max(0, p - q)). After the last rejection the walk ends with a token from what is left of p.
+    recursive   as multi-step, and a rejected x also leaves q: q <- norm(q without x).
+
+Every attempt and every draw takes the next number, also where the probability is 0 or 1: a rounding error there cannot
+shift the numbers of what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+SCHEMA = (
+    "(Tensor p, Tensor q, Tensor tokens, Tensor parents, Tensor node_offsets, Tensor draw_offsets, Tensor draw_rows, "
+    "Tensor draw_q, Tensor uniforms, str rule) -> Tensor"
+)
+TAGS = (torch.Tag.pt2_compliant_tag,)
+
+RULES = ("naive", "multi-step", "recursive")
+FIELDS = 3
+"""Integers of a request before the paths: accepted nodes, the token after them, uniform numbers used."""
+
+
+def reference(
+    p: Tensor,  # [N, V] float64, rows sum to 1
+    q: Tensor,  # [G, V] float64, rows sum to 1
+    tokens: Tensor,  # [N] int64
+    parents: Tensor,  # [N] int64, within the request; its first node is its only root
+    node_offsets: Tensor,  # [R + 1] int64
+    draw_offsets: Tensor,  # [N + 1] int64: draws draw_offsets[i]:draw_offsets[i + 1] were made below node i, in order
+    draw_rows: Tensor,  # [D] int64: the drawn node, as a row of p; one drawn twice is there twice
+    draw_q: Tensor,  # [D] int64: the row of q it was drawn from, before earlier draws from that row; -1: one-hot
+    uniforms: Tensor,  # [R, U] float64 in [0, 1), U >= N + D
+    rule: str,
+) -> Tensor:
+    """int64 [FIELDS * R + N]: every request's fields, then, where its nodes lie, its path filled up with -1."""
+    check(p, q, uniforms, draw_rows, rule)
+    requests = node_offsets.numel() - 1
+    out = tokens.new_full((FIELDS * requests + tokens.numel(),), -1)
+    for r in range(requests):
+        first, end = int(node_offsets[r]), int(node_offsets[r + 1])
+        path: list[int] = []
+        bonus, chance = -1, _Uniforms(uniforms[r])
+        if end > first:
+            if rule == "naive":
+                path, bonus = _naive(p[first:end], tokens[first:end].tolist(), parents[first:end].tolist(), chance)
+            else:
+
+                def draws(node: int, first: int = first) -> list[tuple[int, int]]:
+                    which = slice(int(draw_offsets[first + node]), int(draw_offsets[first + node + 1]))
+                    return [(row - first, g) for row, g in zip(draw_rows[which].tolist(), draw_q[which].tolist())]
+
+                path, bonus = _walk(p[first:end], q, tokens[first:end], draws, chance, replacement=rule == "multi-step")
+        out[FIELDS * r : FIELDS * (r + 1)] = torch.tensor([len(path), bonus, chance.used])
+        out[FIELDS * requests + first :][: len(path)] = torch.tensor(path, dtype=torch.int64)
+    return out
+
+
+class _Uniforms:
+    """Given numbers, in order."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers.tolist()
+        self.used = 0
+
+    def _next(self) -> float:
+        self.used += 1
+        return self._numbers[self.used - 1]
+
+    def accept(self, probability: float) -> bool:
+        return self._next() < probability
+
+    def choose(self, weights: Tensor) -> int:
+        """[V] to the first id whose cumulative weight is above u times the whole; never one of weight 0."""
+        cumulative = weights.cumsum(0)
+        above = (cumulative > self._next() * cumulative[-1]) & (weights > 0)
+        # NOTE: where rounding leaves nothing above, the last id that has a weight
+        return int(above.nonzero()[0] if above.any() else weights.nonzero()[-1])
+
+
+def _naive(p: Tensor, tokens: list[int], parents: list[int], chance: _Uniforms) -> tuple[list[int], int]:
+    path, want = [0], chance.choose(p[0])
+    for node in range(1, len(tokens)):
+        if parents[node] == path[-1] and tokens[node] == want:
+            path.append(node)
+            want = chance.choose(p[node])
+    return path, want
+
+
+def _walk(
+    p: Tensor,
+    q: Tensor,
+    tokens: Tensor,
+    draws: Callable[[int], list[tuple[int, int]]],
+    chance: _Uniforms,
+    *,
+    replacement: bool,
+) -> tuple[list[int], int]:
+    """`draws(node)`: child and row of q of each draw below a node."""
+    path = [0]
+    while True:
+        owed, group, proposed = p[path[-1]], None, q
+        for child, row in draws(path[-1]):
+            token = int(tokens[child])
+            if row != group or row < 0:
+                proposed = q[row] if row >= 0 else torch.zeros_like(owed).index_fill_(0, tokens[child], 1.0)
+                group = row
+            if chance.accept(_ratio(float(owed[token]), float(proposed[token]))):
+                path.append(child)
+                break
+            rest = (owed - proposed).clamp_min(0.0)
+            if rest.sum() > 0:
+                owed = rest / rest.sum()
+            if not replacement and row >= 0:
+                proposed = proposed.index_fill(0, tokens[child], 0.0)
+                if proposed.sum() > 0:
+                    proposed = proposed / proposed.sum()
+        else:
+            return path, chance.choose(owed)
+
+
+def _ratio(p: float, q: float) -> float:
+    if p <= 0.0:
+        return 0.0
+    return 1.0 if p >= q else p / q
+
+
+def check(p: Tensor, q: Tensor, uniforms: Tensor, draw_rows: Tensor, rule: str) -> None:
+    """What no kernel could survive."""
+    if rule not in RULES:
+        raise ValueError(f"got rule {rule!r}, expected one of {', '.join(RULES)}")
+    if any(x.dtype is not torch.float64 for x in (p, q, uniforms)):
+        raise ValueError(f"got {p.dtype}, {q.dtype} and {uniforms.dtype}, expected float64 for p, q and uniforms")
+    needed = p.shape[0] + draw_rows.numel()
+    if uniforms.shape[1] < needed:
+        raise ValueError(f"got {uniforms.shape[1]} uniform numbers a request, expected {needed}: one a node and a draw")
+
+
+def fake(
+    p: Tensor,
+    q: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    node_offsets: Tensor,
+    draw_offsets: Tensor,
+    draw_rows: Tensor,
+    draw_q: Tensor,
+    uniforms: Tensor,
+    rule: str,
+) -> Tensor:
+    return tokens.new_empty(FIELDS * (node_offsets.numel() - 1) + tokens.numel())
+
+
+_library = torch.library.Library("treespec", "FRAGMENT")
+_library.define("stochastic_accept" + SCHEMA, tags=TAGS)
+_library.impl("stochastic_accept", reference, "CompositeExplicitAutograd")
+torch.library.register_fake("treespec::stochastic_accept", fake, lib=_library)
+
+stochastic_accept: OpOverload = torch.ops.treespec.stochastic_accept.default
