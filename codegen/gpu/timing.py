@@ -1,0 +1,90 @@
+"""Times work on a GPU: recorded as a CUDA graph, with a cold L2, by events; the median of many."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FLUSH_BYTES = 256 << 20  # more than any L2 there is
+
+
+@functools.cache
+def _flush_buffer(device: torch.device) -> Tensor:
+    return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+
+
+class Timed:
+    """A call, recorded; `milliseconds()` times one replay of `repeat` calls in a row, and gives the time of one.
+
+    A step of a model finds its K/V in memory, not in the L2: weights have passed through it since. So `cold` writes
+    a buffer larger than the L2 before each replay, which also keeps the device busy until everything is queued.
+    Work that cannot be recorded is launched; its time then holds the host's part.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[], object],
+        device: torch.device,
+        *,
+        cold: bool = True,
+        graph: bool = True,
+        repeat: int = 1,
+    ) -> None:
+        self.device, self.cold, self.repeat = device, cold, repeat
+        self.run = call
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream(device).wait_stream(side)
+        if graph:
+            recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded, stream=side):
+                for _ in range(repeat):
+                    call()
+            self.run = recorded.replay
+        else:
+            self.repeat = 1
+
+    def milliseconds(self) -> float:
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if self.cold:
+            _flush_buffer(self.device).zero_()
+        began.record()
+        self.run()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / self.repeat
+
+
+def microseconds(call: Callable[[], object], device: torch.device, budget: float = 0.05, cold: bool = True) -> float:
+    """Median of a call's time, over about `budget` seconds but at least five."""
+    (result,) = interleaved([Timed(call, device, cold=cold)], budget)
+    return 1e3 * statistics.median(result)
+
+
+def interleaved(timed: Sequence[Timed], budget: float, least: int = 5, most: int = 200) -> list[list[float]]:
+    """Milliseconds of each, in turns, so that a change of the clock hits all of them; `budget` seconds in all."""
+    found: list[list[float]] = [[] for _ in timed]
+    for one in timed:
+        one.milliseconds()
+    began = time.perf_counter()
+    rounds = 0
+    while rounds < least or (time.perf_counter() - began < budget and rounds < most):
+        for one, values in zip(timed, found, strict=True):
+            values.append(one.milliseconds())
+        rounds += 1
+    return found
+
+
+def copy_bandwidth(device: torch.device, size: int = 2 << 30) -> float:
+    """Bytes read and written a second by a copy of `size` bytes inside the device's memory."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
+    target = torch.empty_like(source)
+    return 2 * size / (1e-6 * microseconds(lambda: target.copy_(source), device, budget=0.3, cold=False))

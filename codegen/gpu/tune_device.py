@@ -1,0 +1,148 @@
+"""Checks and times tree attention on a device: random K/V and trees, the readable reference in float64."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treespec_compiler.codegen import tables
+from treespec_compiler.codegen.gpu.source import versions
+from treespec_compiler.codegen.gpu.tree_attention import attend
+from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config
+from treespec_compiler.codegen.gpu.tune import OP, Shape
+from treespec_compiler.ir import scored_attention
+
+CHECKED_CONTEXT = 301
+"""Tokens of a check: several blocks of keys and a rest."""
+CHECKED_NODES = 40
+
+
+class Inputs:
+    """A random forest behind random K/V: `requests` binary trees with `nodes` nodes each, all of them new."""
+
+    def __init__(self, spec: AttentionKernel, shape: Shape, device: torch.device, seed: int = 0) -> None:
+        self.spec, self.shape = spec, shape
+        self.scale = 1 / math.sqrt(spec.key_dim)
+        random = torch.Generator(device).manual_seed(seed)
+        nodes, requests, context = shape.nodes, shape.requests, shape.context
+        total = nodes * requests
+
+        def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.randn(size, generator=random, device=device, dtype=torch.float32).to(dtype)
+
+        def pool(dim: int) -> Tensor:  # [requests, kv_heads, capacity, dim]
+            return normal(requests, spec.kv_heads, shape.capacity, dim, dtype=spec.pool_dtype)
+
+        self.q = normal(1, total, spec.heads, spec.key_dim, dtype=spec.dtype).transpose(1, 2)
+        self.pool_k, self.pool_v = pool(spec.key_dim), pool(spec.value_dim)
+        rows, depths = binary_tree(nodes)
+
+        def integers(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        self.ancestors = integers(rows * requests)
+        self.positions = integers([context + d for d in depths] * requests)
+        self.write_index = integers([r * shape.capacity + context + i for r in range(requests) for i in range(nodes)])
+        self.node_offsets = integers([r * nodes for r in range(requests + 1)])
+        self.page_table = integers([[r] for r in range(requests)])
+        self.prefix_lens, self.tree_lens = integers([context] * requests), integers([nodes] * requests)
+        self.slopes = normal(spec.heads).abs() * 0.01 if spec.slopes else None
+        self.bias = normal(spec.heads, 128) if spec.bias else None
+        self.sinks = normal(spec.heads) if spec.sinks else None
+
+    def changes(self) -> tuple[Any, ...]:
+        """Arguments from the window on."""
+        spec = self.spec
+        return spec.mask.window, spec.mask.chunk, spec.softcap, self.slopes, self.bias, self.sinks
+
+    def attend(self, config: Config | None = None, splits: int | None = None) -> Tensor:
+        return attend(
+            self.q, self.pool_k, self.pool_v, self.positions, self.node_offsets, self.page_table, self.prefix_lens,
+            self.tree_lens, self.ancestors, self.scale, *self.changes(), config=config, splits=splits,
+        )  # fmt: skip
+
+    def expected(self) -> Tensor:
+        """The op's reference in float64."""
+        nodes, requests = self.shape.nodes, self.shape.requests
+        at = self.prefix_lens[:, None] + torch.arange(nodes, device=self.q.device)  # [R, nodes]
+        request = torch.arange(requests, device=self.q.device)[:, None]
+
+        def written(pool: Tensor) -> Tensor:  # what lies there is written there again
+            return pool[request, :, at].double().flatten(0, 1).transpose(0, 1).unsqueeze(0)
+
+        pools = self.pool_k.double(), self.pool_v.double()
+        return scored_attention.reference(
+            self.q.double(), written(self.pool_k), written(self.pool_v), *pools, self.positions, self.write_index,
+            self.node_offsets, self.page_table, self.prefix_lens, self.tree_lens, self.ancestors, self.scale,
+            *self.changes(),
+        )  # fmt: skip
+
+    @property
+    def bytes(self) -> int:
+        """The fewest that must move: seen keys and values once, queries, and the output."""
+        spec, shape = self.spec, self.shape
+        seen = min(shape.context, spec.mask.window or shape.context, spec.mask.chunk or shape.context) + shape.nodes
+        tokens = seen * shape.requests * spec.kv_heads * (spec.key_dim + spec.value_dim) * spec.pool_dtype.itemsize
+        rows = shape.nodes * shape.requests * spec.heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize
+        return tokens + rows
+
+
+@functools.cache
+def binary_tree(nodes: int) -> tuple[list[list[int]], list[int]]:
+    """Packed ancestor rows and depths; node i hangs below node (i - 1) // 2."""
+    words = -(-nodes // 64)
+    rows: list[list[int]] = []
+    depths: list[int] = []
+    for node in range(nodes):
+        path = []
+        at = node
+        while at >= 0:
+            path.append(at)
+            at = (at + 1) // 2 - 1
+        bits = [sum(1 << (j % 64) for j in path if j // 64 == w) for w in range(words)]
+        rows.append([b - (1 << 64) if b >> 63 else b for b in bits])
+        depths.append(len(path) - 1)
+    return rows, depths
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖ in float64; NaN where `found` has one."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+class DeviceBench:
+    """`check` and `measure` of a `Tuner`, on a real device."""
+
+    def __init__(self, spec: AttentionKernel, device: torch.device, budget: float = 0.02) -> None:
+        self.spec, self.device, self.budget = spec, device, budget
+        self._inputs: tuple[Shape, Inputs] | None = None
+        self._expected: dict[Shape, tuple[Inputs, Tensor]] = {}
+
+    def check(self, config: Config, shape: Shape) -> float:
+        """Worst error of a smaller case, with the keys shared out and not."""
+        small = Shape(min(shape.nodes, CHECKED_NODES), min(shape.requests, 2), min(shape.context, CHECKED_CONTEXT))
+        if small not in self._expected:
+            inputs = Inputs(self.spec, small, self.device, seed=1)
+            self._expected[small] = inputs, inputs.expected()
+        inputs, expected = self._expected[small]
+        errors = [relative_error(inputs.attend(config, splits), expected) for splits in (1, 3)]
+        return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+    def measure(self, config: Config, shape: Shape) -> float:
+        from treespec_compiler.codegen.gpu.timing import microseconds
+
+        if self._inputs is None or self._inputs[0] != shape:
+            self._inputs = None  # two of them may not fit
+            self._inputs = shape, Inputs(self.spec, shape, self.device)
+        inputs = self._inputs[1]
+        return microseconds(lambda: inputs.attend(config), self.device, self.budget)
+
+
+def empty_table(arch: str, device: torch.device) -> tables.Table:
+    """A table for this device without entries yet."""
+    meta = {"device": torch.cuda.get_device_name(device), "versions": versions()}
+    return tables.Table(OP, arch, tables.kernel_hash(OP), (), meta)

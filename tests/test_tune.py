@@ -1,0 +1,240 @@
+"""Tuning without a GPU: what is compiled and left out, what is timed, what a table keeps; times are made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from treespec_compiler.cli import tune_kernels as cli
+from treespec_compiler.cli.main import main
+from treespec_compiler.codegen import tables
+from treespec_compiler.codegen.gpu import tune as tuning
+from treespec_compiler.codegen.gpu.offline import Resources
+from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config, default_config, search_space
+from treespec_compiler.codegen.gpu.tune import Shape, Tuner, candidates, prune, tune
+from treespec_compiler.codegen.tables import Table
+from treespec_compiler.errors import CorruptTable, InvalidOption
+
+SPEC = AttentionKernel(32, 8, 128, 128, torch.bfloat16, torch.bfloat16)
+SHORT, LONG = Shape(1, 1, 1024), Shape(64, 1, 8192)
+
+
+class Compiled:
+    """A kernel of these resources, with these instructions."""
+
+    def __init__(self, registers=100, stack=0, shared=1000, instructions=("HMMA", "HGMMA")):
+        self.resources = Resources(registers, stack, shared, 227 * 1024)
+        self.instructions = instructions
+
+    def has(self, name):
+        return name in self.instructions
+
+
+def fine(spec, config, target):
+    return Compiled()
+
+
+def microseconds(config, shape):
+    """The best one has blocks of 32 keys, then the fewest warps and stages."""
+    return 10 + abs(config.block_n - 32) + config.num_warps / 10 + config.num_stages / 100 + config.block_m / 1000
+
+
+def make(**changes):
+    fields = {"check": lambda c, s: 1e-3, "measure": microseconds, "compiler": fine, "limit": 6, **changes}
+    return Tuner(SPEC, "sm_90", **fields)
+
+
+EMPTY = Table(tuning.OP, "sm_90", "hash", ())
+
+
+def test_shapes():
+    assert Shape.parse("64x8x2048") == Shape(64, 8, 2048) and str(Shape(64, 8, 2048)) == "64x8x2048"
+    for text in ("64", "64x8", "0x1x5", "axbxc", "1x2x3x4", "-1x1x1"):
+        with pytest.raises(InvalidOption, match=f"got '{text}'"):
+            Shape.parse(text)
+
+
+def test_candidates_begin_with_the_default_and_fit_the_rows():
+    found = candidates(SPEC, 4, "sm_90")
+    assert found[0] == default_config(SPEC, 4, "sm_90")
+    assert len(found) == len(set(found)) and set(found) <= {*search_space(SPEC), found[0]}
+    assert max(c.block_m for c in found) == 32  # 4 rows fill no larger block
+    assert max(c.block_m for c in candidates(SPEC, 256, "sm_90")) == 128
+    assert candidates(SPEC, 4, "sm_90", limit=3) == found[:3]
+
+
+def test_pruning_gives_reasons():
+    def compiler(spec, config, target):
+        if config.num_stages == 4:
+            raise RuntimeError("out of registers")
+        if config.num_warps == 8:
+            return Compiled(stack=64)
+        if config.block_n == 128:
+            return Compiled(shared=300_000)
+        return Compiled(instructions=("HMMA",))
+
+    configs = [Config(16, 64, 4, 4), Config(16, 64, 8, 2), Config(16, 128, 4, 2), Config(64, 64, 4, 2)]
+    found = prune(SPEC, [*configs, Config(16, 64, 4, 2)], "sm_90", compiler)
+    assert found.kept == [Config(16, 64, 4, 2)]  # 16 rows do without warp group products
+    assert [found.rejected[c] for c in configs] == [
+        "does not compile (RuntimeError)",
+        "spills (64 bytes of stack)",
+        "shared memory (300000 bytes of 232448)",
+        "no HGMMA",
+    ]
+    single = dataclasses.replace(SPEC, dtype=torch.float32, pool_dtype=torch.float32)
+    assert prune(single, configs[3:], "sm_90", lambda *a: Compiled(instructions=())).kept == configs[3:]
+
+
+def test_pruning_of_the_real_kernel():
+    pytest.importorskip("triton", reason="needs triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET makes no kernels to compile")
+    spec = AttentionKernel(8, 2, 64, 64, torch.float16, torch.float16)
+    found = prune(spec, [Config(16, 64, 4, 2), Config(64, 64, 4, 2), Config(128, 128, 8, 9)], "sm_90")
+    assert found.kept == [Config(16, 64, 4, 2), Config(64, 64, 4, 2)]
+    assert "shared memory" in found.rejected[Config(128, 128, 8, 9)]
+
+
+def test_the_fastest_and_the_second():
+    entry = make(limit=None).entry(SHORT)
+    ordered = sorted(candidates(SPEC, 4, "sm_90"), key=lambda c: microseconds(c, SHORT))
+    assert entry.config == ordered[0].as_dict() and entry.us == microseconds(ordered[0], SHORT)
+    assert entry.runner_up == {"config": ordered[1].as_dict(), "us": round(microseconds(ordered[1], SHORT), 3)}
+    assert entry.key == SPEC.tuning_key(1, 1, 1024 + 64)
+
+
+def test_wrong_configurations_are_never_timed(caplog):
+    right = candidates(SPEC, 4, "sm_90")[2]
+    timed = []
+
+    def check(config, shape):
+        if config.num_warps == 8:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        return 1e-3 if config == right else math.nan if config.num_stages == 2 else 0.5
+
+    def measure(config, shape):
+        timed.append(config)
+        return 1.0
+
+    with caplog.at_level(logging.WARNING):
+        entry = make(check=check, measure=measure, limit=None).entry(SHORT)
+    assert timed == [right] and entry.config == right.as_dict() and entry.runner_up is None
+    assert "an error of nan" in caplog.text and "an error of 5.0e-01" in caplog.text
+    with pytest.raises(InvalidOption, match=r"got '1x1x1024', expected one that .*an error of 9\.0e"):
+        make(check=lambda c, s: 9.0).entry(SHORT)
+
+
+def test_each_configuration_is_compiled_once():
+    made = []
+
+    def compiler(spec, config, target):
+        made.append(config)
+        return Compiled()
+
+    tuner = make(compiler=compiler, limit=4)
+    tuner.entry(SHORT)
+    tuner.entry(Shape(2, 1, 8192))  # its default is the same one
+    assert len(made) == len(set(made)) and set(candidates(SPEC, 4, "sm_90", 4)) <= set(made)
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "sm_90.json"
+
+    def save(table):
+        tables.write(path, table)
+
+    def stop(config, shape):
+        if shape == LONG:
+            raise KeyboardInterrupt
+        return microseconds(config, shape)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(make(measure=stop), [SHORT, LONG], EMPTY, save)
+    half = tables.read(path, tuning.OP, "sm_90")
+    assert len(half.entries) == 1
+    seen = []
+    whole = tune(make(), [SHORT, LONG], half, save, on_shape=lambda shape, entry: seen.append((shape, entry)))
+    assert [(shape, entry is None) for shape, entry in seen] == [(SHORT, True), (LONG, False)]
+    assert tables.read(path, tuning.OP, "sm_90").entries == whole.entries and len(whole.entries) == 2
+    again = tune(make(measure=lambda c, s: 1.0), [SHORT], whole, save, again=True)
+    assert [e.us for e in again.entries] == [1.0, whole.entries[1].us]
+
+
+def test_what_was_tuned_is_what_is_launched(tmp_path, monkeypatch):
+    from treespec_compiler.codegen.gpu.inventory import chosen_config
+
+    monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "none")
+    tables.forget()
+    assert chosen_config(SPEC, 1, "sm_90") == (default_config(SPEC, 4, "sm_90"), False)
+    table = Table(tuning.OP, "sm_90", tables.kernel_hash(tuning.OP), ())
+    table = tune(make(), [SHORT], table, lambda t: tables.write(tables.user_path(t.op, t.arch), t))
+    config, measured = chosen_config(SPEC, 1, "sm_90")
+    assert measured and config.as_dict() == table.entries[0].config != default_config(SPEC, 4, "sm_90").as_dict()
+    tables.forget()
+
+
+def test_a_table_of_another_kernel_is_begun_anew(tmp_path):
+    path = tmp_path / "sm_90.json"
+    assert cli.started(path, EMPTY) is EMPTY
+    table = tune(make(), [SHORT], EMPTY, lambda t: tables.write(path, t))
+    assert cli.started(path, EMPTY).entries == table.entries
+    assert cli.started(path, dataclasses.replace(EMPTY, source_hash="other")).entries == ()
+    path.write_text("{")
+    with pytest.raises(CorruptTable, match="Delete the file"):
+        cli.started(path, EMPTY)
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def _from_here(self, monkeypatch):
+        monkeypatch.syspath_prepend(os.path.dirname(__file__))
+
+    def test_without_a_gpu(self, capsys, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main(["tune", "py:graph_cases:decoder", "--device", "cuda"]) == 2
+        shown = capsys.readouterr().err
+        assert "expected a GPU that torch can use" in shown and "treespec kernels MODEL" in shown
+
+    def test_wrong_arguments(self, capsys):
+        assert main(["tune"]) == 2
+        assert "MODEL --device cuda" in capsys.readouterr().err
+        assert main(["tune", "--latency"]) == 2
+        assert "--target: got None" in capsys.readouterr().err
+
+    def test_every_site_of_a_model_on_a_pretended_gpu(self, capsys, monkeypatch, tmp_path):
+        device = SimpleNamespace(check=lambda c, s: 0.0, measure=microseconds)
+        monkeypatch.setattr(cli, "gpu", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(tables, "architecture", lambda device: "sm_90")
+        monkeypatch.setattr(tuning.Tuner, "_compiled", lambda self, configs: configs)
+        from treespec_compiler.codegen.gpu import tune_device
+
+        monkeypatch.setattr(tune_device, "DeviceBench", lambda spec, where, budget: device)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        out = tmp_path / "table.json"
+        arguments = ["tune", "py:graph_cases:decoder", "--device", "cuda", "--out", str(out), "--limit", "5"]
+        assert main([*arguments, "--shapes", "1x1x64", "8x2x64"]) == 0
+        table = tables.read(out, tuning.OP, "sm_90")
+        assert len(table.entries) == 2 and table.meta["device"] == "a GPU" and "triton" in table.meta["versions"]
+        assert "2 entries in" in capsys.readouterr().err.replace("\n", "")
+        assert main([*arguments, "--shapes", "1x1x64"]) == 0
+        assert "measured before" in capsys.readouterr().err
+
+
+def test_the_script_says_what_is_missing():
+    script = Path(__file__).parents[1] / "benchmarks" / "autotune.py"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert (
+        done.returncode == 1 and "expected a GPU that torch can use" in done.stderr and "Traceback" not in done.stderr
+    )

@@ -1,0 +1,119 @@
+"""`treespec tune MODEL --device cuda`: the kernels of a model, measured on the GPU at hand."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
+
+from ..codegen import tables
+from ..codegen.gpu import triton_installed
+from ..codegen.gpu.inventory import attention_kernels
+from ..codegen.gpu.offline import TARGETS
+from ..codegen.gpu.tree_attention_spec import AttentionKernel
+from ..codegen.gpu.tune import OP, SHAPES, Shape, Tuner, tune
+from ..codegen.tables import Entry, Table
+from ..errors import InvalidOption, MissingPackage
+from ..pipeline import convert
+from .inspection import read_subject
+
+
+def tune_model(arguments: Namespace) -> int:
+    device = gpu()
+    shapes = [Shape.parse(text) for text in arguments.shapes] if arguments.shapes else list(SHAPES)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise InvalidOption(name="--limit", got=arguments.limit, expected="a positive number of configurations")
+    subject = read_subject(arguments, kernels="reference")
+    with Console(stderr=True).status("converting"):
+        state = convert(subject.loaded.model, subject.call, subject.options).state
+    specs = list(attention_kernels(state.sites))
+    path = arguments.out or tables.user_path(OP, tables.architecture(device))
+    tune_kernels(specs, shapes, device, path, limit=arguments.limit, again=arguments.again)
+    return 0
+
+
+def gpu() -> torch.device:
+    """The GPU to measure on; raises where there is none, or nothing that compiles for it."""
+    if not torch.cuda.is_available():
+        raise InvalidOption(
+            name="--device",
+            got="cuda",
+            expected=f"a GPU that torch can use (torch {torch.__version__} sees none)",
+            fix="Run this on a machine with one; `treespec kernels MODEL --target sm_90` compiles without.",
+        )
+    if not triton_installed():
+        raise MissingPackage(package="triton", purpose="GPU kernels", fix="Install it: pip install triton.")
+    device = torch.device("cuda", torch.cuda.current_device())
+    arch = tables.architecture(device)
+    if arch not in TARGETS:
+        raise InvalidOption(
+            name="--device", got=arch, expected=" or ".join(TARGETS), fix="No kernels are tuned for it."
+        )
+    return device
+
+
+def tune_kernels(
+    specs: Sequence[AttentionKernel],
+    shapes: Sequence[Shape],
+    device: torch.device,
+    path: Path,
+    limit: int | None = None,
+    again: bool = False,
+    budget: float = 0.02,
+) -> Table:
+    """Measure every kernel for every shape and keep the table at `path`, with a progress bar."""
+    from ..codegen.gpu.tune_device import DeviceBench, empty_table
+
+    arch = tables.architecture(device)
+    table = started(path, empty_table(arch, device))
+    done: list[tuple[Shape, Entry | None]] = []
+    console = Console(stderr=True, highlight=False)
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=len(specs) * len(shapes))
+
+        def finished(shape: Shape, entry: Entry | None) -> None:
+            done.append((shape, entry))
+            bar.advance(task)
+
+        for spec in specs:
+            bench = DeviceBench(spec, device, budget)
+            tuner = Tuner(
+                spec, arch, bench.check, bench.measure, limit=limit, say=lambda t: bar.update(task, description=t)
+            )
+            table = tune(tuner, shapes, table, lambda t: tables.write(path, t), again, finished)
+    console.print(summary(done))
+    console.print(f"{len(table.entries)} entries in {path}", markup=False, soft_wrap=True)
+    return table
+
+
+def started(path: Path, empty: Table) -> Table:
+    """The table to go on with: the one at `path` if it is of the kernel as it is, else an empty one."""
+    if not path.is_file():
+        return empty
+    table = tables.read(path, empty.op, empty.arch)
+    return table if table.source_hash == empty.source_hash else empty
+
+
+def summary(done: Sequence[tuple[Shape, Entry | None]]) -> RichTable:
+    table = RichTable(box=None, pad_edge=False, header_style="bold")
+    table.add_column("shape", no_wrap=True)
+    for name in ("us", "configuration", "second, us", "its configuration"):
+        table.add_column(name, justify="right" if "us" in name.split() else "left")
+    for shape, entry in done:
+        if entry is None:
+            table.add_row(str(shape), "", "measured before (--again measures it again)")
+            continue
+        second = entry.runner_up
+        cells = (f"{second['us']:.1f}", describe(second["config"])) if second else ("-", "-")
+        table.add_row(str(shape), f"{entry.us:.1f}", describe(entry.config), *cells)
+    return table
+
+
+def describe(config: object) -> str:
+    return ", ".join(f"{n} {v}" for n, v in dict(config).items())  # type: ignore[call-overload]
