@@ -8,6 +8,7 @@ from treespec_compiler.codegen import aten, aten_scored, cpu
 from treespec_compiler.codegen.gpu import (
     accept,
     commit,
+    rope_attention,
     stochastic_accept,
     tree_attention,
     tree_attention_spec,
@@ -48,6 +49,8 @@ for _op, _target, _dtypes in (
 for _op, _target in (
     (ops.tree_attention, tree_attention.TREE_ATTENTION),
     (ops.scored_tree_attention, tree_attention.SCORED_TREE_ATTENTION),
+    (ops.rope_tree_attention, rope_attention.ROPE_TREE_ATTENTION),
+    (ops.rope_scored_tree_attention, rope_attention.ROPE_SCORED_TREE_ATTENTION),
 ):
     register_kernel(
         _op,

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from treespec_compiler.codegen.gpu.accept import walk_warps
 from treespec_compiler.codegen.gpu.kernels.accept import greedy_walk_kernel, row_best_kernel
-from treespec_compiler.codegen.gpu.kernels.append import append_kernel
+from treespec_compiler.codegen.gpu.kernels.append import append_kernel, rope_append_kernel
 from treespec_compiler.codegen.gpu.kernels.commit import commit_kernel
 from treespec_compiler.codegen.gpu.kernels.stochastic_accept import chance_walk_kernel, residual_kernel
 from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offline
@@ -44,6 +44,18 @@ def test_append(target: str, dtype: str) -> None:
     if target.startswith("sm_"):
         # a row of 128 numbers is read and written in pieces of 16 bytes
         assert done.has("LDG.E.128") and done.has("STG.E.128")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_append(target: str, half: bool, dtype: str) -> None:
+    tensors = ("q", "k", "v", "rotated_q", "pool_k", "pool_v")
+    pointers = dict.fromkeys(tensors, f"*{dtype}") | {"write_index": "*i64", "cos": "*fp32", "sin": "*fp32"}
+    blocks = {"KEY_DIM": 128, "VALUE_DIM": 128, "BLOCK_T": 8, "BLOCK_K": 128, "BLOCK_V": 128}
+    rope = {"HEADS": 32, "ROTARY": 128, "COLUMNS": 128, "HALF": half}
+    done = compiled(rope_append_kernel, pointers, {**blocks, **rope}, target)
+    assert done.resources.fits
 
 
 @pytest.mark.parametrize("target", TARGETS)

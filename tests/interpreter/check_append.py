@@ -1,11 +1,15 @@
-"""K/V append against the copy it stands for."""
+"""K/V append against the copy it stands for, and rotating on the way against its definition."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tree_cases import Case
 
-from treespec_compiler.codegen.gpu.append import append
+from treespec_compiler.codegen.gpu.append import append, rope_append
+from treespec_compiler.codegen.gpu.rope_attention import ROPE_SCORED_TREE_ATTENTION, ROPE_TREE_ATTENTION
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.rope_attention import rotate
 
 T, H = 5, 2
 
@@ -66,3 +70,60 @@ def test_no_tokens():
     before = pool_k.clone()
     append(torch.empty(1, H, 0, 8), torch.empty(1, H, 0, 8), pool_k, pool_v, torch.empty(0, dtype=torch.int64))
     assert torch.equal(pool_k, before)
+
+
+def angles(nodes, width):
+    """cos and sin of unrelated numbers, so that mixed up columns show."""
+    return torch.randn(nodes, width), torch.randn(nodes, width)
+
+
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize(("key_dim", "rotary"), [(24, 24), (24, 8), (40, 20), (8, 2)])
+@pytest.mark.parametrize("per_angle", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rope_append(style, key_dim, rotary, per_angle, dtype):
+    q = torch.randn(1, T, 2 * H, key_dim).to(dtype).transpose(1, 2)
+    k = torch.randn(1, T, H, key_dim).to(dtype).transpose(1, 2)
+    v = torch.randn(1, H, T, 16).to(dtype)
+    cos, sin = angles(T, rotary // 2 if per_angle else rotary)
+    pool_k, pool_v = pools(key_dim, 16, dtype)
+    write_index = torch.tensor([3, 17, -1, 40, 47])
+    turned = rotate(k, cos, sin, style, rotary)
+    want = expected(pool_k, turned, write_index), expected(pool_v, v, write_index)
+    got = rope_append(q, k, v, pool_k, pool_v, write_index, cos, sin, style, rotary)
+    exact = {"atol": 1e-6, "rtol": 1e-6} if dtype is torch.float32 else {}
+    torch.testing.assert_close(got, rotate(q, cos, sin, style, rotary), **exact)
+    torch.testing.assert_close(pool_k, want[0], **exact)
+    assert torch.equal(pool_v, want[1])
+    assert torch.equal(got[..., rotary:], q[..., rotary:])
+
+
+def test_rope_append_reads_strided_angles():
+    """cos and sin as two halves of one table, read at the tokens' positions and transposed."""
+    q, k, v = torch.randn(1, H, T, 8), torch.randn(1, H, T, 8), torch.randn(1, H, T, 8)
+    table = torch.randn(T, 4, 2)
+    cos, sin = table[..., 0], table[..., 1]
+    pool_k, pool_v = pools(8, 8, torch.float32)
+    write_index = torch.arange(T)
+    want = expected(pool_k, rotate(k, cos, sin, "interleaved", 8), write_index)
+    got = rope_append(q, k, v, pool_k, pool_v, write_index, cos, sin, "interleaved", 8)
+    torch.testing.assert_close(got, rotate(q, cos, sin, "interleaved", 8))
+    torch.testing.assert_close(pool_k, want)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_rope_attention_is_rotation_then_attention(scored):
+    case = Case([(5, [-1, 0, 0], 2), (3, [-1, 0], 2)], page_size=16)
+    *arguments, scale, window = case.arguments()
+    rest = (scale, window) + ((0, 5.0, None, None, None) if scored else ())
+    rest += (*angles(4, 16), "half", 32)
+    op, definition = (
+        (ROPE_SCORED_TREE_ATTENTION, ops.rope_scored_tree_attention)
+        if scored
+        else (ROPE_TREE_ATTENTION, ops.rope_tree_attention)
+    )
+    mine = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    want, got = definition(*arguments, *rest), op(*mine, *rest)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mine[3], arguments[3], atol=1e-6, rtol=1e-6)
+    assert torch.equal(mine[4], arguments[4])

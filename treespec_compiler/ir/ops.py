@@ -6,6 +6,7 @@ from treespec_compiler.ir.accept import greedy_accept
 from treespec_compiler.ir.attention import tree_attention
 from treespec_compiler.ir.commit import commit_path
 from treespec_compiler.ir.linear import pack_weight, packed_bytes, packed_linear, unpack_weight
+from treespec_compiler.ir.rope_attention import rope_scored_tree_attention, rope_tree_attention
 from treespec_compiler.ir.scored_attention import scored_tree_attention
 from treespec_compiler.ir.stochastic_accept import stochastic_accept
 
@@ -15,6 +16,8 @@ __all__ = [
     "pack_weight",
     "packed_bytes",
     "packed_linear",
+    "rope_scored_tree_attention",
+    "rope_tree_attention",
     "scored_tree_attention",
     "stochastic_accept",
     "tree_attention",
