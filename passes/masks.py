@@ -25,7 +25,7 @@ from .closed_form import Form, axis
 # An additive mask value at or below this hides a key: exp(-1e4) is 0 in float32, and models use -1e4 and lower.
 HIDDEN = -1e4
 # A hiding value that a bias is added to (ALiBi on top of the lowest float) is at or below this.
-_BURIED = -1e9
+BURIED = -1e9
 
 _DISTANCE = sympy.Symbol("d", integer=True)
 
@@ -187,7 +187,7 @@ def _is_hidden(value: Any) -> bool:
     if value.has(-sympy.oo):
         return True
     fixed = value.as_independent(*value.free_symbols, *value.atoms(AppliedUndef), as_Add=True)[0]
-    return bool(fixed <= (HIDDEN if value.is_number else _BURIED))
+    return bool(fixed <= (HIDDEN if value.is_number else BURIED))
 
 
 def _visible_distances(points: list[int], hidden: set[int], text: str) -> _Visible:

@@ -13,6 +13,7 @@ from treespec_compiler.ir import sequence_attention  # noqa: F401  (defines the 
 
 from .closed_form import ClosedForms, broadcast, shape_of
 from .evaluate import evaluate_for_length
+from .key_bias import Splitter, with_key_bias
 from .manager import Pass
 from .masks import hides_all
 from .provenance import op_name
@@ -26,9 +27,10 @@ _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 def recognize_attention(state: GraphState) -> int:
     matches = 0
+    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
     for node in list(state.graph.nodes):
         if op_name(node) == "aten.scaled_dot_product_attention":
-            _rewrite(state, node)
+            _rewrite(state, forms, node)
             matches += 1
     matches += recognize_eager(state)
     if not matches:
@@ -48,7 +50,7 @@ def _bound(node: fx.Node) -> dict[str, Any]:
     return values | dict(node.kwargs)
 
 
-def _rewrite(state: GraphState, node: fx.Node) -> None:
+def _rewrite(state: GraphState, forms: ClosedForms, node: fx.Node) -> None:
     call = _bound(node)
     if call.get("dropout_p"):
         raise refuse(f"attention dropout is active (p = {call['dropout_p']})", node, "call model.eval() first")
@@ -58,15 +60,29 @@ def _rewrite(state: GraphState, node: fx.Node) -> None:
         scale = 1.0 / math.sqrt(int(shape_of(q)[-1]))
     if not isinstance(scale, (int, float)):
         raise refuse(f"the attention scale is computed in the graph: {scale}", node)
-    site = make_site(state, node, q, k, v, (call.get("attn_mask"), bool(call.get("is_causal", False)), float(scale)))
+    mask: Any = call.get("attn_mask")
+    found = Splitter(state, forms, node, _repeated).split(mask) if isinstance(mask, fx.Node) else None
+    mask, bias = (mask, None) if found is None else (found.mask, found.bias)
+    rest = (mask, bool(call.get("is_causal", False)), float(scale))
+    site = make_site(state, node, q, k, v, rest, bias)
     node.replace_all_uses_with(site)
     state.graph.erase_node(node)
 
 
-def make_site(state: GraphState, at: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, rest: tuple[Any, ...]) -> fx.Node:
-    """Insert `treespec::attention(q, k, v, *rest)` before `at`, with K/V heads unrepeated."""
+def make_site(
+    state: GraphState,
+    at: fx.Node,
+    q: fx.Node,
+    k: fx.Node,
+    v: fx.Node,
+    rest: tuple[Any, ...],
+    key_bias: fx.Node | None = None,
+) -> fx.Node:
+    """Insert `treespec::attention(q, k, v, *rest)` before `at`, with K/V heads unrepeated; rest[2] is the scale."""
     _check_axes(state, at, q, k, v)
     k, v = _unrepeat(k, v)
+    if key_bias is not None:
+        q, k = with_key_bias(state, at, q, k, key_bias, rest[2])
     heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
     if shape_of(v)[1] != kv_heads or not heads.is_Integer or heads % kv_heads != 0:
         raise refuse(f"got {heads} query heads, {kv_heads} key heads and {shape_of(v)[1]} value heads", at)
@@ -80,7 +96,7 @@ def recognize_eager(state: GraphState) -> int:
     for node in list(state.graph.nodes):
         if op_name(node) not in SOFTMAXES or node not in forms.tainted:
             continue
-        found = Reader(state, forms).site(node)
+        found = Reader(state, forms, _repeated).site(node)
         if found is None or not _attends_over_tokens(state, found):
             continue
         scores, output = found.scores, found.output
@@ -90,7 +106,7 @@ def recognize_eager(state: GraphState) -> int:
         rest: tuple[Any, ...] = (scores.mask, False, scores.scale)
         if scores.softcap or scores.sinks is not None:
             rest += (scores.softcap, _sink_vector(state, output, scores.sinks))
-        site = make_site(state, output, q, k, v, rest)
+        site = make_site(state, output, q, k, v, rest, scores.key_bias)
         if len(shape_of(output)) == 3:
             site = state.call(aten.squeeze.dim, (site, 0), like=output)
         output.replace_all_uses_with(site)

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from .closed_form import ClosedForms, shape_of
+from .key_bias import Splitter
 from .masks import HIDDEN
 from .provenance import op_name
 from .sink_gate import sink_gate
@@ -44,6 +45,8 @@ class Scores:
     shifted: bool = False
     replaced: tuple[fx.Node, ...] = ()
     """Where scores were replaced by a value that hides nothing by itself: the mask must hide it there."""
+    key_bias: fx.Node | None = None
+    """[.., heads, 1, T], computed from the keys' tokens."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ class EagerSite:
 class Reader:
     """Parses the scores of one softmax. Nodes it makes (combined masks) are dead code if the attempt fails."""
 
-    def __init__(self, state: GraphState, forms: ClosedForms) -> None:
-        self.state, self.forms = state, forms
+    def __init__(self, state: GraphState, forms: ClosedForms, repeated: Callable[[fx.Node], fx.Node | None]) -> None:
+        self.state, self.forms, self.repeated = state, forms, repeated
 
     def site(self, softmax: fx.Node) -> EagerSite | None:
         dim: Any = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
@@ -121,13 +124,19 @@ class Reader:
         return None
 
     def add(self, scores: Scores, extra: Any, sign: int = 1) -> Scores | None:
-        """scores + sign * extra, for an addend that does not depend on token content."""
+        """scores + sign * extra, for an addend that does not depend on token content, but for a bias by key."""
         if scores.inner is not None or scores.sinks is not None:
             return None
         if isinstance(extra, (int, float)):
             return replace(scores, shifted=True)
         if self._depends(extra):
-            return None
+            found = Splitter(self.state, self.forms, self.at, self.repeated).split(extra)
+            if found is None or scores.key_bias is not None or sign < 0:
+                return None
+            scores = replace(scores, key_bias=found.bias)
+            if found.mask is None:
+                return scores
+            extra = found.mask
         if sign < 0:
             extra = self.emit(aten.neg.default, extra)
         mask = extra if scores.mask is None else self.emit(aten.add.Tensor, scores.mask, extra)
@@ -185,7 +194,7 @@ def _scaled(reader: Reader, node: fx.Node, factor: Callable[[float], float]) -> 
     by = factor(number)
     if scores.inner is not None:  # c * tanh(inner * q k): a softcap of c
         return replace(scores, inner=None, softcap=by, scale=scores.inner * by)
-    if scores.softcap:
+    if scores.softcap or scores.key_bias is not None:
         return None
     mask = None if scores.mask is None else reader.emit(aten.mul.Tensor, scores.mask, by)
     return replace(scores, scale=scores.scale * by, mask=mask)
@@ -215,6 +224,8 @@ def _tanh(reader: Reader, node: fx.Node) -> Scores | None:
     scores = reader.read(node.args[0])
     if scores is None or scores.mask is not None or scores.softcap or scores.inner is not None or scores.shifted:
         return None
+    if scores.key_bias is not None:
+        return None
     return replace(scores, inner=scores.scale)
 
 
@@ -224,8 +235,12 @@ def _add(reader: Reader, node: fx.Node) -> Scores | None:
         return None
     if reader._depends(a) and not reader._depends(b):
         scores, extra = reader.read(a), b
-    elif reader._depends(b) and op_name(node) == "aten.add":
+    elif reader._depends(b) and not reader._depends(a) and op_name(node) == "aten.add":
         scores, extra = reader.read(b), a
+    elif isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        scores, extra = reader.read(a), b
+        if scores is None:
+            scores, extra = reader.read(b), a
     else:
         return None
     return None if scores is None else reader.add(scores, extra)

@@ -2,10 +2,10 @@
 
 In the tree program T counts nodes, not context, so no branch on T may be left undecided. Lengths are cut into regions
 by the guards; for every region but the trace's own the model is analysed once more. If that raises an error (an
-assertion, a table that ends), the region's start bounds the context; if it proves to be the same program, the branch
-means nothing; otherwise the model is refused, since the trace was too short, or too long, to show what it does.
-Programs are compared where both are asked: with at most n tokens no distance reaches n, so a window of n or more is no
-window. A trace that is shown to be right where the first one was made takes its place.
+assertion, a table that ends) or cannot be converted, the region's start bounds the context; if it proves to be the same
+program, the branch means nothing; otherwise the model is refused, since the trace was too short, or too long, to show
+what it does. Programs are compared where both are asked: with at most n tokens no distance reaches n, so a window of n
+or more is no window. A trace that is shown to be right where the first one was made takes its place.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ def discharge_guards(state: GraphState, analyse: Callable[[int], GraphState], ma
                 state.lone_lengths.append(other)  # compared with the model itself once there is something to run
                 regions.append([sympy.Eq(state.length, other)])
                 continue
+            what = "stops"
             if isinstance(error, Unsupported) and not _ends_there(error):
-                raise _too_short(guard, state, other, f"is refused there ({error.reason})") from error
-            limits.append(Limit(other - 1, f"the model stops at {other} tokens: {guard}"))
+                what = f"cannot be converted ({error.reason})"
+            limits.append(Limit(other - 1, f"from {other} tokens on the model {what}: {guard}"))
             ceiling = other - 1
             continue
         if _same(there, state, _reach(there)):

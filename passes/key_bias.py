@@ -1,0 +1,174 @@
+"""A bias computed from the keys' tokens, the same for every query: one more dimension of K.
+
+b[h, j] added to the scores of key j is q' k' with q' = [q, 1 / scale] and k' = [k, b], so that it is written to the
+cache with the key. Here it is only taken apart from the mask; that b[h, j] depends on token j alone is proved by token
+locality, which sees it as a part of K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .closed_form import ClosedForms, shape_of
+from .masks import BURIED, HIDDEN
+from .provenance import op_name
+from .state import GraphState, refuse
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class SplitMask:
+    """mask + bias: a mask that does not depend on content (or None), and a bias [.., heads, 1, T]."""
+
+    mask: fx.Node | None
+    bias: fx.Node
+
+
+class Splitter:
+    """Takes an additive mask apart; `repeated` finds the source of a repetition of heads."""
+
+    def __init__(
+        self, state: GraphState, forms: ClosedForms, at: fx.Node, repeated: Callable[[fx.Node], fx.Node | None]
+    ) -> None:
+        self.state, self.forms, self.at, self.repeated = state, forms, at, repeated
+
+    def split(self, node: Any) -> SplitMask | None:
+        """The parts of a mask [.., H, T, T] that depends on token content, or None where it is not of this form."""
+        if not self._depends(node) or not node.meta["val"].is_floating_point():
+            return None
+        source = self.repeated(node)
+        if source is not None:
+            found = self.split(source)
+            return found if found is not None and _one_head(found.mask) else None
+        if self._a_row(node):
+            return None if _hides(node) else SplitMask(None, node)
+        rule = _RULES.get(op_name(node))
+        return rule(self, node) if rule is not None else None
+
+    def _a_row(self, node: fx.Node) -> bool:
+        shape = shape_of(node)
+        return len(shape) >= 2 and shape[-1] == self.state.length and shape[-2] == 1
+
+    def _depends(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and node in self.forms.tainted
+
+    def _buried(self, value: Any) -> bool:
+        """Whether a value hides a key whatever is added to it."""
+        if isinstance(value, (int, float)):
+            return value <= BURIED
+        form = self.forms.of(value) if isinstance(value, fx.Node) and not self._depends(value) else None
+        return form is not None and bool(form.expr.is_number) and not form.is_bool and bool(form.expr <= BURIED)
+
+    def hide(self, inner: SplitMask | None, condition: Any, value: Any, *, when: bool) -> SplitMask | None:
+        """The mask hides a key where `condition == when`."""
+        if inner is None or self._depends(condition) or not self._buried(value):
+            return None
+        like = inner.bias.meta["val"]
+        if isinstance(value, (int, float)):
+            value = self.emit(aten.full.default, [], value, dtype=like.dtype, device=like.device)
+        kept = inner.mask
+        if kept is None:
+            kept = self.emit(aten.full.default, [], 0.0, dtype=like.dtype, device=like.device)
+        pair = (value, kept) if when else (kept, value)
+        return SplitMask(self.emit(aten.where.self, condition, *pair), inner.bias)
+
+    def emit(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.state.call(op, args, kwargs, like=self.at)
+
+
+def _one_head(mask: fx.Node | None) -> bool:
+    return mask is None or len(shape_of(mask)) < 3 or all(s == 1 for s in shape_of(mask)[:-2])
+
+
+def _hides(node: Any) -> bool:
+    """Whether the row is made with a value that hides keys: a mask of token content, not a bias."""
+    while op_name(node) in _SHAPED:
+        node = node.args[0]
+    return any(isinstance(a, (int, float)) and a <= HIDDEN for a in node.args)
+
+
+_SHAPED = (
+    "aten.unsqueeze", "aten.squeeze", "aten.reshape", "aten.transpose", "aten.permute", "aten.expand", "aten._to_copy",
+    "aten.slice", "aten.select",
+)  # fmt: skip
+
+
+def _expand(splitter: Splitter, node: fx.Node) -> SplitMask | None:
+    source: Any = node.args[0]
+    return splitter.split(source) if shape_of(source)[-1] == shape_of(node)[-1] else None
+
+
+def _masked_fill(splitter: Splitter, node: fx.Node) -> SplitMask | None:
+    return splitter.hide(splitter.split(node.args[0]), node.args[1], node.args[2], when=True)
+
+
+def _where(splitter: Splitter, node: fx.Node) -> SplitMask | None:
+    if len(node.args) != 3:
+        return None
+    condition, yes, no = node.args
+    if splitter._depends(yes):
+        return splitter.hide(splitter.split(yes), condition, no, when=False)
+    return splitter.hide(splitter.split(no), condition, yes, when=True)
+
+
+def _add(splitter: Splitter, node: fx.Node) -> SplitMask | None:
+    a, b = node.args[:2]
+    if node.kwargs.get("alpha", 1) != 1 or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return None
+    if splitter._depends(a) == splitter._depends(b):
+        return None
+    inner, mask = (splitter.split(a), b) if splitter._depends(a) else (splitter.split(b), a)
+    if inner is None:
+        return None
+    both = mask if inner.mask is None else splitter.emit(aten.add.Tensor, inner.mask, mask)
+    return SplitMask(both, inner.bias)
+
+
+def _cast(splitter: Splitter, node: fx.Node) -> SplitMask | None:
+    return splitter.split(node.args[0])
+
+
+_RULES: dict[str, Callable[[Splitter, fx.Node], SplitMask | None]] = {
+    "aten.expand": _expand,
+    "aten.masked_fill": _masked_fill,
+    "aten.where": _where,
+    "aten.add": _add,
+    "aten._to_copy": _cast,
+}
+
+
+def with_key_bias(
+    state: GraphState, at: fx.Node, q: fx.Node, k: fx.Node, bias: fx.Node, scale: float
+) -> tuple[fx.Node, fx.Node]:
+    """[q, 1 / scale] and [k, bias] for q [1, Hq, T, D], k [1, Hkv, T, D] and a bias [.., heads, 1, T]."""
+    column = state.call(aten.transpose.int, (bias, -2, -1), like=at)
+    while len(shape_of(column)) < 4:
+        column = state.call(aten.unsqueeze.default, (column, 0), like=at)
+    heads, kv_heads = shape_of(column)[1], shape_of(k)[1]
+    if shape_of(column)[0] != 1 or kv_heads % heads != 0:
+        raise refuse(f"a bias by key token has {heads} heads, and the keys {kv_heads}", at)
+    if kv_heads != heads:
+        column = state.call(aten.repeat_interleave.self_int, (column, int(kv_heads / heads), 1), like=at)
+    dtype = k.meta["val"].dtype
+    if column.meta["val"].dtype != dtype:
+        column = state.call(aten._to_copy.default, (column,), {"dtype": dtype}, like=at)
+    parts = _parts(1.0 / scale, dtype)
+    one = state.call(aten.slice.Tensor, (q, -1, 0, 1), like=at)
+    ones = [state.call(aten.full_like.default, (one, part), like=at) for part in parts]
+    q = state.call(aten.cat.default, ([q, *ones], -1), like=at)
+    return q, state.call(aten.cat.default, ([k] + [column] * len(parts), -1), like=at)
+
+
+def _parts(value: float, dtype: torch.dtype) -> list[float]:
+    """Numbers of `dtype` that add up to `value`: two where one is no better than the dtype's rounding of 16 bits."""
+    first = float(torch.tensor(value, dtype=torch.float64).to(dtype))
+    rest = float(torch.tensor(value - first, dtype=torch.float64).to(dtype))
+    close = math.isclose(first, value, rel_tol=1e-6)
+    return [first] if close else [first, rest]
