@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from .evaluate import cone, evaluate_for_length
 from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
 from .form_rules import RULES, Call
+from .form_sequences import SEQUENCE_RULES
 
 __all__ = ["SHAPE_ONLY", "ClosedForms", "Form", "Shape", "axis", "broadcast", "number", "shape_of"]
 
@@ -66,7 +67,7 @@ class ClosedForms:
             return self._leaf(node)
         if node.op != "call_function" or not isinstance(value, Tensor):
             return None
-        rule = RULES.get(packet(node))
+        rule = RULES.get(packet(node)) or SEQUENCE_RULES.get(packet(node))
         form = rule(Call(self, node)) if rule is not None else None
         return self._computed(node) if form is None else _normal(form)
 

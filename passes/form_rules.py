@@ -162,15 +162,15 @@ def _clamp(call: Call) -> Form | None:
 def _where(call: Call) -> Form | None:
     if len(call.node.args) != 3:
         return None
-    return _choose(call, *(call.broadcast(a) for a in call.node.args))
+    return choose(call, *(call.broadcast(a) for a in call.node.args))
 
 
 def _masked_fill(call: Call) -> Form | None:
     kept, mask, value = (call.broadcast(a) for a in call.node.args[:3])
-    return _choose(call, mask, value, kept)
+    return choose(call, mask, value, kept)
 
 
-def _choose(call: Call, mask: Form | None, yes: Form | None, no: Form | None) -> Form | None:
+def choose(call: Call, mask: Form | None, yes: Form | None, no: Form | None) -> Form | None:
     if mask is None or yes is None or no is None:
         return None
     condition = mask.as_bool()
@@ -203,7 +203,7 @@ def _identity(call: Call) -> Form | None:
     return call.result(form.expr)
 
 
-def _dim(call: Call, dim: Any, rank: int) -> int:
+def dimension(call: Call, dim: Any, rank: int) -> int:
     return int(dim) % max(rank, 1)
 
 
@@ -211,7 +211,7 @@ def _unsqueeze(call: Call) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None:
         return None
-    at = _dim(call, call.node.args[1], len(call.shape))
+    at = dimension(call, call.node.args[1], len(call.shape))
     return call.result(rename(form, {i: axis(i + (i >= at)) for i in range(len(form.shape))}))
 
 
@@ -250,10 +250,14 @@ def _permute(call: Call) -> Form | None:
         return None
     rank = len(form.shape)
     if packet(call.node) == "permute":
-        order = [_dim(call, d, rank) for d in call.node.args[1]]
+        order = [dimension(call, d, rank) for d in call.node.args[1]]
     else:
         order = list(range(rank))
-        i, j = (_dim(call, d, rank) for d in call.node.args[1:3]) if packet(call.node) == "transpose" else (0, rank - 1)
+        i, j = (
+            (dimension(call, d, rank) for d in call.node.args[1:3])
+            if packet(call.node) == "transpose"
+            else (0, rank - 1)
+        )
         order[i], order[j] = order[j], order[i]
     return call.result(rename(form, {old: axis(new) for new, old in enumerate(order)}))
 
@@ -269,7 +273,7 @@ def _slice(call: Call) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None:
         return None
-    at = _dim(call, call.arg(1, "dim", 0), len(form.shape))
+    at = dimension(call, call.arg(1, "dim", 0), len(form.shape))
     step = call.size(call.arg(4, "step", 1))
     start = _start(call, call.arg(2, "start"), form.shape[at])
     return None if start is None or step is None else call.result(rename(form, {at: start + step * axis(at)}))
@@ -279,7 +283,7 @@ def _select(call: Call) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None:
         return None
-    at = _dim(call, call.node.args[1], len(form.shape))
+    at = dimension(call, call.node.args[1], len(form.shape))
     index = _start(call, call.node.args[2], form.shape[at])
     if index is None:
         return None
@@ -316,47 +320,8 @@ def _index_select(call: Call) -> Form | None:
     form, index = call.form(call.node.args[0]), call.form(call.node.args[2])
     if form is None or index is None or len(index.shape) != 1:
         return None
-    at = _dim(call, call.node.args[1], len(form.shape))
+    at = dimension(call, call.node.args[1], len(form.shape))
     return call.result(rename(form, {at: rename(index, {0: axis(at)})}))
-
-
-def _cumsum(call: Call) -> Form | None:
-    form = call.form(call.node.args[0])
-    if form is None or not form.shape:
-        return None
-    at = _dim(call, call.node.args[1], len(form.shape))
-    expr = form.as_number()
-    return None if axis(at) in expr.free_symbols else call.result(sympy.expand(expr * (axis(at) + 1)))
-
-
-def _diff(call: Call) -> Form | None:
-    form, before = call.form(call.node.args[0]), call.form(call.arg(3, "prepend"))
-    at = _dim(call, call.arg(2, "dim", -1), len(call.shape))
-    if (
-        form is None
-        or before is None
-        or call.arg(1, "n", 1) != 1
-        or before.shape[at] != 1
-        or call.arg(4, "append") is not None
-    ):
-        return None
-    expr = form.as_number()
-    later = sympy.expand(expr - expr.xreplace({axis(at): axis(at) - 1}))
-    first = sympy.expand(expr.xreplace({axis(at): sympy.Integer(0)}) - before.as_number())
-    return call.result(later if later == first else sympy.Piecewise((first, sympy.Eq(axis(at), 0)), (later, True)))
-
-
-def _triangle(lower: bool) -> Callable[[Call], Form | None]:
-    def rule(call: Call) -> Form | None:
-        form = call.form(call.node.args[0])
-        if form is None:
-            return None
-        row, column = axis(len(call.shape) - 2), axis(len(call.shape) - 1)
-        diagonal = number(call.arg(1, "diagonal", 0))
-        kept = sympy.Le(column - row, diagonal) if lower else sympy.Ge(column - row, diagonal)
-        return _choose(call, Form(kept, call.shape), form, Form(sympy.Integer(0), call.shape))
-
-    return rule
 
 
 RULES: dict[str, Callable[[Call], Form | None]] = {
@@ -429,8 +394,4 @@ RULES: dict[str, Callable[[Call], Form | None]] = {
     "select": _select,
     "index": _index,
     "index_select": _index_select,
-    "cumsum": _cumsum,
-    "diff": _diff,
-    "tril": _triangle(lower=True),
-    "triu": _triangle(lower=False),
 }

@@ -83,6 +83,12 @@ class GraphState:
         self.inputs.append(node.name)
         return node
 
+    def forget(self, name: str) -> None:
+        """Drop a weight that nothing reads."""
+        self.graph.erase_node(self.node(name))
+        del self.constants[name]
+        self.weights.pop(name, None)
+
     def become(self, other: GraphState) -> None:
         """Go on with another trace of the same model, on which the same passes ran."""
         kept = ("max_context", "other_length", "lone_lengths")

@@ -60,9 +60,7 @@ def strip_cache(state: GraphState) -> int:
     slots.follow()
     state.graph.eliminate_dead_code()
     for write in writes:
-        state.graph.erase_node(write.cache)
-        del state.constants[write.cache.name]
-        state.weights.pop(write.cache.name, None)
+        state.forget(write.cache.name)
     state.written = []
     return matches + len(writes)
 

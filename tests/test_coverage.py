@@ -14,7 +14,7 @@ from treespec_compiler.cli.coverage_models import CLASS_OF, CLASSES, has_window,
 from treespec_compiler.cli.coverage_report import page
 from treespec_compiler.cli.main import main
 
-EXACT = ("llama", "gpt2", "mistral", "qwen2_moe", "deepseek_v3")
+EXACT = ("qwen3", "codegen", "mistral", "qwen2_moe", "deepseek_v3")
 REFUSED = {"mamba": "mamba", "qwen3_next": "linear_attn", "bert": "bidirectional"}
 
 

@@ -53,7 +53,7 @@ def test_pipeline_strings() -> None:
 
 
 def test_after_and_before_place_a_pass() -> None:
-    assert slugs("default,mine", mine=own("mine", after=("classify",)))[4] == "mine"
+    assert slugs("default,mine", mine=own("mine", after=("classify",)))[5] == "mine"
     assert slugs("mine,default", mine=own("mine", before=("normalize",)))[0] == "mine"
     both = {"a": own("a", after=("treeify",)), "b": own("b", after=("a",), before=("insert state",))}
     found = slugs("default,b,a", **both)
@@ -157,8 +157,8 @@ def test_printer_and_dumps(tmp_path: Path) -> None:
     assert "before treeify" in shown and "after treeify (changed)" in shown
     assert not any("token locality" in s or "discharge" in s for s in shown)
     files = sorted(p.name for p in tmp_path.iterdir())
-    assert "00-capture.json" in files and "07-treeify.py" in files and "07-treeify.dot" in files
-    assert "def after_treeify(" in (tmp_path / "07-treeify.py").read_text()
+    assert "00-capture.json" in files and "08-treeify.py" in files and "08-treeify.dot" in files
+    assert "def after_treeify(" in (tmp_path / "08-treeify.py").read_text()
 
 
 def test_structured_trace_has_an_artifact_for_every_pass(caplog: pytest.LogCaptureFixture) -> None:
@@ -180,7 +180,7 @@ def test_structured_trace_has_an_artifact_for_every_pass(caplog: pytest.LogCaptu
     assert [n for n in names if n.startswith("treespec_")][:3] == [
         "treespec_after_capture",
         "treespec_after_normalize",
-        "treespec_after_strip_native_cache",
+        "treespec_after_choose_regime",
     ]
 
 

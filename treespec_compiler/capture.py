@@ -60,6 +60,7 @@ class Capture:
     fake_mode: torch._subclasses.FakeTensorMode
     guards: list[sympy.Basic] = field(default_factory=list)
     written: list[str] = field(default_factory=list)  # weights that forward writes, in the order of outputs 1, 2, ...
+    sets_constants: bool = False  # forward computes tables when it first runs and keeps them as attributes
 
 
 class _Captured(BaseException):
@@ -344,12 +345,14 @@ def _tidy(traced: dict[str, Any], model: nn.Module, call: CallSpec, example_leng
             source=where_specialised(traced["mode"]),
             way_out="use torch ops on x.shape[1] instead of int()/len() or a table of fixed length",
         )
-    written = written_state(traced["signature"], gm, weights)
+    written, sets_constants = written_state(traced["signature"], gm, weights)
     _replace_sizes(gm, tokens, sizes, length.node.expr)
     mode = traced["mode"]
     guards = [g.expr for g in mode.shape_env.guards] if mode.shape_env is not None else []
     bounds = _bounds(mode, length, guards)
-    return Capture(gm, tokens.name, positions, weights, length.node.expr, example_length, mode, bounds, written)
+    return Capture(
+        gm, tokens.name, positions, weights, length.node.expr, example_length, mode, bounds, written, sets_constants
+    )
 
 
 def _bounds(mode: Any, length: torch.SymInt, guards: list[sympy.Basic]) -> list[sympy.Basic]:

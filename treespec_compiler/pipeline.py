@@ -26,6 +26,7 @@ from .passes import (
     normalize,
     pack_linears,
     recognize,
+    regimes,
     select_rows,
     strip_cache,
     token_locality,
@@ -43,7 +44,14 @@ log = logging.getLogger("treespec.pipeline")
 set_logs_from_environment()
 
 # What is proved about the captured graph, what is rewritten, and what makes it fast.
-ANALYSIS: tuple[Pass, ...] = (normalize.PASS, strip_cache.PASS, recognize.PASS, classify.PASS, token_locality.PASS)
+ANALYSIS: tuple[Pass, ...] = (
+    normalize.PASS,
+    regimes.PASS,
+    strip_cache.PASS,
+    recognize.PASS,
+    classify.PASS,
+    token_locality.PASS,
+)
 REWRITES: tuple[Pass, ...] = (treeify.PASS, insert_state.PASS, select_rows.PASS)
 KERNELS: tuple[Pass, ...] = (pack_linears.PASS, bind_kernels.PASS)
 DEFAULT: tuple[Pass, ...] = (*ANALYSIS, guard_pass.PASS, *REWRITES, *KERNELS)
@@ -156,6 +164,7 @@ def _state(captured: Capture, options: Options) -> GraphState:
         labels={name: ref.name for name, ref in captured.weights.items()},
         weights=dict(captured.weights),
         max_context=options.max_context,
+        lone_lengths=[2] if captured.sets_constants else [],
         written=list(captured.written),
         caches=[captured.weights[name].name for name in captured.written],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from .errors import Unsupported
@@ -13,11 +14,11 @@ if TYPE_CHECKING:
     from .capture import WeightRef
 
 
-def written_state(signature: Any, gm: fx.GraphModule, weights: Mapping[str, WeightRef]) -> list[str]:
+def written_state(signature: Any, gm: fx.GraphModule, weights: Mapping[str, WeightRef]) -> tuple[list[str], bool]:
     """Inputs that hold buffers that the forward pass writes: logits become output 0, new contents outputs 1, 2, ...
 
     `signature` is what `aot_export_module` gives beside the graph. `strip native cache` proves that the buffers are K/V
-    caches, or refuses; anything else that is kept is refused here.
+    caches, or refuses; anything else that is kept is refused here. Also says whether attributes are set to constants.
     """
     changed: dict[str, str] = dict(getattr(signature, "buffers_to_mutate", {}))
     changed |= getattr(signature, "user_inputs_to_mutate", {})
@@ -29,15 +30,32 @@ def written_state(signature: Any, gm: fx.GraphModule, weights: Mapping[str, Weig
         )
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     values = list(output.args[0])
-    kept = len(values) - 1 - len(changed)
+    updates, logits, attributes = values[: len(changed)], values[len(changed)], values[len(changed) + 1 :]
+    kept = sum(not _is_constant(value) for value in attributes)
     if kept:
         raise Unsupported(
             f"the forward pass keeps {kept} value(s) besides the logits (it sets attributes)",
             way_out="move the assignment out of forward, or call it without its own cache (use_cache=False)",
         )
-    assert list(changed) == [v.name for v in values[:-1]], "outputs in the order of the signature"
-    output.args = ((values[-1], *values[:-1]),)
-    return list(changed.values())
+    assert list(changed) == [v.name for v in updates], "outputs in the order of the signature"
+    output.args = ((logits, *updates),)
+    return list(changed.values()), bool(attributes)
+
+
+def _is_constant(value: fx.Node) -> bool:
+    """Whether the value is made of nothing that the model holds or is given: a table computed when first needed.
+
+    Setting it as an attribute then changes no later call, unless the model does something else once it is set; so a
+    second run is compared (`Capture.sets_constants`).
+    """
+    stack, seen = [value], set()
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return False
+        stack.extend(n for n in node.all_input_nodes if n not in seen)
+        seen.update(node.all_input_nodes)
+    return True
 
 
 def _nobodys(name: str, weights: Mapping[str, WeightRef]) -> bool:

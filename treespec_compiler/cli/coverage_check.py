@@ -51,7 +51,7 @@ def check_type(model_type: str) -> Result:
         for name, fields, window in _variants(model_type):
             result.variant = name
             model = tiny_model(model_type, window, **fields)
-            check_model(model, result, prefix=30 if window == LONG else 7)
+            check_model(model, result, prefix=30 if LONG in (window, fields.get("sliding_window")) else 7)
             result.variants.append(name)
             if result.verdict != "exact":
                 break

@@ -139,8 +139,44 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+
+def _rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 10000.0, "rope_type": kind, **fields}}
+
+
+_MIXED = {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
+_LONGROPE = {"short_factor": [1 + i / 10 for i in range(8)], "long_factor": [2 + i / 10 for i in range(8)]}
+
 # Variants that only a type's own switch shows: name -> fields.
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "falcon": {"new architecture": {"new_decoder_architecture": True}},
+    "qwen2": {f"window {w}": {**_MIXED, "sliding_window": w} for w in (4, 24)},
+    "phi3": {f"window {w}": {"sliding_window": w} for w in (4, 24)}
+    | {
+        "longrope": {
+            "original_max_position_embeddings": 64,
+            **_rope("longrope", **_LONGROPE, original_max_position_embeddings=64),
+        }
+    },
+    "llama": {
+        "yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=32),
+        "llama3": _rope(
+            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+        ),
+        "linear rope": _rope("linear", factor=2.0),
+    },
+    "gpt2": {
+        "upcast and layer scaling": {
+            "reorder_and_upcast_attn": True,
+            "scale_attn_by_inverse_layer_idx": True,
+            "attn_implementation": "eager",
+        },
+        "layer scaling": {"scale_attn_by_inverse_layer_idx": True},
+    },
+    "gpt_bigcode": {"a key head for each query head": {"multi_query": False}},
+    "opt": {"norm after": {"do_layer_norm_before": False}},
+    "bloom": {"norm after": {"apply_residual_connection_post_layernorm": True}},
+}
 
 
 def model_types() -> list[str]:
