@@ -1,7 +1,7 @@
 """normalize: one spelling per meaning.
 
-Assertions, aliases and inference-time dropout go; views become reshapes, inverted permutations argsorts, and
-tensors that are written part by part concatenations.
+Assertions, aliases and inference-time dropout go; views become reshapes, inverted permutations argsorts, tensors that
+are written part by part concatenations, and experts that are run one after the other one grouped matmul.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from .assembled import spell_assembled
+from .grouped_experts import spell_counts, spell_grouped
 from .inverse_permutation import spell_inverse
 from .manager import Pass
 from .provenance import op_name
@@ -38,6 +39,7 @@ _SYNONYMS = {
     "aten.not_equal": aten.ne,
     "aten.clip": aten.clamp,
 }
+_SPELLINGS = (spell_inverse, spell_assembled, spell_counts, spell_grouped)
 _END = 2**62  # slices to the end are written with the largest int64
 
 
@@ -61,7 +63,7 @@ def normalize(state: GraphState) -> int:
             node.target = getattr(_SYNONYMS[name], node.target._overloadname)
         elif name == "aten.squeeze":
             _name_squeezed(node)
-        elif not spell_inverse(state, node) and not spell_assembled(state, node):
+        elif not any(spell(state, node) for spell in _SPELLINGS):
             _refuse_mutation(node)
             continue
         matches += 1

@@ -345,4 +345,5 @@ _ROUTES: dict[str, _Route] = {
     "aten._to_copy": _cast,
     "transformers.grouped_mm_fallback": _grouped_matmul,
     "aten._grouped_mm": _grouped_matmul,
+    "treespec.grouped_linear": _grouped_matmul,
 }
