@@ -33,7 +33,7 @@ def source(spec: AttentionKernel) -> str:
         text += _ONES
     text += _ATTEND.format(
         tables=_tables(spec),
-        load_q=_lines(_load_q(spec, i, p) for i, p in enumerate(pieces(spec.key_dim))),
+        load_q=_lines(_load_q(spec, i, p) for i, p in enumerate(_key(spec))),
         load_tables=_load_tables(spec),
         begin=_begin(spec),
         dims=_dims(spec),
@@ -61,8 +61,12 @@ def _lines(lines: Iterable[str], spaces: int = 4) -> str:
     return "".join(f"\n{' ' * spaces}{line}" for line in lines)
 
 
+def _key(spec: AttentionKernel) -> tuple[Piece, ...]:
+    return pieces(spec.key_dim, spec.largest_piece)
+
+
 def _value(spec: AttentionKernel) -> tuple[Piece, ...]:
-    return pieces(spec.value_dim)
+    return pieces(spec.value_dim, spec.largest_piece)
 
 
 def _where(*conditions: str) -> str:
@@ -138,18 +142,27 @@ def _begin(spec: AttentionKernel) -> str:
 
 
 def _dims(spec: AttentionKernel) -> str:
-    named = [("d", i, p) for i, p in enumerate(pieces(spec.key_dim))] + [
-        ("e", i, p) for i, p in enumerate(_value(spec))
-    ]
+    named = [("d", i, p) for i, p in enumerate(_key(spec))] + [("e", i, p) for i, p in enumerate(_value(spec))]
     return _lines(f"{name}{i} = {f'{p.start} + ' * bool(p.start)}tl.arange(0, {p.size})" for name, i, p in named)
 
 
 def _prefix(spec: AttentionKernel, score: str) -> str:
     if _is_dense(spec):
         return _DENSE_PREFIX.format(
-            full=indent(_tile(spec, score, "full"), " " * 8), tail=indent(_tile(spec, score, "tail"), " " * 8)
+            full=indent(_tile(spec, score, "full"), " " * 8),
+            tail_head="for start in range(whole, end, BLOCK_N):" if _tail_is_loop(spec) else "if whole < end:",
+            tail=indent(_tile(spec, score, "tail"), " " * 8),
         )
     return _MASKED_PREFIX.format(tile=indent(_tile(spec, score, "masked"), " " * 8))
+
+
+def _tail_is_loop(spec: AttentionKernel) -> bool:
+    """Whether the block behind the whole ones is a loop, though it runs once at most.
+
+    A loop's loads go through shared memory, others into registers: float32 products need the registers, and those of
+    tensor cores are spared a third pipeline.
+    """
+    return spec.dtype == torch.float32
 
 
 def _tile(spec: AttentionKernel, score: str, part: str) -> str:
@@ -158,15 +171,15 @@ def _tile(spec: AttentionKernel, score: str, part: str) -> str:
     inside = "" if part == "full" else "inside"
     token, width = ("prefix + j", "TREE_N") if tree else ("n", "BLOCK_N")
     name = "j" if tree else "n"
-    out = [f"{name} = start + tl.arange(0, {width})"]
+    out = [f"{name} = {'whole' if part == 'tail' and not _tail_is_loop(spec) else 'start'} + tl.arange(0, {width})"]
     if inside:
         out.append(f"inside = {name} < {'tree_end' if tree else 'end'}")
     page_mask = inside or f"{name} >= 0"
     out.append(f"k_at = places({token}, {page_mask}, table, page_size, k_page, k_token, ONE_PAGE)")
-    out += [f"k{i} = {_load_k(spec, i, p, inside)}" for i, p in enumerate(pieces(spec.key_dim))]
+    out += [f"k{i} = {_load_k(spec, i, p, inside)}" for i, p in enumerate(_key(spec))]
     precise = ', input_precision="ieee"' if spec.dtype == torch.float32 else ""
     out.append(f"s = tl.dot(q0, {_cast('k0', 'q0', spec)}{precise})")
-    out += [f"s = tl.dot(q{i}, {_cast(f'k{i}', 'q0', spec)}, s{precise})" for i in range(1, len(pieces(spec.key_dim)))]
+    out += [f"s = tl.dot(q{i}, {_cast(f'k{i}', 'q0', spec)}, s{precise})" for i in range(1, len(_key(spec)))]
     out += _seen(spec, part)
     if spec.scored:
         out += ["s = s * scale", f"s = LOG2E * ({score})"]
@@ -409,7 +422,7 @@ _DENSE_PREFIX = """
     whole = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
     for start in range(begin, whole, BLOCK_N):
 {full}
-    for start in range(whole, end, BLOCK_N):
+    {tail_head}
 {tail}
 """
 

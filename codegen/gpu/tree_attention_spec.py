@@ -43,6 +43,11 @@ class AttentionKernel:
         """Whether scores are changed by more than the scale."""
         return bool(self.softcap) or self.slopes or self.bias
 
+    @property
+    def largest_piece(self) -> int:
+        """Of a dimension: float32 products without tensor cores keep a whole piece in registers."""
+        return 32 if self.dtype == torch.float32 else 512
+
     def key(self) -> dict[str, str | int | float]:
         """As headers of generated source show it."""
         changes = [name for name in ("slopes", "bias", "sinks") if getattr(self, name)]
@@ -105,14 +110,15 @@ class Piece:
 SMALLEST = 16  # tensor cores multiply along 16 numbers at least
 
 
-def pieces(dim: int) -> tuple[Piece, ...]:
-    """A head dimension as at most three powers of two: 192 = 128 + 64 loads nothing twice, 256 would load 64 zeros."""
+def pieces(dim: int, largest: int = 512) -> tuple[Piece, ...]:
+    """A head dimension as powers of two up to `largest`, few of them smaller: 192 = 128 + 64; 256 would load zeros."""
     out: list[Piece] = []
-    start = 0
+    start = small = 0
     while start < dim:
         rest = dim - start
-        size = max(SMALLEST, 1 << (rest.bit_length() - 1))
-        if rest > size and len(out) == 2:
+        size = min(max(SMALLEST, 1 << (rest.bit_length() - 1)), largest)
+        small += size < largest
+        if rest > size and size < largest and small == 3:
             size *= 2
         out.append(Piece(start, size, min(size, rest)))
         start += size
@@ -120,18 +126,25 @@ def pieces(dim: int) -> tuple[Piece, ...]:
 
 
 def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Config:
-    """A configuration that compiles without spills on every target and is sensible for `rows` rows of a request."""
+    """A configuration for `rows` rows of a request. In 16 bits it compiles without spills on every target."""
     wide = max(_padded(spec.key_dim), _padded(spec.value_dim))
-    block_m = min(max(16, _power_of_two(rows)), 128)
-    if spec.dtype == torch.float32 or spec.pool_dtype == torch.float32:
-        # float32 products are sums in registers, without tensor cores
-        block_m = min(block_m, 32 if wide <= 128 else 16)
-        return Config(block_m, 32 if wide <= 128 else 16, 4, 2)
-    if wide > 128:
-        block_m = min(block_m, 64)
-    block_n = 64 if wide <= 128 else 32
-    stages = 2 if arch.startswith("gfx") else 3
-    return Config(block_m, block_n, 8 if block_m * wide >= 128 * 128 else 4, stages)
+    block_m = max(SMALLEST, _power_of_two(rows))
+    if torch.float32 in (spec.dtype, spec.pool_dtype):
+        block_m = min(block_m, 32 if wide <= 128 and not spec.bias else 16)
+        return Config(block_m, 32 if wide <= 128 else 16, 4, 1 if wide > 128 and arch.startswith("gfx") else 2)
+    block_m = min(block_m, 128 if wide <= 128 else 64 if wide <= 256 else 16)
+    block_n = 64 if wide <= 128 else 32 if wide <= 256 else 16
+    num_warps = 8 if block_m * wide >= 128 * 64 or wide > 128 else 4
+    if arch.startswith("sm_9"):
+        return Config(block_m, block_n, num_warps, 3 if wide <= 128 else 2)
+    # Without wgmma the products' operands lie in registers too.
+    if arch.startswith("sm_8"):
+        block_m = min(block_m, 64 if wide <= 128 else 32)
+        num_warps = 8 if block_m == 64 or wide > 128 and block_m == 16 else 4
+        return Config(block_m, block_n if block_m == 16 else 32, num_warps, 2)
+    if block_m >= 64:
+        return Config(block_m, min(block_n, 32), num_warps, 2)
+    return Config(block_m, block_n, 4, 2)
 
 
 def search_space(spec: AttentionKernel) -> Iterator[Config]:
