@@ -40,7 +40,7 @@ def describe_run(threads: int) -> dict[str, Any]:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("treespec", "torch", "transformers", "numpy")},
+        "versions": {name: _version(name) for name in ("treespec", "torch", "triton", "transformers", "numpy")},
     }
 
 

@@ -60,4 +60,5 @@ for _op, _target in (
         name="triton",
         target=_target,
         available=triton_installed,
+        capturable=True,
     )

@@ -18,7 +18,8 @@ from treespec_compiler import Forest, TokenTree, cuda_graphs, tree_program
 from treespec_compiler.batch import Part, Shape, lay_out
 from treespec_compiler.cuda_graphs import Graphs, bucket, power_of_two
 from treespec_compiler.errors import CaptureFailed, InvalidOption
-from treespec_compiler.ir.registry import kernel_of
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.registry import kernel_of, kernels
 from treespec_compiler.options import Options
 from treespec_compiler.speculation.early_exit import EarlyExitProgram
 
@@ -77,8 +78,8 @@ def test_the_bucket_holds_the_call():
     assert bucket([Part(0, tree(5)), Part(2, tree(6)), Part(1, tree(3))]) == Shape(16, 4, 16, 1)
     assert bucket([Part(0, tree(70), start=60)]) == Shape(16, 1, 16, 2)
     assert bucket([Part(0, tree(200))]) == Shape(256, 1, 256, 4)
-    assert bucket([Part(0, tree(257))]) is None
-    assert bucket([Part(0, tree(300), start=299)]) is None  # more words than any
+    assert bucket([Part(0, tree(1025))]) is None
+    assert bucket([Part(0, tree(1025), start=1024)]) is None  # more words than any
     assert bucket([Part(s, tree(1)) for s in range(65)]) is None
 
 
@@ -261,6 +262,11 @@ def test_kernels_that_wait_for_the_device_are_not_recorded(program, monkeypatch)
     assert "(aten sdpa) waits" in cuda_graphs.obstacle(program.graph_module.graph, cuda)
     monkeypatch.setattr(cuda_graphs, "kernel_of", lambda target: replace(aten, capturable=True))
     assert cuda_graphs.obstacle(program.graph_module.graph, cuda) == ""
+
+
+def test_the_generated_attention_kernels_can_be_recorded():
+    cuda = [k for op in (ops.tree_attention, ops.scored_tree_attention) for k in kernels(op) if k.device == "cuda"]
+    assert {k.name for k in cuda} == {"triton"} and all(k.capturable for k in cuda)
 
 
 @pytest.mark.gpu

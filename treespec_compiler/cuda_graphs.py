@@ -31,7 +31,7 @@ from .options import Options
 
 log = logging.getLogger(__name__)
 
-MAX_NODES = 256
+MAX_NODES = 1024
 MAX_REQUESTS = 64
 # A recording takes about as long as a hundred replays: a size that comes once is not worth one.
 USES_BEFORE_CAPTURE = 1

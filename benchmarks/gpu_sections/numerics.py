@@ -1,0 +1,119 @@
+"""Every kernel on the device against its reference in float64 (those that copy or choose: bit for bit)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
+from treespec_compiler.codegen.gpu.tune import TOLERANCE, Shape
+from treespec_compiler.codegen.gpu.tune_device import Inputs
+from treespec_compiler.ir import accept, commit, ops
+from treespec_compiler.ir.registry import best_kernel
+from treespec_compiler.ir.specs import MaskSpec
+
+from .base import Context, relative_error
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def spec(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype = BF16, value: int = 0, **more: Any
+) -> AttentionKernel:
+    return AttentionKernel(heads, kv_heads, dim, value or dim, dtype, dtype, **more)
+
+
+FAMILIES = {
+    "llama bf16": spec(32, 8, 128),
+    "llama fp16": spec(32, 8, 128, FP16),
+    "llama fp32": spec(32, 8, 128, FP32),
+    "dim 64": spec(32, 8, 64),
+    "dim 80, no groups": spec(8, 8, 80),
+    "dim 96": spec(8, 2, 96),
+    "dim 256": spec(8, 4, 256),
+    "MLA 192 + 128": spec(16, 16, 192, value=128),
+    "window": spec(32, 8, 128, mask=MaskSpec(128)),
+    "chunk": spec(32, 8, 128, mask=MaskSpec(0, None, 128)),
+    "softcap": spec(8, 4, 256, softcap=50.0),
+    "slopes": spec(16, 16, 64, slopes=True),
+    "bias": spec(8, 8, 64, bias=True),
+    "sinks, window": spec(64, 8, 64, sinks=True, mask=MaskSpec(128)),
+}
+CASES = (Shape(1, 1, 1000), Shape(16, 3, 300), Shape(70, 2, 130))
+
+
+def run(context: Context) -> None:
+    families = dict(list(FAMILIES.items())[:2]) if context.smoke else FAMILIES
+    cases = context.pick(CASES, (Shape(3, 2, 20),))
+    for name, kernel in families.items():
+        attempt(context, name, lambda kernel=kernel: attention(context, kernel, cases), TOLERANCE[kernel.dtype])
+    for name, check in (("commit path", commit_path), ("greedy accept", greedy_accept)):
+        attempt(context, name, lambda check=check: check(context), 0.0)
+
+
+def attempt(context: Context, name: str, check: Callable[[], float], tolerance: float) -> None:
+    """A kernel that fails does not keep the others from being checked."""
+    try:
+        error = check()
+    except Exception as problem:
+        context.row("kernels", name=name, ok=False, error=f"{type(problem).__name__}: {problem}"[:300])
+        return
+    # NaN is wrong too
+    context.row("kernels", name=name, ok=bool(error <= tolerance), error=error, tolerance=tolerance)
+
+
+def attention(context: Context, kernel: AttentionKernel, cases: tuple[Shape, ...]) -> float:
+    worst = 0.0
+    for seed, shape in enumerate(cases):
+        inputs = Inputs(kernel, shape, context.device, seed)
+        expected = inputs.expected()
+        for splits in (1, 3, None):
+            found = inputs.attend(splits=splits) if context.on_gpu else eager_attention(inputs)
+            worst = max(worst, relative_error(found, expected)) if not found.isnan().any() else float("nan")
+    return worst
+
+
+def eager_attention(inputs: Inputs) -> torch.Tensor:
+    """ATen's answer, where there is no GPU."""
+    from treespec_compiler.ir import scored_attention
+
+    at = inputs.write_index.view(inputs.shape.requests, -1) % inputs.shape.capacity
+    request = torch.arange(inputs.shape.requests)[:, None]
+    k, v = (p[request, :, at].flatten(0, 1).transpose(0, 1).unsqueeze(0) for p in (inputs.pool_k, inputs.pool_v))
+    return scored_attention.reference(
+        inputs.q, k, v, inputs.pool_k, inputs.pool_v, inputs.positions, inputs.write_index, inputs.node_offsets,
+        inputs.page_table, inputs.prefix_lens, inputs.tree_lens, inputs.ancestors, inputs.scale, *inputs.changes(),
+    )  # fmt: skip
+
+
+def commit_path(context: Context) -> float:
+    pools = [torch.randn(3, 2, 4, 64, dim, device=context.device, dtype=BF16) for dim in (128, 64)]
+    expected = [pool.clone() for pool in pools]
+    src, dst = (torch.tensor(x, device=context.device) for x in ([11, 14, 15, 60, 100], [10, 11, 12, 13, 74]))
+    commit.reference(expected, src, dst)
+    kernel = best_kernel(ops.commit_path, context.device, BF16)
+    (kernel.target if kernel else ops.commit_path)(pools, src, dst)
+    return float(sum((a != b).sum() for a, b in zip(pools, expected, strict=True)))
+
+
+def greedy_accept(context: Context) -> float:
+    vocab, chance, wrong = context.pick(128256, 50), random.Random(0), 0
+    for seed in range(8):
+        sizes = [chance.randrange(1, 20) for _ in range(3)]
+        offsets = [0, *(sum(sizes[: i + 1]) for i in range(3))]
+        parents = [-1 if i == 0 else chance.randrange(i) for size in sizes for i in range(size)]
+        logits = torch.randn(sum(sizes), vocab, generator=torch.Generator().manual_seed(seed)).to(BF16)
+        tokens = logits.argmax(-1).roll(1)
+        for r, size in enumerate(sizes):  # every other child is the token its parent chooses
+            for i in range(1, size):
+                if i % 2:
+                    tokens[offsets[r] + i] = logits[offsets[r] + parents[offsets[r] + i]].argmax()
+        given = (logits, tokens, torch.tensor(parents), torch.tensor(offsets))
+        kernel = best_kernel(ops.greedy_accept, context.device, BF16)
+        target = kernel.target if kernel else ops.greedy_accept
+        found = target(*(t.to(context.device) for t in given), 2.0**-7).cpu()
+        wrong += int((found != accept.reference(*given, 2.0**-7)).sum())
+    return float(wrong)
