@@ -15,7 +15,13 @@ from .state import GraphState
 
 log = logging.getLogger("treespec.passes")
 
-_OPS = (ops.tree_attention, ops.scored_tree_attention, ops.packed_linear)
+_OPS = (
+    ops.tree_attention,
+    ops.scored_tree_attention,
+    ops.rope_tree_attention,
+    ops.rope_scored_tree_attention,
+    ops.packed_linear,
+)
 
 
 def bind_kernels(state: GraphState) -> int:

@@ -22,6 +22,7 @@ from .options import Options
 from .passes import (
     bind_kernels,
     classify,
+    fuse_rope,
     insert_state,
     normalize,
     pack_linears,
@@ -55,6 +56,13 @@ ANALYSIS: tuple[Pass, ...] = (
 REWRITES: tuple[Pass, ...] = (treeify.PASS, insert_state.PASS, select_rows.PASS)
 KERNELS: tuple[Pass, ...] = (pack_linears.PASS, bind_kernels.PASS)
 DEFAULT: tuple[Pass, ...] = (*ANALYSIS, guard_pass.PASS, *REWRITES, *KERNELS)
+# Run where there is a kernel for what they make, or where a pipeline names them.
+EXTRA: tuple[Pass, ...] = (fuse_rope.PASS,)
+
+
+def known_passes() -> dict[str, Pass]:
+    """By slug: passes that are not in every pipeline, and those of users."""
+    return {p.slug: p for p in EXTRA} | registered_passes()
 
 
 @dataclass
@@ -83,7 +91,7 @@ class Prepared:
 def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
     """Capture a model and plan its pipeline; nothing has run yet."""
     refuse_subclasses(model)
-    others = registered_passes() if options.pipeline else {}
+    others = known_passes() if options.pipeline else {}
     plan(options.pipeline, DEFAULT, others)  # a wrong string is refused before the capture, which takes seconds
     started = time.perf_counter()
     captured = capture(model, call)
@@ -147,6 +155,8 @@ def _available(state: GraphState, options: Options) -> list[Pass]:
     passes = list(DEFAULT)
     if options.kernels != "auto" or best_kernel(ops.packed_linear, value.device, value.dtype) is None:
         passes.remove(pack_linears.PASS)
+    if options.kernels == "auto" and best_kernel(ops.rope_tree_attention, value.device, value.dtype) is not None:
+        passes.insert(passes.index(bind_kernels.PASS), fuse_rope.PASS)
     if options.kernels == "reference":
         passes.remove(bind_kernels.PASS)
     return passes

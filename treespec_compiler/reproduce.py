@@ -21,7 +21,7 @@ from .passes.registry import registered_passes
 from .passes.restore import restore
 from .passes.snapshot import Snapshot
 from .passes.state import GraphState
-from .pipeline import DEFAULT, check_level
+from .pipeline import DEFAULT, check_level, known_passes
 from .reproducer import GRAPH, INFO, WEIGHTS
 from .semantics import Reference, path_check, run_graph
 from .tree import TokenTree
@@ -76,7 +76,7 @@ def read(folder: Path, run_saved_passes: bool = False) -> Failure:
 
 
 def _passes(folder: Path, info: dict[str, Any], run_saved_passes: bool) -> list[Pass]:
-    known = {p.slug: p for p in DEFAULT} | registered_passes()
+    known = {p.slug: p for p in DEFAULT} | known_passes()
     for name in info["user_passes"]:
         if name in known:
             continue

@@ -16,9 +16,8 @@ from ..passes.instruments import Dumper, Printer, Recorder, always
 from ..passes.manager import History, Instrument, Pass, run_passes, slug
 from ..passes.plan import plan
 from ..passes.printing import FORMATS, View, render
-from ..passes.registry import registered_passes
 from ..passes.snapshot import Snapshot
-from ..pipeline import DEFAULT, prepare
+from ..pipeline import DEFAULT, known_passes, prepare
 from ..reproducer import Reproducer
 from ..semantics import semantic_check
 from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, console, read_subject
@@ -67,7 +66,7 @@ def configure(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     verify: VerifyEach | None = arguments.verify_each
     subject = read_subject(arguments, pipeline=arguments.pipeline, verify_each=verify)
-    passes = _cut(plan(subject.options.pipeline, DEFAULT, registered_passes()), arguments.stop_after)
+    passes = _cut(plan(subject.options.pipeline, DEFAULT, known_passes()), arguments.stop_after)
     view = View(arguments.layer, arguments.site, not arguments.all_layers)
     out = console()
 

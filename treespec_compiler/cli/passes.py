@@ -11,8 +11,7 @@ from rich.table import Table
 
 from ..passes.manager import Pass
 from ..passes.plan import needed_level, plan
-from ..passes.registry import registered_passes
-from ..pipeline import DEFAULT
+from ..pipeline import DEFAULT, known_passes
 from .inspection import console
 
 EPILOG = """\
@@ -32,7 +31,7 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    others = registered_passes()
+    others = known_passes()
     passes = plan(arguments.pipeline, DEFAULT, others)
     idle = [p for p in others.values() if p not in passes]
     rows = [describe(p) for p in passes]
@@ -53,7 +52,7 @@ def run(arguments: Namespace) -> int:
         out.print(table)
     if idle:
         out.print()
-        out.print("registered, not in this pipeline: " + ", ".join(p.slug for p in idle))
+        out.print("known, not in this pipeline: " + ", ".join(p.slug for p in idle))
     return 0
 
 
