@@ -120,3 +120,32 @@ def test_who_accepts() -> None:
     pytest.importorskip("triton", reason="needs triton")
     best = registry.best_kernel(ops.greedy_accept, "cuda", torch.bfloat16)
     assert best is not None and kernel_for("cuda", torch.bfloat16) is best.target
+
+
+class Elsewhere:
+    """Logits on another device: what is read is kept."""
+
+    is_cpu = False
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits, self.read = logits, []
+
+    def __getitem__(self, node: int) -> torch.Tensor:
+        self.read.append(node)
+        return self.logits[node]
+
+
+def test_sampling_reads_the_rows_of_the_path_only() -> None:
+    from treespec_compiler.speculation.chance import SeededChance
+    from treespec_compiler.speculation.judge import SamplingJudge
+    from treespec_compiler.speculation.sampling import Sampling
+    from treespec_compiler.speculation.verifiers import VERIFIERS
+
+    rng = random.Random(1)
+    for seed in range(20):
+        logits = 4 * torch.randn(12, VOCAB)
+        proposal = random_proposal(rng, logits)
+        judges = [SamplingJudge(VERIFIERS["naive"], Sampling(temperature=0.7), SeededChance(seed)) for _ in range(2)]
+        there: Any = Elsewhere(logits)
+        want, got = judges[0].verify(proposal, logits), judges[1].verify(proposal, there)
+        assert got == want and there.read == want.path

@@ -71,7 +71,8 @@ def _lanes(layouts: tuple[Layout, ...], device: torch.device) -> tuple[Tensor, i
         for site in range(shape[0])
         for head in range(shape[2])
     ]
-    return torch.tensor(rows, device=device), word, max(row[3] for row in rows)
+    with torch.inference_mode(False):  # it outlives the mode it happens to be made in
+        return torch.tensor(rows, device=device), word, max(row[3] for row in rows)
 
 
 def _word(bytes: int) -> object:
