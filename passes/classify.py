@@ -15,6 +15,7 @@ from .closed_form import ClosedForms, broadcast, shape_of
 from .evaluate import evaluate_for_length
 from .manager import Pass
 from .masks import Scoring, classify
+from .mixers import content_mask
 from .provenance import layer_path, source_line
 from .score_pack import ScorePack, cone
 from .state import GraphState, refuse
@@ -90,7 +91,7 @@ def _scoring(
 def _unknown(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Exception:
     """Name the op that keeps the mask from having a closed form."""
     if mask in forms.tainted:
-        return refuse("the mask depends on the content of the tokens (padding, prefix-LM or a learned mask)", mask)
+        return content_mask(forms, mask, site)
     current = mask
     while True:
         blocked = [a for a in current.all_input_nodes if forms.of(a) is None]

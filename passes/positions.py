@@ -72,7 +72,8 @@ def _descend(state: GraphState, forms: ClosedForms, node: fx.Node, cut: dict[fx.
     if state.length in form.expr.free_symbols:
         raise refuse(f"a value depends on the total number of tokens T = {state.length}: {text}", node)
     if len(dims) > 1:
-        raise refuse("a table over pairs of tokens is used outside an attention mask", node)
+        user = next((u for u in node.users if forms.of(u) is None), node)
+        raise refuse("a table over pairs of tokens is used outside an attention mask", user)
     at = dims[0]
     if axis(at) not in form.expr.free_symbols:
         cut[node] = Cut("constant", at)
@@ -137,11 +138,19 @@ def _refuse_length_as_number(state: GraphState, node: fx.Node) -> None:
             isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool))
             and state.length in size.node.expr.free_symbols
         ):
+            chunk = chunk_of(size.node.expr)
+            cut = f", as where tokens are cut into chunks of {chunk} to be mixed without attention" if chunk else ""
             raise refuse(
-                f"the number of tokens is used as a number: {size.node.expr}",
+                f"the number of tokens is used as a number: {size.node.expr}{cut}",
                 node,
                 "a tree's nodes lie on paths of different lengths, so the total has no meaning there",
             )
+
+
+def chunk_of(size: sympy.Expr) -> int | None:
+    """The length of the chunks that tokens are padded to, in an expression such as Mod(64 - Mod(T, 64), 64)."""
+    mods = [f for f in size.atoms(sympy.Function) if f.func.__name__.endswith("Mod")]
+    return max((int(a) for f in mods for a in f.args if a.is_Integer), default=None)
 
 
 def table_limits(state: GraphState) -> list[tuple[fx.Node, int, int]]:

@@ -29,6 +29,15 @@ def layer_path(node: fx.Node) -> str | None:
     return ".".join(next(filter(None, groups)) for groups in _ATTRIBUTE.findall(path)) or None
 
 
+def module_class(node: fx.Node) -> str | None:
+    """Class of the innermost submodule that is not one of torch's own, such as `LlamaAttention`."""
+    names = [
+        cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+        for _, cls in (node.meta.get("nn_module_stack") or {}).values()
+    ]
+    return next((name.rpartition(".")[2] for name in reversed(names) if not name.startswith("torch.nn.")), None)
+
+
 def op_name(node: fx.Node) -> str:
     """`aten.roll` for a call, the plain name for anything else."""
     if node.op != "call_function":

@@ -16,6 +16,7 @@ from .evaluate import evaluate_for_length
 from .key_bias import Splitter, with_key_bias
 from .manager import Pass
 from .masks import hides_all
+from .mixers import no_attention
 from .provenance import op_name
 from .recognize_eager import SOFTMAXES, EagerSite, Reader, Scores
 from .state import GraphState, refuse
@@ -34,14 +35,7 @@ def recognize_attention(state: GraphState) -> int:
             matches += 1
     matches += recognize_eager(state)
     if not matches:
-        softmax = next((n for n in state.graph.nodes if op_name(n) in ("aten.softmax", "aten._softmax")), None)
-        if softmax is not None:
-            raise refuse(
-                "no attention was recognized: this softmax is not softmax(scale * q k^T + mask) v",
-                softmax,
-                "use torch.nn.functional.scaled_dot_product_attention (in transformers: attn_implementation='sdpa')",
-            )
-        raise refuse("the model has no attention: there is no K/V cache to build a token tree on")
+        raise no_attention(state)
     return matches
 
 

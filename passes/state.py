@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from treespec_compiler.errors import Unsupported
 from treespec_compiler.ir.specs import AttentionSpec, Limit, PositionSpec
 
-from .provenance import layer_path, op_name, source_line
+from .provenance import layer_path, module_class, op_name, source_line
 
 
 @dataclass
@@ -107,4 +107,5 @@ def refuse(reason: str, node: fx.Node | None = None, way_out: str | None = None)
     if node is None:
         return Unsupported(reason, way_out=way_out)
     named = f"{node.name} = {op_name(node)}" if node.op == "call_function" else node.name
-    return Unsupported(reason, node=named, source=source_line(node), layer=layer_path(node), way_out=way_out)
+    layer, module = layer_path(node), module_class(node)
+    return Unsupported(reason, node=named, source=source_line(node), layer=layer, module=module, way_out=way_out)

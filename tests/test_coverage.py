@@ -15,7 +15,15 @@ from treespec_compiler.cli.coverage_report import page
 from treespec_compiler.cli.main import main
 
 EXACT = ("qwen3", "codegen", "mistral", "qwen2_moe", "deepseek_v3")
-REFUSED = {"mamba": "mamba", "qwen3_next": "linear_attn", "bert": "bidirectional"}
+REFUSED = {"bert": "bidirectional"}
+MIXERS = {
+    "qwen3_next": "Qwen3NextGatedDeltaNet",
+    "bamba": "BambaMixer",
+    "lfm2": "Lfm2ShortConv",
+    "deepseek_v32": "DeepseekV32Indexer",
+    "minimax": "MiniMaxLightningAttention",
+    "falcon_mamba": "FalconMambaMixer",
+}
 
 
 def test_the_survey_names_each_type_once() -> None:
@@ -50,17 +58,33 @@ def test_a_sample_is_refused_by_name(name: str) -> None:
     assert result.source and result.layer
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXERS)
+def test_another_token_mixer_is_refused_by_its_class(name: str) -> None:
+    result = check_type(name)
+    assert result.verdict == "refused", result
+    assert result.module == MIXERS[name] and result.layer and result.source
+
+
 def test_the_page_counts_by_class_and_says_why_not() -> None:
     results = [
         Result("llama", "A", "exact", 5e-7, 2, ["k <= q"]),
-        Result("mamba", "E", "refused", reason="a | b", source="/x/y.py:12, in forward: f(x)", layer="layers.0.mixer"),
+        Result(
+            "mamba",
+            "E",
+            "refused",
+            reason="a | b",
+            source="/x/y.py:12, in forward: f(x)",
+            layer="layers.0.mixer",
+            module="Mixer",
+        ),
         Result("mistral", "D", "wrong", 0.5, reason="far away", variant="window 24"),
     ]
     text = page(results, ["opt", "bloom"])
     assert "Not run (2): opt, bloom." in text
     assert "| all | 3 | 1 | 1 | 1 | 0 |" in text
     assert "| llama | exact | 5.0e-07 | 2 | `k <= q` |  |" in text
-    assert "a \\| b at `y.py:12` in `layers.0.mixer`" in text
+    assert "a \\| b at `y.py:12` in `layers.0.mixer` (Mixer)" in text
     assert "far away (window 24)" in text
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from .errors import Unsupported
-from .passes.provenance import layer_path, source_line
+from .passes.provenance import layer_path, module_class, source_line
 
 _SCAN = "carries a state from step to step"
 _BRANCH = "chooses at run time what to compute"
@@ -36,6 +36,7 @@ def refuse_control_flow(gm: fx.GraphModule) -> None:
                     node=f"{node.name} = {name}",
                     source=source_line(node),
                     layer=layer_path(node),
+                    module=module_class(node),
                     way_out=None if _REASONS[name] is _BRANCH else "only attention may carry anything between tokens",
                 )
 

@@ -44,6 +44,8 @@ class Unsupported(TreespecError):
     """`file:line` (and the line's text) of the model's code that made the node."""
     layer: str | None = None
     """Path of the submodule, `model.layers.3.self_attn`."""
+    module: str | None = None
+    """Class of that submodule, or of the nearest one around it that is not one of torch's."""
     way_out: str | None = None
     verdict: str = "treespec cannot convert this model"
 
@@ -55,12 +57,17 @@ class Unsupported(TreespecError):
         rows = [
             ("node", self.node),
             ("source", self.source),
-            ("layer", self.layer),
+            ("layer", self.place),
             ("reason", self.reason),
             ("way out", self.way_out or self.DEFAULT_WAY_OUT),
         ]
         lines = [f"  {name + ':':<8} {_indent(str(value))}" for name, value in rows if value]
         return "\n".join([f"{self.verdict}.", *lines])
+
+    @property
+    def place(self) -> str | None:
+        """`model.layers.3.self_attn (LlamaAttention)`."""
+        return f"{self.layer} ({self.module})" if self.layer and self.module else self.layer
 
 
 def _indent(text: str) -> str:

@@ -37,6 +37,8 @@ class Result:
     node: str | None = None
     source: str | None = None
     layer: str | None = None
+    module: str | None = None
+    """Class of the layer that was refused: for another token mixer than attention, its name."""
     variant: str | None = None
     """The variant that was refused or wrong."""
     variants: list[str] = field(default_factory=list)
@@ -74,7 +76,8 @@ def _record(result: Result, error: Exception) -> None:
 
     if isinstance(error, Unsupported):
         result.verdict, result.reason = "refused", error.reason
-        result.node, result.source, result.layer = error.node, error.source, error.layer
+        result.node, result.source = error.node, error.source
+        result.layer, result.module = error.layer, error.module
     else:
         result.verdict = "error"
         result.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -69,7 +69,7 @@ def _why(result: Result) -> str:
     if result.source:
         parts.append(f"at `{_place(result.source)}`")
     if result.layer:
-        parts.append(f"in `{result.layer}`")
+        parts.append(f"in `{result.layer}`" + (f" ({result.module})" if result.module else ""))
     return " ".join(parts)
 
 

@@ -57,7 +57,13 @@ def run(arguments: Namespace) -> int:
 
 def refusal_fields(error: Unsupported) -> dict[str, Any]:
     source = short_source(error.source) if error.source else None
-    fields = {"reason": error.reason, "node": error.node, "source": source, "layer": error.layer}
+    fields = {
+        "reason": error.reason,
+        "node": error.node,
+        "source": source,
+        "layer": error.layer,
+        "module": error.module,
+    }
     return fields | {"way_out": error.way_out or error.DEFAULT_WAY_OUT}
 
 
