@@ -63,6 +63,11 @@ class Printer(StrPrinter):
         self.helpers: set[str] = set()
         """Of HELPERS, those that the printed code calls."""
 
+    def _print(self, expr: Any, **kwargs: Any) -> str:
+        if getattr(expr, "is_number", False) and expr.is_finite and not expr.is_Rational:
+            return self._print_Float(expr)  # functions of tensors do not take numbers
+        return super()._print(expr, **kwargs)
+
     def _call(self, function: str, *args: str) -> str:
         return f"{self.dialect.prefix}{self.dialect.functions[function]}({', '.join(args)})"
 
