@@ -84,5 +84,4 @@ PASS = Pass(
     after="same level; attention of q and k that are proved to be rotated rotates them itself",
     optional=True,
     place_after=("select rows",),
-    place_before=("bind kernels",),
 )

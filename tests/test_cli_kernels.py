@@ -56,6 +56,12 @@ class TestWithTriton:
         assert rows["attend"]["for"] == "2 sites from 0 on, 64 nodes"
         assert "tree_attention" in rows["attend"]["file"] and "source" not in rows["attend"]
 
+    def test_rotations_are_part_of_the_append(self, capsys):
+        assert main(["kernels", "py:modules:RopeTril", "--kernel", "rope_append", "--json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["kernels"]
+        assert row["for"] == "2 sites from 0 on" and row["fits"]
+        assert [row["constants"][name] for name in ("HEADS", "ROTARY", "COLUMNS", "HALF")] == [4, 4, 4, True]
+
     def test_texts(self, capsys):
         assert main(["kernels", MODEL, "--kernel", "append", "--source", "--resources"]) == 0
         shown = capsys.readouterr().out
@@ -67,7 +73,8 @@ class TestWithTriton:
         assert main(["kernels", MODEL, "--kernel", "nothing"]) == 2
         assert "expected one of append, attend, commit" in capsys.readouterr().err
 
-    def test_table(self, capsys):
+    def test_table(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "120")
         assert main(["kernels", MODEL, "--kernel", "commit"]) == 0
         shown = capsys.readouterr().out
         assert "tensor cores" in shown and "all 2 sites" in shown and "kernels/commit.py" in shown.replace("\n", "")

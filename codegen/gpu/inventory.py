@@ -20,6 +20,7 @@ from treespec_compiler.codegen.gpu.tree_attention_spec import (
     default_config,
 )
 from treespec_compiler.ir import accept
+from treespec_compiler.ir.rope_attention import Turn
 from treespec_compiler.ir.specs import AttentionSpec, MaskSpec
 
 
@@ -81,15 +82,30 @@ def attention_kernels(sites: Sequence[AttentionSpec]) -> dict[AttentionKernel, l
 
 
 def inventory(
-    sites: Sequence[AttentionSpec], vocab_size: int, dtype: torch.dtype, target: str, nodes: Sequence[int] = (1, 64)
+    sites: Sequence[AttentionSpec],
+    vocab_size: int,
+    dtype: torch.dtype,
+    target: str,
+    nodes: Sequence[int] = (1, 64),
+    turns: Mapping[int, Turn] | None = None,
 ) -> Iterator[Launch]:
-    """Every kernel of a program with these sites, for trees of so many nodes; needs triton."""
+    """Every kernel of a program with these sites, for trees of so many nodes; needs triton.
+
+    `turns`: by site, the rotations that are part of attention (`ir.rope_attention.turns`).
+    """
     for spec, indices in attention_kernels(sites).items():
-        where = f"site {indices[0]}" if len(indices) == 1 else f"{len(indices)} sites from {indices[0]} on"
-        yield from _attention(spec, where, target, nodes)
-        yield _append(spec, where)
+        yield from _attention(spec, _where(indices), target, nodes)
+        by_turn: dict[Turn | None, list[int]] = {}
+        for index in indices:
+            by_turn.setdefault((turns or {}).get(index), []).append(index)
+        for turn, turned in by_turn.items():
+            yield _append(spec, turn, _where(turned))
     yield _commit(sites)
     yield from _accept(vocab_size, dtype, max(nodes))
+
+
+def _where(sites: Sequence[int]) -> str:
+    return f"site {sites[0]}" if len(sites) == 1 else f"{len(sites)} sites from {sites[0]} on"
 
 
 def chosen_config(spec: AttentionKernel, nodes: int, target: str, capacity: int = 4096) -> tuple[Config, bool]:
@@ -124,8 +140,8 @@ def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[i
     yield Launch("tree_attention", "merge", where, module.merge, pointers | sizes, {"PARTS": MAX_SPLITS}, aligned)
 
 
-def _append(spec: AttentionKernel, where: str) -> Launch:
-    from treespec_compiler.codegen.gpu.kernels.append import append_kernel
+def _append(spec: AttentionKernel, turn: Turn | None, where: str) -> Launch:
+    from treespec_compiler.codegen.gpu.kernels.append import append_kernel, rope_append_kernel
 
     kind, pool = DTYPES[spec.dtype], DTYPES[spec.pool_dtype]
     block_k, block_v = power_of_two(spec.key_dim), power_of_two(spec.value_dim)
@@ -133,7 +149,12 @@ def _append(spec: AttentionKernel, where: str) -> Launch:
     constants |= {"BLOCK_T": max(1, BLOCK // max(block_k, block_v)), "k_d": 1, "v_d": 1, "pool_k_d": 1, "pool_v_d": 1}
     types = {"k": f"*{kind}", "v": f"*{kind}", "pool_k": f"*{pool}", "pool_v": f"*{pool}", "write_index": "*i64"}
     aligned = spec.key_dim % 16 == 0 and spec.value_dim % 16 == 0
-    return _launch("append", append_kernel, where, types, constants, aligned=aligned)
+    if turn is None:
+        return _launch("append", append_kernel, where, types, constants, aligned=aligned)
+    constants |= {"HEADS": spec.heads, "ROTARY": turn.rotary, "COLUMNS": turn.width, "HALF": turn.style == "half"}
+    constants |= dict.fromkeys(("q_d", "out_d", "cos_d", "sin_d"), 1)
+    types |= dict.fromkeys(("q", "rotated_q"), f"*{kind}") | dict.fromkeys(("cos", "sin"), f"*{DTYPES[turn.dtype]}")
+    return _launch("rope_append", rope_append_kernel, where, types, constants, aligned=aligned and turn.width % 16 == 0)
 
 
 def _commit(sites: Sequence[AttentionSpec]) -> Launch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from ..codegen.gpu import triton_installed
 from ..codegen.gpu.inventory import Launch, inventory
 from ..codegen.gpu.offline import TARGETS, Offline
 from ..errors import InvalidOption, MissingPackage, Unsupported
+from ..ir.rope_attention import turns
 from ..pipeline import convert
 from ..semantics import lengths_check
 from .explain import refusal_fields, show_refusal
@@ -96,13 +97,16 @@ def run(arguments: Namespace) -> int:
     subject = read_subject(arguments, kernels="reference")
     try:
         with Console(stderr=True).status("converting"):
-            state = convert(subject.loaded.model, subject.call, subject.options).state
+            pipeline = subject.options.pipeline or "default,fuse-rope"  # as on a GPU
+            options = replace(subject.options, pipeline=pipeline)
+            state = convert(subject.loaded.model, subject.call, options).state
             lengths_check(subject.loaded.model, subject.call, state)
     except Unsupported as error:
         _refuse(arguments, subject, error)
         return REFUSED
     logits: Any = state.logits.meta["val"]
-    launches = list(inventory(state.sites, int(logits.shape[-1]), logits.dtype, arguments.target, arguments.nodes))
+    vocab_size, turned = int(logits.shape[-1]), turns(state.graph)
+    launches = list(inventory(state.sites, vocab_size, logits.dtype, arguments.target, arguments.nodes, turned))
     if arguments.kernel is not None:
         names = sorted({launch.name for launch in launches})
         if arguments.kernel not in names:

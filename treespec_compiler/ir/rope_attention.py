@@ -10,10 +10,11 @@ The first `rotary` numbers of a head are turned in pairs, by an angle of each to
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from . import attention, scored_attention
@@ -23,6 +24,29 @@ STYLES = ("half", "interleaved")
 _ROPE = ", Tensor cos, Tensor sin, str style, int rotary) ->"
 SCHEMA = attention.SCHEMA.replace(") ->", _ROPE)
 SCORED_SCHEMA = scored_attention.SCHEMA.replace(") ->", _ROPE)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How an attention site rotates its q and k: what its kernel is compiled for."""
+
+    style: str
+    rotary: int
+    width: int
+    """Columns of cos and sin."""
+    dtype: torch.dtype
+    """Of cos and sin."""
+
+
+def turns(graph: fx.Graph) -> dict[int, Turn]:
+    """By site: the rotations that are part of attention."""
+    found = {}
+    for node in graph.nodes:
+        if node.target in (rope_tree_attention, rope_scored_tree_attention):
+            *_, cos, _, style, rotary = node.args
+            value = cos.meta["val"]
+            found[node.meta["site"]] = Turn(style, rotary, value.shape[1], value.dtype)
+    return found
 
 
 def columns(style: str, rotary: int) -> list[int]:
