@@ -88,9 +88,10 @@ def test_padding_writes_nowhere_and_belongs_to_no_request(program):
     cache._lengths = [4, 9, 0]
     parts = [Part(1, tree(3)), Part(0, tree(2))]
     room = Shape(8, 4, 8, 2)
-    sizes, numbers = lay_out(parts, cache, room=room)
+    sizes, numbers = lay_out(parts, cache, room=room, aligned=True)
     assert sizes == (8, 4, 8, 2) and len(numbers) == room.integers
-    meta = room.split(torch.frombuffer(numbers, dtype=torch.int64)).meta
+    batch = room.split(torch.frombuffer(numbers, dtype=torch.int64), aligned=True)
+    meta = batch.meta
     assert meta.write_index.tolist() == [41, 42, 43, 4, 5, -1, -1, -1]
     assert meta.node_offsets.tolist() == [0, 3, 5, 5, 5]
     assert meta.prefix_lens.tolist() == [9, 4, 0, 0] and meta.tree_lens.tolist() == [3, 2, 0, 0]
@@ -100,6 +101,8 @@ def test_padding_writes_nowhere_and_belongs_to_no_request(program):
     plain = Shape(*exact[0]).split(torch.frombuffer(exact[1], dtype=torch.int64)).meta
     assert torch.equal(meta.ancestors[:5, :1], plain.ancestors)
     assert torch.equal(meta.positions[:5], plain.positions)
+    start = batch.tokens.data_ptr()
+    assert all((t.data_ptr() - start) % 16 == 0 for t in (*meta.attention_inputs(), meta.rows))
 
 
 def test_replays_read_the_present_call(model, program):

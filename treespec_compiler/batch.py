@@ -41,15 +41,26 @@ class Shape:
     words: int
 
     @property
-    def integers(self) -> int:
-        """Of all inputs together."""
-        return 3 * self.nodes + 4 * self.requests + 1 + self.rows + self.nodes * self.words
+    def _sizes(self) -> list[int]:
+        t, r = self.nodes, self.requests
+        return [t, t, t, r + 1, r, r, r, self.rows, t * self.words]
 
-    def split(self, flat: Tensor) -> Batch:
-        """Views of all integers of a call, in the order of `lay_out`."""
+    @property
+    def integers(self) -> int:
+        """Of all inputs together, aligned."""
+        return sum(size + size % 2 for size in self._sizes)
+
+    def split(self, flat: Tensor, aligned: bool = False) -> Batch:
+        """Views of all integers of a call, in the order of `lay_out`.
+
+        `aligned`: each begins at a multiple of 16 bytes. A GPU's kernels are compiled for that; others would be copied
+        first, or have the kernel compiled again.
+        """
         t, r, w = self.nodes, self.requests, self.words
+        sizes = [n for size in self._sizes for n in (size, size % 2)] if aligned else self._sizes
+        views = torch.unsafe_split_with_sizes(flat, sizes)
         tokens, positions, write_index, node_offsets, page_table, prefix_lens, tree_lens, rows, ancestors = (
-            torch.unsafe_split_with_sizes(flat, [t, t, t, r + 1, r, r, r, self.rows, t * w])
+            views[::2] if aligned else views
         )
         meta = TreeMeta(
             positions=positions,
@@ -65,12 +76,16 @@ class Shape:
 
 
 def lay_out(
-    parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None, room: Shape | None = None
+    parts: Sequence[Part],
+    cache: TreeCache,
+    rows: Sequence[int] | None = None,
+    room: Shape | None = None,
+    aligned: bool = False,
 ) -> tuple[tuple[int, int, int, int], array[int]]:
     """The fields of a `Shape`, and all integers of the call; `rows` defaults to every new node.
 
     With `room`, a shape at least as large, the call is padded to it: with nodes that belong to no request and write
-    nowhere, requests without nodes, and words without ancestors. Row i is then node i.
+    nowhere, requests without nodes, and words without ancestors. Row i is then node i. `aligned` as in `Shape.split`.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -103,11 +118,16 @@ def lay_out(
         prefixes += idle
         sizes += idle
         pages += idle
-    count = len(tokens)
-    chosen = range(count) if rows is None else rows
+    count, requests = len(tokens), len(pages)
+    chosen: Sequence[int] = range(count) if rows is None else rows
+    selected = len(chosen)
+    if aligned:
+        for field in (tokens, positions, write, offsets, pages, prefixes, sizes, bits):
+            field += [0] * (len(field) % 2)
+        chosen = [*chosen, *([0] * (len(chosen) % 2))]
     # One array for all integers: building nine small tensors costs more than a small draft's layer.
     numbers = array("q", [*tokens, *positions, *write, *offsets, *pages, *prefixes, *sizes, *chosen, *bits])
-    return (count, len(pages), len(chosen), words), numbers
+    return (count, requests, selected, words), numbers
 
 
 def word_count(parts: Sequence[Part]) -> int:
@@ -122,8 +142,9 @@ def _signed(word: int) -> int:
 
 def pack(parts: Sequence[Part], cache: TreeCache, device: torch.device, rows: Sequence[int] | None = None) -> Batch:
     """Build the inputs for these parts; `rows` defaults to every new node."""
-    shape, numbers = lay_out(parts, cache, rows)
-    return Shape(*shape).split(torch.frombuffer(numbers, dtype=torch.int64).to(device, non_blocking=True))
+    shape, numbers = lay_out(parts, cache, rows, aligned=True)
+    flat = torch.frombuffer(numbers, dtype=torch.int64).to(device, non_blocking=True)
+    return Shape(*shape).split(flat, aligned=True)
 
 
 class Buffer:

@@ -144,7 +144,7 @@ class Graphs:
             self.clear()
             self._template = template
         entry = self._entry(cache, shape)
-        entry.fill(lay_out(parts, cache, room=shape)[1])
+        entry.fill(lay_out(parts, cache, room=shape, aligned=True)[1])
         nodes = sum(len(part.tree.tokens) - part.start for part in parts)
         entry.uses += 1
         if entry.replay is None and entry.uses <= USES_BEFORE_CAPTURE:
@@ -189,7 +189,7 @@ class Graphs:
             weakref.finalize(cache, _forget, weakref.ref(self), id(cache))
         with torch.inference_mode(False):
             flat = torch.zeros(shape.integers, dtype=torch.int64, device=self.device)
-            entry = _Entry(shape, flat, self.place(shape.split(flat), cache))
+            entry = _Entry(shape, flat, self.place(shape.split(flat, aligned=True), cache))
         self._entries[key] = entry
         return entry
 
