@@ -118,7 +118,7 @@ WHERE: list[tuple[type[Tiny], str, str]] = [
     (Rolled, "aten.roll mixes tokens", "aten.roll"),
     (OverHeads, "not the tokens", "scaled_dot_product_attention"),
     (ClampedPositions, "positions are not i + constant", ""),
-    (ReducedPositions, "max", "max"),
+    (ReducedPositions, "total number of tokens", "mul"),
     (CentredPositions, "number of tokens", ""),
     (Random, "random", "rand_like"),
     (LengthAsNumber, "number of tokens is used as a number", "aten.mul"),

@@ -1,6 +1,6 @@
 """Capture: one run of Dynamo, then functional pre-dispatch ATen.
 
-Everything here that touches private API of torch is in this file; `TESTED_TORCH` is the range it was run on.
+What touches private API of torch is in this file and in `functional`; `TESTED_TORCH` is the range it was run on.
 The capture never executes the model: Dynamo traces it, the backend exports, and the traced call is abandoned.
 """
 
@@ -10,18 +10,19 @@ import contextlib
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from .control_flow import refuse_control_flow, where_specialised
 from .errors import TreespecError, Unsupported
-from .state_changes import written_state
+from .functional import functional_graph
+from .state_changes import put_logits_first
+from .tracing import tracing
 
 log = logging.getLogger("treespec.capture")
 
@@ -197,7 +198,7 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
         value = call.args[int(key)] if key.isdigit() else call.kwargs[key]
         torch._dynamo.mark_dynamic(value, value.dim() - 1)
     compiled = torch.compile(_fresh_forward(model), backend=backend, fullgraph=True)
-    with _tracing(model, traced), contextlib.suppress(_Captured):
+    with tracing(model, traced), contextlib.suppress(_Captured):
         compiled(*call.args, **call.kwargs)
     if not traced:
         raise Unsupported("the model gave no graph: its forward runs no tensor operation on the token ids")
@@ -226,57 +227,7 @@ def _abandon(*_: Any) -> Any:
     raise _Captured
 
 
-@contextlib.contextmanager
-def _tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
-    """Dynamo's settings for a capture, and its failures as refusals that name the user's line."""
-    config = torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False, suppress_errors=False)
-    guard_log = logging.getLogger("torch._guards")
-    level = guard_log.level
-    try:
-        guard_log.setLevel(logging.CRITICAL)  # a length that cannot be dynamic is a refusal here, with its own text
-        with torch.no_grad(), config:
-            yield
-    except Unsupported:
-        raise
-    except ConstraintViolationError as error:
-        raise Unsupported(
-            "the model treats the number of tokens as a constant: the trace specialised it",
-            source=where_specialised(traced.get("mode")),
-            way_out="use torch ops on x.shape[1] instead of int(), len() or a buffer of fixed length",
-        ) from error
-    except torch._dynamo.exc.TorchDynamoException as error:
-        cause = error.__cause__ if isinstance(error.__cause__, Unsupported) else None
-        inner = getattr(error, "inner_exception", None)
-        if isinstance(inner, Unsupported):
-            cause = inner
-        if cause is not None:
-            raise cause from None
-        raise Unsupported(
-            f"Dynamo cannot capture {type(model).__name__} as one graph: {_first_line(error)}",
-            source=_user_line(error),
-            way_out="remove the graph break (torch._dynamo.explain shows it), or use on_unsupported='fallback'",
-        ) from error
-    finally:
-        guard_log.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith("raised:"):
-        return lines[1]
-    return lines[0] if lines else type(error).__name__
-
-
-def _user_line(error: BaseException) -> str | None:
-    frames = list(getattr(error, "real_stack", None) or [])
-    if not frames:
-        return None
-    frame = frames[-1]
-    return f"{frame.filename}:{frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
-
-
 def _export(gm: fx.GraphModule, inputs: list[Any]) -> dict[str, Any]:
-    from torch._functorch.aot_autograd import aot_export_module
     from torch._guards import TracingContext
     from torch._subclasses import FakeTensor
 
@@ -287,8 +238,8 @@ def _export(gm: fx.GraphModule, inputs: list[Any]) -> dict[str, Any]:
     # NOTE parameters arrive as real tensors; another mode than Dynamo's own would be "Mixing fake modes".
     fakes = [mode.from_tensor(a) if isinstance(a, Tensor) and not isinstance(a, FakeTensor) else a for a in inputs]
     sources = [_source_name(n) for n in gm.graph.nodes if n.op == "placeholder"]
-    graph, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
-    return {"graph": graph, "signature": signature, "inputs": inputs, "sources": sources, "mode": mode}
+    graph, written = functional_graph(gm, inputs, fakes, mode)
+    return {"graph": graph, "written": written, "inputs": inputs, "sources": sources, "mode": mode}
 
 
 def _source_name(node: fx.Node) -> str:
@@ -345,7 +296,8 @@ def _tidy(traced: dict[str, Any], model: nn.Module, call: CallSpec, example_leng
             source=where_specialised(traced["mode"]),
             way_out="use torch ops on x.shape[1] instead of int()/len() or a table of fixed length",
         )
-    written, sets_constants = written_state(traced["signature"], gm, weights)
+    written: list[str] = traced["written"]
+    sets_constants = put_logits_first(gm, written, weights)
     _replace_sizes(gm, tokens, sizes, length.node.expr)
     mode = traced["mode"]
     guards = [g.expr for g in mode.shape_env.guards] if mode.shape_env is not None else []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -14,15 +14,13 @@ if TYPE_CHECKING:
     from .capture import WeightRef
 
 
-def written_state(signature: Any, gm: fx.GraphModule, weights: Mapping[str, WeightRef]) -> tuple[list[str], bool]:
-    """Inputs that hold buffers that the forward pass writes: logits become output 0, new contents outputs 1, 2, ...
+def put_logits_first(gm: fx.GraphModule, written: Sequence[str], weights: Mapping[str, WeightRef]) -> bool:
+    """Logits become output 0, the new contents of the `written` inputs outputs 1, 2, ... (they come first in `gm`).
 
-    `signature` is what `aot_export_module` gives beside the graph. `strip native cache` proves that the buffers are K/V
-    caches, or refuses; anything else that is kept is refused here. Also says whether attributes are set to constants.
+    `strip native cache` proves that these buffers are K/V caches, or refuses; anything else that is kept is refused
+    here. Returns whether forward sets attributes to constants.
     """
-    changed: dict[str, str] = dict(getattr(signature, "buffers_to_mutate", {}))
-    changed |= getattr(signature, "user_inputs_to_mutate", {})
-    foreign = [weights[n].name if n in weights else n for n in changed.values() if _nobodys(n, weights)]
+    foreign = [weights[n].name if n in weights else n for n in written if _nobodys(n, weights)]
     if foreign:
         raise Unsupported(
             f"the forward pass changes state in place: {', '.join(foreign)}",
@@ -30,16 +28,15 @@ def written_state(signature: Any, gm: fx.GraphModule, weights: Mapping[str, Weig
         )
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     values = list(output.args[0])
-    updates, logits, attributes = values[: len(changed)], values[len(changed)], values[len(changed) + 1 :]
+    updates, logits, attributes = values[: len(written)], values[len(written)], values[len(written) + 1 :]
     kept = sum(not _is_constant(value) for value in attributes)
     if kept:
         raise Unsupported(
             f"the forward pass keeps {kept} value(s) besides the logits (it sets attributes)",
             way_out="move the assignment out of forward, or call it without its own cache (use_cache=False)",
         )
-    assert list(changed) == [v.name for v in updates], "outputs in the order of the signature"
     output.args = ((logits, *updates),)
-    return list(changed.values()), bool(attributes)
+    return bool(attributes)
 
 
 def _is_constant(value: fx.Node) -> bool:
