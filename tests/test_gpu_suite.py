@@ -39,7 +39,8 @@ def sections(tmp_path_factory):
 
 def test_every_section_measures_something(sections):
     assert all(row["ok"] for row in sections["numerics"]["kernels"] + sections["oracle"]["models"])
-    assert {row["name"] for row in sections["numerics"]["kernels"]} >= {"llama bf16", "commit path", "greedy accept"}
+    names = {row["name"] for row in sections["numerics"]["kernels"]}
+    assert names >= {"llama bf16", "rope and append, half", "commit path", "greedy accept", "stochastic accept"}
     if importlib.util.find_spec("triton"):
         assert sections["tune"]["shapes"][0]["us"] > 0
     one, three = sorted(sections["attention"]["sizes"], key=lambda row: row["nodes"])

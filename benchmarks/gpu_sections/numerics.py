@@ -12,6 +12,7 @@ from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
 from treespec_compiler.codegen.gpu.tune import TOLERANCE, Shape
 from treespec_compiler.codegen.gpu.tune_device import Inputs
 from treespec_compiler.ir import accept, commit, ops
+from treespec_compiler.ir import stochastic_accept as stochastic
 from treespec_compiler.ir.registry import best_kernel
 from treespec_compiler.ir.specs import MaskSpec
 
@@ -50,7 +51,10 @@ def run(context: Context) -> None:
     cases = context.pick(CASES, (Shape(3, 2, 20),))
     for name, kernel in families.items():
         attempt(context, name, lambda kernel=kernel: attention(context, kernel, cases), TOLERANCE[kernel.dtype])
-    for name, check in (("commit path", commit_path), ("greedy accept", greedy_accept)):
+    for style in ("half", "interleaved"):
+        attempt(context, f"rope and append, {style}", lambda style=style: rope(context, style), TOLERANCE[BF16])
+    exact = {"commit path": commit_path, "greedy accept": greedy_accept, "stochastic accept": stochastic_accept}
+    for name, check in exact.items():
         attempt(context, name, lambda check=check: check(context), 0.0)
 
 
@@ -87,6 +91,50 @@ def eager_attention(inputs: Inputs) -> torch.Tensor:
         inputs.q, k, v, inputs.pool_k, inputs.pool_v, inputs.positions, inputs.write_index, inputs.node_offsets,
         inputs.page_table, inputs.prefix_lens, inputs.tree_lens, inputs.ancestors, inputs.scale, *inputs.changes(),
     )  # fmt: skip
+
+
+def rope(context: Context, style: str) -> float:
+    """Rotation, append and attention in one op; its pools are compared as well."""
+    kernel = context.pick(FAMILIES["dim 64"], spec(4, 2, 16))
+    inputs = Inputs(kernel, context.pick(Shape(20, 2, 300), Shape(3, 2, 20)), context.device)
+    nodes, rotary = inputs.q.shape[2], kernel.key_dim // 2
+    k, v = (torch.randn(1, kernel.kv_heads, nodes, kernel.key_dim, device=context.device).to(BF16) for _ in range(2))
+    angles = torch.rand(nodes, rotary // 2, device=context.device) * 6
+    meta = inputs.positions, inputs.write_index, inputs.node_offsets, inputs.page_table
+    meta += inputs.prefix_lens, inputs.tree_lens, inputs.ancestors
+
+    def outcome(target: Any, dtype: torch.dtype) -> torch.Tensor:
+        q, keys, values, pool_k, pool_v = (
+            t.to(dtype, copy=True) for t in (inputs.q, k, v, inputs.pool_k, inputs.pool_v)
+        )
+        turns = (x.to(dtype) for x in (angles.cos(), angles.sin()))
+        out = target(q, keys, values, pool_k, pool_v, *meta, inputs.scale, 0, *turns, style, rotary)
+        return torch.cat([out.flatten(), pool_k.flatten(), pool_v.flatten()])
+
+    found = best_kernel(ops.rope_tree_attention, context.device, BF16)
+    expected = outcome(ops.rope_tree_attention, torch.float64)
+    return relative_error(outcome(found.target if found else ops.rope_tree_attention, BF16), expected)
+
+
+def stochastic_accept(context: Context) -> float:
+    """Trees of drawn children, the same uniform numbers on both sides."""
+    vocab, wrong = context.pick(32000, 20), 0
+    kernel = best_kernel(ops.stochastic_accept, context.device, torch.float64)
+    for seed, rule in enumerate(stochastic.RULES * 2):
+        random_ = torch.Generator().manual_seed(seed)
+        parents = [-1, 0, 0, 1, 1, 2]
+        p, q = (torch.rand(6, vocab, generator=random_, dtype=torch.float64).pow(8) for _ in range(2))
+        p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+        tokens = torch.tensor([0, *(int(torch.multinomial(q[i], 1, generator=random_)) for i in parents[1:])])
+        if rule != "multi-step":  # children of one node are different tokens
+            tokens[[2, 4]] = (tokens[[1, 3]] + 1) % vocab
+        draws = torch.tensor([0, 2, 4, 5, 5, 5, 5]), torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 0, 1, 1, 2])
+        uniforms = torch.rand(1, 16, generator=random_, dtype=torch.float64)
+        given = (p, q, tokens, torch.tensor(parents), torch.tensor([0, 6]), *draws, uniforms)
+        target = kernel.target if kernel else ops.stochastic_accept
+        found = target(*(t.to(context.device) for t in given), rule).cpu()
+        wrong += int((found != stochastic.reference(*given, rule)).sum())
+    return float(wrong)
 
 
 def commit_path(context: Context) -> float:
