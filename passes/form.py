@@ -7,6 +7,8 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 from torch import Tensor, fx
 
@@ -88,3 +90,10 @@ def rename(form: Form, mapping: dict[int, Any]) -> Any:
 def broadcast(form: Form, shape: Shape) -> Form:
     shift = len(shape) - len(form.shape)
     return Form(rename(form, {i: axis(i + shift) for i in range(len(form.shape))}), shape)
+
+
+def varies(expr: Any) -> bool:
+    """Whether the value itself, not only a condition in it, depends on an index or a table."""
+    conditions = {c: sympy.Dummy() for c in expr.atoms(Relational)}
+    plain = expr.xreplace(conditions)
+    return bool(plain.free_symbols - set(conditions.values())) or bool(plain.atoms(AppliedUndef))

@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
-from sympy.core.relational import Relational
 from torch import fx
 
-from .form import Form, axis, broadcast, number, packet, rename, shape_of
+from .form import Form, axis, broadcast, number, packet, rename, shape_of, varies
 
 
 class Forms(Protocol):
@@ -60,16 +59,15 @@ class Call:
         if self.dtype is torch.bool:
             return Form(form.as_bool(), self.shape)
         # NOTE bfloat16 counts to 256 and int8 to 127: an index in such a type is no closed form any more.
-        if self.dtype.itemsize < 4 and _varies(form.as_number()):
+        if self.dtype.itemsize < 4 and varies(form.as_number()) and not self._only_moves(form.expr):
             return None
         return Form(form.as_number(), self.shape)
 
-
-def _varies(expr: Any) -> bool:
-    """Whether the value itself, not only a condition in it, depends on an index or a table."""
-    conditions = {c: sympy.Dummy() for c in expr.atoms(Relational)}
-    plain = expr.xreplace(conditions)
-    return bool(plain.free_symbols - set(conditions.values())) or bool(plain.atoms(AppliedUndef))
+    def _only_moves(self, expr: Any) -> bool:
+        """Whether the value is a table's, which an operand of the same dtype holds: nothing was rounded."""
+        same = [a for a in self.node.all_input_nodes if getattr(a.meta.get("val"), "dtype", None) is self.dtype]
+        held = {table.func for a in same if (form := self.forms.of(a)) is not None for table in form.tables}
+        return isinstance(expr, AppliedUndef) and expr.func in held
 
 
 def _arange(call: Call) -> Form | None:

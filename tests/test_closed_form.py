@@ -64,6 +64,10 @@ def square(ids: Tensor, value: float = 1.0) -> Tensor:
     return torch.full((ids.shape[1], ids.shape[1]), value)
 
 
+def halves() -> Tensor:
+    return (torch.arange(40) / 7).to(torch.bfloat16)
+
+
 SINGLE: dict[str, Callable[[Tensor], Tensor]] = {
     "arange": steps,
     "arange from": lambda x: torch.arange(2, x.shape[1] + 2),
@@ -87,6 +91,8 @@ SINGLE: dict[str, Callable[[Tensor], Tensor]] = {
     "minimum": lambda x: torch.minimum(steps(x), 8 - steps(x)),
     "boolean counted": lambda x: (steps(x) >= 3).to(torch.int64) * 2,
     "index by itself": lambda x: (steps(x) * 3)[steps(x)],
+    "slice of a table in half precision": lambda x: halves()[3 : x.shape[1] + 3],
+    "table in half precision read at": lambda x: halves()[steps(x) + 2],
 }
 
 
@@ -125,6 +131,9 @@ NOTHING: dict[str, Callable[[Tensor], Tensor]] = {
     "half precision counts to 2048": lambda x: steps(x).to(torch.float16),
     "bytes": lambda x: steps(x).to(torch.uint8),
     "bfloat16 arithmetic": lambda x: torch.arange(x.shape[1], dtype=torch.bfloat16) + 1,
+    "table rounded after it was read": lambda x: (torch.arange(40) / 7)[steps(x)].to(torch.bfloat16),
+    "counts as a table of bytes": lambda x: torch.arange(400)[steps(x)].to(torch.uint8),
+    "half precision added": lambda x: halves()[steps(x)] + halves()[steps(x) + 1],
     "negative index wraps": lambda x: steps(x)[steps(x) - 1],
     "random": lambda x: torch.rand(x.shape[1]),
     "flipped": lambda x: steps(x).flip(0),

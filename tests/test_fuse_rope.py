@@ -142,6 +142,13 @@ def test_the_meaning_stays(spelling: Any) -> None:
     assert_decodes(model, program, VOCAB, rounds=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_in_half_precision(dtype: torch.dtype) -> None:
+    """Rope read from buffers of the model's dtype: the meaning is checked on random trees."""
+    program: Any = treespec.tree_program(RopeTril().eval().to(dtype), options={**FORCED, "verify_each": "semantic"})
+    assert ops(program._converted.state).count("treespec.rope_tree_attention") == 2
+
+
 class Backwards(Half):
     def turn(self, x: Tensor, angles: Tensor) -> Tensor:
         every = torch.cat([angles, angles], -1)
