@@ -61,7 +61,6 @@ class Capture:
     fake_mode: torch._subclasses.FakeTensorMode
     guards: list[sympy.Basic] = field(default_factory=list)
     written: list[str] = field(default_factory=list)  # weights that forward writes, in the order of outputs 1, 2, ...
-    sets_constants: bool = False  # forward computes tables when it first runs and keeps them as attributes
 
 
 class _Captured(BaseException):
@@ -297,14 +296,12 @@ def _tidy(traced: dict[str, Any], model: nn.Module, call: CallSpec, example_leng
             way_out="use torch ops on x.shape[1] instead of int()/len() or a table of fixed length",
         )
     written: list[str] = traced["written"]
-    sets_constants = put_logits_first(gm, written, weights)
+    put_logits_first(gm, written, weights)
     _replace_sizes(gm, tokens, sizes, length.node.expr)
     mode = traced["mode"]
     guards = [g.expr for g in mode.shape_env.guards] if mode.shape_env is not None else []
     bounds = _bounds(mode, length, guards)
-    return Capture(
-        gm, tokens.name, positions, weights, length.node.expr, example_length, mode, bounds, written, sets_constants
-    )
+    return Capture(gm, tokens.name, positions, weights, length.node.expr, example_length, mode, bounds, written)
 
 
 def _bounds(mode: Any, length: torch.SymInt, guards: list[sympy.Basic]) -> list[sympy.Basic]:

@@ -174,7 +174,6 @@ def _state(captured: Capture, options: Options) -> GraphState:
         labels={name: ref.name for name, ref in captured.weights.items()},
         weights=dict(captured.weights),
         max_context=options.max_context,
-        lone_lengths=[2] if captured.sets_constants else [],
         written=list(captured.written),
         caches=[captured.weights[name].name for name in captured.written],
     )

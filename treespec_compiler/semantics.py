@@ -147,19 +147,23 @@ def path_check(reference: Reference) -> Check:
 
 
 def lengths_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
-    """Lengths that the trace does not cover, compared by running them: one token, and any the guards single out."""
+    """What the trace does not show, compared by running it: a prompt of one token, a second call, and any length that
+    the guards single out.
+
+    A forward pass that sets attributes may do something else when it is called again.
+    """
     value: Any = state.logits.meta["val"]
     if any(t.is_meta for t in state.constants.values()):
         log.info("weights on meta: a branch on a single length cannot be looked for")
         return
     vocab = int(value.shape[-1])
-    for length in (1, *state.lone_lengths):
+    for length in (1, 2, *state.lone_lengths):
         ids = [(7 * i + 1) % vocab for i in range(length)]
         with kept(model, state.caches):
             expected = eager_logits(model, call, ids, value.device)
         got = run_graph(state, TokenTree.chain(ids), [])
         if not _error(got, expected) <= 10 * TOLERANCE.get(value.dtype, LOOSE):
-            many = "one token takes" if length == 1 else f"{length} tokens takes"
+            many = "one token takes" if length == 1 else f"{length} tokens, or a second call, takes"
             raise Unsupported(
                 f"a prompt of {many} another branch: its logits differ by {_error(got, expected):.2e} of the largest "
                 "from those of the traced graph",

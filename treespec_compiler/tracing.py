@@ -24,7 +24,7 @@ def tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
     level = guard_log.level
     try:
         guard_log.setLevel(logging.CRITICAL)  # a length that cannot be dynamic is a refusal here, with its own text
-        with torch.no_grad(), config, _no_garbage_collection():
+        with torch.no_grad(), config, _no_garbage_collection(), _unmarked_buffers(model):
             yield
     except Unsupported:
         raise
@@ -48,6 +48,22 @@ def tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
         ) from error
     finally:
         guard_log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _unmarked_buffers(model: nn.Module) -> Iterator[None]:
+    """Without the attributes that `nn.Buffer` gives to its tensors.
+
+    Dynamo does not read them, and needs them where forward assigns such a buffer again.
+    """
+    marked = [b for b in model.buffers() if "_is_buffer" in vars(b)]
+    try:
+        for buffer in marked:
+            del buffer._is_buffer  # type: ignore[attr-defined]
+        yield
+    finally:
+        for buffer in marked:
+            buffer._is_buffer = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
