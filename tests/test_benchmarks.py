@@ -94,3 +94,15 @@ def test_bench_verify(pair: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F
     assert min(figures["verify_over_decode"].values()) == 1.0  # decode is the fastest of them
     assert "verify(N) / decode" in shown
     assert "verify(N) / decode" in run("bench_verify.py", "--show", path, "--markdown")
+
+
+def test_bench_compile(tmp_path: Path) -> None:
+    path = tmp_path / "compile.json"
+    shown = run("bench_compile.py", "--layers", 1, 2, "--output", path)
+    report = json.loads(path.read_text())
+    assert [r["layers"] for r in report["runs"]] == [1, 2] and report["run"]["commit"]
+    first, second = report["runs"]
+    assert list(first["passes"]) == list(second["passes"]) and "token locality" in first["passes"]
+    assert second["passes"]["recognize attention"]["matches"] == 2 and second["nodes"] > first["nodes"]
+    assert 0 < report["summary"]["share_of_passes"]["2"] < 1
+    assert "CPU seconds =" in shown and "CPU seconds =" in run("bench_compile.py", "--show", path, "--markdown")
