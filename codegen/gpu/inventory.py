@@ -14,10 +14,11 @@ from treespec_compiler.codegen.gpu.append import BLOCK, power_of_two
 from treespec_compiler.codegen.gpu.offline import Offline, compile_offline
 from treespec_compiler.codegen.gpu.tree_attention_spec import (
     DTYPES,
-    MAX_SPLITS,
+    MAX_PARTS,
     AttentionKernel,
     Config,
     default_config,
+    merge_warps,
 )
 from treespec_compiler.ir import accept
 from treespec_compiler.ir.rope_attention import Turn
@@ -137,7 +138,10 @@ def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[i
     pointers |= {"sinks": "*fp32"} if spec.sinks else {}
     sizes = dict.fromkeys(("requests", "rows", "parts"), "i32")
     aligned = ("partial", "tops", "out")
-    yield Launch("tree_attention", "merge", where, module.merge, pointers | sizes, {"PARTS": MAX_SPLITS}, aligned)
+    parts = {"PARTS": MAX_PARTS}
+    yield Launch(
+        "tree_attention", "merge", where, module.merge, pointers | sizes, parts, aligned, merge_warps(MAX_PARTS)
+    )
 
 
 def _append(spec: AttentionKernel, turn: Turn | None, where: str) -> Launch:

@@ -19,6 +19,7 @@ from treespec_compiler.codegen.gpu.tree_attention_spec import (
     AttentionKernel,
     Config,
     default_config,
+    merge_warps,
     split_count,
 )
 from treespec_compiler.ir import attention, scored_attention
@@ -132,7 +133,7 @@ def attend(
         kernels.merge[(nodes * spec.heads,)](
             partial, tops, out, node_offsets, **({"sinks": sinks.contiguous()} if sinks is not None else {}),
             requests=requests, rows=nodes * spec.heads, parts=parts, PARTS=_power_of_two(parts),
-            num_warps=4, enable_fp_fusion=True,
+            num_warps=merge_warps(parts), enable_fp_fusion=True,
         )  # fmt: skip
     return out.transpose(1, 2)
 

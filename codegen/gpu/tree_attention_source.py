@@ -42,9 +42,9 @@ def source(spec: AttentionKernel) -> str:
         path_length="\n    length = q_pos - prefix + 1  # nodes of the path, itself included" * _needs_distance(spec),
         passed="\n    passed = tl.zeros([BLOCK_M], tl.int32)  # of these, in earlier words" * _needs_distance(spec),
         tree=indent(_tile(spec, score, "tree"), " " * 8),
-        store_part=indent(_store(spec, "part", "total"), " " * 8),
+        store_part=indent(_store(spec, "part"), " " * 8),
         sink=_SINK * spec.sinks,
-        store_out=indent(_store(spec, "row", "total"), " " * 4),
+        store_out=indent(_store(spec, "row"), " " * 4),
         store_zeros=_lines(
             (f"tl.store({_place('stray', i, p)}, tl.zeros([BLOCK_M, {p.size}], out.dtype.element_ty), mask={m})"
              for i, p, m in _value_masks(spec, "nobodys[:, None]")), 8
@@ -242,9 +242,9 @@ def _place(row: str, i: int, piece: Piece) -> str:
     return f"out + ({row} * VALUE)[:, None] + e{i}[None, :]"
 
 
-def _store(spec: AttentionKernel, row: str, total: str) -> str:
-    return "\n".join(
-        f"tl.store({_place(row, i, p)}, (acc{i} / {total}[:, None]).to(out.dtype.element_ty), mask={mask})"
+def _store(spec: AttentionKernel, row: str) -> str:
+    return "inverse = 1.0 / total\n" + "\n".join(
+        f"tl.store({_place(row, i, p)}, (acc{i} * inverse[:, None]).to(out.dtype.element_ty), mask={mask})"
         for i, p, mask in _value_masks(spec, "alive[:, None]")
     )
 
@@ -475,7 +475,7 @@ def merge(
     e = tl.arange(0, {block})
     some = (top > float("-inf"))[:, None] & (e < VALUE)[None, :]
     x = tl.load(partial + (part * rows + row)[:, None] * VALUE + e[None, :], mask=some, other=0.0)
-    mean = tl.sum(x * weight[:, None], 0) / total
+    mean = tl.sum(x * weight[:, None], 0) * (1.0 / total)
     tl.store(out + row * VALUE + e, tl.where(owned, mean, 0.0).to(out.dtype.element_ty), mask=e < VALUE)
 '''
 

@@ -140,8 +140,8 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
     # Without wgmma the products' operands lie in registers too.
     if arch.startswith("sm_8"):
         block_m = min(block_m, 64 if wide <= 128 else 32)
-        num_warps = 8 if block_m == 64 or wide > 128 and block_m == 16 else 4
-        return Config(block_m, block_n if block_m == 16 else 32, num_warps, 2)
+        num_warps = 8 if block_m == 64 or (wide > 128 and block_m == 16) else 4
+        return Config(block_m, block_n if block_m == 16 else 32, num_warps, 3 if block_m == 64 else 2)
     if block_m >= 64:
         return Config(block_m, min(block_n, 32), num_warps, 2)
     return Config(block_m, block_n, 4, 2)
@@ -154,7 +154,7 @@ def search_space(spec: AttentionKernel) -> Iterator[Config]:
         for block_n in (16, 32, 64, 128):
             for num_warps in (4, 8):
                 for num_stages in (2, 3, 4):
-                    if block_m * block_n >= 16 * num_warps * 16 // 2 and block_n * wide <= 128 * 256:
+                    if block_m * block_n >= 64 * num_warps and block_n * wide <= 128 * 256:
                         yield Config(block_m, block_n, num_warps, num_stages)
 
 
@@ -170,7 +170,13 @@ def split_count(programs: int, capacity: int, config: Config, processors: int) -
     return max(1, min(wanted, math.ceil(capacity / (4 * config.block_n)), MAX_SPLITS))
 
 
-MAX_SPLITS = 64
+def merge_warps(parts: int) -> int:
+    """Warps of a program of `merge`: every thread holds numbers of some of the parts."""
+    return 8 if parts > 32 else 4
+
+
+MAX_PARTS = 64
+MAX_SPLITS = MAX_PARTS - 1  # the tree is one more part
 
 
 def _power_of_two(n: int) -> int:

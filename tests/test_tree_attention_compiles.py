@@ -1,0 +1,131 @@
+"""Tree attention of six model families compiles for every target without a GPU, without spills, for tensor cores."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET makes no kernels to compile", allow_module_level=True)
+
+from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offline
+from treespec_compiler.codegen.gpu.tree_attention import constexprs, divisible, module, signature
+from treespec_compiler.codegen.gpu.tree_attention_spec import (
+    AttentionKernel,
+    Config,
+    default_config,
+    merge_warps,
+    search_space,
+    split_count,
+)
+from treespec_compiler.ir.specs import MaskSpec
+
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+FAMILIES = {
+    "llama": AttentionKernel(32, 8, 128, 128, HALF, HALF),
+    "gemma2": AttentionKernel(16, 8, 256, 256, BRAIN, BRAIN, MaskSpec(4096), softcap=50.0),
+    "gpt_oss": AttentionKernel(64, 8, 64, 64, BRAIN, BRAIN, MaskSpec(128), sinks=True),
+    "bloom": AttentionKernel(32, 32, 128, 128, HALF, HALF, slopes=True),
+    "llama4": AttentionKernel(40, 8, 128, 128, BRAIN, BRAIN, MaskSpec(chunk=8192)),
+    "deepseek": AttentionKernel(16, 16, 192, 128, BRAIN, BRAIN),  # keys are longer than values
+}
+TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+
+
+def compiled(spec: AttentionKernel, config: Config, target: str, split: bool, **shape) -> Offline:
+    return compile_offline(
+        module(spec).attend,
+        signature(spec, split=split),
+        constexprs(config, split=split, **shape),
+        target,
+        config.num_warps,
+        config.num_stages,
+        divisible(spec),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_node_of_a_family(family: str) -> None:
+    spec = FAMILIES[family]
+    done = compiled(spec, default_config(spec, spec.group), "sm_90", split=True)
+    assert done.resources.fits, done.resources
+    assert done.has("HMMA")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_rows_of_a_family(family: str, target: str) -> None:
+    spec = FAMILIES[family]
+    config = default_config(spec, 256, target)
+    done = compiled(spec, config, target, split=False)
+    assert done.resources.fits, done.resources
+    assert config.block_m >= 64 or target == "sm_80"
+    assert done.has(TENSOR_CORES[target])
+
+
+def test_float32_keeps_its_precision() -> None:
+    spec = AttentionKernel(32, 8, 128, 128, FLOAT, FLOAT)
+    done = compiled(spec, default_config(spec, 4), "sm_90", split=True)
+    assert done.resources.fits, done.resources
+    assert not done.has("HMMA") and not done.has("HGMMA")
+
+
+def test_several_requests_and_pages() -> None:
+    spec = FAMILIES["llama"]
+    done = compiled(spec, default_config(spec, 64), "sm_90", split=True, requests=8, one_page=False)
+    assert done.resources.fits, done.resources
+
+
+def test_loads_are_wide_and_asynchronous() -> None:
+    spec = FAMILIES["llama"]
+    done = compiled(spec, default_config(spec, 4), "sm_90", split=True)
+    assert done.has("LDGSTS.E.BYPASS") and ".128" in done.sass
+
+
+def test_bits_are_counted_by_one_instruction() -> None:
+    """The compiler knows the idiom: distances inside a tree cost a population count, not twelve operations."""
+    spec = FAMILIES["gpt_oss"]
+    assert compiled(spec, default_config(spec, 8), "sm_90", split=True).has("POPC")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_merge(target: str) -> None:
+    spec = FAMILIES["gpt_oss"]
+    pointers = {"partial": "*fp32", "tops": "*fp32", "out": "*bf16", "node_offsets": "*i64", "sinks": "*bf16"}
+    sizes = dict.fromkeys(("requests", "rows", "parts"), "i32")
+    done = compile_offline(
+        module(spec).merge, pointers | sizes, {"PARTS": 64}, target, merge_warps(64), divisible=("partial", "tops")
+    )
+    assert done.resources.fits, done.resources
+
+
+def test_the_source_shows_what_was_proved() -> None:
+    from treespec_compiler.codegen.gpu.tree_attention_source import source
+
+    gemma = source(FAMILIES["gemma2"])
+    assert "mask:  k <= q and q - k < 4096" in gemma and "score: 50*tanh(s/50)" in gemma
+    assert "50 * tanh(s / 50)" in gemma and "& (distance < 4096)" in gemma
+    dense = source(FAMILIES["llama"])
+    assert "distance" not in dense and "tanh" not in dense and "positions +" not in dense
+    assert "(n[None, :] // 8192)" in source(FAMILIES["llama4"])
+    for spec in FAMILIES.values():
+        compile(source(spec), "kernel.py", "exec")
+
+
+def test_search_space_holds_the_defaults_and_is_bounded() -> None:
+    for spec in FAMILIES.values():
+        space = list(search_space(spec))
+        assert default_config(spec, 256) in space and default_config(spec, 4) in space
+        assert len(space) == len(set(space)) <= 96
+
+
+def test_split_count() -> None:
+    small, large = Config(16, 64, 4, 3), Config(128, 64, 8, 3)
+    assert split_count(8, 1 << 17, small, 132) == 33
+    assert split_count(8, 1 << 17, large, 132) == 16
+    assert split_count(8, 1024, small, 132) == 4  # no program reads less than four blocks
+    assert split_count(512, 1 << 17, large, 132) == 1
+    assert split_count(1, 1 << 20, small, 132) == 63
