@@ -90,6 +90,7 @@ def test_greedy_walk(target: str, nodes: int, splits: int) -> None:
     assert done.resources.fits
 
 
+DIVISION = 16  # bytes of stack: dividing float64 is a call
 DRAWS = {
     **dict.fromkeys(("p", "q", "ratios", "totals", "lefts", "sums"), "*fp64"),
     **dict.fromkeys(("tokens", "draw_offsets", "draw_rows", "draw_q"), "*i64"),
@@ -99,7 +100,8 @@ DRAWS = {
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("replacement", [True, False])
 def test_residuals(target: str, replacement: bool) -> None:
-    assert compiled(residual_kernel, DRAWS, {"REPLACEMENT": replacement, "BLOCK": 1024}, target).resources.fits
+    done = compiled(residual_kernel, DRAWS, {"REPLACEMENT": replacement, "BLOCK": 1024}, target)
+    assert done.resources.stack <= DIVISION
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -108,4 +110,4 @@ def test_chance_walk(target: str, naive: bool) -> None:
     pointers = DRAWS | dict.fromkeys(("parents", "node_offsets", "out"), "*i64") | {"uniforms": "*fp64"}
     blocks = {"FIELDS": 3, "BLOCK": 1024, "BLOCKS": 128, "BLOCK_N": 64}
     constants = {"NAIVE": naive, "REPLACEMENT": naive, **blocks}
-    assert compiled(chance_walk_kernel, pointers, constants, target).resources.fits
+    assert compiled(chance_walk_kernel, pointers, constants, target).resources.stack <= DIVISION
