@@ -1,8 +1,8 @@
-"""A bias computed from the keys' tokens, the same for every query: one more dimension of K.
+"""A bias computed from the keys' tokens or positions, the same for every query: one more dimension of K.
 
 b[h, j] added to the scores of key j is q' k' with q' = [q, 1 / scale] and k' = [k, b], so that it is written to the
-cache with the key. Here it is only taken apart from the mask; that b[h, j] depends on token j alone is proved by token
-locality, which sees it as a part of K.
+cache with the key; query heads that share a key head and differ in b get a dimension each. Here it is only taken apart
+from the mask; that b[h, j] depends on token j alone is proved by token locality, which sees it as a part of K.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Splitter:
         return len(shape) >= 2 and shape[-1] == self.state.length and shape[-2] == 1
 
     def _depends(self, node: Any) -> bool:
-        return isinstance(node, fx.Node) and node in self.forms.tainted
+        """On token content, or on positions in a way that no formula shows (ALiBi rounded to bfloat16)."""
+        return isinstance(node, fx.Node) and (node in self.forms.tainted or self.forms.of(node) is None)
 
     def _buried(self, value: Any) -> bool:
         """Whether a value hides a key whatever is added to it."""
@@ -151,19 +152,48 @@ def with_key_bias(
     column = state.call(aten.transpose.int, (bias, -2, -1), like=at)
     while len(shape_of(column)) < 4:
         column = state.call(aten.unsqueeze.default, (column, 0), like=at)
-    heads, kv_heads = shape_of(column)[1], shape_of(k)[1]
-    if shape_of(column)[0] != 1 or kv_heads % heads != 0:
+    heads, kv_heads, query_heads = shape_of(column)[1], shape_of(k)[1], shape_of(q)[1]
+    if shape_of(column)[0] != 1 or (kv_heads % heads != 0 and heads != query_heads):
         raise refuse(f"a bias by key token has {heads} heads, and the keys {kv_heads}", at)
-    if kv_heads != heads:
-        column = state.call(aten.repeat_interleave.self_int, (column, int(kv_heads / heads), 1), like=at)
     dtype = k.meta["val"].dtype
     if column.meta["val"].dtype != dtype:
         column = state.call(aten._to_copy.default, (column,), {"dtype": dtype}, like=at)
+    if kv_heads % heads == 0:
+        share = 1
+        if kv_heads != heads:
+            column = state.call(aten.repeat_interleave.self_int, (column, int(kv_heads / heads), 1), like=at)
+    else:
+        share = int(heads / kv_heads)
+        column = _by_key_head(state, at, column, int(kv_heads), share)
     parts = _parts(1.0 / scale, dtype)
     one = state.call(aten.slice.Tensor, (q, -1, 0, 1), like=at)
     ones = [state.call(aten.full_like.default, (one, part), like=at) for part in parts]
+    if share > 1:
+        own = _own_column(state, at, q, int(kv_heads), share)
+        ones = [state.call(aten.mul.Tensor, (part, own), like=at) for part in ones]
     q = state.call(aten.cat.default, ([q, *ones], -1), like=at)
     return q, state.call(aten.cat.default, ([k] + [column] * len(parts), -1), like=at)
+
+
+def _by_key_head(state: GraphState, at: fx.Node, column: fx.Node, kv_heads: int, share: int) -> fx.Node:
+    """[1, Hq, T, 1] -> [1, Hkv, T, Hq / Hkv]: the biases of the query heads that share a key head, side by side."""
+    split = state.call(aten.reshape.default, (column, [kv_heads, share, tokens_of(state, at), 1]), like=at)
+    side = state.call(aten.permute.default, (split, [3, 0, 2, 1]), like=at)
+    return side
+
+
+def tokens_of(state: GraphState, at: fx.Node) -> fx.Node:
+    """The number of tokens, as a size."""
+    return state.call(aten.sym_size.int, (state.node(state.tokens), 1), like=at)
+
+
+def _own_column(state: GraphState, at: fx.Node, q: fx.Node, kv_heads: int, share: int) -> fx.Node:
+    """[1, Hq, 1, Hq / Hkv] of zeros, and a one where a query head finds its own bias."""
+    value = q.meta["val"]
+    kind = {"dtype": value.dtype, "device": value.device}
+    eye = state.call(aten.eye.default, (share,), kind, like=at)
+    tiled = state.call(aten.repeat.default, (eye, [kv_heads, 1]), like=at)
+    return state.call(aten.reshape.default, (tiled, [1, kv_heads * share, 1, share]), like=at)
 
 
 def _parts(value: float, dtype: torch.dtype) -> list[float]:

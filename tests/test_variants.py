@@ -6,12 +6,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from oracles import EAGER
+from oracles import EAGER, assert_decodes
 
 import treespec_compiler as treespec
 from treespec_compiler import Unsupported
 from treespec_compiler.cli.coverage_check import LONG, Result, check_model
-from treespec_compiler.cli.coverage_models import VARIANTS, _rope, tiny_model
+from treespec_compiler.cli.coverage_models import VARIANTS, VOCAB, _rope, tiny_model
 
 CASES = [(kind, name) for kind, variants in VARIANTS.items() for name in variants]
 
@@ -51,3 +51,13 @@ def test_dynamic_rope_is_refused() -> None:
     with pytest.raises(Unsupported, match="Data-dependent branching") as caught:
         treespec.tree_program(model, options=EAGER)
     assert "dynamic_frequency_update" in str(caught.value.source)
+
+
+@pytest.mark.parametrize("fields", [{}, {"multi_query": False, "num_kv_heads": 4}], ids=["mqa", "mha"])
+def test_alibi_that_is_rounded_to_bfloat16(fields: dict[str, object]) -> None:
+    """Falcon multiplies slopes and positions in bfloat16: past 256 the bias is no slope times distance any more."""
+    model = tiny_model("falcon", alibi=True, **fields)
+    program = treespec.tree_program(model, options=EAGER)
+    extra = 1 if fields else 4  # a column of K for each query head that shares a key head
+    assert {(s.key_dim, s.value_dim, s.bias) for s in program.sites} == {(16 + extra, 16, "")}
+    assert_decodes(model, program, VOCAB, rounds=1, prompt=300)

@@ -149,7 +149,12 @@ _LONGROPE = {"short_factor": [1 + i / 10 for i in range(8)], "long_factor": [2 +
 
 # Variants that only a type's own switch shows: name -> fields.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "falcon": {"new architecture": {"new_decoder_architecture": True}},
+    "falcon": {
+        "new architecture": {"new_decoder_architecture": True},
+        "alibi": {"alibi": True},
+        "alibi, a key head for each query head": {"alibi": True, "multi_query": False, "num_kv_heads": 4},
+        "alibi, new architecture": {"alibi": True, "new_decoder_architecture": True},
+    },
     "qwen2": {f"window {w}": {**_MIXED, "sliding_window": w} for w in (4, 24)},
     "phi3": {f"window {w}": {"sliding_window": w} for w in (4, 24)}
     | {
