@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .errors import TreespecError, Unsupported
+    from .ir.grouped_linear import grouped_linear
     from .options import Options
     from .passes.custom_ops import register_op
     from .passes.registry import register_pass
@@ -32,6 +33,7 @@ _HOME = {
     "TreespecError": ".errors",
     "Unsupported": ".errors",
     "generate": ".runtime.generate",
+    "grouped_linear": ".ir.grouped_linear",
     "register_op": ".passes.custom_ops",
     "register_pass": ".passes.registry",
     "stream": ".runtime.generate",
@@ -50,6 +52,7 @@ __all__ = [
     "TreespecError",
     "Unsupported",
     "generate",
+    "grouped_linear",
     "register_op",
     "register_pass",
     "stream",

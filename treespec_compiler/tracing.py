@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
+from .broken_graphs import no_graph
 from .control_flow import where_specialised
 from .errors import Unsupported
 
@@ -41,11 +42,7 @@ def tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
             cause = inner
         if cause is not None:
             raise cause from None
-        raise Unsupported(
-            f"Dynamo cannot capture {type(model).__name__} as one graph: {_first_line(error)}",
-            source=_user_line(error),
-            way_out="remove the graph break (torch._dynamo.explain shows it), or use on_unsupported='fallback'",
-        ) from error
+        raise no_graph(model, error) from error
     finally:
         guard_log.setLevel(level)
 
@@ -76,18 +73,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith("raised:"):
-        return lines[1]
-    return lines[0] if lines else type(error).__name__
-
-
-def _user_line(error: BaseException) -> str | None:
-    frames = list(getattr(error, "real_stack", None) or [])
-    if not frames:
-        return None
-    frame = frames[-1]
-    return f"{frame.filename}:{frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
