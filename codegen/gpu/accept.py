@@ -43,7 +43,7 @@ def greedy_accept(logits: Tensor, tokens: Tensor, parents: Tensor, node_offsets:
     with torch.cuda.device_of(logits):
         if rows:
             row_best_kernel[rows, splits](
-                logits, *logits.stride(), best, vocab_size, SPLIT=size, BLOCK=BLOCK, num_warps=4
+                logits, *logits.stride(), best, vocab_size, SPLIT=size, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
             )
         greedy_walk_kernel[(requests,)](
             best,
@@ -58,6 +58,7 @@ def greedy_accept(logits: Tensor, tokens: Tensor, parents: Tensor, node_offsets:
             BLOCK_N=block_n,
             BLOCK_S=block_s,
             num_warps=walk_warps(block_n, block_s),
+            enable_fp_fusion=False,
         )
     return out
 

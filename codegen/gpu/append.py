@@ -48,6 +48,7 @@ def append(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Te
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -106,6 +107,7 @@ def rope_append(
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return out
 

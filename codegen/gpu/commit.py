@@ -44,6 +44,7 @@ def commit_path(pools: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
             BLOCK_J=min(MAX_MOVES, max(1, WORDS // block_w)),
             BLOCK_W=block_w,
             num_warps=4,
+            enable_fp_fusion=False,
         )
 
 

@@ -58,6 +58,7 @@ def stochastic_accept(
                 REPLACEMENT=rule != "recursive",
                 BLOCK=block,
                 num_warps=4,
+                enable_fp_fusion=False,
             )
         chance_walk_kernel[(requests,)](
             p,
@@ -87,6 +88,7 @@ def stochastic_accept(
             BLOCKS=power_of_two(blocks),
             BLOCK_N=power_of_two(max(nodes, 2)),
             num_warps=4,
+            enable_fp_fusion=False,
         )
     return out
 
