@@ -116,11 +116,12 @@ class TestTransformers:
         model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
         assert treespec.tree_program(model, options=EAGER).sites
 
-    def test_dbrx_as_the_documentation_says(self) -> None:
-        model, converted = self.small("dbrx"), self.small("dbrx")
+    @pytest.mark.parametrize(("name", "experts"), [("dbrx", "DbrxExperts"), ("longcat_flash", "LongcatFlashExperts")])
+    def test_what_the_documentation_says(self, name: str, experts: str) -> None:
+        model, converted = self.small(name), self.small(name)
         error = refusal(model)
-        assert error.module == "DbrxExperts" and "for expert_idx in expert_hit" in str(error.source)
+        assert error.module == experts and "in expert_hit" in str(error.source)
         text = (Path(__file__).parents[1] / "docs" / "refusals.md").read_text()
-        block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "DbrxExperts" in b)
+        block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if experts in b)
         exec(block, {"model": converted})
         assert_decodes(model, treespec.tree_program(converted, options=EAGER), 96, rounds=1)

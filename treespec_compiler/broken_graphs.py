@@ -11,7 +11,7 @@ from .errors import Unsupported
 
 _FALLBACK = "or use on_unsupported='fallback'"
 _EXPERTS = (
-    "compute the experts on rows sorted by expert, with treespec.grouped_linear (docs/refusals.md shows it for dbrx), "
+    "compute the experts on rows sorted by expert, with treespec.grouped_linear (docs/refusals.md shows it), "
     + _FALLBACK
 )
 
