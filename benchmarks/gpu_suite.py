@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,14 @@ class Section:
     budget: float
     """Seconds, the start of the process included."""
     arguments: tuple[str, ...] = ()
+    beside: bool = False
+    """Runs at the same time as the section before; only for sections that time nothing."""
 
 
 SECTIONS = (
-    Section("numerics", "numerics", 70),
-    Section("oracle", "oracle", 70),
+    Section("numerics", "numerics", 90),
+    Section("oracle 1", "oracle", 90, ("0", "2"), beside=True),
+    Section("oracle 2", "oracle", 90, ("1", "2"), beside=True),
     Section("tune", "tune", 60),
     Section("attention", "attention", 90),
     Section("step 8B", "steps", 150, ("8B",)),
@@ -122,15 +125,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         environment = os.environ | (
             {"TREESPEC_SUITE_CACHES": "as they were"} if arguments.keep_caches else new_caches(Path(folder) / "caches")
         )
-        for section in SECTIONS:
-            if arguments.only and section.name not in arguments.only:
-                continue
+        for group in groups([s for s in SECTIONS if not arguments.only or s.name in arguments.only]):
             left = arguments.budget - (time.perf_counter() - began)
             if left < 10:
-                sections[section.name] = {"status": "no time left"}
+                sections |= {section.name: {"status": "no time left"} for section in group}
                 continue
-            print(f"{section.name} ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
-            sections[section.name] = one(arguments, section, min(section.budget, left), environment, Path(folder))
+            names = ", ".join(section.name for section in group)
+            print(f"{names} ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
+            started = [Running(arguments, s, min(s.budget, left), environment, Path(folder)) for s in group]
+            sections |= {one.section.name: one.results() for one in started}
         tables = list(Path(folder).glob("tree_attention-*.json"))
         report_["tuning_tables"] = {path.stem.partition("-")[2]: json.loads(path.read_text()) for path in tables}
     report_["seconds"] = time.perf_counter() - began
@@ -144,32 +147,47 @@ def new_caches(folder: Path) -> dict[str, str]:
     return {name: str(folder / name.split("_")[0].lower()) for name in names} | {"TREESPEC_SUITE_CACHES": "new"}
 
 
-def one(
-    arguments: argparse.Namespace, section: Section, budget: float, environment: dict[str, str], folder: Path
-) -> dict[str, Any]:
-    """A section's results, whatever became of it."""
-    path = folder / f"{slug(section.name)}.json"
-    command = [sys.executable, __file__, "--device", arguments.device, "--run-section", section.name]
-    command += ["--section-out", str(path), "--section-budget", str(budget), *(["--smoke"] * arguments.smoke)]
-    began = time.perf_counter()
-    status, error = "done", ""
-    log = folder / "log.txt"
-    with log.open("w+") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+def groups(sections: Sequence[Section]) -> list[list[Section]]:
+    """Sections that run at the same time, in order."""
+    found: list[list[Section]] = []
+    for section in sections:
+        if section.beside and found:
+            found[-1].append(section)
+        else:
+            found.append([section])
+    return found
+
+
+class Running:
+    """A section in a process of its own."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, section: Section, budget: float, environment: dict[str, str], folder: Path
+    ) -> None:
+        self.section, self.budget, self.began = section, budget, time.perf_counter()
+        self.path, self.log = (folder / f"{slug(section.name)}.{kind}" for kind in ("json", "txt"))
+        command = [sys.executable, __file__, "--device", arguments.device, "--run-section", section.name]
+        command += ["--section-out", str(self.path), "--section-budget", str(budget), *(["--smoke"] * arguments.smoke)]
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+    def results(self) -> dict[str, Any]:
+        """What it measured, whatever became of it."""
+        status = "done"
         try:
-            if process.wait(timeout=budget):
+            left = self.budget - (time.perf_counter() - self.began)
+            if self.process.wait(timeout=max(0.0, left)):
                 status = "failed"
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            self.process.kill()
+            self.process.wait()
             status = "out of time"
-    text = log.read_text(errors="replace")
-    print(text, end="", file=sys.stderr, flush=True)
-    if status != "done":
-        error = "\n".join(text.splitlines()[-15:])
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    end = {"seconds": time.perf_counter() - began, "budget": budget}
-    return {"status": status, **({"error": error} if error else {}), **end, **results}
+        text = self.log.read_text(errors="replace")
+        print(text, end="", file=sys.stderr, flush=True)
+        end = {"status": status, "seconds": time.perf_counter() - self.began, "budget": self.budget}
+        if status != "done":
+            end["error"] = "\n".join(text.splitlines()[-15:])
+        return end | (json.loads(self.path.read_text()) if self.path.is_file() else {})
 
 
 def run_section(arguments: argparse.Namespace) -> None:

@@ -43,14 +43,15 @@ FAMILIES = {
     "bias": spec(8, 8, 64, bias=True),
     "sinks, window": spec(64, 8, 64, sinks=True, mask=MaskSpec(128)),
 }
-CASES = (Shape(1, 1, 1000), Shape(16, 3, 300), Shape(70, 2, 130))
+# Each size and dtype is compiled, which takes most of the time: the first family gets all, the others the hardest.
+CASES = (Shape(70, 2, 300), Shape(1, 1, 1000), Shape(16, 3, 300))
 
 
 def run(context: Context) -> None:
     families = dict(list(FAMILIES.items())[:2]) if context.smoke else FAMILIES
-    cases = context.pick(CASES, (Shape(3, 2, 20),))
     for name, kernel in families.items():
-        attempt(context, name, lambda kernel=kernel: attention(context, kernel, cases), TOLERANCE[kernel.dtype])
+        cases = context.pick(CASES if name == "llama bf16" else CASES[:1], (Shape(3, 2, 20),))
+        attempt(context, name, lambda k=kernel, cases=cases: attention(context, k, cases), TOLERANCE[kernel.dtype])
     for style in ("half", "interleaved"):
         attempt(context, f"rope and append, {style}", lambda style=style: rope(context, style), TOLERANCE[BF16])
     exact = {"commit path": commit_path, "greedy accept": greedy_accept, "stochastic accept": stochastic_accept}
@@ -74,7 +75,7 @@ def attention(context: Context, kernel: AttentionKernel, cases: tuple[Shape, ...
     for seed, shape in enumerate(cases):
         inputs = Inputs(kernel, shape, context.device, seed)
         expected = inputs.expected()
-        for splits in (1, 3, None):
+        for splits in (1, 3):
             found = inputs.attend(splits=splits) if context.on_gpu else eager_attention(inputs)
             worst = max(worst, relative_error(found, expected)) if not found.isnan().any() else float("nan")
     return worst

@@ -20,10 +20,11 @@ PROMPT, NODES, ROUNDS = 7, 11, 3
 COMPILED = ("llama", "gemma")  # by Inductor as well; the others run op by op, since each compilation takes seconds
 
 
-def run(context: Context) -> None:
+def run(context: Context, part: str = "0", parts: str = "1") -> None:
+    """Every `parts`-th model, from number `part` on."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    for name in names(context):
+    for name in names(context)[int(part) :: int(parts)]:
         for lowering in ("eager", "inductor") if name in COMPILED and not context.smoke else ("eager",):
             try:
                 found = check(context, name, lowering)
