@@ -106,6 +106,8 @@ def attend(
         return out.zero_().transpose(1, 2)
     if q.stride(3) != 1:
         q = q.contiguous()
+    if scale <= 0:
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)  # the kernel's maxima need it above 0
     device = _device_key(q.device)
     config = config or _config(spec, nodes, requests, capacity, device)
     blocks = -(-nodes * spec.group // config.block_m) + requests - 1  # of ragged requests, at most

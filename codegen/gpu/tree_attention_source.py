@@ -40,6 +40,7 @@ def source(spec: AttentionKernel) -> str:
         sums=_lines(f"acc{i} = tl.zeros([BLOCK_M, {p.size}], tl.float32)" for i, p in enumerate(_value(spec))),
         prefix=_prefix(spec, score),
         path_length="\n    length = q_pos - prefix + 1  # nodes of the path, itself included" * _needs_distance(spec),
+        unit="LOG2E" if spec.scored else "scale * LOG2E",
         passed="\n    passed = tl.zeros([BLOCK_M], tl.int32)  # of these, in earlier words" * _needs_distance(spec),
         tree=indent(_tile(spec, score, "tree"), " " * 8),
         store_part=indent(_store(spec, "part"), " " * 8),
@@ -182,12 +183,10 @@ def _tile(spec: AttentionKernel, score: str, part: str) -> str:
     out += [f"s = tl.dot(q{i}, {_cast(f'k{i}', 'q0', spec)}, s{precise})" for i in range(1, len(_key(spec)))]
     out += _seen(spec, part)
     if spec.scored:
-        out += ["s = s * scale", f"s = LOG2E * ({score})"]
-    else:
-        out.append("s = s * scale_log2")
+        out += ["s = s * scale", f"s = {score}"]
     if part != "full":
         out.append('s = tl.where(seen, s, float("-inf"))')
-    out.append(f"p, kept, top, total = soften(s, top, total, {part in ('masked', 'tree')})")
+    out.append(f"p, kept, top, total = soften(s, unit, top, total, {part in ('masked', 'tree')})")
     out.append(f"v_at = places({token}, {page_mask}, table, page_size, v_page, v_token, ONE_PAGE)")
     for i, piece in enumerate(_value(spec)):
         out.append(f"v{i} = {_load_v(spec, i, piece, inside)}")
@@ -282,13 +281,16 @@ def places(n, inside, table, page_size, page_stride, token_stride, ONE_PAGE: tl.
 
 
 @triton.jit
-def soften(s, top, total, MAY_BE_EMPTY: tl.constexpr):
-    """Softmax so far: the weights of scores s, what earlier sums must be multiplied by, the new maximum and sum."""
-    best = tl.maximum(top, tl.max(s, 1))
+def soften(s, unit, top, total, MAY_BE_EMPTY: tl.constexpr):
+    """Softmax so far: the weights of scores s, what earlier sums must be multiplied by, the new maximum and sum.
+
+    `unit`, above 0, turns scores into powers of two; multiplied here, it is a part of the subtraction.
+    """
+    best = tl.maximum(top, tl.max(s, 1) * unit)
     base = best
     if MAY_BE_EMPTY:
         base = tl.where(best == float("-inf"), 0.0, best)  # a row that has seen no key yet
-    p = tl.exp2(s - base[:, None])
+    p = tl.exp2(s * unit - base[:, None])
     kept = tl.exp2(top - base)
     return p, kept, best, total * kept + tl.sum(p, 1)
 '''
@@ -398,7 +400,7 @@ def attend(
         page = tl.load(table)
         keys += page * k_page
         values += page * v_page
-    scale_log2 = scale * LOG2E
+    unit = {unit}
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32){sums}
 {prefix}

@@ -119,6 +119,13 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(capped.double(), scored(case, softcap=5.0), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_any_scale(scale):
+    case = Case(FORESTS["forest"], window=4)
+    case.scale = scale
+    compare(run(case), case.expected()[0])
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_rows_of_no_request_are_zero(splits):
     case = CASES["extend"]
