@@ -50,7 +50,7 @@ def test_torch_trace_holds_every_pass(tmp_path: Path) -> None:
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("explain", "opt", "report", "passes", "diff", "reproduce"):
+    for command in ("explain", "opt", "report", "passes", "diff", "reproduce", "kernels", "tune"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         shown = capsys.readouterr().out

@@ -168,7 +168,8 @@ def fingerprint(program: Any) -> str | None:
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and "val" in node.meta]
     shapes = [f"{node.name}:{tuple(node.meta['val'].shape)}:{node.meta['val'].dtype}" for node in inputs]
     options = program.options
-    parts = [SCHEMA, gm.code, *shapes, repr((options.lowering, options.kernels)), *meta(program).values()]
+    how = [options.lowering, options.kernels, *([options.cuda_graphs] if program.device.type == "cuda" else [])]
+    parts = [SCHEMA, gm.code, *shapes, repr(how), *meta(program).values()]
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
 
 
