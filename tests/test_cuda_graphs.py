@@ -5,6 +5,7 @@ The fake graph replays as a real one does: the same launch on the same tensors, 
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 import zoo
 from oracles import EAGER, TOLERANCE, assert_rows, error, random_tree
 
-from treespec_compiler import Forest, TokenTree, cuda_graphs, tree_program
+from treespec_compiler import Forest, TokenTree, cuda_graphs, generate, tree_program
 from treespec_compiler.batch import Part, Shape, lay_out
 from treespec_compiler.cuda_graphs import Graphs, bucket, power_of_two
 from treespec_compiler.errors import CaptureFailed, InvalidOption
@@ -209,6 +210,31 @@ def test_other_weights_end_every_recording_and_another_dtype_the_program_s_graph
     model.double()
     program.refresh()
     assert program._graphs is not before
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
+def test_generation_through_recordings(model, program, sampling):
+    """Nobody holds logits of an earlier call: every replay of a size writes them again."""
+    draft = model_of_one_layer()
+    settings = {
+        "draft": draft,
+        "policy": "best-first:6",
+        "max_new_tokens": 20,
+        "eos_token_id": (),
+        "options": REFERENCE,
+    }
+    drafting = tree_program(draft, options=REFERENCE)
+    program._graphs = drafting._graphs = None
+    expected = generate(model, [5, 6, 7, 8], **settings, **sampling).sequences
+    for each in (program, drafting):
+        graphs_of(each)
+    assert torch.equal(generate(model, [5, 6, 7, 8], **settings, **sampling).sequences, expected)
+    assert program.graph_stats.replays > 3 and drafting.graph_stats.replays > 10
+
+
+@functools.cache
+def model_of_one_layer():
+    return zoo.make("mistral", num_hidden_layers=1)
 
 
 def test_the_early_exit_is_recorded_as_well(program):
