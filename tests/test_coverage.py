@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from treespec_compiler.cli.coverage_check import Result, check_type
-from treespec_compiler.cli.coverage_models import CLASS_OF, CLASSES, has_window, model_types, tiny_config
+from treespec_compiler.cli.coverage_models import CLASS_OF, CLASSES, has_window, model_types, tiny_config, tiny_model
 from treespec_compiler.cli.coverage_report import page
 from treespec_compiler.cli.main import main
 
@@ -46,7 +46,16 @@ def test_a_sample_is_exact(name: str) -> None:
     result = check_type(name)
     assert result.verdict == "exact", result
     assert result.error is not None and result.error <= 1e-4
+    assert result.packing is not None and result.packing <= 1e-5  # a forest is what each slot alone is
     assert result.variants == (["window 4", "window 24"] if name == "mistral" else ["default"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "phimoe"])
+def test_batched_experts_are_exact(name: str) -> None:
+    assert tiny_model(name, experts="batched_mm").config._experts_implementation == "batched_mm"
+    result = check_type(name, experts="batched_mm")
+    assert result.verdict == "exact", result
 
 
 @pytest.mark.slow
@@ -68,7 +77,7 @@ def test_another_token_mixer_is_refused_by_its_class(name: str) -> None:
 
 def test_the_page_counts_by_class_and_says_why_not() -> None:
     results = [
-        Result("llama", "A", "exact", 5e-7, 2, ["k <= q"]),
+        Result("llama", "A", "exact", 5e-7, 0.0, 2, ["k <= q"]),
         Result(
             "mamba",
             "E",
@@ -83,7 +92,7 @@ def test_the_page_counts_by_class_and_says_why_not() -> None:
     text = page(results, ["opt", "bloom"])
     assert "Not run (2): opt, bloom." in text
     assert "| all | 3 | 1 | 1 | 1 | 0 |" in text
-    assert "| llama | exact | 5.0e-07 | 2 | `k <= q` |  |" in text
+    assert "| llama | exact | 5.0e-07 | 0.0e+00 | 2 | `k <= q` |  |" in text
     assert "a \\| b at `y.py:12` in `layers.0.mixer` (Mixer)" in text
     assert "far away (window 24)" in text
 
@@ -91,7 +100,7 @@ def test_the_page_counts_by_class_and_says_why_not() -> None:
 @pytest.mark.slow
 def test_the_command_resumes_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines, output, data = tmp_path / "lines.jsonl", tmp_path / "docs" / "coverage.md", tmp_path / "coverage.json"
-    lines.write_text(json.dumps(Result("gpt2", "A", "exact", 1e-7, 2, ["k <= q"]).__dict__) + "\n")
+    lines.write_text(json.dumps(Result("gpt2", "A", "exact", 1e-7, 1e-8, 2, ["k <= q"]).__dict__) + "\n")
     arguments = ["--only", "gpt2,bert", "--resume", "--lines", lines, "--output", output, "--json", data]
     assert main(["coverage", *map(str, arguments)]) == 0
     assert [r["verdict"] for r in json.loads(data.read_text())] == ["exact", "refused"]

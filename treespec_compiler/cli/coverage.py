@@ -28,6 +28,7 @@ from .generate import positive
 EPILOG = """\
 examples:
   treespec coverage --only llama,mixtral,gpt2
+  treespec coverage --only mixtral,gpt_oss --experts batched_mm
   treespec coverage --jobs 2 --resume --output docs/coverage.md
 """
 
@@ -38,6 +39,9 @@ KEPT = Path(".treespec-coverage.jsonl")
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("--only", metavar="A,B,..", help="these types (default: all that transformers has)")
+    parser.add_argument(
+        "--experts", metavar="NAME", choices=("grouped_mm", "batched_mm"), help="experts, where a type has a choice"
+    )
     parser.add_argument("--jobs", metavar="N", type=positive, default=1, help="processes at a time (default: 1)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results as JSON")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write a page, such as docs/coverage.md")
@@ -88,7 +92,9 @@ def _run_all(types: list[str], arguments: Namespace, console: Console) -> Iterat
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(arguments.jobs) as pool:
         task = progress.add_task("coverage", total=len(types))
-        running = [pool.submit(run_type, t, arguments.timeout, arguments.memory * GIB) for t in types]
+        running = [
+            pool.submit(run_type, t, arguments.timeout, arguments.memory * GIB, arguments.experts) for t in types
+        ]
         for future in as_completed(running):
             result = future.result()
             with arguments.lines.open("a") as file:
@@ -98,7 +104,7 @@ def _run_all(types: list[str], arguments: Namespace, console: Console) -> Iterat
             yield result
 
 
-def run_type(model_type: str, timeout: float, memory: int) -> Result:
+def run_type(model_type: str, timeout: float, memory: int, experts: str | None = None) -> Result:
     """One type in a process of its own."""
     # A process that was ended leaves its locks behind, which is of no interest here.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
@@ -106,7 +112,7 @@ def run_type(model_type: str, timeout: float, memory: int) -> Result:
     context.set_forkserver_preload(list(PRELOADED))
     result = Result(model_type, CLASS_OF.get(model_type, "N"))
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=send_result, args=(model_type, memory, there), daemon=True)
+    process = context.Process(target=send_result, args=(model_type, memory, there, experts), daemon=True)
     process.start()
     there.close()
     try:

@@ -31,6 +31,8 @@ class Result:
     verdict: str = "error"
     error: float | None = None
     """Worst difference to the eager logits, relative to their largest magnitude."""
+    packing: float | None = None
+    """Worst difference of a forest over slots to each slot alone, relative likewise."""
     sites: int | None = None
     masks: list[str] = field(default_factory=list)
     reason: str | None = None
@@ -45,14 +47,14 @@ class Result:
     seconds: float = 0.0
 
 
-def check_type(model_type: str) -> Result:
-    """Run every variant of a type; the first that is not exact gives the verdict."""
+def check_type(model_type: str, experts: str | None = None) -> Result:
+    """Run every variant of a type; the first that is not exact gives the verdict. `experts`: see `tiny_model`."""
     result = Result(model_type, CLASS_OF.get(model_type, "N"))
     started = time.perf_counter()
     try:
         for name, fields, window in _variants(model_type):
             result.variant = name
-            model = tiny_model(model_type, window, **fields)
+            model = tiny_model(model_type, window, experts, **fields)
             check_model(model, result, prefix=30 if LONG in (window, fields.get("sliding_window")) else 7)
             result.variants.append(name)
             if result.verdict != "exact":
@@ -84,7 +86,7 @@ def _record(result: Result, error: Exception) -> None:
 
 
 def check_model(model: nn.Module, result: Result, prefix: int) -> None:
-    """The path oracle over three rounds of verify and commit, then a forest of two slots."""
+    """The path oracle over three rounds of verify and commit, then a forest of three slots, and each slot alone."""
     from ..program import tree_program
     from ..semantics import random_tree
     from ..tree import Forest, TokenTree
@@ -99,7 +101,7 @@ def check_model(model: nn.Module, result: Result, prefix: int) -> None:
         return max(distance(rows[i], eager_row(model, path)) for i, path in enumerate(paths))
 
     ids = [(7 * i + 5) % VOCAB for i in range(prefix)]
-    cache = program.new_cache(max_tokens=96, slots=2)
+    cache = program.new_cache(max_tokens=96, slots=3)
     worst = max(worst, distance(program.prefill(ids, cache), eager_row(model, ids)))
     for seed in range(ROUNDS):
         tree = random_tree(NODES, VOCAB, seed)
@@ -107,11 +109,17 @@ def check_model(model: nn.Module, result: Result, prefix: int) -> None:
         path = tree.path(NODES - 1)
         cache.commit(path)
         ids = ids + [tree.tokens[i] for i in path]
-    other = [(11 * i + 3) % VOCAB for i in range(5)]
-    program.prefill(other, cache, slot=1)
-    first, second = random_tree(NODES, VOCAB, 7), random_tree(NODES - 4, VOCAB, 8)
-    rows = program.verify(Forest([(0, first), (1, second)]), cache)
-    worst = max(worst, compare(rows, ids, first), compare(rows[NODES:], other, second))
+    prefixes = {0: ids, 1: [(11 * i + 3) % VOCAB for i in range(5)], 2: [7]}
+    trees = {slot: random_tree(NODES - 4 * slot, VOCAB, 7 + slot) for slot in prefixes}
+    for slot in (1, 2):
+        program.prefill(prefixes[slot], cache, slot=slot)
+    alone = {slot: program.verify(Forest([(slot, tree)]), cache).clone() for slot, tree in trees.items()}
+    order = (2, 0, 1)
+    rows = program.verify(Forest([(slot, trees[slot]) for slot in order]), cache)
+    parts = dict(zip(order, rows.split([len(trees[slot]) for slot in order]), strict=True))
+    packing = max(distance(parts[slot][i], row) for slot in order for i, row in enumerate(alone[slot]))
+    result.packing = max(result.packing or 0.0, packing)
+    worst = max([worst, packing, *(compare(parts[slot], prefixes[slot], trees[slot]) for slot in order)])
     result.error = worst
     result.verdict = "exact" if worst <= TOLERANCE else "wrong"
     if result.verdict == "wrong":
@@ -137,13 +145,13 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def send_result(model_type: str, memory: int, connection: Connection) -> None:
+def send_result(model_type: str, memory: int, connection: Connection, experts: str | None = None) -> None:
     """The body of the process: limits its address space, keeps quiet, and sends the result."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    connection.send(check_type(model_type))
+    connection.send(check_type(model_type, experts))
 
 
 # What each process needs: imported once, by the server that the processes are forked from.

@@ -262,13 +262,18 @@ def _layers(config: Any, fields: dict[str, Any]) -> dict[str, Any]:
     return found | {n: len(chosen) for n in _LAYERS if n in fields}
 
 
-def tiny_model(model_type: str, window: int | None = None, **fields: Any) -> nn.Module:
-    """A small model with random weights, large enough that logits differ from token to token; in evaluation mode."""
+def tiny_model(model_type: str, window: int | None = None, experts: str | None = None, **fields: Any) -> nn.Module:
+    """A small model with random weights, large enough that logits differ from token to token; in evaluation mode.
+
+    `experts`: how its mixtures of experts are computed ("grouped_mm", "batched_mm"), where the type has a choice.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(model_type, window, **fields)).eval()
+    if experts is not None and model._can_set_experts_implementation():
+        model.set_experts_implementation(experts)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

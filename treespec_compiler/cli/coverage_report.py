@@ -33,9 +33,11 @@ Written by `treespec coverage --output docs/coverage.md` with {made_with}.
 
 Each type is a model of a few small layers with random float32 weights, default attention and experts settings.
 *exact*: each of {ROUNDS} rounds of verify and commit on trees of {NODES} nodes after a committed prefix, and a forest
-over two slots, gave the eager model's logits within {TOLERANCE:.0e} of their largest magnitude; types with a window
-were run with one shorter and one longer than the traced prompt. *refused*: treespec says why, nothing was converted.
-*wrong* must never appear. *error*: the tiny model could not be built or run, or treespec failed otherwise.
+over three slots with prefixes of different lengths, gave the eager model's logits within {TOLERANCE:.0e} of their
+largest magnitude; *packing* is how far the forest was from each slot alone. Types with a window were run with one
+shorter and one longer than the traced prompt, and some types with variants of their configuration. *refused*: treespec
+says why, nothing was converted. *wrong* must never appear. *error*: the tiny model could not be built or run, or
+treespec failed otherwise.
 
 Classes: A plain attention, B eager attention, C mixture of experts, D a variation of mask or score, E a token mixer
 other than attention (to be refused), F no full graph, N not a decoder alone (to be refused)."""
@@ -52,10 +54,11 @@ def _counts(results: list[Result]) -> str:
 
 
 def _table(results: list[Result]) -> str:
-    rows = ["| type | verdict | worst error | sites | masks | why not |", "|---|---|---|---|---|---|"]
+    rows = ["| type | verdict | worst error | packing | sites | masks | why not |", "|---|---|---|---|---|---|---|"]
     for r in sorted(results, key=lambda r: (VERDICTS.index(r.verdict), r.type)):
         error = f"{r.error:.1e}" if r.error is not None else ""
-        cells = [r.type, r.verdict, error, str(r.sites or ""), "; ".join(f"`{m}`" for m in r.masks), _why(r)]
+        packing = f"{r.packing:.1e}" if r.packing is not None else ""
+        cells = [r.type, r.verdict, error, packing, str(r.sites or ""), "; ".join(f"`{m}`" for m in r.masks), _why(r)]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
