@@ -48,7 +48,7 @@ class Splitter:
             found = self.split(source)
             return found if found is not None and _one_head(found.mask) else None
         if self._a_row(node):
-            return None if _hides(node) else SplitMask(None, node)
+            return None if _hides(node, self.forms) else SplitMask(None, node)
         rule = _RULES.get(op_name(node))
         return rule(self, node) if rule is not None else None
 
@@ -88,16 +88,32 @@ def _one_head(mask: fx.Node | None) -> bool:
     return mask is None or len(shape_of(mask)) < 3 or all(s == 1 for s in shape_of(mask)[:-2])
 
 
-def _hides(node: Any) -> bool:
-    """Whether the row is made with a value that hides keys: a mask of token content, not a bias."""
-    while op_name(node) in _SHAPED:
-        node = node.args[0]
-    return any(isinstance(a, (int, float)) and a <= HIDDEN for a in node.args)
+def _hides(node: Any, forms: ClosedForms) -> bool:
+    """Whether the row is put together with a value that hides keys: a mask of token content, not a bias."""
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if isinstance(current, (int, float)):
+            if abs(current) >= -HIDDEN:
+                return True
+        elif isinstance(current, fx.Node) and op_name(current) in _SHAPED:
+            stack.append(current.args[0])
+        elif isinstance(current, fx.Node) and op_name(current) in _COMBINED:
+            stack.extend(current.args)
+        elif isinstance(current, fx.Node) and current not in forms.tainted:
+            form = forms.of(current)
+            if form is not None and not form.is_bool and form.expr.is_number and abs(form.expr) >= -HIDDEN:
+                return True
+    return False
 
 
 _SHAPED = (
     "aten.unsqueeze", "aten.squeeze", "aten.reshape", "aten.transpose", "aten.permute", "aten.expand", "aten._to_copy",
     "aten.slice", "aten.select",
+)  # fmt: skip
+_COMBINED = (
+    "aten.where", "aten.masked_fill", "aten.mul", "aten.add", "aten.sub", "aten.rsub", "aten.neg", "aten.div",
+    "aten.maximum", "aten.minimum", "aten.clamp",
 )  # fmt: skip
 
 

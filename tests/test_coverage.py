@@ -14,15 +14,13 @@ from treespec_compiler.cli.coverage_models import CLASS_OF, CLASSES, has_window,
 from treespec_compiler.cli.coverage_report import page
 from treespec_compiler.cli.main import main
 
-EXACT = ("qwen3", "codegen", "mistral", "qwen2_moe", "deepseek_v3")
+EXACT = ("qwen3", "codegen", "mistral", "qwen2_moe", "deepseek_v3", "doge", "jetmoe")
 REFUSED = {"bert": "bidirectional"}
 MIXERS = {
     "qwen3_next": "Qwen3NextGatedDeltaNet",
-    "bamba": "BambaMixer",
     "lfm2": "Lfm2ShortConv",
     "deepseek_v32": "DeepseekV32Indexer",
     "minimax": "MiniMaxLightningAttention",
-    "falcon_mamba": "FalconMambaMixer",
 }
 
 

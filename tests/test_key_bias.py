@@ -119,6 +119,14 @@ class HidesByContent(KeyBias):
         return (super().bias(v, t) > 1.0).float() * LOWEST
 
 
+class HidesByTensors(KeyBias):
+    """The same spelled with tensors, and an inversion."""
+
+    def bias(self, v: Tensor, t: int) -> Tensor:
+        kept = (super().bias(v, t) > 1.0).float()
+        return torch.where(kept > 0, torch.zeros(()), (1.0 - kept) * torch.full((), -1e9))
+
+
 class HiddenTooLittle(KeyBias):
     """What should hide later keys is a number that a bias can make up for."""
 
@@ -152,6 +160,7 @@ def test_exact(attention: Any) -> None:
         (RunningSum, "aten.cumsum mixes tokens"),
         (MeanOfValues, "aten.mean mixes tokens"),
         (HidesByContent, "content of the tokens"),
+        (HidesByTensors, "content of the tokens"),
         (HiddenTooLittle, "content of the tokens"),
         (ScaledAfterwards, "no attention was recognized"),
     ],

@@ -69,7 +69,10 @@ def discharge_guards(state: GraphState, analyse: Callable[[int], GraphState], ma
         if _same(there, state, _reach(there)):
             regions.append(_about_length(there.guards, there.length, state.length))
         elif _same(there, state, _reach(state)):
-            regions = [there.guards, _about_length(state.guards, state.length, there.length)]
+            regions = [
+                _about_length(there.guards, there.length),
+                _about_length(state.guards, state.length, there.length),
+            ]
             state.become(there)
         else:
             raise _too_short(guard, state, other, "does something else there")
