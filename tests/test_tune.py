@@ -178,9 +178,18 @@ def test_what_was_tuned_is_what_is_launched(tmp_path, monkeypatch):
     tables.forget()
     assert chosen_config(SPEC, 1, "sm_90") == (default_config(SPEC, 4, "sm_90"), False)
     table = Table(tuning.OP, "sm_90", tables.kernel_hash(tuning.OP), ())
-    table = tune(make(), [SHORT], table, lambda t: tables.write(tables.user_path(t.op, t.arch), t))
+    path = tables.user_path(tuning.OP, "sm_90")
+    table = tune(make(), [SHORT], table, lambda t: tables.write(path, t))
     config, measured = chosen_config(SPEC, 1, "sm_90")
     assert measured and config.as_dict() == table.entries[0].config != default_config(SPEC, 4, "sm_90").as_dict()
+
+    from treespec_compiler.codegen.gpu.tree_attention import _config
+
+    monkeypatch.setattr(tables, "architecture", lambda device: "sm_90")
+    batch = Shape(8, 4, 2048)
+    table = tune(make(measure=lambda c, s: c.block_n), [batch], table, lambda t: tables.write(path, t))
+    launched = _config.__wrapped__(SPEC, 8 * 4, 4, batch.capacity, 0)  # an op sees the nodes of all requests
+    assert launched.as_dict() == table.entries[-1].config != config.as_dict()
     tables.forget()
 
 

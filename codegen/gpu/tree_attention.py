@@ -151,11 +151,12 @@ def _device_key(device: torch.device) -> int:
 
 @functools.lru_cache(4096)
 def _config(spec: AttentionKernel, nodes: int, requests: int, capacity: int, device: int) -> Config:
+    each = -(-nodes // requests)  # a block holds rows of one request
     arch = tables.architecture(f"cuda:{device}") if device >= 0 else ""
     measured: Mapping[str, int] | None = None
     if arch:
-        measured = tables.lookup(OP, arch, spec.tuning_key(nodes, requests, capacity))
-    return Config(**measured) if measured else default_config(spec, nodes * spec.group, arch)
+        measured = tables.lookup(OP, arch, spec.tuning_key(each, requests, capacity))
+    return Config(**measured) if measured else default_config(spec, each * spec.group, arch)
 
 
 @functools.cache

@@ -64,7 +64,7 @@ class AttentionKernel:
         }
 
     def tuning_key(self, nodes: int, requests: int, capacity: int) -> dict[str, str | int | float]:
-        """What the best configuration depends on. `capacity`: tokens of a slot."""
+        """What the best configuration depends on. `nodes`: of each request; `capacity`: tokens of a slot."""
         kind = "dense" if not (self.mask.window or self.mask.chunk) else "window"
         return {
             "dtype": DTYPES[self.dtype],
