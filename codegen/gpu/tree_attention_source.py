@@ -347,7 +347,9 @@ def attend(
     ONE_PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2){dims}
+    # Later nodes see more: in a long prompt, programs with much to do start first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head, split = tl.program_id(1), tl.program_id(2){dims}
 
     # Rows of no request give 0; with SPLIT, `merge` writes them.
     if not SPLIT:
