@@ -53,6 +53,9 @@ def normalize(state: GraphState) -> int:
             state.graph.erase_node(node)
         elif name in _DROPOUTS:
             _drop_dropout(state.graph, node)
+        elif name == "aten.type_as" and not _is_noop(node, name):
+            node.target, node.args = aten._to_copy.default, (node.args[0],)
+            node.kwargs = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
         elif name in _ALIASES or _is_noop(node, name):
             node.replace_all_uses_with(node.args[0])
             state.graph.erase_node(node)
@@ -107,7 +110,7 @@ def _is_noop(node: fx.Node, name: str) -> bool:
         step = node.args[4] if len(node.args) > 4 else 1
         whole = end is None or (isinstance(end, int) and end >= _END) or _same_shape(before, after)
         return start in (0, None) and step == 1 and whole
-    if name in ("aten._to_copy", "aten.to"):
+    if name in ("aten._to_copy", "aten.to", "aten.type_as"):
         return before.dtype == after.dtype and before.device == after.device
     if name == "aten.expand":
         return _same_shape(before, after)

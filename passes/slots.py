@@ -95,7 +95,10 @@ class Slots:
     def _again(self, node: fx.Node, args: Any) -> fx.Node:
         """The op on the values with fewer slots."""
         mapped = fx.node.map_arg((tuple(args), node.kwargs), lambda a: self._new.get(a, a))
-        return self.state.call(node.target, tuple(mapped[0]), dict(mapped[1]), like=node)
+        try:
+            return self.state.call(node.target, tuple(mapped[0]), dict(mapped[1]), like=node)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise self._elsewhere(node, str(error).splitlines()[0]) from error
 
     def _checked(self, node: fx.Node, new: fx.Node, at: Axis) -> fx.Node:
         """The shape must be the old one with T in place of the slots, in every part of the result."""
@@ -114,7 +117,7 @@ class Slots:
         if op_name(node) in _SIZED:
             args[1] = [self.tokens if i == at else s for i, s in enumerate(args[1])]
             return args
-        if not _is_tensor(node):
+        if RULES.get(op_name(node)) is not RULES["aten.add"]:  # only element by element do sizes stand over each other
             return args
         for i, operand in enumerate(args):
             if isinstance(operand, fx.Node) and self.axes.get(operand) is None and _is_tensor(operand):

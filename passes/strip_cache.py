@@ -69,19 +69,24 @@ def _drop_empty_pasts(state: GraphState) -> int:
     """`cat([past, new])` with a past of no tokens is `new`."""
     matches = 0
     for node in list(state.graph.nodes):
-        if op_name(node) != "aten.cat":
+        if op_name(node) not in _JOINS:
             continue
         parts: Any = node.args[0]
         kept = [p for p in parts if sympy.Integer(0) not in shape_of(p)]
         if len(kept) == len(parts) or not kept or kept[0].meta["val"].dtype != node.meta["val"].dtype:
             continue
-        matches += 1
         if len(kept) > 1:
             node.args = (kept, *node.args[1:])
-        else:
+        elif shape_of(kept[0]) == shape_of(node):
             node.replace_all_uses_with(kept[0])
             state.graph.erase_node(node)
+        else:
+            continue
+        matches += 1
     return matches
+
+
+_JOINS = ("aten.cat", "aten.hstack", "aten.vstack")
 
 
 def _changes_state(state: GraphState, cache: fx.Node, why: str, node: fx.Node | None = None) -> Unsupported:

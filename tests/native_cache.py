@@ -125,6 +125,17 @@ class EagerScores(Attention):
         return scores.softmax(-1) @ v
 
 
+class WidenedKeys(Attention):
+    """Cached keys go through a bottleneck of as many features as the cache has slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(WIDTH // HEADS, SLOTS), nn.Linear(SLOTS, WIDTH // HEADS)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return super().read(q, self.narrow(F.silu(self.wide(k))), v, mask)
+
+
 class CopiedCache(Cache):
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.k_cache.index_copy_(2, input_pos, k), self.v_cache.index_copy_(2, input_pos, v)
@@ -172,3 +183,44 @@ class Past(nn.Module):
         mask = torch.arange(before + tokens)[None, :] <= steps[:, None]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.output(x + self.wo(y.transpose(1, 2).reshape(batch, tokens, -1))), k, v
+
+
+class StartCache(nn.Module):
+    """Keys and values of one layer, [1, slots, H, D], written and read as slices from `start_pos`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shape = (1, SLOTS, HEADS, WIDTH // HEADS)
+        self.register_buffer("cache_k", torch.zeros(shape), persistent=False)
+        self.register_buffer("cache_v", torch.zeros(shape), persistent=False)
+        self.qkv, self.wo = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, start_pos: int, mask: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = (a.view(batch, tokens, HEADS, -1) for a in self.qkv(x).chunk(3, -1))
+        self.cache_k[:batch, start_pos : start_pos + tokens] = k
+        self.cache_v[:batch, start_pos : start_pos + tokens] = v
+        keys, values = self.cache_k[:batch, : start_pos + tokens], self.cache_v[:batch, : start_pos + tokens]
+        q, keys, values = (a.transpose(1, 2) for a in (q, keys, values))
+        scores = (q @ keys.transpose(2, 3) / math.sqrt(WIDTH // HEADS) + mask).float().softmax(-1).type_as(q)
+        return self.wo((scores @ values).transpose(1, 2).reshape(batch, tokens, WIDTH))
+
+
+class StartDecoder(nn.Module):
+    """Called with `start_pos`, a number: 0 in the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.wpe = nn.Embedding(VOCAB, WIDTH), nn.Embedding(SLOTS, WIDTH)
+        self.layers = nn.ModuleList(StartCache() for _ in range(2))
+        self.output = nn.Linear(WIDTH, VOCAB)
+        self.eval()
+
+    def forward(self, ids: Tensor, start_pos: int) -> Tensor:
+        tokens = ids.shape[1]
+        mask = torch.triu(torch.full((tokens, tokens), -torch.inf), diagonal=1)
+        mask = torch.hstack([torch.zeros((tokens, start_pos)), mask])
+        x = self.embed(ids) + self.wpe(torch.arange(start_pos, start_pos + tokens))
+        for layer in self.layers:
+            x = x + layer(x, start_pos, mask)
+        return self.output(x)

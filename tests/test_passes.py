@@ -118,6 +118,16 @@ def test_normalize_keeps_conversions_and_real_slices() -> None:
     assert only(old, *kept) == only(new, *kept) and len(only(new, *kept)) == 3
 
 
+def test_normalize_spells_type_as() -> None:
+    class Typed(One):
+        def finish(self, x: Tensor) -> Tensor:
+            return self.head(x.double().type_as(x).type_as(self.head.weight))
+
+    old, new, _, _ = applied(Typed(), normalize.PASS)
+    assert old.count("aten.type_as") == 2 and "aten.type_as" not in new
+    assert new.count("aten._to_copy") == old.count("aten._to_copy") + 1  # the second one changes nothing
+
+
 def test_recognize() -> None:
     old, new, matches, _ = applied(Tiny(), recognize.PASS)
     assert matches == 2 and old.count("aten.scaled_dot_product_attention") == 2

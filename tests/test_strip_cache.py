@@ -66,6 +66,7 @@ CONVERTED = {
     "index_put": CachedDecoder,
     "index_copy": with_cache(zoo.CopiedCache),
     "slots in dimension 1": with_cache(zoo.OuterCache),
+    "as many features as slots": type("Decoder", (CachedDecoder,), {"attention": zoo.WidenedKeys}),
     "eager scores": type("Decoder", (CachedDecoder,), {"attention": zoo.EagerScores}),
 }
 
@@ -102,6 +103,17 @@ def test_only_the_written_part_is_read() -> None:
 
     model = built(Part)
     assert_path_oracle(model, treespec.tree_program(model, example(), ROLES, EAGER), at_positions)
+
+
+def test_a_start_position_given_as_a_number() -> None:
+    """The example starts at 0: the cache is written as a slice of the first T slots, and the same slice is read."""
+    model = built(zoo.StartDecoder)
+    program = treespec.tree_program(model, (example()[0], 0), options=EAGER)
+    assert program.history["strip native cache"].matches == 4 + 1  # and the mask's part for the past
+    assert program.max_context in (SLOTS, SLOTS - 1)
+    assert_path_oracle(model, program, lambda m, ids: m(ids, 0))
+    with pytest.raises(Unsupported, match="changes state in place"):
+        treespec.tree_program(model, (example()[0], 3), options=EAGER)
 
 
 def test_the_model_runs_between_calls_of_the_program() -> None:
