@@ -109,17 +109,21 @@ class Walk:
         return wide and self.trailing(node, value.swapped) == value.entries.shape
 
 
-def same_value(a: Any, b: Any) -> bool:
-    """Whether two nodes are one, or the same op of the same values."""
+def same_value(a: Any, b: Any, known: dict[tuple[fx.Node, fx.Node], bool] | None = None) -> bool:
+    """Whether two nodes are one, or the same op of the same values. `known`: pairs that were compared already."""
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-            return len(a) == len(b) and all(map(same_value, a, b))
+            return len(a) == len(b) and all(same_value(x, y, known) for x, y in zip(a, b, strict=True))
         return type(a) is type(b) and a == b
     if a is b:
         return True
     if a.op != "call_function" or a.target is not b.target or a.kwargs != b.kwargs or _writes(a):
         return False
-    return same_value(a.args, b.args)
+    # NOTE: values that are read twice would be compared twice on every level.
+    known = {} if known is None else known
+    if (a, b) not in known:
+        known[a, b] = same_value(a.args, b.args, known)
+    return known[a, b]
 
 
 def _writes(node: fx.Node) -> bool:
