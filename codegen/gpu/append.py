@@ -30,26 +30,27 @@ def append(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Te
         return
     block_k, block_v = power_of_two(k.shape[3]), power_of_two(v.shape[3])
     block_t = min(power_of_two(nodes), max(1, BLOCK // max(block_k, block_v)))
-    append_kernel[(-(-nodes // block_t), heads)](
-        k,
-        v,
-        pool_k,
-        pool_v,
-        write_index,
-        nodes,
-        pool_k.shape[2],
-        *_token_strides(k),
-        *_token_strides(v),
-        *pool_k.stride(),
-        *pool_v.stride(),
-        KEY_DIM=k.shape[3],
-        VALUE_DIM=v.shape[3],
-        BLOCK_T=block_t,
-        BLOCK_K=block_k,
-        BLOCK_V=block_v,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(pool_k):
+        append_kernel[(-(-nodes // block_t), heads)](
+            k,
+            v,
+            pool_k,
+            pool_v,
+            write_index.contiguous(),
+            nodes,
+            pool_k.shape[2],
+            *_token_strides(k),
+            *_token_strides(v),
+            *pool_k.stride(),
+            *pool_v.stride(),
+            KEY_DIM=k.shape[3],
+            VALUE_DIM=v.shape[3],
+            BLOCK_T=block_t,
+            BLOCK_K=block_k,
+            BLOCK_V=block_v,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
 
 
 def rope_append(
@@ -77,38 +78,39 @@ def rope_append(
         return out
     block_k, block_v = power_of_two(key_dim), power_of_two(value_dim)
     block_t = min(power_of_two(nodes), max(1, BLOCK // max(block_k, block_v)))
-    rope_append_kernel[(-(-nodes // block_t), heads + k.shape[1])](
-        q,
-        k,
-        v,
-        out,
-        pool_k,
-        pool_v,
-        write_index,
-        cos,
-        sin,
-        nodes,
-        pool_k.shape[2],
-        *_token_strides(q),
-        *_token_strides(k),
-        *_token_strides(v),
-        *_token_strides(out),
-        *pool_k.stride(),
-        *pool_v.stride(),
-        *cos.stride(),
-        *sin.stride(),
-        HEADS=heads,
-        KEY_DIM=key_dim,
-        VALUE_DIM=value_dim,
-        ROTARY=rotary,
-        COLUMNS=cos.shape[1],
-        HALF=style == "half",
-        BLOCK_T=block_t,
-        BLOCK_K=block_k,
-        BLOCK_V=block_v,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(pool_k):
+        rope_append_kernel[(-(-nodes // block_t), heads + k.shape[1])](
+            q,
+            k,
+            v,
+            out,
+            pool_k,
+            pool_v,
+            write_index.contiguous(),
+            cos,
+            sin,
+            nodes,
+            pool_k.shape[2],
+            *_token_strides(q),
+            *_token_strides(k),
+            *_token_strides(v),
+            *_token_strides(out),
+            *pool_k.stride(),
+            *pool_v.stride(),
+            *cos.stride(),
+            *sin.stride(),
+            HEADS=heads,
+            KEY_DIM=key_dim,
+            VALUE_DIM=value_dim,
+            ROTARY=rotary,
+            COLUMNS=cos.shape[1],
+            HALF=style == "half",
+            BLOCK_T=block_t,
+            BLOCK_K=block_k,
+            BLOCK_V=block_v,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return out
 
 

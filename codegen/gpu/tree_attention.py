@@ -91,7 +91,7 @@ def attend(
 ) -> Tensor:
     """Attention over K/V that are in the pools already: `ir.attention.reference` without the write.
 
-    q [1, Hq, T, Dk], any strides; the last dimension of the pools must be contiguous. A node comes after its ancestors,
+    Tensors of any strides; one whose last dimension is not contiguous is copied. A node comes after its ancestors,
     so no bit above its own is set. Launches depend on shapes only and nothing is read back: they can be captured in a
     CUDA graph. `config` and `splits` default to what was measured or is sensible. Returns [1, Hq, T, Dv], laid out as
     [1, T, Hq, Dv].
@@ -104,8 +104,7 @@ def attend(
     out = q.new_empty(1, nodes, spec.heads, spec.value_dim)
     if nodes == 0 or requests == 0:
         return out.zero_().transpose(1, 2)
-    if q.stride(3) != 1:
-        q = q.contiguous()
+    q, pool_k, pool_v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, pool_k, pool_v))
     if scale <= 0:
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)  # the kernel's maxima need it above 0
     device = _device_key(q.device)
@@ -120,23 +119,25 @@ def attend(
         partial = q.new_empty(parts, nodes, spec.heads, spec.value_dim, dtype=torch.float32)
         tops = q.new_empty(parts, nodes, spec.heads, dtype=torch.float32)
     given = {name: t for name, t in (("slopes", slopes), ("bias", bias), ("sinks", sinks)) if t is not None}
-    kernels.attend[(blocks, spec.kv_heads, parts)](
-        q, pool_k, pool_v, partial, tops, positions, node_offsets, page_table, prefix_lens, tree_lens,
-        ancestors.contiguous().view(torch.int32), **{name: t.contiguous() for name, t in given.items()},
-        **({"distances": bias.shape[1]} if bias is not None else {}),
-        scale=scale, nodes=nodes, requests=requests, splits=splits, words=2 * ancestors.shape[1],
-        pages=page_table.shape[1], page_size=pool_k.shape[2], q_head=q.stride(1), q_node=q.stride(2),
-        k_page=pool_k.stride(0), k_head=pool_k.stride(1), k_token=pool_k.stride(2),
-        v_page=pool_v.stride(0), v_head=pool_v.stride(1), v_token=pool_v.stride(2),
-        **constexprs(config, requests=_power_of_two(requests), one_page=page_table.shape[1] == 1, split=parts > 1),
-        **config.options(), enable_fp_fusion=True,
-    )  # fmt: skip
-    if parts > 1:
-        kernels.merge[(nodes * spec.heads,)](
-            partial, tops, out, node_offsets, **({"sinks": sinks.contiguous()} if sinks is not None else {}),
-            requests=requests, rows=nodes * spec.heads, parts=parts, PARTS=_power_of_two(parts),
-            num_warps=merge_warps(parts), enable_fp_fusion=True,
+    with torch.cuda.device_of(q):
+        kernels.attend[(blocks, spec.kv_heads, parts)](
+            q, pool_k, pool_v, partial, tops,
+            *(t.contiguous() for t in (positions, node_offsets, page_table, prefix_lens, tree_lens)),
+            ancestors.contiguous().view(torch.int32), **{name: t.contiguous() for name, t in given.items()},
+            **({"distances": bias.shape[1]} if bias is not None else {}),
+            scale=scale, nodes=nodes, requests=requests, splits=splits, words=2 * ancestors.shape[1],
+            pages=page_table.shape[1], page_size=pool_k.shape[2], q_head=q.stride(1), q_node=q.stride(2),
+            k_page=pool_k.stride(0), k_head=pool_k.stride(1), k_token=pool_k.stride(2),
+            v_page=pool_v.stride(0), v_head=pool_v.stride(1), v_token=pool_v.stride(2),
+            **constexprs(config, requests=_power_of_two(requests), one_page=page_table.shape[1] == 1, split=parts > 1),
+            **config.options(), enable_fp_fusion=True,
         )  # fmt: skip
+        if parts > 1:
+            kernels.merge[(nodes * spec.heads,)](
+                partial, tops, out, node_offsets, **({"sinks": sinks.contiguous()} if sinks is not None else {}),
+                requests=requests, rows=nodes * spec.heads, parts=parts, PARTS=_power_of_two(parts),
+                num_warps=merge_warps(parts), enable_fp_fusion=True,
+            )  # fmt: skip
     return out.transpose(1, 2)
 
 

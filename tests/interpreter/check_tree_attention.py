@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,20 @@ def test_any_strides_of_queries():
         other = Case(case.requests)
         other.q = change(case.q)
         compare(run(other), expected if other.q.stride(3) == 1 or torch.equal(other.q, case.q) else other.expected()[0])
+
+
+def test_any_strides_of_pools_and_metadata():
+    case = CASES["extend"]
+    case = Case(case.requests)
+    case.pool_k, case.pool_v = (x.mT.contiguous().mT for x in (case.pool_k, case.pool_v))
+    case.meta = replace(case.meta, **{f.name: apart(getattr(case.meta, f.name)) for f in fields(case.meta)})
+    assert case.meta.positions.stride() == (2,)
+    compare(run(case), case.expected()[0])
+
+
+def apart(x):
+    """The same numbers in every other place of a larger tensor."""
+    return x.unsqueeze(-1).repeat_interleave(2, -1)[..., 0]
 
 
 def test_ops_equal_their_references():
