@@ -35,6 +35,7 @@ def greedy_accept(logits: Tensor, tokens: Tensor, parents: Tensor, node_offsets:
     if logits.dtype not in DTYPES:
         raise ValueError(f"got logits of {logits.dtype}, expected one of {sorted(map(str, DTYPES))}")
     (rows, vocab_size), requests = logits.shape, node_offsets.numel() - 1
+    tokens, parents, node_offsets = (t.contiguous() for t in (tokens, parents, node_offsets))
     out = accept.fake(logits, tokens, parents, node_offsets, tie)
     size = split_size(rows, vocab_size)
     splits = -(-vocab_size // size)

@@ -36,8 +36,8 @@ def commit_path(pools: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     with torch.cuda.device_of(lanes):
         commit_kernel[(len(lanes),)](
             lanes,
-            src,
-            dst,
+            src.contiguous(),
+            dst.contiguous(),
             src.numel(),
             page_size,
             WORD=_word(word_bytes),

@@ -30,6 +30,8 @@ def stochastic_accept(
     definition.check(p, q, uniforms, draw_rows, rule)
     if any(x.numel() and x.stride(1) != 1 for x in (p, q, uniforms)):
         raise ValueError("got p, q or uniforms with strided rows, expected contiguous ones")
+    tokens, parents, node_offsets = (t.contiguous() for t in (tokens, parents, node_offsets))
+    draw_offsets, draw_rows, draw_q = (t.contiguous() for t in (draw_offsets, draw_rows, draw_q))
     (nodes, vocab_size), requests, draws = p.shape, node_offsets.numel() - 1, draw_rows.numel()
     naive = rule == "naive"
     if naive:

@@ -113,3 +113,10 @@ def test_requests_without_nodes():
     logits = torch.randn(2, 30)
     got = check(logits, torch.tensor([-1, 0]), torch.tensor([0, 0, 2, 2]), logits.argmax(-1))
     assert got[:4].tolist() == [0, -1, -1, 0] and got[8:12].tolist() == [0, -1, -1, 0]
+
+
+def test_metadata_of_any_strides():
+    logits = torch.randn(3, 30)
+    columns = torch.tensor([[5, -1], [7, 0], [int(logits[0].argmax()), 0]])  # tokens and parents side by side
+    offsets = torch.tensor([0, 9, 3, 9])[::2]
+    assert check(logits, columns[:, 1], offsets, columns[:, 0])[:1].tolist() == [2]

@@ -17,7 +17,7 @@ def same_bits(a, b):
 
 def check(pools, src, dst):
     expected = [pool.clone() for pool in pools]
-    src, dst = torch.tensor(src), torch.tensor(dst)
+    src, dst = torch.tensor([src, dst]).t().contiguous().t()  # as columns: of any strides
     ops.commit_path(expected, src, dst)
     COMMIT_PATH(pools, src, dst)
     assert all(map(same_bits, pools, expected))
