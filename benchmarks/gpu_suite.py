@@ -123,7 +123,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     sections: dict[str, Any] = report_["sections"]
     with tempfile.TemporaryDirectory(prefix="gpu-suite-") as folder:
         environment = os.environ | (
-            {"TREESPEC_SUITE_CACHES": "as they were"} if arguments.keep_caches else new_caches(Path(folder) / "caches")
+            {"TREESPEC_SUITE_CACHES": "as they were"}
+            if arguments.keep_caches or arguments.smoke
+            else new_caches(Path(folder) / "caches")
         )
         for group in groups([s for s in SECTIONS if not arguments.only or s.name in arguments.only]):
             left = arguments.budget - (time.perf_counter() - began)

@@ -64,6 +64,8 @@ def test_every_section_measures_something(sections):
 def test_tables_of_a_run(sections, capsys):
     found = {"status": "smoke", "run": {"device": "d", "date": "now"}, "sections": sections, "projection": []}
     gpu_suite.print_report(found, markdown=True)
+    assert "Aims:" not in capsys.readouterr().out  # a smoke run has no figures
+    gpu_suite.print_report(found | {"status": "measured"}, markdown=True)
     shown = capsys.readouterr().out
     for text in (
         "Sections:",

@@ -57,7 +57,7 @@ def met(name: str, value: float) -> str:
 
 def tables(found: dict[str, Any]) -> list[Table]:
     sections = found["sections"]
-    made = [_status(sections), _aims(sections)]
+    made = [_status(sections), *([_aims(sections)] if found["status"] == "measured" else [])]
     made += [t for t in (_checks(sections), _attention(sections), *_steps(sections), _decode(sections)) if t]
     return made + ([_projection(found["projection"])] if found.get("projection") else [])
 
