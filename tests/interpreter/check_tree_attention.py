@@ -54,6 +54,12 @@ def test_attention_in_splits(name):
     compare(run(CASES[name], config=Config(16, 32, 4, 1), splits=3), CASES[name].expected()[0])
 
 
+@pytest.mark.parametrize("prefix", [95, 96, 97])
+def test_shares_of_whole_blocks(prefix):
+    case = Case([(prefix, [-1, 0], 2)], page_size=128)
+    compare(run(case, config=Config(16, 32, 4, 1), splits=3), case.expected()[0])
+
+
 @pytest.mark.parametrize("config", [Config(16, 16, 4, 1), Config(64, 32, 4, 1), Config(16, 128, 4, 1)], ids=str)
 def test_blocks_of_any_size(config):
     for name in ("window over many words", "ragged forest"):
