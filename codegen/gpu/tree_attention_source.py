@@ -10,6 +10,18 @@ from typing import Any
 import torch
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Piece, pieces
+from treespec_compiler.codegen.gpu.tree_attention_template import (
+    ATTEND,
+    DENSE_PREFIX,
+    HEAD,
+    MASKED_PREFIX,
+    MERGE,
+    MERGE_SINK,
+    ONES,
+    RANK,
+    SINK,
+    WORDS,
+)
 from treespec_compiler.codegen.printer import HELPERS, TRITON, Printer
 from treespec_compiler.ir import formulas
 
@@ -20,7 +32,7 @@ DISTANCE_TABLE = "tl.load(bias + {head} * distances + tl.maximum({distance}, 0))
 def source(spec: AttentionKernel) -> str:
     """The text of a module with two kernels: `attend`, and `merge` for when `attend` shares the keys out."""
     score, score_helpers = _score(spec)
-    text = _HEAD.format(
+    text = HEAD.format(
         heads=spec.heads,
         group=spec.group,
         key_dim=spec.key_dim,
@@ -30,8 +42,8 @@ def source(spec: AttentionKernel) -> str:
         helpers="".join(f"\n\n{HELPERS[name]}" for name in sorted(score_helpers)),
     )
     if _needs_distance(spec):
-        text += _ONES
-    text += _ATTEND.format(
+        text += ONES
+    text += ATTEND.format(
         tables=_tables(spec),
         load_q=_lines(_load_q(spec, i, p) for i, p in enumerate(_key(spec))),
         load_tables=_load_tables(spec),
@@ -44,16 +56,16 @@ def source(spec: AttentionKernel) -> str:
         passed="\n    passed = tl.zeros([BLOCK_M], tl.int32)  # of these, in earlier words" * _needs_distance(spec),
         tree=indent(_tile(spec, score, "tree"), " " * 8),
         store_part=indent(_store(spec, "part"), " " * 8),
-        sink=_SINK * spec.sinks,
+        sink=SINK * spec.sinks,
         store_out=indent(_store(spec, "row"), " " * 4),
         store_zeros=_lines(
             (f"tl.store({_place('stray', i, p)}, tl.zeros([BLOCK_M, {p.size}], out.dtype.element_ty), mask={m})"
              for i, p, m in _value_masks(spec, "nobodys[:, None]")), 8
         ),
     )  # fmt: skip
-    return text + _MERGE.format(
+    return text + MERGE.format(
         sinks="\n    sinks," * spec.sinks,
-        sink=_MERGE_SINK * spec.sinks,
+        sink=MERGE_SINK * spec.sinks,
         block=1 << (spec.value_dim - 1).bit_length(),
     )
 
@@ -149,12 +161,12 @@ def _dims(spec: AttentionKernel) -> str:
 
 def _prefix(spec: AttentionKernel, score: str) -> str:
     if _is_dense(spec):
-        return _DENSE_PREFIX.format(
+        return DENSE_PREFIX.format(
             full=indent(_tile(spec, score, "full"), " " * 8),
             tail_head="for start in range(whole, end, BLOCK_N):" if _tail_is_loop(spec) else "if whole < end:",
             tail=indent(_tile(spec, score, "tail"), " " * 8),
         )
-    return _MASKED_PREFIX.format(tile=indent(_tile(spec, score, "masked"), " " * 8))
+    return MASKED_PREFIX.format(tile=indent(_tile(spec, score, "masked"), " " * 8))
 
 
 def _tail_is_loop(spec: AttentionKernel) -> bool:
@@ -204,9 +216,9 @@ def _seen(spec: AttentionKernel, part: str) -> list[str]:
     """Code that sets `seen` and, where the spec needs it, `distance`."""
     out: list[str] = []
     if part == "tree":
-        out += _WORDS.splitlines()
+        out += WORDS.splitlines()
         if _needs_distance(spec):
-            out += _RANK.splitlines()
+            out += RANK.splitlines()
     elif _needs_distance(spec):
         out.append("distance = q_pos[:, None] - n[None, :]")
     key = "(q_pos[:, None] - distance)" if part == "tree" else "n[None, :]"
@@ -246,242 +258,3 @@ def _store(spec: AttentionKernel, row: str) -> str:
         f"tl.store({_place(row, i, p)}, (acc{i} * inverse[:, None]).to(out.dtype.element_ty), mask={mask})"
         for i, p, mask in _value_masks(spec, "alive[:, None]")
     )
-
-
-# -- text -----------------------------------------------------------------------------------------------------------
-
-_HEAD = '''"""Tree attention: new nodes of several requests attend to committed tokens and to their own ancestors.
-
-A row is a node and one of the GROUP query heads that share a key head; a program takes BLOCK_M rows of one request,
-one key head, and (SPLIT) a share of the committed tokens or the tree. Scores are in powers of two.
-
-mask:  {mask}
-score: {score}
-"""
-
-import triton
-import triton.language as tl
-
-HEADS = tl.constexpr({heads})
-GROUP = tl.constexpr({group})
-KEY = tl.constexpr({key_dim})
-VALUE = tl.constexpr({value_dim})
-LOG2E = tl.constexpr(1.4426950408889634)
-{helpers}
-
-@triton.jit
-def places(n, inside, table, page_size, page_stride, token_stride, ONE_PAGE: tl.constexpr):
-    """Where tokens n of a slot lie in a pool; with one page, from the page's start."""
-    if ONE_PAGE:
-        at = n * token_stride
-    else:
-        page = tl.load(table + n // page_size, mask=inside, other=0)
-        at = page * page_stride + (n % page_size) * token_stride
-    return at
-
-
-@triton.jit
-def soften(s, unit, top, total, MAY_BE_EMPTY: tl.constexpr):
-    """Softmax so far: the weights of scores s, what earlier sums must be multiplied by, the new maximum and sum.
-
-    `unit`, above 0, turns scores into powers of two; multiplied here, it is a part of the subtraction.
-    """
-    best = tl.maximum(top, tl.max(s, 1) * unit)
-    base = best
-    if MAY_BE_EMPTY:
-        base = tl.where(best == float("-inf"), 0.0, best)  # a row that has seen no key yet
-    p = tl.exp2(s * unit - base[:, None])
-    kept = tl.exp2(top - base)
-    return p, kept, best, total * kept + tl.sum(p, 1)
-'''
-
-_ONES = '''
-
-@triton.jit
-def ones(x):
-    """How many of 32 bits are set."""
-    x = x.to(tl.uint32, bitcast=True)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
-'''
-
-_ATTEND = """
-
-# NOTE sizes that change from step to step, and addresses within one block of metadata, must not select a compilation.
-@triton.jit(
-    do_not_specialize=["nodes", "requests", "splits", "words", "pages"],
-    do_not_specialize_on_alignment=["positions", "node_offsets", "page_table", "prefix_lens", "tree_lens", "ancestors"],
-)
-def attend(
-    q,  # [Hq, T, KEY]
-    pool_k,  # [pages, Hkv, page_size, KEY]
-    pool_v,  # [pages, Hkv, page_size, VALUE]
-    out,  # [T, HEADS, VALUE]; SPLIT: [splits + 1, T, HEADS, VALUE] float32
-    tops,  # SPLIT: [splits + 1, T, HEADS] float32, the log2 of the sum behind each part
-    positions,
-    node_offsets,
-    page_table,
-    prefix_lens,
-    tree_lens,
-    ancestors,  # [T, words] int32{tables}
-    scale,
-    nodes,
-    requests,
-    splits,
-    words,
-    pages,
-    page_size,
-    q_head,
-    q_node,
-    k_page,
-    k_head,
-    k_token,
-    v_page,
-    v_head,
-    v_token,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    REQUESTS: tl.constexpr,  # a power of two, at least `requests`
-    ONE_PAGE: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    # Later nodes see more: in a long prompt, programs with much to do start first.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head, split = tl.program_id(1), tl.program_id(2){dims}
-
-    # Rows of no request give 0; with SPLIT, `merge` writes them.
-    if not SPLIT:
-        m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        node = m // GROUP
-        nobodys = (node < nodes) & ((node < tl.load(node_offsets)) | (node >= tl.load(node_offsets + requests)))
-        stray = node.to(tl.int64) * HEADS + kv_head * GROUP + m % GROUP{store_zeros}
-
-    # Which request this block of rows belongs to, and which of its blocks it is.
-    request = 0
-    if REQUESTS > 1:
-        r = tl.arange(0, REQUESTS)
-        first = tl.load(node_offsets + r, mask=r < requests, other=0)
-        last = tl.load(node_offsets + r + 1, mask=r < requests, other=0)
-        blocks = tl.cdiv(((last - first) * GROUP).to(tl.int32), BLOCK_M)
-        request = tl.sum((tl.cumsum(blocks, 0) <= block).to(tl.int32), 0)
-        block -= tl.sum(tl.where(r < request, blocks, 0), 0)
-        if request >= requests:
-            return
-    first_node = tl.load(node_offsets + request)
-    new = (tl.load(node_offsets + request + 1) - first_node).to(tl.int32)
-    if block * BLOCK_M >= new * GROUP:
-        return
-    prefix = tl.load(prefix_lens + request).to(tl.int32)
-    tree = tl.load(tree_lens + request).to(tl.int32)
-
-    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    alive = m < new * GROUP
-    node = first_node + m // GROUP
-    head = kv_head * GROUP + m % GROUP{load_q}{load_tables}
-
-    # The committed tokens and tree nodes this program reads. Nodes come after their ancestors.{begin}
-    end = prefix
-    tree_end = tl.minimum(tree, tree - new + (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
-    if SPLIT:
-        # The last program reads the tree: its share of the committed tokens begins at their end.
-        share = tl.cdiv(tl.cdiv(tl.maximum(prefix - begin, 0), splits), BLOCK_N) * BLOCK_N
-        begin = begin + split * share
-        end = tl.minimum(begin + share, prefix)
-        tree_end = tl.where(split < splits, 0, tree_end)
-        if (split < splits) & (begin >= end):
-            empty = (split * nodes + node) * HEADS + head
-            tl.store(tops + empty, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=alive)
-            return
-
-    table = page_table + request * pages
-    keys = pool_k + kv_head.to(tl.int64) * k_head
-    values = pool_v + kv_head.to(tl.int64) * v_head
-    if ONE_PAGE:
-        page = tl.load(table)
-        keys += page * k_page
-        values += page * v_page
-    unit = {unit}
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32){sums}
-{prefix}
-    # The tree: node j lies right behind the committed tokens, and is seen where its bit is set.
-    TREE_N: tl.constexpr = 64 if BLOCK_N >= 64 else 32
-    line = ancestors + node * words{path_length}{passed}
-    for start in range(0, tree_end, TREE_N):
-{tree}
-
-    row = node * HEADS + head
-    if SPLIT:
-        part = split * nodes.to(tl.int64) * HEADS + row
-        tl.store(tops + part, top + tl.log2(total), mask=alive)
-{store_part}
-        return
-{sink}{store_out}
-"""
-
-_DENSE_PREFIX = """
-    # Committed tokens, all of them seen: whole blocks, then the rest.
-    whole = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
-    for start in range(begin, whole, BLOCK_N):
-{full}
-    {tail_head}
-{tail}
-"""
-
-_MASKED_PREFIX = """
-    # Committed tokens.
-    for start in range(begin, end, BLOCK_N):
-{tile}
-"""
-
-_WORDS = """low = tl.load(line + start // 32, mask=alive, other=0)
-bit = j % 32
-if TREE_N == 64:
-    high = tl.load(line + start // 32 + 1, mask=alive, other=0)
-    word = tl.where((j % 64 < 32)[None, :], low[:, None], high[:, None])
-else:
-    word = low[:, None]"""
-
-_RANK = """rank = passed[:, None] + ones(word << (31 - bit)[None, :])  # nodes of the path down to j
-if TREE_N == 64:
-    rank += tl.where((j % 64 < 32)[None, :], 0, ones(low)[:, None])
-distance = length[:, None] - rank"""
-
-_SINK = """
-    # The weight of a key that has no value.
-    total += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - top)
-"""
-
-_MERGE = '''
-
-@triton.jit(do_not_specialize=["requests", "rows", "parts"], do_not_specialize_on_alignment=["node_offsets"])
-def merge(
-    partial,  # [parts, rows, VALUE] float32
-    tops,  # [parts, rows] float32
-    out,  # [rows, VALUE]
-    node_offsets,{sinks}
-    requests,
-    rows,
-    parts,
-    PARTS: tl.constexpr,  # a power of two, at least `parts`
-):
-    """Program i: the parts of row i, each weighted with the sum behind it. A part that saw no key has a top of -inf."""
-    row = tl.program_id(0).to(tl.int64)
-    node = row // HEADS
-    owned = (node >= tl.load(node_offsets)) & (node < tl.load(node_offsets + requests))
-    part = tl.arange(0, PARTS)
-    top = tl.load(tops + part * rows + row, mask=part < tl.where(owned, parts, 0), other=float("-inf"))
-    best = tl.where(owned, tl.max(top, 0), 0.0)
-    weight = tl.exp2(top - best)
-    total = tl.sum(weight, 0){sink}
-    e = tl.arange(0, {block})
-    some = (top > float("-inf"))[:, None] & (e < VALUE)[None, :]
-    x = tl.load(partial + (part * rows + row)[:, None] * VALUE + e[None, :], mask=some, other=0.0)
-    mean = tl.sum(x * weight[:, None], 0) * (1.0 / total)
-    tl.store(out + row * VALUE + e, tl.where(owned, mean, 0.0).to(out.dtype.element_ty), mask=e < VALUE)
-'''
-
-_MERGE_SINK = """
-    total += tl.exp2(tl.load(sinks + row % HEADS).to(tl.float32) * LOG2E - best)"""
