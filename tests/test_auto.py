@@ -12,6 +12,8 @@ from fake_program import FakeProgram, greedy, table_row
 import treespec_compiler as treespec
 from treespec_compiler.speculation.acceptance import Acceptance, forget, remembered, split
 from treespec_compiler.speculation.cost import CostModel, LatencyTable, Point
+from treespec_compiler.speculation.draft import ModelDraft
+from treespec_compiler.speculation.ngram import NGramDraft
 from treespec_compiler.speculation.policies.auto import Auto, Controller
 from treespec_compiler.speculation.policies.fixed import FixedTree
 from treespec_compiler.speculation.policies.sequoia import fastest_tree
@@ -229,6 +231,16 @@ def test_memory_keeps_no_model_alive():
     del draft
     gc.collect()
     assert gone() is None
+
+
+def test_what_a_draft_is_worth_beside_another_says_nothing_about_it_alone():
+    target, draft = FakeProgram(TARGET, VOCAB), ModelDraft(FakeProgram(TARGET, VOCAB))
+    alone, together = Auto().control(target, [draft]), Auto().control(target, [draft, NGramDraft()])
+    again = Auto().control(target, [draft, NGramDraft()])
+    assert alone.arms[0].memory is not together.arms[0].memory
+    assert again.arms[0].memory is together.arms[0].memory
+    together._give_up(together.arms[0])
+    assert together.arms[0].memory.patience and not alone.arms[0].memory.patience
 
 
 # --- in generate

@@ -84,6 +84,11 @@ class LatencyTable:
         """For programs that cannot be measured: a call and a little for every further node, in arbitrary units."""
         return cls([Point(1, 0, 1, call), Point(2, 0, 1, call + node)], measured=False)
 
+    def scaled(self, factor: float) -> LatencyTable:
+        """The same calls, `factor` times as long."""
+        points = [replace(point, seconds=factor * point.seconds) for point in self.points]
+        return LatencyTable(points, self.measured, self.sampled_row)
+
     def seconds(self, nodes: int, context: int = 0, batch: int = 1) -> float:
         """Interpolated in nodes and context. A batch that was not measured is taken for its nodes in one slot."""
         if batch > 1 and not any(point.batch == batch for point in self.points):
@@ -214,7 +219,11 @@ def read_table(path: Path) -> LatencyTable:
 def write_table(path: Path, table: LatencyTable, about: dict[str, Any]) -> None:
     """Whole or not at all, also when several processes write."""
     entries = [asdict(point) for point in table.points]
-    data = {"schema": SCHEMA, "meta": about, "sampled_row": table.sampled_row, "entries": entries}
+    write_json(path, {"schema": SCHEMA, "meta": about, "sampled_row": table.sampled_row, "entries": entries})
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """A file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     with os.fdopen(handle, "w", encoding="utf-8") as file:

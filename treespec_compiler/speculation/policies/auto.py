@@ -80,12 +80,14 @@ class Auto:
 
     def control(self, target: Any, drafts: Sequence[Any]) -> Controller:
         cost = cost_model(target, drafts, self.kind != GREEDY)
-        return Controller(self, cost, [self._memory(target, draft) for draft in drafts])
+        return Controller(self, cost, [self._memory(target, draft, drafts) for draft in drafts])
 
-    def _memory(self, target: Any, draft: Any) -> Acceptance:
+    def _memory(self, target: Any, draft: Any, drafts: Sequence[Any]) -> Acceptance:
         if not self.remember:
             return Acceptance()
-        return remembered(target, getattr(draft, "program", type(draft)), self.kind)
+        # A draft that is superfluous beside another one may be the best there is when it is alone.
+        beside = "".join(f", beside {other.name}" for other in drafts if other is not draft)
+        return remembered(target, getattr(draft, "program", type(draft)), self.kind + beside)
 
     def __str__(self) -> str:
         return "auto"
@@ -101,6 +103,10 @@ def cost_model(target: Any, drafts: Sequence[Any], sampled: bool = False) -> Cos
         tables = [None if t is None else LatencyTable.assumed() for t in tables]
     if not table.measured:  # stand-ins, whose drafts are taken to be small
         tables = [None if t is None else LatencyTable.assumed(0.1, 0.002) for t in tables]
+    else:
+        from ..interleaving import draft_factor
+
+        tables = [t and t.scaled(draft_factor(target, draft)) for t, draft in zip(tables, drafts, strict=True)]
     return CostModel(table, tables, ASSUMED_OVERHEAD * table.seconds(1), table.sampled_row if sampled else 0.0)
 
 
