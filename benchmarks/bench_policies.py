@@ -288,7 +288,7 @@ def main() -> None:
     trees["fastest here"] = plan.tree.parents
     report = {
         "meta": describe_run(torch.get_num_threads()),
-        "arguments": {k: str(v) for k, v in vars(given).items()},
+        "arguments": {k: str(v) for k, v in vars(given).items() if k != "output"},
         "entries": [
             asdict(e) | {"tokens_per_step": e.tokens_per_step, "nodes_per_step": e.nodes_per_step} for e in entries
         ],
