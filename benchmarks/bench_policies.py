@@ -4,6 +4,7 @@
     python benchmarks/bench_policies.py --quick --clock cpu   # a busy machine: CPU seconds of one thread
 
 Beside every policy stands the chain of equal budget: with as many nodes as the policy verified in a step on average.
+Above temperature 0, each is run with every verifier (on a chain, traversal, the default, is block verification).
 `useless` is a draft with random weights. Acceptance tables are those of SpecInfer (arXiv 2305.09781), Tables 1 and 2:
 the chance that the target's token is among the draft's top k, and the tokens a step with trees <1,1,k,1,1,1,1,1>.
 """
@@ -235,6 +236,11 @@ def arms_for(given: argparse.Namespace, tree: Any, drafts: Sequence[str]) -> lis
     return arms
 
 
+def with_verifiers(arms: Sequence[Arm], verifiers: Sequence[str]) -> list[Arm]:
+    """The model draft's arms once more with each verifier."""
+    return [replace(arm, verifier=verifier) for arm in arms if arm.draft == "model" for verifier in verifiers]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, help="a folder of a model; heldout.json lies beside it")
@@ -244,7 +250,10 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6, 1.0])
     parser.add_argument(
-        "--verifiers", nargs="+", default=["traversal", "multi-step", "naive"], help="at temperatures > 0"
+        "--verifiers",
+        nargs="+",
+        default=["multi-step", "recursive", "naive"],
+        help="at temperatures > 0, for every policy beside the default, traversal",
     )
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, one thread")
@@ -268,14 +277,12 @@ def main() -> None:
         for temperature in given.temperatures:
             say(f"policies, temperature {temperature:g}")
             arms = arms_for(given, plan.tree, list(bench.drafts))
-            if temperature and not given.quick:
-                arms += [replace(a, verifier=v) for a in arms if a.name == "<1,1,3>" for v in given.verifiers]
-            found = bench.compare(arms, temperature)
-            budgets = sorted(
-                {round(e.nodes_per_step) - 1 for e in found if e.draft == "model" and e.nodes_per_step > 1.5}
-            )
+            verifiers = given.verifiers if temperature and not given.quick else []
+            found = bench.compare(arms + with_verifiers(arms, verifiers), temperature)
+            verified = {round(e.nodes_per_step) for e in found if e.draft == "model" and e.verifier == "default"}
+            budgets = sorted(nodes - 1 for nodes in verified if nodes > 1)
             chains = [arms[0], *(Arm(f"chain:{d}, equal budget", f"chain:{d}", "model") for d in budgets)]
-            found += bench.compare(chains, temperature)[1:]
+            found += bench.compare(chains + with_verifiers(chains, verifiers), temperature)[1:]
             tables.append(table(found, temperature, given.clock))
             entries += found
         more, data = acceptance_tables(bench, list(dict.fromkeys((0.0, given.temperatures[-1]))), say)
