@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bfloat16 import exact_bfloat16
 
 from treespec_compiler.codegen.gpu.accept import BLOCK, GREEDY_ACCEPT
 from treespec_compiler.ir.ops import greedy_accept
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # widening bfloat16 is right in the interpreter
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def forest(sizes, generator, width=3):
@@ -38,6 +39,7 @@ def check(logits, parents, offsets, tokens, tie=2.0**-7):
     return got
 
 
+@exact_bfloat16()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", [1, 2, 7, BLOCK, BLOCK + 1, 5000])
 def test_random_forests_full_of_ties(dtype, vocab_size):
@@ -92,6 +94,18 @@ def test_subnormal_and_extreme_logits():
     largest, tiny = torch.finfo(torch.float32).max, 1e-42
     logits = torch.tensor([[tiny, 2 * tiny, -tiny], [-largest, largest, largest], [-largest, -largest, -largest]])
     check(logits, torch.tensor([-1, 0, 1]), torch.tensor([0, 3]), torch.tensor([5, 1, 1]))
+
+
+@exact_bfloat16()
+@pytest.mark.parametrize("scale", [1.0, 1e-39, 1e38])
+def test_rows_of_bfloat16(scale):
+    """Numbers with few bits, subnormal and near the largest: each row's choice and its near ties."""
+    generator = torch.Generator().manual_seed(0)
+    parents, offsets = forest([4, 3], generator)
+    logits = (torch.randn(7, BLOCK + 100, generator=generator) * scale).bfloat16()
+    logits[:, ::3] = logits[:, 1::3]  # ties
+    for tie in (0.0, 2.0**-7):
+        check(logits, parents, offsets, likely_tokens(logits, parents, offsets, generator), tie)
 
 
 def test_equal_siblings_the_first_is_taken():

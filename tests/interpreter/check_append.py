@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bfloat16 import exact_bfloat16
 from tree_cases import Case
 
 from treespec_compiler.codegen.gpu.append import append, rope_append
@@ -30,10 +31,15 @@ def expected(pool, x, write_index):
     [
         (torch.float32, torch.float32),
         (torch.float16, torch.float16),
-        (torch.bfloat16, torch.bfloat16),  # a copy of bits, which the interpreter does right
+        (torch.bfloat16, torch.bfloat16),
         (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.float32),
     ],
 )
+@exact_bfloat16()
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(24, 40), (64, 32)])
 def test_append(key_dim, value_dim, dtype, pool_dtype):
     k = torch.randn(1, T, H, key_dim).to(dtype).transpose(1, 2)  # as a projection gives it
@@ -96,6 +102,27 @@ def test_rope_append(style, key_dim, rotary, per_angle, dtype):
     torch.testing.assert_close(pool_k, want[0], **exact)
     assert torch.equal(pool_v, want[1])
     assert torch.equal(got[..., rotary:], q[..., rotary:])
+
+
+@exact_bfloat16()
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize("angle_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float32])
+def test_rope_append_in_bfloat16(style, angle_dtype, pool_dtype):
+    """One rounding, of the turned numbers to bfloat16, whatever the pool's dtype is."""
+    q, k, v = (torch.randn(1, h, T, d).bfloat16() for h, d in ((2 * H, 40), (H, 40), (H, 16)))
+    cos, sin = (x.to(angle_dtype) for x in angles(T, 10))
+    pool_k, pool_v = pools(40, 16, pool_dtype)
+    write_index = torch.tensor([3, 17, -1, 40, 47])
+    want = expected(pool_k.double(), rotate(k.double(), cos, sin, style, 20), write_index)
+    want_v = expected(pool_v, v, write_index)
+    got = rope_append(q, k, v, pool_k, pool_v, write_index, cos, sin, style, 20)
+    half_a_step = {"atol": 1e-6, "rtol": 1.001 * 2.0**-8}
+    torch.testing.assert_close(got.double(), rotate(q.double(), cos, sin, style, 20), **half_a_step)
+    torch.testing.assert_close(pool_k.double(), want, **half_a_step)
+    written = pool_k[write_index[write_index >= 0] // 16, :, write_index[write_index >= 0] % 16]
+    assert torch.equal(written, written.bfloat16().to(pool_dtype))
+    assert torch.equal(pool_v, want_v) and torch.equal(got[..., 20:], q[..., 20:])
 
 
 def test_rope_append_reads_strided_angles():

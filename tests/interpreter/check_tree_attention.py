@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bfloat16 import exact_bfloat16
 from scored_cases import scored
 from test_ops import forests
 from tree_cases import CASES, Case, chain, random_tree
@@ -117,6 +118,60 @@ def test_scores(forest, mask, score):
     splits = 2 if mask in ("window", "chunk") else 1
     got = run(case, window, chunk, *changes.values(), config=Config(16, 32, 4, 1), splits=splits)
     compare(got, scored(case, chunk=chunk, **SCORES[score]))
+
+
+UNIT = 2.0**-8  # the largest relative error of rounding to bfloat16
+BRAIN_CASES = {
+    "plain": {},
+    "window": {"mask": (6, 0)},
+    "chunk": {"mask": (0, 8), "splits": 2},
+    "softcap": {"score": "softcap"},
+    "slopes": {"score": "slopes"},
+    "bias": {"score": "bias"},
+    "sinks": {"score": "sinks"},
+    "sinks in splits": {"score": "sinks", "splits": 3},
+    "everything": {"mask": (9, 5), "score": "all", "splits": 2},
+    "splits": {"splits": 3},
+    "one head each": {"heads": 2},
+    "one head for all": {"heads": 7, "kv_heads": 1},
+    "keys longer than values": {"dk": 192, "dv": 128, "heads": 2, "kv_heads": 1},
+    "odd dimensions": {"dk": 20, "dv": 36, "splits": 2},
+    "pools of float16": {"pool_dtype": torch.float16},
+}
+
+
+@exact_bfloat16()
+@pytest.mark.parametrize("name", BRAIN_CASES)
+def test_bfloat16(name):
+    brain_case(**BRAIN_CASES[name])
+
+
+def brain_case(*, mask=(0, 0), score="plain", splits=1, pool_dtype=torch.bfloat16, **shape):
+    """Inputs are bfloat16 numbers exactly, so two roundings remain: of the weights and of the result.
+
+    The first one's error is UNIT times the mean of |v| at most, the second's UNIT times |out|, which is not more; sums
+    and scores, in float32, add little.
+    """
+    window, chunk = mask
+    shape = {"dk": 32, "dv": 16, "page_size": 96, **shape}
+    case = Case(FORESTS["forest"], window=window, dtype=torch.bfloat16, **shape)
+    case.pool_k, case.pool_v = case.pool_k.to(pool_dtype), case.pool_v.to(pool_dtype)
+    changes = {"softcap": 0.0, "slopes": None, "bias": None, "sinks": None, **SCORES[score]}
+    got = run(case, window, chunk, *changes.values(), config=Config(16, 32, 4, 1), splits=splits)
+    expected = scored(case, chunk=chunk, **SCORES[score])
+    assert got.dtype == torch.bfloat16
+    case.pool_v = case.pool_v.abs()
+    mean = scored(case, chunk=chunk, **SCORES[score])
+    assert ((got.double() - expected).abs() <= 2.01 * UNIT * mean + 1e-5).all()
+
+
+@exact_bfloat16()
+def test_errors_of_bfloat16_have_no_bias():
+    """Cutting bits off, of weights or of results, would make means of positive values 0.2 % smaller each."""
+    case = Case([(200, [-1], 1)], dk=16, dv=64, page_size=256, dtype=torch.bfloat16)
+    case.v, case.pool_v = case.v.abs(), case.pool_v.abs()
+    out, expected = run(case, config=Config(16, 64, 4, 1), splits=2).double(), case.expected()[0]
+    assert ((out - expected) / expected).mean().abs() < UNIT / 8
 
 
 def test_large_scores_do_not_overflow():
