@@ -12,8 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from treespec_compiler.codegen.cpu.build import cache_dir
+from treespec_compiler.codegen.user_cache import cache_dir, read_table, write_whole
 from treespec_compiler.errors import CorruptTable
 
 log = logging.getLogger(__name__)
@@ -159,13 +157,7 @@ def architecture(device: torch.device | str) -> str:
 
 def read(path: Path, op: str, arch: str) -> Table:
     """A table from its file; raises `CorruptTable` where it does not parse or is one of another op or architecture."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptTable(path=str(path), problem=f"{type(error).__name__} ({error})") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        problem = f"schema {data.get('schema')!r}" if isinstance(data, dict) else f"a {type(data).__name__}"
-        raise CorruptTable(path=str(path), problem=problem, expected=f"schema {SCHEMA}")
+    data = read_table(path, SCHEMA)
     meta = data.get("meta")
     if not isinstance(meta, dict) or not isinstance(meta.get("source_hash"), str):
         raise CorruptTable(path=str(path), problem="no meta.source_hash", expected="the hash of the kernel's source")
@@ -208,15 +200,7 @@ def write(path: Path, table: Table) -> None:
     # One line an entry: a table is read and compared by people too.
     lines = ",\n".join("  " + json.dumps(e.as_json()) for e in table.entries)
     text = f'{head},\n "entries": [\n{lines}\n ]\n}}\n' if lines else f'{head},\n "entries": []\n}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, text)
     forget()
 
 

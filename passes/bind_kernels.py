@@ -30,7 +30,7 @@ def bind_kernels(state: GraphState) -> int:
         if node.target in _OPS:
             value: Any = node.meta["val"]
             assert isinstance(value, Tensor)
-            kernel = best_kernel(node.target, value.device, value.dtype)
+            kernel = best_kernel(node.target, value.device, value.dtype, portable=state.portable)
             if kernel is None:
                 log.warning("%s: no kernel for %s on %s, the reference runs", node.target, value.dtype, value.device)
                 continue

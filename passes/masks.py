@@ -127,19 +127,25 @@ def _analytic(
 def _without_chunks(expr: Any, q: Any, k: Any, text: str) -> tuple[Any, int]:
     """The expression inside one chunk, and the chunk's size (0: no chunks)."""
     chunk = 0
-    for atom in expr.atoms(sympy.Eq):
-        for size in {
-            int(1 / c) for f in atom.atoms(sympy.floor) for c in f.atoms(sympy.Rational) if c != 0 and c.p == 1
-        }:
-            if atom in (
-                sympy.Eq(sympy.floor(q / size), sympy.floor(k / size)),
-                sympy.Eq(sympy.floor(k / size), sympy.floor(q / size)),
-            ):
-                outside = _cells(expr.xreplace({atom: sympy.false}), q, k, text)
-                if chunk or not all(_is_hidden(v) for v in outside.values()):
-                    raise NotAMask(f"chunks combined in another way than `and`: {text}")
-                chunk, expr = size, expr.xreplace({atom: sympy.true})
+    for size in sorted(_chunk_sizes(expr, q, k)):
+        pair = (sympy.floor(q / size), sympy.floor(k / size))
+        same = [sympy.Eq(*pair), sympy.Eq(*pair[::-1])]
+        other = [sympy.Ne(*pair), sympy.Ne(*pair[::-1])]
+        inside = dict.fromkeys(same, sympy.true) | dict.fromkeys(other, sympy.false)
+        outside = dict.fromkeys(same, sympy.false) | dict.fromkeys(other, sympy.true)
+        if chunk or not all(_is_hidden(v) for v in _cells(expr.xreplace(outside), q, k, text).values()):
+            raise NotAMask(f"chunks combined in another way than `and`: {text}")
+        chunk, expr = size, expr.xreplace(inside)
     return expr, chunk
+
+
+def _chunk_sizes(expr: Any, q: Any, k: Any) -> set[int]:
+    """Every n for which floor(q / n) and floor(k / n) are compared for being equal."""
+    found = set()
+    for atom in expr.atoms(sympy.Eq, sympy.Ne):
+        parts = {c for f in atom.atoms(sympy.floor) for c in f.atoms(sympy.Rational) if c != 0 and c.p == 1}
+        found |= {int(1 / c) for c in parts if {atom.lhs, atom.rhs} == {sympy.floor(q * c), sympy.floor(k * c)}}
+    return found
 
 
 def _text(form: Form, q: sympy.Symbol, k: sympy.Symbol) -> str:

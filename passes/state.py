@@ -45,6 +45,7 @@ class GraphState:
     notes: dict[str, Any] = field(default_factory=dict)  # what passes found out, by pass name
     weights: dict[str, Any] = field(default_factory=dict)  # weight placeholder -> where the module keeps it
     max_context: int | None = None  # the context that was asked for
+    portable: bool = False  # whether ops are bound to kernels for any device (ATen) only
     other_length: Callable[[int], GraphState] | None = None  # the same model analysed for another number of tokens
 
     @property

@@ -240,15 +240,6 @@ def test_a_failing_build_gives_its_reason(tmp_path, monkeypatch, caplog):
     assert not list((tmp_path / "cpu").iterdir())
 
 
-def test_cache_directory(monkeypatch, tmp_path):
-    monkeypatch.delenv("TREESPEC_CACHE_DIR", raising=False)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_dir() == tmp_path / "treespec"
-    monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path / "own"))
-    assert build.cache_dir() == tmp_path / "own"
-
-
 @compiled
 def test_the_registry_binds_float32_on_cpu():
     assert registry.best_kernel(ops.tree_attention, "cpu", torch.float32).target is cpu.TREE_ATTENTION

@@ -87,7 +87,7 @@ def test_kept_with_the_program_and_in_a_file(tmp_path, monkeypatch, caplog):
 def test_corrupt_factors_are_named(tmp_path, text):
     path = tmp_path / "pair.json"
     path.write_text(text)
-    with pytest.raises(CorruptTable, match="draft_factor") as caught:
+    with pytest.raises(CorruptTable, match="Corrupt tuning table") as caught:
         interleaving.read_factor(path)
     assert str(path) in str(caught.value)
 

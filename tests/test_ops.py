@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import modules
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tree_cases import CASES, Case
 
-import treespec_compiler.codegen  # noqa: F401  enters the kernels
+import treespec_compiler as treespec
+from treespec_compiler.codegen import cpu
 from treespec_compiler.ir import ops, registry
 
 ATEN = torch.ops.treespec_aten.tree_attention.default
@@ -110,6 +112,19 @@ def test_commit_path_moves_tokens_of_every_site():
         assert torch.equal(pool, expected)
 
 
+@pytest.mark.parametrize(
+    ("choice", "namespace"), [("auto", "treespec_cpu"), ("aten", "treespec_aten"), ("reference", "treespec")]
+)
+def test_the_option_says_which_kernels_are_bound(choice, namespace):
+    if choice == "auto" and not cpu.load():
+        pytest.skip("no C++ compiler")
+    program = treespec.tree_program(modules.NanoGPT().eval(), options={"lowering": "eager", "kernels": choice})
+    targets = [str(node.target) for node in program.graph_module.graph.nodes if "tree_attention" in str(node.target)]
+    assert targets == [f"{namespace}.tree_attention.default"] * len(program.sites)
+    packed = any("packed_linear" in str(node.target) for node in program.graph_module.graph.nodes)
+    assert packed == (choice == "auto")
+
+
 def test_registry_prefers_available_kernels_of_high_priority():
     op = ops.tree_attention
     names = [k.name for k in registry.kernels(op)]
@@ -117,6 +132,8 @@ def test_registry_prefers_available_kernels_of_high_priority():
     assert registry.best_kernel(op, "cpu", torch.bfloat16).target is ATEN
     assert registry.best_kernel(op, torch.device("meta"), torch.float32).target is ATEN
     assert registry.best_kernel(ops.packed_linear, "cpu", torch.bfloat16) is None
+    assert registry.best_kernel(op, "cpu", torch.float32, portable=True).target is ATEN
+    assert registry.best_kernel(ops.packed_linear, "cpu", torch.float32, portable=True) is None
 
     def register(name, available):
         registry.register_kernel(

@@ -25,6 +25,7 @@ from torch import Tensor, fx
 
 from .batch import Batch, Part, Shape, lay_out, word_count
 from .cache import TreeCache
+from .codegen.gpu.sizes import power_of_two
 from .errors import CaptureFailed
 from .ir.registry import kernel_of
 from .options import Options
@@ -67,11 +68,6 @@ def obstacle(graph: fx.Graph, device: torch.device) -> str:
             if kernel is None or not kernel.capturable:
                 return f"{node.target} ({kernel.name if kernel else 'the reference'}) waits for the device"
     return ""
-
-
-def power_of_two(count: int) -> int:
-    """The next one, from 1 on."""
-    return 1 << max(0, count - 1).bit_length()
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ class Lowered:
 
     run: Callable[[list[Tensor]], Tensor]
     seconds: float
-    min_nodes: int
 
 
 def dynamic_sizes(name: str) -> dict[int, str]:
@@ -66,7 +65,7 @@ def lower_eager(gm: fx.GraphModule) -> Lowered:
     def run(inputs: list[Tensor]) -> Tensor:
         return gm(*inputs)[0]
 
-    return Lowered(run, 0.0, 1)
+    return Lowered(run, 0.0)
 
 
 def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[Tensor]) -> Lowered:
@@ -92,7 +91,7 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
     def run(inputs: list[Tensor]) -> Tensor:
         return compiled(*inputs)[0]
 
-    lowered = Lowered(run, time.perf_counter() - started, _min_nodes(env))
+    lowered = Lowered(run, time.perf_counter() - started)
     if len(graphs) == 1 and examples[0].device.type == "cpu":
         _shorten(lowered, graphs[0].current_callable)
     return lowered
@@ -170,13 +169,3 @@ def _fake(mode: Any, name: str, tensor: Tensor) -> Any:
     kinds = [DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC for i in range(example.dim())]
     context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
     return mode.from_tensor(example, symbolic_context=context)
-
-
-def _min_nodes(env: ShapeEnv) -> int:
-    """1, or 2 when the compiled code assumes more than one node."""
-    return 1 if all(_holds_for_one(g.expr) for g in env.guards) else 2
-
-
-def _holds_for_one(guard: Any) -> bool:
-    ones = dict.fromkeys(guard.free_symbols, 1)
-    return len(ones) != 1 or bool(guard.xreplace(ones))

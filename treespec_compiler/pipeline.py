@@ -174,6 +174,7 @@ def _state(captured: Capture, options: Options) -> GraphState:
         labels={name: ref.name for name, ref in captured.weights.items()},
         weights=dict(captured.weights),
         max_context=options.max_context,
+        portable=options.kernels == "aten",
         written=list(captured.written),
         caches=[captured.weights[name].name for name in captured.written],
     )

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from . import __version__
-from .codegen.cpu.build import cache_dir
+from .codegen.user_cache import cache_dir
 from .errors import Unsupported
 from .options import Options
 from .passes.instruments import CAPTURE

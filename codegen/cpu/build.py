@@ -9,13 +9,14 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
+
+from treespec_compiler.codegen.user_cache import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +26,6 @@ TIMEOUT = 600
 
 class BuildError(Exception):
     """Why there is no library."""
-
-
-def cache_dir() -> Path:
-    """`$TREESPEC_CACHE_DIR`, else the platform's place for caches."""
-    if given := os.environ.get("TREESPEC_CACHE_DIR"):
-        return Path(given)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "treespec"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "treespec" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treespec"
 
 
 def compiler() -> str:

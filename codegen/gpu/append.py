@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from treespec_compiler.codegen.gpu.sizes import power_of_two
 from treespec_compiler.ir.rope_attention import check
 
 # Elements of a block: 8 numbers for each thread of 4 warps.
 BLOCK = 1024
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def append(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Tensor) -> None:

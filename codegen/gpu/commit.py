@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.codegen.gpu.append import power_of_two
+from treespec_compiler.codegen.gpu.sizes import power_of_two
 from treespec_compiler.ir import commit
 
 MAX_MOVES = 16  # of a block: a longer path goes in several

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from treespec_compiler.codegen import tables
-from treespec_compiler.codegen.gpu.append import BLOCK, power_of_two
+from treespec_compiler.codegen.gpu.append import BLOCK
 from treespec_compiler.codegen.gpu.offline import Offline, compile_offline
+from treespec_compiler.codegen.gpu.sizes import power_of_two
 from treespec_compiler.codegen.gpu.tree_attention_spec import (
     DTYPES,
     MAX_PARTS,

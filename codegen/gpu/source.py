@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import sys
 import tempfile
 import threading
@@ -20,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from treespec_compiler.codegen.cpu.build import cache_dir
+from treespec_compiler.codegen.user_cache import cache_dir, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +74,7 @@ def _write(path: Path, whole: str) -> Path:
             return path
     except (OSError, UnicodeDecodeError):
         pass
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".py.tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(whole)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_whole(path, whole)
     return path
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.codegen.gpu.append import power_of_two
+from treespec_compiler.codegen.gpu.sizes import power_of_two
 from treespec_compiler.ir import stochastic_accept as definition
 
 BLOCK = 1024

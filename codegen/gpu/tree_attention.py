@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu import source as files
 from treespec_compiler.codegen.gpu.append import append
+from treespec_compiler.codegen.gpu.sizes import power_of_two
 from treespec_compiler.codegen.gpu.tree_attention_spec import (
     DTYPES,
     AttentionKernel,
@@ -129,20 +130,16 @@ def attend(
             pages=page_table.shape[1], page_size=pool_k.shape[2], q_head=q.stride(1), q_node=q.stride(2),
             k_page=pool_k.stride(0), k_head=pool_k.stride(1), k_token=pool_k.stride(2),
             v_page=pool_v.stride(0), v_head=pool_v.stride(1), v_token=pool_v.stride(2),
-            **constexprs(config, requests=_power_of_two(requests), one_page=page_table.shape[1] == 1, split=parts > 1),
+            **constexprs(config, requests=power_of_two(requests), one_page=page_table.shape[1] == 1, split=parts > 1),
             **config.options(), enable_fp_fusion=True,
         )  # fmt: skip
         if parts > 1:
             kernels.merge[(nodes * spec.heads,)](
                 partial, tops, out, node_offsets, **({"sinks": sinks.contiguous()} if sinks is not None else {}),
-                requests=requests, rows=nodes * spec.heads, parts=parts, PARTS=_power_of_two(parts),
+                requests=requests, rows=nodes * spec.heads, parts=parts, PARTS=power_of_two(parts),
                 num_warps=merge_warps(parts), enable_fp_fusion=True,
             )  # fmt: skip
     return out.transpose(1, 2)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _device_key(device: torch.device) -> int:

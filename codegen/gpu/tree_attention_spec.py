@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from treespec_compiler.codegen.gpu.sizes import power_of_two
 from treespec_compiler.ir.specs import MaskSpec
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -128,7 +129,7 @@ def pieces(dim: int, largest: int = 512) -> tuple[Piece, ...]:
 def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Config:
     """A configuration for `rows` rows of a request. In 16 bits it compiles without spills on every target."""
     wide = max(_padded(spec.key_dim), _padded(spec.value_dim))
-    block_m = max(SMALLEST, _power_of_two(rows))
+    block_m = max(SMALLEST, power_of_two(rows))
     if torch.float32 in (spec.dtype, spec.pool_dtype):
         block_m = min(block_m, 32 if wide <= 128 and not spec.bias else 16)
         return Config(block_m, 32 if wide <= 128 else 16, 4, 1 if wide > 128 and arch.startswith("gfx") else 2)
@@ -177,10 +178,6 @@ def merge_warps(parts: int) -> int:
 
 MAX_PARTS = 64
 MAX_SPLITS = MAX_PARTS - 1  # the tree is one more part
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _padded(dim: int) -> int:

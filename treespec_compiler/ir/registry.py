@@ -55,10 +55,16 @@ def kernels(op: OpOverload) -> tuple[Kernel, ...]:
     return tuple(_KERNELS.get(op, ()))
 
 
-def best_kernel(op: OpOverload, device: torch.device | str, dtype: torch.dtype) -> Kernel | None:
-    """The available kernel of highest priority; None: only the reference, which is `op` itself."""
+def best_kernel(
+    op: OpOverload, device: torch.device | str, dtype: torch.dtype, *, portable: bool = False
+) -> Kernel | None:
+    """The available kernel of highest priority; None: only the reference, which is `op` itself.
+
+    `portable`: among those for any device.
+    """
     kind = torch.device(device).type
-    return next((k for k in kernels(op) if k.fits(kind, dtype) and k.available()), None)
+    found = (k for k in kernels(op) if k.fits(kind, dtype) and (k.device == "any" or not portable))
+    return next((k for k in found if k.available()), None)
 
 
 def kernel_of(target: OpOverload) -> Kernel | None:

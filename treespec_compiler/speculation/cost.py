@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..codegen import user_cache
 from ..errors import CorruptTable
 from ..tree import Forest, TokenTree
 from .chance import SeededChance
@@ -188,21 +188,12 @@ def meta(program: TreeProgram) -> dict[str, Any]:
 
 
 def table_path(key: str) -> Path:
-    from ..codegen.cpu.build import cache_dir
-
-    return cache_dir() / "latency" / f"{key}.json"
+    return user_cache.cache_dir() / "latency" / f"{key}.json"
 
 
 def read_table(path: Path) -> LatencyTable:
     """A table from its file; raises `CorruptTable`."""
-    expected = "a JSON object with schema, meta and entries"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptTable(path=str(path), problem=f"{type(error).__name__} ({error})") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        problem = f"schema {data.get('schema')!r}" if isinstance(data, dict) else f"a {type(data).__name__}"
-        raise CorruptTable(path=str(path), problem=problem, expected=f"{expected}, schema {SCHEMA}")
+    data, expected = user_cache.read_table(path, SCHEMA), "a JSON object with schema, meta and entries"
     try:
         sampled_row = float(data["sampled_row"])
         points = [
@@ -219,16 +210,8 @@ def read_table(path: Path) -> LatencyTable:
 def write_table(path: Path, table: LatencyTable, about: dict[str, Any]) -> None:
     """Whole or not at all, also when several processes write."""
     entries = [asdict(point) for point in table.points]
-    write_json(path, {"schema": SCHEMA, "meta": about, "sampled_row": table.sampled_row, "entries": entries})
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """A file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
-    os.replace(temporary, path)
+    data = {"schema": SCHEMA, "meta": about, "sampled_row": table.sampled_row, "entries": entries}
+    user_cache.write_whole(path, json.dumps(data, indent=1))
 
 
 def measure(

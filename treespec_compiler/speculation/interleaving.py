@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..codegen.user_cache import read_table, write_whole
 from ..errors import CorruptTable
 from ..tree import TokenTree
 from . import cost
@@ -62,7 +63,7 @@ def _stored(path: Path, target: Any, draft: ModelDraft) -> float:
     found = measure_factor(target, draft)
     data = {"schema": cost.SCHEMA, "meta": cost.meta(target), "draft_factor": found}
     try:
-        cost.write_json(path, data)
+        write_whole(path, json.dumps(data, indent=1))
     except OSError as error:
         log.warning("the draft's factor %s cannot be written (%s)", path, error)
     return found
@@ -70,15 +71,10 @@ def _stored(path: Path, target: Any, draft: ModelDraft) -> float:
 
 def read_factor(path: Path) -> float:
     """Raises `CorruptTable`."""
-    expected = f"a JSON object of schema {cost.SCHEMA} with a draft_factor from 1 to {LARGEST:g}"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        found = float(data["draft_factor"])
-        good = data["schema"] == cost.SCHEMA and 1.0 <= found <= LARGEST
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CorruptTable(path=str(path), problem=f"{type(error).__name__} ({error})", expected=expected) from error
-    if not good:
-        raise CorruptTable(path=str(path), problem=f"{data}", expected=expected)
+    data, expected = read_table(path, cost.SCHEMA), f"a draft_factor from 1 to {LARGEST:g}"
+    found = data.get("draft_factor")
+    if not isinstance(found, float) or not 1.0 <= found <= LARGEST:
+        raise CorruptTable(path=str(path), problem=f"draft_factor {found!r}", expected=expected)
     return found
 
 
