@@ -140,7 +140,8 @@ def _shorten(lowered: Lowered, call: Callable[[list[Tensor]], Sequence[Tensor]])
 
 def _settings(device: torch.device) -> dict[str, Any]:
     """Inductor's settings for a decoding step."""
-    settings: dict[str, Any] = {"size_asserts": False, "nan_asserts": False, "fallback_random": True}
+    settings: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "nan_asserts": False}
+    settings |= {"fallback_random": True}
     # Steps are recorded whole, with their metadata, by cuda_graphs.py; Inductor's recordings would copy every input.
     settings |= {"triton.cudagraphs": False}
     if device.type == "cpu":
