@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="needs triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -14,10 +17,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offline
 from treespec_compiler.codegen.gpu.tree_attention import constexprs, divisible, module, signature
 from treespec_compiler.codegen.gpu.tree_attention_spec import (
+    MAX_SPLITS,
     AttentionKernel,
     Config,
     default_config,
     merge_warps,
+    resident_programs,
     search_space,
     split_count,
 )
@@ -122,10 +127,53 @@ def test_search_space_holds_the_defaults_and_is_bounded() -> None:
         assert len(space) == len(set(space)) <= 96
 
 
+SMALL, LARGE = Config(16, 32, 4, 4), Config(128, 64, 8, 3)
+CONTEXT = 1 << 17
+
+
+def test_programs_that_a_processor_holds() -> None:
+    llama, gemma = FAMILIES["llama"], FAMILIES["gemma2"]
+    assert resident_programs(llama, SMALL) == 3  # 68 KiB each
+    assert resident_programs(llama, LARGE) == 1
+    assert resident_programs(gemma, Config(16, 32, 8, 2)) == 2  # registers of 8 warps
+    assert resident_programs(llama, Config(128, 128, 8, 4)) == 1  # more than there is: none would run
+
+
 def test_split_count() -> None:
-    small, large = Config(16, 64, 4, 3), Config(128, 64, 8, 3)
-    assert split_count(8, 1 << 17, small, 132) == 33
-    assert split_count(8, 1 << 17, large, 132) == 16
-    assert split_count(8, 1024, small, 132) == 4  # no program reads less than four blocks
-    assert split_count(512, 1 << 17, large, 132) == 1
-    assert split_count(1, 1 << 20, small, 132) == 63
+    llama = FAMILIES["llama"]
+    assert split_count(llama, 8, CONTEXT, SMALL, 132) == 34  # 280 of 396: those read as fast as memory gives
+    assert split_count(llama, 8, CONTEXT, LARGE, 132) == 15
+    assert split_count(llama, 8, 1024, SMALL, 132) == 16  # shares of two blocks
+    assert split_count(llama, 8, 64, SMALL, 132) == 1  # merging takes longer than two blocks
+    assert split_count(llama, 16, CONTEXT, LARGE, 132) == 7  # 8 would launch 144 programs
+    assert split_count(llama, 44, CONTEXT, LARGE, 132) == 2
+    assert split_count(llama, 45, CONTEXT, LARGE, 132) == 1  # 135 programs
+    assert split_count(llama, 512, CONTEXT, LARGE, 132) == 1
+    assert split_count(llama, 1, 1 << 20, SMALL, 132) == 63
+
+
+@settings(max_examples=300)
+@given(
+    family=st.sampled_from(list(FAMILIES)),
+    rows=st.integers(1, 512),
+    programs=st.integers(1, 1000),
+    capacity=st.integers(0, 1 << 20),
+    processors=st.sampled_from([1, 8, 84, 108, 132, 148, 304]),
+)
+def test_split_counts(family: str, rows: int, programs: int, capacity: int, processors: int) -> None:
+    spec = FAMILIES[family]
+    config = default_config(spec, rows)
+    held = resident_programs(spec, config) * processors
+    splits = split_count(spec, programs, capacity, config, processors)
+    assert 1 <= splits <= MAX_SPLITS
+    assert splits == 1 or programs * (splits + 1) <= held  # one wave, so 1 where programs fill the GPU by themselves
+    blocks = max(1, math.ceil(capacity / config.block_n))
+    assert splits == math.ceil(blocks / math.ceil(blocks / splits)) <= blocks  # none has no block, nor is one too many
+    assert split_count(spec, programs + 1, capacity, config, processors) <= splits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_node_with_a_long_context_fills_a_gpu(family: str) -> None:
+    spec = FAMILIES[family]
+    splits = split_count(spec, 8, CONTEXT, default_config(spec, spec.group), 132)
+    assert 132 <= 8 * (splits + 1) <= 132 * 4

@@ -113,7 +113,7 @@ def attend(
     blocks = -(-nodes * spec.group // config.block_m) + requests - 1  # of ragged requests, at most
     if splits is None:
         reach = min(capacity, window + nodes if window else capacity, chunk + nodes if chunk else capacity)
-        splits = split_count(blocks * spec.kv_heads, reach, config, _processors(device))
+        splits = split_count(spec, blocks * spec.kv_heads, reach, config, _processors(device))
     kernels, parts = module(spec), splits + 1 if splits > 1 else 1
     partial, tops = out, out
     if parts > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -136,16 +137,19 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
     block_m = min(block_m, 128 if wide <= 128 else 64 if wide <= 256 else 16)
     block_n = 64 if wide <= 128 else 32 if wide <= 256 else 16
     num_warps = 8 if block_m * wide >= 128 * 64 or wide > 128 else 4
-    if arch.startswith("sm_9"):
+    hopper, ampere = arch.startswith("sm_9"), arch.startswith("sm_8")
+    if (hopper or ampere) and block_m == 16 and 64 < wide <= 128:
+        return Config(block_m, 32, 4, 4)  # 64 keys: ptxas of Triton 3.6 spills 8 bytes
+    if hopper:
         return Config(block_m, block_n, num_warps, 3 if wide <= 128 else 2)
     # Without wgmma the products' operands lie in registers too.
-    if arch.startswith("sm_8"):
-        block_m = min(block_m, 64 if wide <= 128 else 32)
+    if ampere:
+        block_m = min(block_m, 64 if wide <= 64 else 32)
         num_warps = 8 if block_m == 64 or (wide > 128 and block_m == 16) else 4
-        return Config(block_m, block_n if block_m == 16 else 32, num_warps, 3 if block_m == 64 else 2)
+        return Config(block_m, block_n if block_m == 16 else 32, num_warps, 3 if block_m > 16 and wide <= 128 else 2)
     if block_m >= 64:
         return Config(block_m, min(block_n, 32), num_warps, 2)
-    return Config(block_m, block_n, 4, 2)
+    return Config(block_m, block_n, 8 if wide > 128 and block_m == 16 and not arch.startswith("gfx") else 4, 2)
 
 
 def search_space(spec: AttentionKernel) -> Iterator[Config]:
@@ -159,16 +163,68 @@ def search_space(spec: AttentionKernel) -> Iterator[Config]:
                         yield Config(block_m, block_n, num_warps, num_stages)
 
 
-def split_count(programs: int, capacity: int, config: Config, processors: int) -> int:
-    """How many programs share the committed tokens of a block of rows.
+# What `split_count` estimates with. Estimates for an H100 (132 processors, 3.35 TB/s) that no GPU has confirmed yet: a
+# processor is a multiprocessor, or a compute unit of AMD's.
+SHARED_BYTES = 227 * 1024
+"""Shared memory of a processor, which its resident programs share."""
+REGISTER_FILE = 65536
+"""Registers of a processor."""
+FEW_REGISTERS, MANY_REGISTERS = 128, 255
+"""A thread's, as the default configurations compile with 16 rows a program and with more."""
+PROCESSOR_RATE = 24.0
+"""Bytes a nanosecond that a processor gets of the memory's when all of them read."""
+PROGRAM_RATE = 12.0
+"""Bytes a nanosecond that one program reads: products and softmax leave gaps, which another resident one fills."""
+START = 3000.0
+"""Nanoseconds until a kernel's programs are at work: its launch, and first loads that wait for each other."""
+PART = 100.0
+"""Nanoseconds that one more part takes beside its bytes: its programs start later, and `merge` weights more."""
 
-    `programs`: what is launched without splits; `capacity`: the most tokens there can be. Enough to fill the GPU once,
-    or twice where blocks are small enough for two programs on a processor, but never less than a few blocks of keys for
-    each: what a program gains must be more than what merging its part costs.
+
+@functools.lru_cache(4096)
+def split_count(spec: AttentionKernel, programs: int, capacity: int, config: Config, processors: int) -> int:
+    """How many programs share the committed tokens of a block of rows: the count of least estimated time.
+
+    `programs`: what is launched without splits; `capacity`: the most tokens there can be. `attend` launches
+    programs * (splits + 1), as the tree is one more part: of 16 programs, where each of 132 processors holds one, the
+    tokens are shared by 7, not by 8. All must be resident at once: what is left for a second wave would wait for the
+    first. No share is below a block of keys, and of counts that give the same shares the smallest is taken.
     """
-    waves = 2 if config.block_m <= 32 else 1
-    wanted = waves * processors // max(1, programs)
-    return max(1, min(wanted, math.ceil(capacity / (4 * config.block_n)), MAX_SPLITS))
+    blocks = max(1, math.ceil(capacity / config.block_n))
+    one_wave = resident_programs(spec, config) * processors // max(1, programs) - 1
+    counts = range(1, max(1, min(one_wave, blocks, MAX_SPLITS)) + 1)
+    return min(counts, key=lambda splits: (_attention_time(spec, programs, blocks, config, processors, splits), splits))
+
+
+def resident_programs(spec: AttentionKernel, config: Config) -> int:
+    """Programs of `attend` that a processor holds at once: by registers, and by shared memory for q and buffers."""
+    registers = FEW_REGISTERS if config.block_m <= SMALLEST else MANY_REGISTERS
+    q_bytes = config.block_m * _padded(spec.key_dim) * spec.dtype.itemsize
+    shared = q_bytes + config.num_stages * _block_bytes(spec, config)
+    return max(1, min(REGISTER_FILE // (registers * config.num_warps * 32), SHARED_BYTES // shared))
+
+
+def _attention_time(
+    spec: AttentionKernel, programs: int, blocks: int, config: Config, processors: int, splits: int
+) -> float:
+    """Nanoseconds of `attend` in one wave, and of `merge`. `blocks`: of keys, that each of `programs` is to read.
+
+    A program takes its share as fast as it can, all of them together not faster than memory gives it. A part's rows are
+    written in float32 by one kernel and read by the next.
+    """
+    bandwidth = processors * PROCESSOR_RATE
+    block_bytes = _block_bytes(spec, config)
+    alone = math.ceil(blocks / splits) * block_bytes / PROGRAM_RATE
+    attend = START + max(alone, programs * blocks * block_bytes / bandwidth)
+    if splits == 1:
+        return attend
+    part_bytes = config.block_m * spec.value_dim * 4
+    return attend + START + (splits + 1) * (PART + 2 * programs * part_bytes / bandwidth)
+
+
+def _block_bytes(spec: AttentionKernel, config: Config) -> int:
+    """Of a block of keys and their values."""
+    return config.block_n * (_padded(spec.key_dim) + _padded(spec.value_dim)) * spec.pool_dtype.itemsize
 
 
 def merge_warps(parts: int) -> int:
