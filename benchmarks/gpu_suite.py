@@ -6,8 +6,11 @@
     python benchmarks/gpu_suite.py --device cpu --smoke           # whether the script runs at all; no figures
 
 Each section is a process with a time of its own: one that fails or takes too long leaves what it had measured, and the
-others run. Caches are new, so compilation is cold; `compile again` repeats it with the caches that 8B left. Results:
-benchmarks/results/<device>/gpu_suite.json.
+others run; time that one leaves goes to the next. Caches are new, and 8B has new ones of its own, so its compilation is
+cold; `compile again` repeats it with what 8B left there.
+
+Results: benchmarks/results/<device>/gpu_suite.json, written again after every section; those of a run with --only go to
+gpu_suite-<sections>.json beside it. A smoke run writes nothing without --out.
 """
 
 from __future__ import annotations
@@ -45,18 +48,21 @@ class Section:
     arguments: tuple[str, ...] = ()
     beside: bool = False
     """Runs at the same time as the section before; only for sections that time nothing."""
+    caches: str = "all"
+    """Sections that name the same ones share what compilers keep."""
 
 
+# What does not fit into its time is left out and said so; together they fit into TOTAL.
 SECTIONS = (
-    Section("numerics", "numerics", 90),
-    Section("oracle 1", "oracle", 90, ("0", "2"), beside=True),
-    Section("oracle 2", "oracle", 90, ("1", "2"), beside=True),
-    Section("tune", "tune", 60),
-    Section("attention", "attention", 90),
-    Section("step 8B", "steps", 150, ("8B",)),
-    Section("compile again", "compile_again", 60, ("8B",)),
-    Section("step 1B", "steps", 90, ("1B",)),
-    Section("decode", "decode", 60),
+    Section("numerics 1", "numerics", 75, ("0", "2")),
+    Section("numerics 2", "numerics", 75, ("1", "2"), beside=True),
+    *(Section(f"oracle {i + 1}", "oracle", 75, (str(i), "4"), beside=True) for i in range(4)),
+    Section("tune", "tune", 45),
+    Section("attention", "attention", 70),
+    Section("step 8B", "steps", 125, ("8B",), caches="8B"),
+    Section("compile again", "compile_again", 40, ("8B",), caches="8B"),
+    Section("step 1B", "steps", 70, ("1B",)),
+    Section("decode", "decode", 40),
 )
 
 
@@ -74,13 +80,21 @@ def main() -> None:
         if arguments.out:
             write_json(arguments.out, {"status": "not measured", "reason": why})
         raise SystemExit(1)
-    found = run(arguments)
-    path = arguments.out or RESULTS / slug(found["run"]["device"]) / "gpu_suite.json"
-    write_json(path, found)
+    path = arguments.out or results_path(arguments)
+    found = run(arguments, path)
     print_report(found, arguments.markdown)
-    print(f"written to {path}", file=sys.stderr)
+    if path:
+        print(f"written to {path}", file=sys.stderr)
     failed = [name for name, section in found["sections"].items() if section["status"] != "done"]
     raise SystemExit(1 if failed else 0)
+
+
+def results_path(arguments: argparse.Namespace) -> Path | None:
+    """Where figures are kept: by device, and apart where they are of some sections only."""
+    if arguments.smoke:
+        return None
+    some = "-".join(["", *map(slug, arguments.only or ())])
+    return RESULTS / slug(torch.cuda.get_device_name()) / f"gpu_suite{some}.json"
 
 
 def parse() -> argparse.Namespace:
@@ -113,40 +127,74 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All sections, one after the other, within the time."""
+def run(arguments: argparse.Namespace, path: Path | None) -> dict[str, Any]:
+    """All sections, one after the other, within the time; `path` gets what there is after each of them."""
     began = time.perf_counter()
-    about = describe_run(torch.get_num_threads())
-    if arguments.device == "cuda":
-        about |= {"cpu": about["device"], "device": torch.cuda.get_device_name()}
-    report_ = {"status": "smoke" if arguments.smoke else "measured", "run": about, "sections": {}}
-    sections: dict[str, Any] = report_["sections"]
-    with tempfile.TemporaryDirectory(prefix="gpu-suite-") as folder:
-        environment = os.environ | (
-            {"TREESPEC_SUITE_CACHES": "as they were"}
-            if arguments.keep_caches or arguments.smoke
-            else new_caches(Path(folder) / "caches")
-        )
-        for group in groups([s for s in SECTIONS if not arguments.only or s.name in arguments.only]):
+    found = {"status": "smoke" if arguments.smoke else "measured", "run": about(arguments.device), "sections": {}}
+    sections: dict[str, Any] = found["sections"]
+    waiting = groups([s for s in SECTIONS if not arguments.only or s.name in arguments.only])
+    with tempfile.TemporaryDirectory(prefix="gpu-suite-") as name:
+        folder = Path(name)
+        while waiting:
+            group = waiting.pop(0)
             left = arguments.budget - (time.perf_counter() - began)
             if left < 10:
                 sections |= {section.name: {"status": "no time left"} for section in group}
                 continue
+            spare = max(0.0, left - sum(max(s.budget for s in later) for later in (group, *waiting)))
             names = ", ".join(section.name for section in group)
             print(f"{names} ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
-            started = [Running(arguments, s, min(s.budget, left), environment, Path(folder)) for s in group]
+            started = [Running(arguments, s, min(s.budget + spare, left), folder) for s in group]
             sections |= {one.section.name: one.results() for one in started}
-        tables = list(Path(folder).glob("tree_attention-*.json"))
-        report_["tuning_tables"] = {path.stem.partition("-")[2]: json.loads(path.read_text()) for path in tables}
-    report_["seconds"] = time.perf_counter() - began
-    report_["projection"] = report.projection(sections)
-    return report_
+            tables = folder.glob("tree_attention-*.json")
+            found["tuning_tables"] = {t.stem.partition("-")[2]: json.loads(t.read_text()) for t in tables}
+            found["seconds"] = time.perf_counter() - began
+            found["projection"] = report.projection(sections)
+            if path:
+                write_json(path, found)
+    return found
 
 
-def new_caches(folder: Path) -> dict[str, str]:
-    """Where compiled code goes, of every compiler."""
-    names = ("TREESPEC_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    return {name: str(folder / name.split("_")[0].lower()) for name in names} | {"TREESPEC_SUITE_CACHES": "new"}
+def about(device: str) -> dict[str, Any]:
+    """Where, when and with what this run is."""
+    run = describe_run(torch.get_num_threads())
+    if device != "cuda":
+        return run
+    gpu = torch.cuda.get_device_properties(0)
+    return run | {
+        "cpu": run["device"],
+        "device": torch.cuda.get_device_name(),
+        "memory_bytes": gpu.total_memory,
+        "multiprocessors": gpu.multi_processor_count,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "nvidia_smi": nvidia_smi(
+            "driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit", "temperature.gpu"
+        ),
+    }
+
+
+def nvidia_smi(*names: str) -> dict[str, str]:
+    """Properties of the first GPU; empty where the tool is not there."""
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = done.stdout.strip().split(", ")
+    return dict(zip(names, values)) if done.returncode == 0 and len(values) == len(names) else {}
+
+
+def environment(arguments: argparse.Namespace, section: Section, folder: Path) -> dict[str, str]:
+    """Of a section's process: where every compiler keeps what it made."""
+    if arguments.keep_caches or arguments.smoke:
+        return os.environ | {"TREESPEC_SUITE_CACHES": "as they were"}
+    compiled = folder / f"caches-{section.caches}"
+    return os.environ | {
+        "TREESPEC_CACHE_DIR": str(folder / "treespec"),  # tuning tables are for all sections
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
+        "TRITON_CACHE_DIR": str(compiled / "triton"),
+        "TREESPEC_SUITE_CACHES": "new",
+    }
 
 
 def groups(sections: Sequence[Section]) -> list[list[Section]]:
@@ -163,15 +211,14 @@ def groups(sections: Sequence[Section]) -> list[list[Section]]:
 class Running:
     """A section in a process of its own."""
 
-    def __init__(
-        self, arguments: argparse.Namespace, section: Section, budget: float, environment: dict[str, str], folder: Path
-    ) -> None:
+    def __init__(self, arguments: argparse.Namespace, section: Section, budget: float, folder: Path) -> None:
         self.section, self.budget, self.began = section, budget, time.perf_counter()
         self.path, self.log = (folder / f"{slug(section.name)}.{kind}" for kind in ("json", "txt"))
         command = [sys.executable, __file__, "--device", arguments.device, "--run-section", section.name]
         command += ["--section-out", str(self.path), "--section-budget", str(budget), *(["--smoke"] * arguments.smoke)]
         with self.log.open("w") as output:
-            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            variables = environment(arguments, section, folder)
+            self.process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
 
     def results(self) -> dict[str, Any]:
         """What it measured, whatever became of it."""
@@ -189,7 +236,7 @@ class Running:
         end = {"status": status, "seconds": time.perf_counter() - self.began, "budget": self.budget}
         if status != "done":
             end["error"] = "\n".join(text.splitlines()[-15:])
-        return end | (json.loads(self.path.read_text()) if self.path.is_file() else {})
+        return (json.loads(self.path.read_text()) if self.path.is_file() else {}) | end
 
 
 def run_section(arguments: argparse.Namespace) -> None:

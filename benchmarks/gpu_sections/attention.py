@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
-from treespec_compiler.codegen.gpu.tune import Shape
+from treespec_compiler.codegen.gpu.tune import TOLERANCE, Shape
 from treespec_compiler.codegen.gpu.tune_device import Inputs, binary_tree
 
-from .base import Context, copy_rate, milliseconds, relative_error
+from .base import Context, copy_rate, milliseconds, reason, relative_error
 from .numerics import eager_attention
 
 SPEC = AttentionKernel(32, 8, 128, 128, torch.bfloat16, torch.bfloat16)
@@ -30,22 +30,27 @@ def run(context: Context) -> None:
     spec = context.pick(SPEC, AttentionKernel(4, 2, 16, 16, torch.float32, torch.float32))
     sizes = ORDER + [(n, c) for c in CONTEXTS for n in NODES if (n, c) not in ORDER]
     for nodes, length in context.pick(sizes, [(3, 20), (1, 20)]):
+        what = f"{nodes} nodes behind {length} tokens"
         if context.left() < 6:
-            context.skipped(f"{nodes} nodes behind {length} tokens", "no time left")
+            context.skipped(what, "no time left")
             continue
-        inputs = Inputs(spec, Shape(nodes, 1, length), context.device)
-        calls = contenders(context, inputs, nodes, length)
-        agreement = compare(context, calls)
-        took = milliseconds(context, calls, budget=0.25)
-        ours = took["treespec"]
-        context.row(
-            "sizes", nodes=nodes, context=length, milliseconds=took, errors=agreement, bytes=inputs.bytes,
-            of_copy=inputs.bytes / (1e-3 * ours) / rate,
-            speedup={n: t / ours for n, t in took.items() if n != "treespec"},
-        )  # fmt: skip
-        del inputs, calls
+        context.attempt(what, functools.partial(measure, context, spec, nodes, length, rate))
         if context.on_gpu:
             torch.cuda.empty_cache()
+
+
+def measure(context: Context, spec: AttentionKernel, nodes: int, length: int, rate: float) -> None:
+    """One request's tree; `rate` in bytes a second."""
+    inputs = Inputs(spec, Shape(nodes, 1, length), context.device)
+    calls = contenders(context, inputs, nodes, length)
+    agreement = compare(context, calls, TOLERANCE[spec.dtype])
+    took = milliseconds(context, calls, budget=0.25)
+    ours = took["treespec"]
+    context.row(
+        "sizes", nodes=nodes, context=length, milliseconds=took, errors=agreement, bytes=inputs.bytes,
+        of_copy=inputs.bytes / (1e-3 * ours) / rate,
+        speedup={n: t / ours for n, t in took.items() if n != "treespec"},
+    )  # fmt: skip
 
 
 def contenders(context: Context, inputs: Inputs, nodes: int, length: int) -> dict[str, Callable[[], Tensor]]:
@@ -55,7 +60,8 @@ def contenders(context: Context, inputs: Inputs, nodes: int, length: int) -> dic
     q, group = inputs.q, inputs.spec.group
     rows = torch.tensor(binary_tree(nodes)[0], device=context.device)
     tree = (rows.unsqueeze(-1) >> torch.arange(64, device=context.device) & 1).flatten(1)[:, :nodes].bool()
-    mask = torch.cat([tree.new_ones(nodes, length), tree], 1)
+    mask = added_mask(torch.cat([tree.new_ones(nodes, length), tree], 1), q.dtype)
+    packed_mask = added_mask((mask == 0).repeat(group, 1), q.dtype)
     ours: Callable[[], Tensor] = inputs.attend if context.on_gpu else functools.partial(eager_attention, inputs)
     found: dict[str, Callable[[], Tensor]] = {"treespec": ours}
 
@@ -67,14 +73,26 @@ def contenders(context: Context, inputs: Inputs, nodes: int, length: int) -> dic
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=packed_mask, scale=inputs.scale)
         return out.reshape(1, inputs.spec.heads, nodes, -1)
 
-    packed_mask = mask.repeat(group, 1)
     found["sdpa dense mask"] = dense
     found["sdpa dense mask, packed heads"] = dense_packed
     if nodes == 1:
         found |= flash_decoding(context, inputs, k, v)
     if context.smoke or (nodes, length) in FLEX:
-        found["flex attention"] = flex(context, inputs, tree, length, k, v)
+        context.attempt(
+            f"flex attention, {nodes} nodes behind {length} tokens",
+            lambda: found.update({"flex attention": flex(context, inputs, tree, length, k, v)}),
+        )
     return found
+
+
+def added_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What SDPA adds to scores, [rows, keys]; from a mask of booleans it would make this at each call.
+
+    NOTE rows lie multiples of 16 apart, else SDPA pads them at each call.
+    """
+    rows, keys = seen.shape
+    wide = torch.zeros(rows, -(-keys // 16) * 16, dtype=dtype, device=seen.device)
+    return wide[:, :keys].masked_fill_(~seen, float("-inf"))
 
 
 def flash_decoding(context: Context, inputs: Inputs, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -112,8 +130,8 @@ def flex(context: Context, inputs: Inputs, tree: Tensor, length: int, k: Tensor,
     return lambda: compiled(inputs.q, k, v, block_mask=blocks, scale=inputs.scale, enable_gqa=True)
 
 
-def compare(context: Context, calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """How far each is from ours; a contender that computes something else is no contender."""
+def compare(context: Context, calls: dict[str, Callable[[], Tensor]], tolerance: float) -> dict[str, float]:
+    """How far each is from ours; one that fails or computes something else is taken out of `calls`."""
     ours, found = calls["treespec"]().clone(), {}
     for name, call in list(calls.items()):
         if name == "treespec":
@@ -121,6 +139,10 @@ def compare(context: Context, calls: dict[str, Callable[[], Tensor]]) -> dict[st
         try:
             found[name] = relative_error(call(), ours)
         except Exception as error:
-            context.skipped(name, f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            context.skipped(name, reason(error))
+            del calls[name]
+            continue
+        if not found[name] <= 2 * tolerance:  # NaN as well
+            context.skipped(name, f"{found[name]:.1e} away from treespec's")
             del calls[name]
     return found

@@ -36,7 +36,9 @@ class Context:
     def keep(self, name: str, value: Any) -> None:
         """Write a result; what was kept survives a section that is stopped or fails."""
         self.results[name] = value
-        self.path.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+        whole = self.path.with_name(f"{self.path.name}.new")  # the process may be killed while it writes
+        whole.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+        whole.replace(self.path)
 
     def row(self, table: str, /, **cells: Any) -> None:
         """Add to a list of results."""
@@ -49,6 +51,13 @@ class Context:
         self.keep("skipped", [*self.results.get("skipped", []), {"what": what, "why": why}])
         print(f"  skipped {what}: {why}", file=sys.stderr, flush=True)
 
+    def attempt(self, what: str, act: Callable[[], object]) -> None:
+        """Do one of many; where it fails, the others are still done."""
+        try:
+            act()
+        except Exception as error:
+            self.skipped(what, reason(error))
+
     def pick(self, full: Any, smoke: Any) -> Any:
         return smoke if self.smoke else full
 
@@ -59,6 +68,11 @@ class Context:
     def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def milliseconds(
@@ -75,7 +89,7 @@ def milliseconds(
         try:
             usable[name] = timed(context, call, cold=cold, graph=graph)
         except Exception as error:
-            context.skipped(name, f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            context.skipped(name, reason(error))
     if not usable:
         return dict.fromkeys(calls, float("nan"))
     if context.on_gpu:

@@ -11,7 +11,7 @@ import torch
 import treespec_compiler as treespec
 from treespec_compiler import demo
 
-from .base import Context
+from .base import Context, reason
 
 POLICIES = ("auto", "2,1,1", "best-first:8")
 
@@ -24,7 +24,7 @@ def run(context: Context) -> None:
         target, draft = (load("demo", role=role).model.to(context.device) for role in ("target", "draft"))
         tokenizer = load("demo").tokenizer
     except Exception as error:  # transformers missing, or too old for the folder
-        context.skipped("the demo pair", f"{type(error).__name__}: {error}".splitlines()[0][:200])
+        context.skipped("the demo pair", reason(error))
         return
     new = context.pick(128, 6)
     texts = [item.text for item in demo.heldout_prompts()][: context.pick(6, 1)]
@@ -42,21 +42,21 @@ def run(context: Context) -> None:
         ids["Hugging Face generate"].append(out)
     context.row("loops", name="Hugging Face generate", tokens_per_second=new / statistics.median(took))
     for name, setting in settings.items():
-        if context.left() < 5:
+        if context.left() < 8:
             context.skipped(name, "no time left")
             continue
-        ids[name] = []
         rates, per_step = [], []
+        # All prompts twice: by then every size of step is compiled, recorded and priced.
         for warm in (True, False):
-            for prompt in prompts[: 1 if warm else None]:
+            ids[name] = []
+            for prompt in prompts:
                 context.synchronize()
                 began = time.perf_counter()
                 out = treespec.generate(target, prompt, max_new_tokens=new, eos_token_id=(), options=options, **setting)
-                context.synchronize()
+                ids[name].append(out.sequences[0, prompt.shape[1] :].tolist())
                 if not warm:
                     rates.append(new / (time.perf_counter() - began - out.stats.compile_seconds))
-                    per_step.append(out.stats.step_tokens / max(1, out.stats.steps))
-                    ids[name].append(out.sequences[0, prompt.shape[1] :].tolist())
+                    per_step.append(out.stats.tokens_per_step)
         context.row(
             "loops", name=name, tokens_per_second=statistics.median(rates), tokens_per_step=statistics.mean(per_step),
             identical=ids[name] == ids["Hugging Face generate"],

@@ -13,7 +13,7 @@ from torch import nn
 import treespec_compiler as treespec
 
 from . import llama
-from .base import Context
+from .base import Context, reason
 
 TOLERANCE = 1e-4  # of the largest |logit|, float32
 PROMPT, NODES, ROUNDS = 7, 11, 3
@@ -29,7 +29,7 @@ def run(context: Context, part: str = "0", parts: str = "1") -> None:
             try:
                 found = check(context, name, lowering)
             except Exception as error:
-                found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+                found = {"ok": False, "error": reason(error)}
             context.row("models", name=name, lowering=lowering, **found)
 
 

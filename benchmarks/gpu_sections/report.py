@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ def _aims(sections: dict[str, Any]) -> Table:
 
 
 def _checks(sections: dict[str, Any]) -> Table | None:
-    rows = [("kernel", r) for r in sections.get("numerics", {}).get("kernels", [])]
-    rows += [("path oracle", r) for name in sections if "oracle" in name for r in sections[name].get("models", [])]
+    rows = [("kernel", r) for section in sections.values() for r in section.get("kernels", [])]
+    rows += [("path oracle", r) for section in sections.values() for r in section.get("models", [])]
     table = Table("Against the references", ("what", "of", "error", "tolerance", "right"))
     for kind, row in rows:
         error = row["error"] if isinstance(row["error"], str) else f"{row['error']:.1e}"
@@ -186,10 +187,9 @@ def projection(sections: dict[str, Any]) -> list[dict[str, Any]]:
 
 def draft_levels(policy: str, nodes: int) -> int:
     """Calls of the draft for a tree: one a level below the root."""
-    head, _, rest = policy.partition(":")
-    if head == "chain" and rest.isdecimal():
-        return int(rest)
-    if "," in policy and not rest:
+    if chain := re.match(r"chain:(\d+)", policy):
+        return int(chain[1])
+    if re.fullmatch(r"<?\d+(,\d+)*>?", policy):  # children of a node, level by level
         return policy.count(",") + 1
     return nodes - 1  # grown node by node at worst
 
