@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import json
@@ -253,6 +254,17 @@ def test_a_run_is_kept_by_device(pretended, monkeypatch):
     assert gpu_suite.results_path(gpu_suite.parse()) == folder / "gpu_suite.json"
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--only", "step 8B", "tune"])
     assert gpu_suite.results_path(gpu_suite.parse()) == folder / "gpu_suite-step-8b-tune.json"
+
+
+def test_a_tied_head_stays_tied(monkeypatch):
+    monkeypatch.setitem(llama.SHAPES, "tied", dataclasses.replace(llama.SHAPES["tiny"], tied=True))
+    model = llama.make("tied", torch.device("cpu"), torch.float32)
+    assert model.head.weight is model.embed.weight
+    shape, untied = model.shape, llama.make("tiny", torch.device("cpu"), torch.float32)
+    assert llama.weight_bytes(model) == llama.weight_bytes(untied)  # the table is read as the head
+    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in model.parameters()) == (
+        shape.vocab * shape.hidden
+    )
 
 
 def suite(*arguments, **environment):

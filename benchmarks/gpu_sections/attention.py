@@ -54,13 +54,15 @@ def measure(context: Context, spec: AttentionKernel, nodes: int, length: int, ra
 
 
 def contenders(context: Context, inputs: Inputs, nodes: int, length: int) -> dict[str, Callable[[], Tensor]]:
-    """Each gives [1, Hq, N, D] of one request whose K/V lie side by side, as the others need them."""
+    """Each gives [1, Hq, N, D], or the same as [1, Hkv, Hq / Hkv * N, D], of one request whose K/V lie side by side, as
+    the others need them."""
     total = length + nodes
     k, v = inputs.pool_k[:, :, :total], inputs.pool_v[:, :, :total]
     q, group = inputs.q, inputs.spec.group
     rows = torch.tensor(binary_tree(nodes)[0], device=context.device)
     tree = (rows.unsqueeze(-1) >> torch.arange(64, device=context.device) & 1).flatten(1)[:, :nodes].bool()
     mask = added_mask(torch.cat([tree.new_ones(nodes, length), tree], 1), q.dtype)
+    packed = q.reshape(1, inputs.spec.kv_heads, group * nodes, -1)
     packed_mask = added_mask((mask == 0).repeat(group, 1), q.dtype)
     ours: Callable[[], Tensor] = inputs.attend if context.on_gpu else functools.partial(eager_attention, inputs)
     found: dict[str, Callable[[], Tensor]] = {"treespec": ours}
@@ -69,9 +71,7 @@ def contenders(context: Context, inputs: Inputs, nodes: int, length: int) -> dic
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=inputs.scale, enable_gqa=True)
 
     def dense_packed() -> Tensor:  # heads of a group as more rows: K and V are not repeated
-        packed = q.reshape(1, inputs.spec.kv_heads, group * nodes, -1)
-        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=packed_mask, scale=inputs.scale)
-        return out.reshape(1, inputs.spec.heads, nodes, -1)
+        return F.scaled_dot_product_attention(packed, k, v, attn_mask=packed_mask, scale=inputs.scale)
 
     found["sdpa dense mask"] = dense
     found["sdpa dense mask, packed heads"] = dense_packed
@@ -102,8 +102,7 @@ def flash_decoding(context: Context, inputs: Inputs, k: Tensor, v: Tensor) -> di
 
     def packed() -> Tensor:
         with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(q.view(1, spec.kv_heads, spec.group, -1), k, v, scale=inputs.scale)
-            return out.reshape(1, spec.heads, 1, -1)
+            return F.scaled_dot_product_attention(q.view(1, spec.kv_heads, spec.group, -1), k, v, scale=inputs.scale)
 
     found: dict[str, Callable[[], Tensor]] = {"flash decoding (torch)": packed}
     try:
@@ -137,7 +136,7 @@ def compare(context: Context, calls: dict[str, Callable[[], Tensor]], tolerance:
         if name == "treespec":
             continue
         try:
-            found[name] = relative_error(call(), ours)
+            found[name] = relative_error(call().reshape(ours.shape), ours)
         except Exception as error:
             context.skipped(name, reason(error))
             del calls[name]

@@ -101,6 +101,8 @@ def make(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> 
         model = Llama(SHAPES[name])
     model = model.to(dtype).to_empty(device=device)
     shape = SHAPES[name]
+    if shape.tied:
+        model.head.weight = model.embed.weight  # to_empty made two of it
     steps = torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim
     model.frequencies = (shape.theta**-steps).float()
     random = torch.Generator(device).manual_seed(seed)
