@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     for hidden in ("--run-section", "--section-out"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--section-budget", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--section-end", type=float, help=argparse.SUPPRESS)  # as of time.time()
     return parser.parse_args()
 
 
@@ -215,7 +215,13 @@ class Running:
         self.section, self.budget, self.began = section, budget, time.perf_counter()
         self.path, self.log = (folder / f"{slug(section.name)}.{kind}" for kind in ("json", "txt"))
         command = [sys.executable, __file__, "--device", arguments.device, "--run-section", section.name]
-        command += ["--section-out", str(self.path), "--section-budget", str(budget), *(["--smoke"] * arguments.smoke)]
+        command += [
+            "--section-out",
+            str(self.path),
+            "--section-end",
+            str(time.time() + budget),
+            *(["--smoke"] * arguments.smoke),
+        ]
         with self.log.open("w") as output:
             variables = environment(arguments, section, folder)
             self.process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
@@ -240,12 +246,11 @@ class Running:
 
 
 def run_section(arguments: argparse.Namespace) -> None:
-    """In the section's own process."""
+    """In the section's own process; it leaves a few seconds for ending, what starting took is gone."""
     section = next(s for s in SECTIONS if s.name == arguments.run_section)
     module = importlib.import_module(f"gpu_sections.{section.module}")
-    context = Context(
-        torch.device(arguments.device), arguments.smoke, arguments.section_budget - 5, Path(arguments.section_out)
-    )
+    left = arguments.section_end - time.time() - 4
+    context = Context(torch.device(arguments.device), arguments.smoke, left, Path(arguments.section_out))
     act: Callable[..., None] = module.run
     act(context, *section.arguments)
 

@@ -90,6 +90,7 @@ def test_tables_of_a_run(sections, capsys):
         "Aims:",
         "Against the references:",
         "verify(N) / decode(1):",
+        "Compilation and memory:",
         "The shipped pair, float32:",
     ):
         assert text in shown

@@ -26,6 +26,9 @@ def run(context: Context, part: str = "0", parts: str = "1") -> None:
     torch.backends.cudnn.allow_tf32 = False
     for name in names(context)[int(part) :: int(parts)]:
         for lowering in ("eager", "inductor") if name in COMPILED and not context.smoke else ("eager",):
+            if context.left() < 8:
+                context.skipped(f"{name}, {lowering}", "no time left")
+                continue
             try:
                 found = check(context, name, lowering)
             except Exception as error:

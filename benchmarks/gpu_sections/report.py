@@ -59,7 +59,8 @@ def met(name: str, value: float) -> str:
 def tables(found: dict[str, Any]) -> list[Table]:
     sections = found["sections"]
     made = [_status(sections), *([_aims(sections)] if found["status"] == "measured" else [])]
-    made += [t for t in (_checks(sections), _attention(sections), *_steps(sections), _decode(sections)) if t]
+    made += [t for t in (_checks(sections), _attention(sections), *_steps(sections)) if t]
+    made += [t for t in (_programs(sections), _decode(sections)) if t]
     return made + ([_projection(found["projection"])] if found.get("projection") else [])
 
 
@@ -139,6 +140,24 @@ def _steps(sections: dict[str, Any]) -> list[Table]:
             )
         made.append(table)
     return made
+
+
+def _programs(sections: dict[str, Any]) -> Table | None:
+    """What it takes until the first step, and memory."""
+    headings = ("section", "capture s", "conversion s", "first step s", "compiled again", "recorded", "peak GB")
+    table = Table("Compilation and memory", headings)
+    for name, section in sections.items():
+        seconds = section.get("compile_seconds")
+        if seconds:
+            peak = max((case["peak_bytes"] for case in section.get("cases", [])), default=0)
+            table.add(
+                f"{name}, {seconds['caches']} caches",
+                *(f"{seconds[part]:.1f}" for part in ("capture", "convert", "all")),
+                str(section.get("recompiles", "-")),
+                str(section.get("graphs", {}).get("captures", "-")),
+                f"{peak / 1e9:.1f}" if peak else "-",
+            )
+    return table if table.rows else None
 
 
 def _decode(sections: dict[str, Any]) -> Table | None:

@@ -37,8 +37,8 @@ def run(context: Context, size: str) -> None:
             continue
         what = f"batch {batch}, context {length}"
         context.attempt(what, functools.partial(measure, context, program, batch, length, floor))
-    context.keep("recompiles", compile_calls() - compiled)
-    context.keep("graphs", vars(program.graph_stats))
+        context.keep("recompiles", compile_calls() - compiled)
+        context.keep("graphs", vars(program.graph_stats))
 
 
 def compile_program(context: Context, model: llama.Llama) -> Any:
