@@ -12,14 +12,22 @@ from treespec_compiler.ir import attention
 
 def visible(positions: Tensor, ancestors: Tensor, prefix: int, nodes: int, window: int) -> Tensor:
     """[T, prefix + nodes] bool: what each of one request's new nodes sees, by offset in its slot."""
-    bits = ancestors.unsqueeze(-1) >> torch.arange(64, device=ancestors.device) & 1
-    tree = bits.flatten(1)[:, :nodes]  # [T, nodes]
+    tree = topology(ancestors, nodes)
     if not window:
         return torch.cat([tree.new_ones(len(tree), prefix), tree], 1).bool()
     rank = tree.cumsum(1)  # of an ancestor: its depth + 1
     near = rank[:, -1:] - rank < window
     offsets = torch.arange(prefix, device=ancestors.device)
     return torch.cat([positions.unsqueeze(1) - offsets < window, tree.bool() & near], 1)
+
+
+def topology(ancestors: Tensor, nodes: int) -> Tensor:
+    """[T, nodes] of 0 and 1: which of one request's nodes are ancestors of its T new ones, or the node itself."""
+    if not ancestors.shape[1]:  # a chain, see `TreeMeta`
+        new = ancestors.shape[0]
+        return ancestors.new_ones(new, nodes).tril(nodes - new)
+    bits = ancestors.unsqueeze(-1) >> torch.arange(64, device=ancestors.device) & 1
+    return bits.flatten(1)[:, :nodes]
 
 
 def tree_attention(
@@ -38,11 +46,10 @@ def tree_attention(
     scale: float,
     window: int,
 ) -> Tensor:
+    write(k, v, pool_k, pool_v, write_index)
+    pool_k, pool_v, page_table = attention.stored(pool_k, pool_v, page_table, write_index)
     kv_heads, page_size = pool_k.shape[1], pool_k.shape[2]
     group = q.shape[1] // kv_heads
-    at = (write_index // page_size, slice(None), write_index % page_size)
-    pool_k[at] = k[0].transpose(0, 1).to(pool_k.dtype)
-    pool_v[at] = v[0].transpose(0, 1).to(pool_v.dtype)
 
     out = attention.empty_output(q, v)
     bounds, pages = node_offsets.tolist(), page_table.tolist()
@@ -67,6 +74,14 @@ def tree_attention(
         )
         out[0, :, rows] = result.reshape(q.shape[1], -1, v.shape[3])  # [Hkv, G*T, D] -> [Hq, T, D]
     return out
+
+
+def write(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Tensor) -> None:
+    """Every new node's K and V into the pools; `write_index` names a place for each."""
+    page_size = pool_k.shape[2]
+    at = (write_index // page_size, slice(None), write_index % page_size)
+    pool_k[at] = k[0].transpose(0, 1).to(pool_k.dtype)
+    pool_v[at] = v[0].transpose(0, 1).to(pool_v.dtype)
 
 
 def tokens(pool: Tensor, pages: list[int], length: int) -> Tensor:

@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.codegen.aten import tokens, visible
+from treespec_compiler.codegen.aten import tokens, topology, visible, write
 from treespec_compiler.ir import attention, scored_attention
 from treespec_compiler.ir.scored_attention import changed_scores, softmax_with_sinks
 
 
 def key_positions(ancestors: Tensor, prefix: int, nodes: int) -> Tensor:
     """[T, prefix + nodes]: the position of each key on the path of each node; only ancestors' entries mean anything."""
-    bits = ancestors.unsqueeze(-1) >> torch.arange(64, device=ancestors.device) & 1
-    depth = bits.flatten(1)[:, :nodes].cumsum(1) - 1
+    depth = topology(ancestors, nodes).cumsum(1) - 1
     before = torch.arange(prefix, device=ancestors.device).expand(len(ancestors), prefix)
     return torch.cat([before, prefix + depth], 1)
 
@@ -40,10 +39,9 @@ def scored_tree_attention(
     bias: Tensor | None,
     sinks: Tensor | None,
 ) -> Tensor:
+    write(k, v, pool_k, pool_v, write_index)
+    pool_k, pool_v, page_table = attention.stored(pool_k, pool_v, page_table, write_index)
     heads, kv_heads, page_size = q.shape[1], pool_k.shape[1], pool_k.shape[2]
-    at = (write_index // page_size, slice(None), write_index % page_size)
-    pool_k[at] = k[0].transpose(0, 1).to(pool_k.dtype)
-    pool_v[at] = v[0].transpose(0, 1).to(pool_v.dtype)
 
     out = attention.empty_output(q, v)
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -46,7 +46,7 @@ def test_unknown_name() -> None:
         ({"kernels": ["aten"]}, r"got \['aten'\], expected 'auto' or 'aten' or 'reference'"),
         ({"max_context": 0}, "Invalid option max_context: got 0, expected a positive integer or None"),
         ({"max_context": "4k"}, "got '4k', expected a positive integer or None"),
-        ({"prefill_chunk": True}, "got True, expected a positive integer"),
+        ({"prefill_chunk": True}, "got True, expected a positive integer or None"),
         ({"cuda_graphs": "yes"}, "Invalid option cuda_graphs: got 'yes', expected 'auto' or True or False"),
         ({"cuda_graphs": 1}, "got 1, expected 'auto' or True or False"),
         ([("lowering", "eager")], "Invalid option options: got .*expected a mapping, an Options or None"),

@@ -21,6 +21,10 @@ class Part:
     slot: int
     tree: TokenTree
     start: int = 0
+    prompt: bool = False
+    """Whether the tree is a chain, all of it new and alone in its call: `TreeMeta` needs no words for it."""
+    pages: int = 1
+    """0: a prompt into an empty slot, for which `TreeMeta` needs no pages either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,13 @@ class Shape:
     requests: int
     rows: int
     words: int
+    pages: int = 1
+    """Of each request."""
 
     @property
     def _sizes(self) -> list[int]:
         t, r = self.nodes, self.requests
-        return [t, t, t, r + 1, r, r, r, self.rows, t * self.words]
+        return [t, t, t, r + 1, r * self.pages, r, r, self.rows, t * self.words]
 
     @property
     def integers(self) -> int:
@@ -66,7 +72,7 @@ class Shape:
             positions=positions,
             write_index=write_index,
             node_offsets=node_offsets,
-            page_table=page_table.view(r, 1),
+            page_table=page_table.view(r, self.pages),
             prefix_lens=prefix_lens,
             tree_lens=tree_lens,
             ancestors=ancestors.view(t, w),
@@ -81,7 +87,7 @@ def lay_out(
     rows: Sequence[int] | None = None,
     room: Shape | None = None,
     aligned: bool = False,
-) -> tuple[tuple[int, int, int, int], array[int]]:
+) -> tuple[tuple[int, int, int, int, int], array[int]]:
     """The fields of a `Shape`, and all integers of the call; `rows` defaults to every new node.
 
     With `room`, a shape at least as large, the call is padded to it: with nodes that belong to no request and write
@@ -100,14 +106,16 @@ def lay_out(
         positions += [prefix + d for d in tree.depths[start:]]
         base = part.slot * cache.max_tokens + prefix
         write += range(base + start, base + size)
-        if words == 1 and size < WORD_BITS:
+        if not words:
+            pass
+        elif words == 1 and size < WORD_BITS:
             bits += tree._ancestor_rows[start:]
         else:
             bits += [_signed(row >> WORD_BITS * w) for row in tree._ancestor_rows[start:] for w in range(words)]
         offsets.append(len(tokens))
         prefixes.append(prefix)
         sizes.append(size)
-        pages.append(part.slot)
+        pages += [part.slot] * part.pages
     if room is not None:
         more, idle = room.nodes - len(tokens), [0] * (room.requests - len(parts))
         tokens += [0] * more
@@ -118,20 +126,22 @@ def lay_out(
         prefixes += idle
         sizes += idle
         pages += idle
-    count, requests = len(tokens), len(pages)
+    count, requests = len(tokens), len(sizes)
     chosen: Sequence[int] = range(count) if rows is None else rows
-    selected = len(chosen)
+    shape = (count, requests, len(chosen), words, len(pages) // requests)
     if aligned:
         for field in (tokens, positions, write, offsets, pages, prefixes, sizes, bits):
             field += [0] * (len(field) % 2)
         chosen = [*chosen, *([0] * (len(chosen) % 2))]
     # One array for all integers: building nine small tensors costs more than a small draft's layer.
     numbers = array("q", [*tokens, *positions, *write, *offsets, *pages, *prefixes, *sizes, *chosen, *bits])
-    return (count, requests, selected, words), numbers
+    return shape, numbers
 
 
 def word_count(parts: Sequence[Part]) -> int:
-    """Words of 64 nodes that the largest tree needs."""
+    """Words of 64 nodes that the largest tree needs; a prompt needs none."""
+    if parts[0].prompt:
+        return 0
     return -(-max([len(part.tree.tokens) for part in parts]) // WORD_BITS)
 
 

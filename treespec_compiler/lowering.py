@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 log = logging.getLogger(__name__)
 
 # Example sizes, all different: equal sizes would be taken for the same symbol.
-EXAMPLE = {"T": 13, "rows": 7, "requests": 3, "words": 5, "pages": 2, "page_size": 17}
+EXAMPLE = {"T": 13, "rows": 7, "requests": 3, "words": 5, "pages": 2, "page_size": 17, "slot_pages": 6}
 
 _compile_calls = 0
 
@@ -52,7 +52,7 @@ def dynamic_sizes(name: str) -> dict[int, str]:
         "write_index": {0: "T"},
         "ancestors": {0: "T", 1: "words"},
         "node_offsets": {0: "offsets"},
-        "page_table": {0: "requests"},
+        "page_table": {0: "requests", 1: "slot_pages"},
         "prefix_lens": {0: "requests"},
         "tree_lens": {0: "requests"},
         "rows": {0: "rows"},

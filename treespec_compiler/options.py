@@ -36,8 +36,8 @@ class Options:
     """What is checked after every pass: nothing, the level's rules, or the rules and the meaning on random trees."""
     max_context: int | None = None
     """Positions the program may use; None: as many as the model proves to have."""
-    prefill_chunk: int = 256
-    """Prompt tokens that run in one call."""
+    prefill_chunk: int | None = None
+    """Prompt tokens that run in one call; None: 256 on a CPU, 2048 on a GPU."""
     kernels: Kernels = "auto"
     """Which implementations ops are bound to: the best registered, ATen only, or the readable references."""
     pipeline: str | None = None
@@ -52,7 +52,8 @@ class Options:
                 raise InvalidOption(name=name, got=value, expected=" or ".join(map(repr, choices)))
         if self.max_context is not None:
             _check_positive("max_context", self.max_context, "a positive integer or None")
-        _check_positive("prefill_chunk", self.prefill_chunk, "a positive integer")
+        if self.prefill_chunk is not None:
+            _check_positive("prefill_chunk", self.prefill_chunk, "a positive integer or None")
         if not isinstance(self.cuda_graphs, bool) and self.cuda_graphs != "auto":
             raise InvalidOption(name="cuda_graphs", got=self.cuda_graphs, expected="'auto' or True or False")
 

@@ -30,6 +30,10 @@ from .weights import WeightWatch
 
 log = logging.getLogger("treespec.program")
 
+# Prompt tokens of a call. A CPU computes at its peak from some dozens of rows on, and more are more scores at a time. A
+# GPU reads weights for about 200 rows in the time it computes with them (H200, bfloat16), and needs several times that
+# to be busy with computing; measured on none yet.
+CHUNK_CPU, CHUNK_GPU = 256, 2048
 # Shapes of calls whose inputs a cache keeps: a loop has a few, and each is a few hundred bytes.
 MAX_PREPARED = 256
 
@@ -201,12 +205,14 @@ class TreeProgram:
         check_tokens(ids, self._input_vocab, "the prompt")
         self._check_context(cache.length(slot) + len(ids))
         cache._reserve(slot, len(ids))
-        chunk = self.options.prefill_chunk
+        chunk = self.options.prefill_chunk or (CHUNK_CPU if self.device.type == "cpu" else CHUNK_GPU)
         logits = None
         for start in range(0, len(ids), chunk):
             piece = ids[start : start + chunk]
             tree = TokenTree._trusted(piece, range(-1, len(piece) - 1))
-            logits = self._run([Part(slot, tree)], cache, rows=[len(piece) - 1])
+            # NOTE the CPU's kernels look at every page number; others take the slot's emptiness from the shape
+            pages = 1 if cache._lengths[slot] or self.device.type == "cpu" else 0
+            logits = self._run([Part(slot, tree, prompt=True, pages=pages)], cache, rows=[len(piece) - 1])
             cache._trees[slot] = None
             cache._lengths[slot] += len(piece)
         assert logits is not None

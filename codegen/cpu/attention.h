@@ -45,6 +45,14 @@ inline Scratch& scratch() {
   return s;
 }
 
+inline uint64_t ones(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1; }
+
+// The words of node `node` of a chain: it and those before it, as far back as the window reaches.
+inline void chain_words(int64_t node, int64_t words, int64_t window, uint64_t* out) {
+  const int64_t low = window ? node + 1 - window : 0;
+  for (int64_t w = 0; w < words; ++w) out[w] = ones(node + 1 - 64 * w) & ~ones(low - 64 * w);
+}
+
 // The last `window` set bits of a row of ancestor words: ancestors fewer than `window` levels up.
 inline void nearest(const int64_t* row, int64_t words, int64_t window, uint64_t* out) {
   int64_t count = 0;
@@ -63,8 +71,6 @@ inline uint64_t window_of(const uint64_t* row, int64_t words, int64_t at) {
   const uint64_t high = b && w + 1 >= 0 && w + 1 < words ? row[w + 1] << (64 - b) : 0;
   return low | high;
 }
-
-inline uint64_t ones(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1; }
 
 // s[R][CHUNK] = q[R][Dk] . kt[Dk][CHUNK], for `vectors` vectors of keys (even).
 template <int R>
@@ -190,10 +196,12 @@ inline void run_task(const Attention& a, const Task& task) {
   const int64_t nodes = task.last - task.first, rows = nodes * group;
   const int64_t prefix = a.prefix_lens[task.request], length = prefix + a.tree_lens[task.request];
   const int64_t* table = a.page_table + task.request * a.slot_pages;
+  const bool chain = a.words == 0;
+  const int64_t tree = a.tree_lens[task.request], words = chain ? (tree + 63) / 64 : a.words;
 
   t.q.resize(rows * Dk), t.kt.resize(Dk * CHUNK), t.s.resize(rows * CHUNK);
   t.o.assign(rows * ldo, 0.f), t.m.assign(rows, -1e30f), t.l.assign(rows, 0.f), t.c.resize(rows);
-  t.seen.resize(nodes), t.low.resize(nodes), t.near.resize(nodes * a.words);
+  t.seen.resize(nodes), t.low.resize(nodes), t.near.resize(nodes * words);
 
   const float scale = a.scale * 1.44269504f;  // exp(x) = 2^(x log2 e)
   for (int64_t i = 0; i < nodes; ++i) {
@@ -203,12 +211,15 @@ inline void run_task(const Attention& a, const Task& task) {
       float* to = t.q.data() + (i * group + g) * Dk;
       for (int64_t d = 0; d < Dk; ++d) to[d] = from[d] * scale;
     }
-    const int64_t* row = a.ancestors + node * a.words;
+    const int64_t* row = a.ancestors + node * words;
+    uint64_t* near = t.near.data() + i * words;
     t.low[i] = a.window ? std::max<int64_t>(0, a.positions[node] - a.window + 1) : 0;
-    if (a.window)
-      nearest(row, a.words, a.window, t.near.data() + i * a.words);
+    if (chain)
+      chain_words(tree - a.node_offsets[task.request + 1] + node, words, a.window, near);
+    else if (a.window)
+      nearest(row, words, a.window, near);
     else
-      std::memcpy(t.near.data() + i * a.words, row, a.words * sizeof(int64_t));
+      std::memcpy(near, row, words * sizeof(int64_t));
   }
 
   for (int64_t chunk = task.chunk_begin; chunk < task.chunk_end; ++chunk) {
@@ -218,7 +229,7 @@ inline void run_task(const Attention& a, const Task& task) {
     for (int64_t i = 0; i < nodes; ++i) {
       const uint64_t committed = ones(prefix - begin) & ~ones(t.low[i] - begin);
       uint64_t seen = committed;
-      if (end > prefix) seen |= window_of(t.near.data() + i * a.words, a.words, begin - prefix);
+      if (end > prefix) seen |= window_of(t.near.data() + i * words, words, begin - prefix);
       t.seen[i] = seen & all;
       any |= t.seen[i];
     }

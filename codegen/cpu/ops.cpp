@@ -85,7 +85,8 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
               "the tokens of a page must be contiguous");
   const int64_t R = prefix_lens_in.numel();
   TORCH_CHECK(page_table_in.dim() == 2 && ancestors_in.dim() == 2, "page_table and ancestors have 2 dimensions");
-  const int64_t slot_pages = page_table_in.size(1), words = ancestors_in.size(1);
+  const int64_t slot_pages = page_table_in.size(1), words = ancestors_in.size(1);  // no words: chains
+  TORCH_CHECK(slot_pages > 0, "page_table must name the pages of every request");
 
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   const Tensor positions = int64_input(positions_in, T, "positions");
@@ -132,7 +133,7 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
                 "node_offsets must increase from 0 to at most ", T);
     TORCH_CHECK(a.prefix_lens[r] >= 0 && a.tree_lens[r] >= last - first && length <= slot_pages * page_size,
                 "request ", r, " has ", length, " tokens, its slot ", slot_pages * page_size);
-    TORCH_CHECK(a.tree_lens[r] <= 64 * words, a.tree_lens[r], " nodes need more than ", words, " ancestor words");
+    TORCH_CHECK(!words || a.tree_lens[r] <= 64 * words, a.tree_lens[r], " nodes need more than ", words, " ancestor words");
     units += kv_heads * ((last - first + block - 1) / block);
     // a key and its value cost 1.5 units a float, each use of them a third (measured as for packed_linear)
     work += length * (Dk + Dv) * (3 * kv_heads / 2 + (last - first) * heads / 3);

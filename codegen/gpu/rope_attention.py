@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from treespec_compiler.codegen.gpu.append import rope_append
-from treespec_compiler.codegen.gpu.tree_attention import attend
+from treespec_compiler.codegen.gpu.tree_attention import attend_stored
 from treespec_compiler.ir import attention, rope_attention
 
 
@@ -19,7 +19,7 @@ def rope_tree_attention(
     """`args`: the rest of the schema of the op, plain or scored."""
     *rest, cos, sin, style, rotary = args
     q = rope_append(q, k, v, pool_k, pool_v, write_index, cos, sin, style, rotary)
-    return attend(q, pool_k, pool_v, positions, *rest)
+    return attend_stored(q, pool_k, pool_v, positions, write_index, *rest)
 
 
 _library = torch.library.Library("treespec_triton", "FRAGMENT")

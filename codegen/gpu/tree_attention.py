@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from treespec_compiler.codegen import tables
+from treespec_compiler.codegen.gpu import prompt
 from treespec_compiler.codegen.gpu import source as files
 from treespec_compiler.codegen.gpu.append import append
 from treespec_compiler.codegen.gpu.sizes import power_of_two
@@ -53,9 +54,11 @@ def signature(spec: AttentionKernel, *, split: bool = False) -> dict[str, str]:
     return types | dict.fromkeys(numbers, "i32")
 
 
-def constexprs(config: Config, *, requests: int = 1, one_page: bool = True, split: bool = False) -> dict[str, Any]:
+def constexprs(
+    config: Config, *, requests: int = 1, one_page: bool = True, split: bool = False, chain: bool = False
+) -> dict[str, Any]:
     """The constexpr arguments of `attend`."""
-    return {**config.constexprs(), "REQUESTS": requests, "ONE_PAGE": one_page, "SPLIT": split}
+    return {**config.constexprs(), "REQUESTS": requests, "ONE_PAGE": one_page, "SPLIT": split, "CHAIN": chain}
 
 
 def divisible(spec: AttentionKernel) -> list[str]:
@@ -90,7 +93,7 @@ def attend(
     config: Config | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Attention over K/V that are in the pools already: `ir.attention.reference` without the write.
+    """Attention over K/V that are in the pools already: `ir.attention.reference` without the write, with a page table.
 
     Tensors of any strides; one whose last dimension is not contiguous is copied. A node comes after its ancestors,
     so no bit above its own is set. Launches depend on shapes only and nothing is read back: they can be captured in a
@@ -130,7 +133,8 @@ def attend(
             pages=page_table.shape[1], page_size=pool_k.shape[2], q_head=q.stride(1), q_node=q.stride(2),
             k_page=pool_k.stride(0), k_head=pool_k.stride(1), k_token=pool_k.stride(2),
             v_page=pool_v.stride(0), v_head=pool_v.stride(1), v_token=pool_v.stride(2),
-            **constexprs(config, requests=power_of_two(requests), one_page=page_table.shape[1] == 1, split=parts > 1),
+            **constexprs(config, requests=power_of_two(requests), one_page=page_table.shape[1] == 1, split=parts > 1,
+                         chain=ancestors.shape[1] == 0),
             **config.options(), enable_fp_fusion=True,
         )  # fmt: skip
         if parts > 1:
@@ -162,6 +166,17 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
 
 
+def attend_stored(
+    q: Tensor, pool_k: Tensor, pool_v: Tensor, positions: Tensor, write_index: Tensor, node_offsets: Tensor,
+    page_table: Tensor, prefix_lens: Tensor, tree_lens: Tensor, ancestors: Tensor, scale: float, *rest: Any,
+) -> Tensor:  # fmt: skip
+    """`attend` after the write, prompts into an empty slot included; `rest`: of the op's schema, from `window` on."""
+    new_k, new_v, table = attention.stored(pool_k, pool_v, page_table, write_index)
+    if prompt.is_causal_prompt(page_table, ancestors, scale, *rest) and prompt.flash_takes(q, new_k, new_v):
+        return prompt.causal_attention(q, new_k, new_v, scale)
+    return attend(q, new_k, new_v, positions, node_offsets, table, prefix_lens, tree_lens, ancestors, scale, *rest)
+
+
 def tree_attention(
     q: Tensor,
     k: Tensor,
@@ -179,9 +194,10 @@ def tree_attention(
     window: int,
 ) -> Tensor:
     append(k, v, pool_k, pool_v, write_index)
-    return attend(
-        q, pool_k, pool_v, positions, node_offsets, page_table, prefix_lens, tree_lens, ancestors, scale, window
-    )
+    return attend_stored(
+        q, pool_k, pool_v, positions, write_index, node_offsets, page_table, prefix_lens, tree_lens, ancestors, scale,
+        window,
+    )  # fmt: skip
 
 
 def scored_tree_attention(
@@ -206,9 +222,9 @@ def scored_tree_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     append(k, v, pool_k, pool_v, write_index)
-    return attend(
-        q, pool_k, pool_v, positions, node_offsets, page_table, prefix_lens, tree_lens, ancestors, scale, window,
-        chunk, softcap, slopes, bias, sinks,
+    return attend_stored(
+        q, pool_k, pool_v, positions, write_index, node_offsets, page_table, prefix_lens, tree_lens, ancestors, scale,
+        window, chunk, softcap, slopes, bias, sinks,
     )  # fmt: skip
 
 

@@ -25,6 +25,8 @@ from treespec_compiler.codegen.gpu.tree_attention_template import (
 from treespec_compiler.codegen.printer import HELPERS, TRITON, Printer
 from treespec_compiler.ir import formulas
 
+# Of a chain, keys below the window can be skipped; in a tree, depth and place differ.
+TREE_BEGIN = "(begin - tl.minimum(begin, prefix)) // 64 * 64 if CHAIN else 0"
 DISTANCE_TABLE = "tl.load(bias + {head} * distances + tl.maximum({distance}, 0)).to(tl.float32)"
 
 
@@ -48,6 +50,7 @@ def source(spec: AttentionKernel) -> str:
         load_q=_lines(_load_q(spec, i, p) for i, p in enumerate(_key(spec))),
         load_tables=_load_tables(spec),
         begin=_begin(spec),
+        tree_begin="0" if _is_dense(spec) else TREE_BEGIN,
         dims=_dims(spec),
         sums=_lines(f"acc{i} = tl.zeros([BLOCK_M, {p.size}], tl.float32)" for i, p in enumerate(_value(spec))),
         prefix=_prefix(spec, score),
@@ -204,7 +207,7 @@ def _tile(spec: AttentionKernel, score: str, part: str) -> str:
         out.append(f"v{i} = {_load_v(spec, i, piece, inside)}")
         out.append(f"acc{i} = tl.dot(p.to(q0.dtype), {_cast(f'v{i}', 'q0', spec)}, acc{i} * kept[:, None]{precise})")
     if tree and _needs_distance(spec):
-        out += ["passed += ones(low)", "if TREE_N == 64:", "    passed += ones(high)"]
+        out += ["if not CHAIN:", "    passed += ones(low)", "    if TREE_N == 64:", "        passed += ones(high)"]
     return "\n".join(out)
 
 
@@ -216,15 +219,12 @@ def _seen(spec: AttentionKernel, part: str) -> list[str]:
     """Code that sets `seen` and, where the spec needs it, `distance`."""
     out: list[str] = []
     if part == "tree":
-        out += WORDS.splitlines()
-        if _needs_distance(spec):
-            out += RANK.splitlines()
+        out += _of_a_tree(spec)
     elif _needs_distance(spec):
         out.append("distance = q_pos[:, None] - n[None, :]")
     key = "(q_pos[:, None] - distance)" if part == "tree" else "n[None, :]"
     beyond = "" if _is_dense(spec) else _printer(spec, key).doprint(_beyond_causal(spec))
     if part == "tree":
-        out.append("seen = ((word >> bit[None, :]) & 1) != 0")
         if beyond:
             out.append(f"seen = seen & ({beyond})")
     elif part == "masked":
@@ -232,6 +232,17 @@ def _seen(spec: AttentionKernel, part: str) -> list[str]:
     elif part == "tail":
         out.append("seen = inside[None, :]")
     return out
+
+
+def _of_a_tree(spec: AttentionKernel) -> list[str]:
+    """Which nodes are ancestors, and how far up they are."""
+    chain = ["seen = j[None, :] <= own[:, None]"]
+    tree = WORDS.splitlines()
+    if _needs_distance(spec):
+        chain.append("distance = own[:, None] - j[None, :]")
+        tree += RANK.splitlines()
+    tree.append("seen = ((word >> bit[None, :]) & 1) != 0")
+    return ["if CHAIN:", *(f"    {line}" for line in chain), "else:", *(f"    {line}" for line in tree)]
 
 
 def _load_k(spec: AttentionKernel, i: int, piece: Piece, inside: str) -> str:

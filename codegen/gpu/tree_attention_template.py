@@ -96,6 +96,7 @@ def attend(
     REQUESTS: tl.constexpr,  # a power of two, at least `requests`
     ONE_PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
+    CHAIN: tl.constexpr,  # every request's nodes are a chain: there are no ancestor words
 ):
     # Later nodes see more: in a long prompt, programs with much to do start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -133,6 +134,7 @@ def attend(
 
     # The committed tokens and tree nodes this program reads. Nodes come after their ancestors.{begin}
     end = prefix
+    tree_begin = {tree_begin}
     tree_end = tl.minimum(tree, tree - new + (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
     if SPLIT:
         # The last program reads the tree: its share of the committed tokens begins at their end.
@@ -158,8 +160,9 @@ def attend(
 {prefix}
     # The tree: node j lies right behind the committed tokens, and is seen where its bit is set.
     TREE_N: tl.constexpr = 64 if BLOCK_N >= 64 else 32
+    own = tree - new + m // GROUP
     line = ancestors + node * words{path_length}{passed}
-    for start in range(0, tree_end, TREE_N):
+    for start in range(tree_begin, tree_end, TREE_N):
 {tree}
 
     row = node * HEADS + head

@@ -20,6 +20,26 @@ def ancestor_nodes(words: Tensor) -> list[int]:
     return [64 * w + b for w, word in enumerate(words.tolist()) for b in range(64) if word >> b & 1]
 
 
+def seen_nodes(ancestors: Tensor, row: int, node: int) -> list[int]:
+    """The nodes that node `node` of its request, row `row` of all, sees: its ancestors and itself, root first."""
+    return ancestor_nodes(ancestors[row]) if ancestors.shape[1] else [*range(node + 1)]
+
+
+def stored(pool_k: Tensor, pool_v: Tensor, page_table: Tensor, write_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pools and page table to read from, after the new nodes' K and V were written.
+
+    A page table without pages (see `TreeMeta`) becomes one with a page that holds the new nodes alone.
+    """
+    if page_table.shape[1]:
+        return pool_k, pool_v, page_table
+    if page_table.shape[0] != 1:
+        raise ValueError(f"got no pages for {page_table.shape[0]} requests, expected one request")
+    page_size = pool_k.shape[2]
+    page, offset = write_index // page_size, write_index % page_size
+    new_k, new_v = (pool[page, :, offset].transpose(0, 1).unsqueeze(0) for pool in (pool_k, pool_v))
+    return new_k, new_v, page_table.new_zeros(1, 1)  # [1, Hkv, T, D]
+
+
 def append(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Tensor) -> None:
     """Write the new nodes' K and V into the pools, except where `write_index` is negative; shapes as in `reference`."""
     nodes = (write_index >= 0).nonzero().flatten()
@@ -51,16 +71,17 @@ def reference(
     fewer than `window` levels above it. window == 0: all of them. Rows that belong to no request give 0, and their
     K and V are written nowhere if their write_index is negative.
     """
-    page_size, group = pool_k.shape[2], q.shape[1] // k.shape[1]
     append(k, v, pool_k, pool_v, write_index)
+    pool_k, pool_v, page_table = stored(pool_k, pool_v, page_table, write_index)
+    page_size, group = pool_k.shape[2], q.shape[1] // k.shape[1]
 
     out = empty_output(q, v).zero_()
     wide = torch.promote_types(q.dtype, torch.float32)  # softmax in float32, or in float64
     for r in range(prefix_lens.numel()):
-        prefix = int(prefix_lens[r])
-        for i in range(int(node_offsets[r]), int(node_offsets[r + 1])):
+        prefix, end = int(prefix_lens[r]), int(node_offsets[r + 1])
+        for i in range(int(node_offsets[r]), end):
             first = max(0, int(positions[i]) - window + 1) if window else 0
-            path = ancestor_nodes(ancestors[i])[-window:]
+            path = seen_nodes(ancestors, i, int(tree_lens[r]) - end + i)[-window:]
             seen = torch.tensor([*range(first, prefix), *(prefix + j for j in path)], device=q.device)
             page, offset = page_table[r, seen // page_size], seen % page_size
             keys = pool_k[page, :, offset].repeat_interleave(group, 1).to(wide)  # [seen, Hq, Dk]

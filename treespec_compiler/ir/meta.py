@@ -9,7 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TreeMeta:
-    """T new nodes of R requests; all int64, on the pools' device. P pages per slot, W words of 64 nodes."""
+    """T new nodes of R requests; all int64, on the pools' device. P pages per slot, W words of 64 nodes.
+
+    Two widths of 0 say what only the host knows, so that prompts need no words and their kernels nothing read back.
+    W = 0: every request's nodes are a chain, node j the parent of node j + 1. P = 0: there is one request, its slot is
+    empty and all its nodes are new, so their keys are where `write_index` puts them.
+    """
 
     positions: Tensor  # [T]    prefix length of the node's request + node depth
     write_index: Tensor  # [T]    where this node's K/V goes: page * page_size + offset; < 0: nowhere

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from .attention import SCHEMA as PLAIN_SCHEMA
-from .attention import TAGS, ancestor_nodes, append, empty_output
+from .attention import TAGS, append, empty_output, seen_nodes, stored
 
 SCHEMA = PLAIN_SCHEMA.replace(
     "SymInt window)",
@@ -67,15 +67,16 @@ def reference(
     sinks: Tensor | None,
 ) -> Tensor:
     """Shapes as in `tree_attention`; slopes [Hq], bias [Hq, distances], sinks [Hq]."""
-    page_size, group = pool_k.shape[2], q.shape[1] // k.shape[1]
     append(k, v, pool_k, pool_v, write_index)
+    pool_k, pool_v, page_table = stored(pool_k, pool_v, page_table, write_index)
+    page_size, group = pool_k.shape[2], q.shape[1] // k.shape[1]
 
     out = empty_output(q, v).zero_()
     wide = torch.promote_types(q.dtype, torch.float32)
     for r in range(prefix_lens.numel()):
-        prefix = int(prefix_lens[r])
-        for i in range(int(node_offsets[r]), int(node_offsets[r + 1])):
-            at, path = int(positions[i]), ancestor_nodes(ancestors[i])
+        prefix, end = int(prefix_lens[r]), int(node_offsets[r + 1])
+        for i in range(int(node_offsets[r]), end):
+            at, path = int(positions[i]), seen_nodes(ancestors, i, int(tree_lens[r]) - end + i)
             where = [*range(prefix), *(prefix + j for j in path)]  # offsets in the slot
             position = [*range(prefix), *range(at - len(path) + 1, at + 1)]
             keep = [
