@@ -118,6 +118,8 @@ def _analytic(
     seen = _visible_distances(sorted(cells), hidden, text)
     bias, limit = ("", None) if not shown else bias_kind(shown.pop(), _DISTANCE, q, k, length, sizes, text, sinks)
     spec = replace(_spec(seen, limit, text), chunk=chunk)
+    if bias == "slopes" and 1 in (spec.window, chunk):
+        bias = ""  # at distance 0 it is 0, and no other one is seen that could tell the slope
     if chunk and spec.window >= chunk:
         spec = replace(spec, window=0)
     _cross_check(spec, form, evaluate, bias)
@@ -163,8 +165,9 @@ def _cells(expr: Any, q: sympy.Symbol, k: sympy.Symbol, text: str) -> dict[int, 
             continue  # stays undecided: fine in a bias, refused in a mask
         if gap.free_symbols - {_DISTANCE} or not gap.is_polynomial(_DISTANCE) or sympy.degree(gap, _DISTANCE) > 1:
             raise NotAMask(f"the mask is not a function of the distance q - k: {text}")
-        # NOTE the cross-check runs for few tokens; q * 0.1 - k * 0.1 < 0.3 rounds differently for other q and k.
-        if any(not c.is_Integer for c in sympy.Poly(gap, _DISTANCE).coeffs()):
+        # NOTE the cross-check runs for few tokens; q * 0.1 - k * 0.1 < 0.3 rounds differently for other q and k. Halves
+        # are exact, and are what sympy makes of 2 * q - 2 * k < 1.
+        if any(c.q > 2 if c.is_Rational else True for c in sympy.Poly(gap, _DISTANCE).coeffs()):
             raise NotAMask(f"the mask compares fractions, which floating point rounds: {text}")
         atoms[atom] = atom.func(gap, 0)
         if gap.free_symbols:
