@@ -52,12 +52,33 @@ def compiled(spec: AttentionKernel, config: Config, target: str, split: bool, **
     )
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_node_of_a_family(family: str) -> None:
+def test_a_node_of_a_family(family: str, target: str) -> None:
     spec = FAMILIES[family]
-    done = compiled(spec, default_config(spec, spec.group), "sm_90", split=True)
+    for split in (True, False):
+        done = compiled(spec, default_config(spec, spec.group, target), target, split)
+        assert done.resources.fits, (split, done.resources)
+        assert done.has("HMMA")
+
+
+OTHERS = {
+    **FAMILIES,
+    "phi": AttentionKernel(8, 2, 96, 96, BRAIN, BRAIN),  # 64 + 32: two products
+    "gemma2, all keys": AttentionKernel(8, 4, 256, 256, BRAIN, BRAIN, softcap=50.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [("llama", "sm_90"), ("llama", "sm_100"), ("phi", "sm_80"), ("phi", "sm_90"), ("phi", "sm_100"),
+     ("gemma2, all keys", "sm_80"), ("gemma2, all keys", "sm_100")],
+)  # fmt: skip
+def test_a_few_nodes(family: str, target: str) -> None:
+    """32 rows: the most registers a thread of 4 warps needs."""
+    spec = OTHERS[family]
+    done = compiled(spec, default_config(spec, 32, target), target, split=False)
     assert done.resources.fits, done.resources
-    assert done.has("HMMA")
 
 
 @pytest.mark.parametrize("target", TARGETS)

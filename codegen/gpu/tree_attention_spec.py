@@ -128,7 +128,11 @@ def pieces(dim: int, largest: int = 512) -> tuple[Piece, ...]:
 
 
 def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Config:
-    """A configuration for `rows` rows of a request. In 16 bits it compiles without spills on every target."""
+    """A configuration for `rows` rows of a request.
+
+    In 16 bits the model families of tests/test_tree_attention_compiles.py compile without spills on every target, with
+    Triton 3.6 and 3.9.
+    """
     wide = max(_padded(spec.key_dim), _padded(spec.value_dim))
     block_m = max(SMALLEST, power_of_two(rows))
     if torch.float32 in (spec.dtype, spec.pool_dtype):
@@ -137,19 +141,31 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
     block_m = min(block_m, 128 if wide <= 128 else 64 if wide <= 256 else 16)
     block_n = 64 if wide <= 128 else 32 if wide <= 256 else 16
     num_warps = 8 if block_m * wide >= 128 * 64 or wide > 128 else 4
+    if arch.startswith("gfx"):
+        return Config(block_m, min(block_n, 32), num_warps, 2) if block_m >= 64 else Config(block_m, block_n, 4, 2)
     hopper, ampere = arch.startswith("sm_9"), arch.startswith("sm_8")
+    in_pieces = len(pieces(spec.key_dim)) > 1 or len(pieces(spec.value_dim)) > 1
+    if block_m <= 32 and in_pieces:
+        block_n = min(block_n, 32)
     if (hopper or ampere) and block_m == 16 and 64 < wide <= 128:
-        return Config(block_m, 32, 4, 4)  # 64 keys: ptxas of Triton 3.6 spills 8 bytes
+        return Config(block_m, 32, 4, 4)  # 64 keys: Triton 3.6 spills 8 bytes
     if hopper:
         return Config(block_m, block_n, num_warps, 3 if wide <= 128 else 2)
     # Without wgmma the products' operands lie in registers too.
+    if ampere and wide > 128:
+        if block_m == 16:
+            return Config(16, block_n, 8, 2)
+        masked = bool(spec.mask.window or spec.mask.chunk)  # one pipeline instead of two, so fewer registers
+        return Config(32, 32, 4, 2) if masked or wide <= 192 else Config(32, 16, 8, 2)
     if ampere:
         block_m = min(block_m, 64 if wide <= 64 else 32)
-        num_warps = 8 if block_m == 64 or (wide > 128 and block_m == 16) else 4
-        return Config(block_m, block_n if block_m == 16 else 32, num_warps, 3 if block_m > 16 and wide <= 128 else 2)
+        block_n = block_n if block_m == 16 else 32
+        return Config(block_m, block_n, 8 if block_m == 64 else 4, 3 if block_m > 16 and not in_pieces else 2)
+    if wide > 128:
+        return Config(16 if block_m == 16 else 64, block_n, 8, 2)  # 32 rows spill, and have no tensor memory
     if block_m >= 64:
         return Config(block_m, min(block_n, 32), num_warps, 2)
-    return Config(block_m, block_n, 8 if wide > 128 and block_m == 16 and not arch.startswith("gfx") else 4, 2)
+    return Config(block_m, block_n, 4, 2)
 
 
 def search_space(spec: AttentionKernel) -> Iterator[Config]:
