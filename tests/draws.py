@@ -83,6 +83,10 @@ def random_proposal(rng: np.random.Generator, p: Sequence[Row], sampler: str, *,
     return proposal
 
 
+def levels(proposals: Sequence[Proposal]) -> int:
+    return 1 + max(depth for proposal in proposals for depth in proposal.depths)
+
+
 def as_tensors(proposals: Sequence[Proposal], vocab_size: int) -> tuple[Tensor, ...]:
     """q, tokens, parents, node_offsets, draw_offsets, draw_rows, draw_q of several requests."""
     rows: list[Row] = []

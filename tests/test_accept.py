@@ -14,9 +14,9 @@ import treespec_compiler as treespec
 import treespec_compiler.codegen
 from treespec_compiler.errors import InvalidLogits, InvalidTree
 from treespec_compiler.ir import ops, registry
-from treespec_compiler.runtime import engine
+from treespec_compiler.speculation import judge
 from treespec_compiler.speculation.near_ties import TOLERANCE, near_tie
-from treespec_compiler.speculation.on_device import accept_greedily, greedy_kernel
+from treespec_compiler.speculation.on_device import accept_greedily, accept_kernel
 from treespec_compiler.speculation.proposal import Proposal
 from treespec_compiler.speculation.verifier import GreedyVerifier
 
@@ -86,7 +86,7 @@ def test_generate_is_the_same_with_acceptance_on_the_device(dtype: torch.dtype, 
         calls.append(arguments[0].shape)
         return ops.greedy_accept(*arguments)
 
-    monkeypatch.setattr(engine, "greedy_kernel", lambda program: kernel)
+    monkeypatch.setattr(judge, "accept_kernel", lambda program, op, dtype: kernel)
     got = generated(dtype)
     assert len(calls) == got.stats.steps > 3
     assert got.sequences.tolist() == want.sequences.tolist()
@@ -100,7 +100,7 @@ def test_unusable_logits_end_the_request(monkeypatch: Any) -> None:
 
     messages = []
     for kernel in (None, ops.greedy_accept):
-        monkeypatch.setattr(engine, "greedy_kernel", lambda program, kernel=kernel: kernel)
+        monkeypatch.setattr(judge, "accept_kernel", lambda program, op, dtype, kernel=kernel: kernel)
         with pytest.raises(InvalidLogits) as error:
             treespec.generate(FakeProgram(broken, VOCAB), [1, 2, 3], max_new_tokens=20)
         messages.append(str(error.value))
@@ -112,7 +112,7 @@ def test_who_accepts() -> None:
         program: Any = SimpleNamespace(
             device=torch.device(device), dtype=dtype, options=treespec.Options(kernels=kernels)
         )
-        return greedy_kernel(program)
+        return accept_kernel(program, ops.greedy_accept, dtype)
 
     assert kernel_for("cpu", torch.float32) is None
     assert kernel_for("cuda", torch.bfloat16, "aten") is None

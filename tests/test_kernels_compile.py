@@ -16,7 +16,11 @@ from treespec_compiler.codegen.gpu.accept import walk_warps
 from treespec_compiler.codegen.gpu.kernels.accept import greedy_walk_kernel, row_best_kernel
 from treespec_compiler.codegen.gpu.kernels.append import append_kernel, rope_append_kernel
 from treespec_compiler.codegen.gpu.kernels.commit import commit_kernel
-from treespec_compiler.codegen.gpu.kernels.stochastic_accept import chance_walk_kernel, residual_kernel
+from treespec_compiler.codegen.gpu.kernels.stochastic_accept import (
+    chance_walk_kernel,
+    residual_kernel,
+    traversal_kernel,
+)
 from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offline
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -92,15 +96,17 @@ def test_greedy_walk(target: str, nodes: int, splits: int) -> None:
 
 DIVISION = 16  # bytes of stack: dividing float64 is a call
 DRAWS = {
-    **dict.fromkeys(("p", "q", "ratios", "totals", "lefts", "sums"), "*fp64"),
+    **dict.fromkeys(("p", "q", "weights", "ratios", "totals", "lefts", "sums"), "*fp64"),
+    **dict.fromkeys(("first_weights", "last_weights"), "*fp64"),
     **dict.fromkeys(("tokens", "draw_offsets", "draw_rows", "draw_q"), "*i64"),
 }
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("replacement", [True, False])
-def test_residuals(target: str, replacement: bool) -> None:
-    done = compiled(residual_kernel, DRAWS, {"REPLACEMENT": replacement, "BLOCK": 1024}, target)
+@pytest.mark.parametrize(("replacement", "weighted"), [(True, False), (False, False), (False, True)])
+def test_residuals(target: str, replacement: bool, weighted: bool) -> None:
+    constants = {"REPLACEMENT": replacement, "WEIGHTED": weighted, "BLOCK": 1024}
+    done = compiled(residual_kernel, DRAWS, constants, target)
     assert done.resources.stack <= DIVISION
 
 
@@ -111,3 +117,10 @@ def test_chance_walk(target: str, naive: bool) -> None:
     blocks = {"FIELDS": 3, "BLOCK": 1024, "BLOCKS": 128, "BLOCK_N": 64}
     constants = {"NAIVE": naive, "REPLACEMENT": naive, **blocks}
     assert compiled(chance_walk_kernel, pointers, constants, target).resources.stack <= DIVISION
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_traversal(target: str) -> None:
+    pointers = DRAWS | dict.fromkeys(("parents", "node_offsets", "draw_of", "out"), "*i64") | {"uniforms": "*fp64"}
+    blocks = {"FIELDS": 3, "BLOCK": 1024, "BLOCKS": 128, "BLOCK_N": 64}
+    assert compiled(traversal_kernel, pointers, blocks, target).resources.stack <= DIVISION

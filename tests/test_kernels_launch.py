@@ -88,9 +88,10 @@ def test_greedy_accept(launched: Any, nodes: int) -> None:
     assert [name for name, _ in launched] == ["row_best_kernel", "greedy_walk_kernel"]
 
 
-@pytest.mark.parametrize("rule", ["naive", "multi-step", "recursive"])
+@pytest.mark.parametrize("rule", ["naive", "multi-step", "recursive", "traversal"])
 def test_stochastic_accept(launched: Any, rule: str) -> None:
     p = torch.zeros(2, 1000, dtype=F64)
     integers = [torch.tensor(numbers) for numbers in ([1, 2], [-1, 0], [0, 2], [0, 1, 1], [1], [0])]
-    stochastic_accept.stochastic_accept(p, p[:1], *integers, torch.zeros(1, 3, dtype=F64), rule)
-    assert launched == [("residual_kernel", (2,)), ("chance_walk_kernel", (1,))]
+    stochastic_accept.stochastic_accept(p, p[:1], *integers, torch.zeros(1, 3, dtype=F64), rule, 2)
+    residuals = [("residual_kernel", (2,))] * (2 if rule == "traversal" else 1)
+    assert launched == [*residuals, ("traversal_kernel" if rule == "traversal" else "chance_walk_kernel", (1,))]

@@ -174,8 +174,8 @@ def stochastic_accept(context: Context) -> float:
         uniforms = torch.rand(1, 16, generator=random_, dtype=torch.float64)
         given = (p, q, tokens, torch.tensor(parents), torch.tensor([0, 6]), *draws, uniforms)
         target = kernel.target if kernel else ops.stochastic_accept
-        found = target(*(t.to(context.device) for t in given), rule).cpu()
-        wrong += int((found != stochastic.reference(*given, rule)).sum())
+        found = target(*(t.to(context.device) for t in given), rule, 3).cpu()
+        wrong += int((found != stochastic.reference(*given, rule, 3)).sum())
     return float(wrong)
 
 

@@ -1,4 +1,7 @@
-"""`treespec_triton::stochastic_accept`: one program a node for what is owed, then one a request for the walk."""
+"""`treespec_triton::stochastic_accept`: one program a node for what is owed, then one a request for the walk.
+
+A node's weight under the traversal rule comes from its parent: the nodes of each level are a launch of their own.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,10 @@ def stochastic_accept(
     draw_q: Tensor,
     uniforms: Tensor,
     rule: str,
+    levels: int,
 ) -> Tensor:
     """As `treespec::stochastic_accept`; float64 throughout, so only the order of sums differs from it."""
-    from .kernels.stochastic_accept import chance_walk_kernel, residual_kernel
+    from .kernels.stochastic_accept import chance_walk_kernel, residual_kernel, traversal_kernel
 
     definition.check(p, q, uniforms, draw_rows, rule)
     if any(x.numel() and x.stride(1) != 1 for x in (p, q, uniforms)):
@@ -33,65 +37,40 @@ def stochastic_accept(
     tokens, parents, node_offsets = (t.contiguous() for t in (tokens, parents, node_offsets))
     draw_offsets, draw_rows, draw_q = (t.contiguous() for t in (draw_offsets, draw_rows, draw_q))
     (nodes, vocab_size), requests, draws = p.shape, node_offsets.numel() - 1, draw_rows.numel()
-    naive = rule == "naive"
+    naive, weighted, replacement = rule == "naive", rule == "traversal", rule not in ("recursive", "traversal")
     if naive:
         draw_offsets = torch.zeros_like(draw_offsets)  # nothing that was drawn has any influence
     out = tokens.new_empty(definition.FIELDS * requests + nodes)
     block = min(BLOCK, power_of_two(vocab_size))
     blocks = -(-vocab_size // block)
-    ratios, totals, lefts = torch.empty(3, max(draws, 1), dtype=torch.float64, device=p.device)
+    weights, ratios, totals, lefts = torch.empty(4, max(draws, 1), dtype=torch.float64, device=p.device)
     sums = torch.empty(nodes, blocks, dtype=torch.float64, device=p.device)
+    # a request without nodes begins where there may be no node any more
+    first, last = torch.full((2, nodes + 1 if weighted else 1), -1.0, dtype=torch.float64, device=p.device)
+    if weighted:
+        first.index_fill_(0, node_offsets[:-1], 1.0)
+    sampled = (p, p.stride(0), q, q.stride(0), tokens)
+    drawn = (draw_offsets, draw_rows, draw_q)
+    found = (weights, ratios, totals, lefts, sums)
+    sizes = {"BLOCK": block, "num_warps": 4, "enable_fp_fusion": False}
+    walk = {"FIELDS": definition.FIELDS, "BLOCKS": power_of_two(blocks), "BLOCK_N": power_of_two(max(nodes, 2))}
     with torch.cuda.device_of(p):
-        if nodes:
+        for _ in range((levels if weighted else 1) if nodes else 0):
             residual_kernel[(nodes,)](
-                p,
-                p.stride(0),
-                q,
-                q.stride(0),
-                tokens,
-                draw_offsets,
-                draw_rows,
-                draw_q,
-                ratios,
-                totals,
-                lefts,
-                sums,
-                vocab_size,
-                REPLACEMENT=rule != "recursive",
-                BLOCK=block,
-                num_warps=4,
-                enable_fp_fusion=False,
+                *sampled, *drawn, first, last, *found, vocab_size, REPLACEMENT=replacement, WEIGHTED=weighted, **sizes
             )
-        chance_walk_kernel[(requests,)](
-            p,
-            p.stride(0),
-            q,
-            q.stride(0),
-            tokens,
-            parents,
-            node_offsets,
-            draw_offsets,
-            draw_rows,
-            draw_q,
-            uniforms,
-            uniforms.stride(0),
-            ratios,
-            totals,
-            lefts,
-            sums,
-            out,
-            requests,
-            vocab_size,
-            blocks,
-            NAIVE=naive,
-            REPLACEMENT=rule != "recursive",
-            FIELDS=definition.FIELDS,
-            BLOCK=block,
-            BLOCKS=power_of_two(blocks),
-            BLOCK_N=power_of_two(max(nodes, 2)),
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+        numbers = (uniforms, uniforms.stride(0))
+        if weighted:
+            draw_of = torch.zeros_like(tokens).scatter_(0, draw_rows, torch.arange(draws, device=p.device))
+            traversal_kernel[(requests,)](
+                *sampled, parents, node_offsets, *drawn, draw_of, *numbers, last, *found, out, requests, vocab_size,
+                blocks, **walk, **sizes,
+            )  # fmt: skip
+        else:
+            chance_walk_kernel[(requests,)](
+                *sampled, parents, node_offsets, *drawn, *numbers, *found, out, requests, vocab_size, blocks,
+                NAIVE=naive, REPLACEMENT=replacement, **walk, **sizes,
+            )  # fmt: skip
     return out
 
 

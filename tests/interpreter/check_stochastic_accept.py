@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from draws import as_tensors, distribution, random_proposal
+from draws import as_tensors, distribution, levels, random_proposal
 
 from treespec_compiler.codegen.gpu import stochastic_accept as kernels
 from treespec_compiler.ir.stochastic_accept import FIELDS, stochastic_accept
@@ -17,6 +17,8 @@ PAIRS = [
     ("multi-step", "top-k", 1),
     ("recursive", "without-replacement", 1),
     ("recursive", "without-replacement", 2),
+    ("traversal", "without-replacement", 1),
+    ("traversal", "top-k", 1),
 ]
 
 
@@ -28,7 +30,7 @@ def forest(rng, vocab_size, requests, sampler, proposers, most=8):
         targets += p[: len(proposals[-1])]
     tensors = as_tensors(proposals, vocab_size)
     uniforms = torch.from_numpy(rng.random((requests, len(targets) + len(tensors[-1]))))
-    return torch.from_numpy(np.array(targets)), *tensors, uniforms
+    return torch.from_numpy(np.array(targets)), *tensors, uniforms, levels(proposals)
 
 
 @pytest.mark.parametrize(("rule", "sampler", "proposers"), PAIRS)
@@ -37,20 +39,20 @@ def test_random_forests(rule, sampler, proposers, monkeypatch):
     rng, lengths = np.random.default_rng(2), []
     monkeypatch.setattr(kernels, "BLOCK", 4)
     for trial in range(5):
-        inputs = forest(rng, int(rng.integers(2, 15)), 1 + trial % 3, sampler, proposers)
-        want = stochastic_accept(*inputs, rule)
-        got = kernels.STOCHASTIC_ACCEPT(*inputs, rule)
+        *inputs, deep = forest(rng, int(rng.integers(2, 15)), 1 + trial % 3, sampler, proposers)
+        want = stochastic_accept(*inputs, rule, deep)
+        got = kernels.STOCHASTIC_ACCEPT(*inputs, rule, deep)
         assert got.tolist() == want.tolist()
         lengths += want[: FIELDS * (1 + trial % 3) : FIELDS].tolist()
     assert max(lengths) > 1
 
 
-@pytest.mark.parametrize("rule", ["naive", "multi-step", "recursive"])
+@pytest.mark.parametrize("rule", ["naive", "multi-step", "recursive", "traversal"])
 def test_numbers_at_both_ends(rule):
     """0 accepts and chooses what it can; just below 1 chooses the last token that has a weight."""
     rng = np.random.default_rng(5)
-    *inputs, uniforms = forest(rng, 9, 2, "without-replacement", 1)
+    *inputs, uniforms, deep = forest(rng, 9, 2, "without-replacement", 1)
     for number in (0.0, 1.0 - 2.0**-53):
         numbers = torch.full_like(uniforms, number)
-        want = stochastic_accept(*inputs, numbers, rule)
-        assert kernels.STOCHASTIC_ACCEPT(*inputs, numbers, rule).tolist() == want.tolist()
+        want = stochastic_accept(*inputs, numbers, rule, deep)
+        assert kernels.STOCHASTIC_ACCEPT(*inputs, numbers, rule, deep).tolist() == want.tolist()

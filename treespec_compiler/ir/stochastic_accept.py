@@ -1,11 +1,14 @@
 """`treespec::stochastic_accept`: which nodes of a verified forest are accepted by chance, given the uniform numbers.
 
-Three rules, those of `speculation.verifiers`; p is the target's distribution after a node, q the draft's.
+Four rules, those of `speculation.verifiers`; p is the target's distribution after a node, q the draft's.
 
     naive       a token is drawn from p; the walk goes on where a child has it, and ends with it where none has.
     multi-step  the drawn children are tried in order: x is accepted with min(1, p(x) / q(x)), else
                 p <- norm(max(0, p - q)). After the last rejection the walk ends with a token from what is left of p.
     recursive   as multi-step, and a rejected x also leaves q: q <- norm(q without x).
+    traversal   leaves before their parents, each node accepted with its weight w: 1 at the root, and below a node
+                min(1, w p(x) / q(x)) for a drawn x; once x and all below it were rejected, R = sum(max(0, w p - q)),
+                p <- norm(max(0, w p - q)), w <- R / (R + 1 - w), and x leaves q. Every node was drawn once at most.
 
 Every attempt and every draw takes the next number, also where the probability is 0 or 1: a rounding error there cannot
 shift the numbers of what follows.
@@ -14,6 +17,7 @@ shift the numbers of what follows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,11 +25,11 @@ from torch._ops import OpOverload
 
 SCHEMA = (
     "(Tensor p, Tensor q, Tensor tokens, Tensor parents, Tensor node_offsets, Tensor draw_offsets, Tensor draw_rows, "
-    "Tensor draw_q, Tensor uniforms, str rule) -> Tensor"
+    "Tensor draw_q, Tensor uniforms, str rule, int levels) -> Tensor"
 )
 TAGS = (torch.Tag.pt2_compliant_tag,)
 
-RULES = ("naive", "multi-step", "recursive")
+RULES = ("naive", "multi-step", "recursive", "traversal")
 FIELDS = 3
 """Integers of a request before the paths: accepted nodes, the token after them, uniform numbers used."""
 
@@ -41,6 +45,7 @@ def reference(
     draw_q: Tensor,  # [D] int64: the row of q it was drawn from, before earlier draws from that row; -1: one-hot
     uniforms: Tensor,  # [R, U] float64 in [0, 1), U >= N + D
     rule: str,
+    levels: int,  # of the deepest tree, its root's included; kernels of the traversal rule go through them one by one
 ) -> Tensor:
     """int64 [FIELDS * R + N]: every request's fields, then, where its nodes lie, its path filled up with -1."""
     check(p, q, uniforms, draw_rows, rule)
@@ -59,7 +64,11 @@ def reference(
                     which = slice(int(draw_offsets[first + node]), int(draw_offsets[first + node + 1]))
                     return [(row - first, g) for row, g in zip(draw_rows[which].tolist(), draw_q[which].tolist())]
 
-                path, bonus = _walk(p[first:end], q, tokens[first:end], draws, chance, replacement=rule == "multi-step")
+                def state(node: int, weight: float = 1.0, first: int = first, draws: _Draws = draws) -> _State:
+                    of_request = slice(first, None)
+                    return _State(p[of_request][node], q, tokens[of_request], draws(node), weight, rule == "multi-step")
+
+                path, bonus = (_traverse if rule == "traversal" else _walk)(state, chance)
         out[FIELDS * r : FIELDS * (r + 1)] = torch.tensor([len(path), bonus, chance.used])
         out[FIELDS * requests + first :][: len(path)] = torch.tensor(path, dtype=torch.int64)
     return out
@@ -96,36 +105,75 @@ def _naive(p: Tensor, tokens: list[int], parents: list[int], chance: _Uniforms) 
     return path, want
 
 
-def _walk(
-    p: Tensor,
-    q: Tensor,
-    tokens: Tensor,
-    draws: Callable[[int], list[tuple[int, int]]],
-    chance: _Uniforms,
-    *,
-    replacement: bool,
-) -> tuple[list[int], int]:
-    """`draws(node)`: child and row of q of each draw below a node."""
+_Draws: TypeAlias = Callable[[int], list[tuple[int, int]]]
+"""Node -> child and row of q of each draw below it."""
+
+
+class _State:
+    """A node whose draws are tried and rejected in turn: its weight, and what is still owed after it."""
+
+    def __init__(
+        self, p: Tensor, q: Tensor, tokens: Tensor, draws: list[tuple[int, int]], weight: float, replacement: bool
+    ) -> None:
+        self.owed, self.weight = p, weight
+        self._q, self._tokens, self._draws, self._replacement = q, tokens, iter(draws), replacement
+        self._row, self._proposed = -1, p
+
+    def next_child(self) -> tuple[int, float] | None:
+        """The next drawn child, and the weight it gets."""
+        child, row = next(self._draws, (-1, -1))
+        if child < 0:
+            return None
+        if row < 0:
+            self._proposed = torch.zeros_like(self.owed).index_fill_(0, self._tokens[child], 1.0)
+        elif row != self._row:
+            self._proposed = self._q[row]
+        self._child, self._row = child, row
+        token = int(self._tokens[child])
+        return child, _ratio(self.weight * float(self.owed[token]), float(self._proposed[token]))
+
+    def reject(self, weigh: bool = False) -> None:
+        """The child was not accepted; `weigh`: nor anything below it, which changes this node's weight."""
+        rest = (self.weight * self.owed - self._proposed).clamp_min(0.0)
+        total = float(rest.sum())
+        if total > 0.0:
+            self.owed = rest / total
+        if weigh and total + 1.0 - self.weight > 0.0:
+            self.weight = min(1.0, total / (total + 1.0 - self.weight))
+        if not self._replacement and self._row >= 0:
+            left = self._proposed.index_fill(0, self._tokens[self._child], 0.0)
+            self._proposed = left / left.sum() if left.sum() > 0 else left
+
+
+def _walk(state: Callable[..., _State], chance: _Uniforms) -> tuple[list[int], int]:
     path = [0]
     while True:
-        owed, group, proposed = p[path[-1]], None, q
-        for child, row in draws(path[-1]):
-            token = int(tokens[child])
-            if row != group or row < 0:
-                proposed = q[row] if row >= 0 else torch.zeros_like(owed).index_fill_(0, tokens[child], 1.0)
-                group = row
-            if chance.accept(_ratio(float(owed[token]), float(proposed[token]))):
+        here = state(path[-1])
+        while (drawn := here.next_child()) is not None:
+            child, probability = drawn
+            if chance.accept(probability):
                 path.append(child)
                 break
-            rest = (owed - proposed).clamp_min(0.0)
-            if rest.sum() > 0:
-                owed = rest / rest.sum()
-            if not replacement and row >= 0:
-                proposed = proposed.index_fill(0, tokens[child], 0.0)
-                if proposed.sum() > 0:
-                    proposed = proposed / proposed.sum()
+            here.reject()
         else:
-            return path, chance.choose(owed)
+            return path, chance.choose(here.owed)
+
+
+def _traverse(state: Callable[..., _State], chance: _Uniforms) -> tuple[list[int], int]:
+    path, states = [0], [state(0)]
+    while True:
+        here = states[-1]
+        drawn = here.next_child()
+        if drawn is None:
+            if len(path) == 1 or chance.accept(here.weight):
+                return path, chance.choose(here.owed)
+            path.pop(), states.pop()
+            states[-1].reject(weigh=True)
+        elif drawn[1] > 0.0:
+            path.append(drawn[0])
+            states.append(state(*drawn))
+        else:
+            here.reject(weigh=True)
 
 
 def _ratio(p: float, q: float) -> float:
@@ -156,6 +204,7 @@ def fake(
     draw_q: Tensor,
     uniforms: Tensor,
     rule: str,
+    levels: int,
 ) -> Tensor:
     return tokens.new_empty(FIELDS * (node_offsets.numel() - 1) + tokens.numel())
 

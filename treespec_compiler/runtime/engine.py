@@ -12,9 +12,8 @@ import torch
 from ..speculation import caches
 from ..speculation.chance import Chance
 from ..speculation.draft import Draft, DraftRequest, DraftSession
-from ..speculation.judge import GreedyJudge, Judge
+from ..speculation.judge import Judge
 from ..speculation.near_ties import TOLERANCE, near_tie
-from ..speculation.on_device import greedy_kernel
 from ..speculation.policy import Limits, TreePolicy
 from ..speculation.proposal import Proposal
 from ..speculation.samplers import ChildSampler
@@ -76,8 +75,7 @@ class Engine:
     ) -> None:
         self.program, self.policy, self.judge, self.stats = program, policy, judge, stats
         self.prompt, self.drafts = prompt, drafts
-        if isinstance(judge, GreedyJudge):
-            judge.kernel = greedy_kernel(program)
+        judge.bind(program)
         self.ends = ending.eos | ending.stop
         self.eos = ending.eos
         self.remaining = ending.max_new_tokens

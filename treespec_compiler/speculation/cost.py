@@ -21,14 +21,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ..codegen import user_cache
 from ..errors import CorruptTable
 from ..tree import Forest, TokenTree
 from .chance import SeededChance
-from .sampling import Processor, Sampling
+from .device_rows import row_sampler
+from .on_device import stays_on_device
+from .samplers import SAMPLERS
+from .sampling import Sampling
 
 if TYPE_CHECKING:
     from ..program import TreeProgram
@@ -243,18 +245,19 @@ def measure(
             if best[point] < SLOW:
                 best[point] = min(best[point], _time(call, budget / ROUNDS, clock))
     points = [Point(*point, seconds) for point, seconds in best.items()]
-    return LatencyTable(points, sampled_row=_time(_sampled_row(program.vocab_size), budget, clock))
+    rows = 8 if stays_on_device(program) else 1  # a device takes a level at once
+    return LatencyTable(points, sampled_row=_time(_sampled_rows(program, rows), budget, clock) / rows)
 
 
-def _sampled_row(vocab_size: int) -> Callable[[], Any]:
-    """What sampling does for each node of a draft's tree."""
-    logits = np.random.default_rng(0).standard_normal(vocab_size, dtype=np.float32)
-    processor, chance = Processor(Sampling(temperature=1.0)), SeededChance(0)
+def _sampled_rows(program: Any, rows: int) -> Callable[[], Any]:
+    """What sampling does for the nodes of a draft's tree."""
+    logits = torch.randn(rows, program.vocab_size, generator=torch.Generator().manual_seed(0)).to(program.device)
+    sampler = row_sampler(
+        program, Sampling(temperature=1.0), SAMPLERS["without-replacement"], SeededChance(0), program.vocab_size
+    )
 
     def work() -> None:
-        row = processor.row(logits, ())
-        assert row is not None
-        chance.distinct(row, 3)
+        sampler.draw(logits, [3] * rows, None)
 
     return work
 

@@ -298,10 +298,11 @@ def _candidates(logits: Tensor, k: int, needs_q: bool, bad: list[int] | None = N
     """
     if needs_q:
         best, ids = logits.float().softmax(-1).topk(k)
-        q = best.flatten().tolist()
+        # one tensor: on a GPU every readback waits, and float64 holds both exactly
+        q, found = torch.stack([best.double(), ids.double()]).flatten(1).tolist()
         if bad is not None:
             bad += [row for row, x in enumerate(q[::k]) if x != x]  # softmax makes NaN of both
-        return ids.flatten().tolist(), q
+        return [int(token) for token in found], q
     return likeliest(logits, k, bad), []
 
 

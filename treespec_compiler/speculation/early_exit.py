@@ -265,7 +265,7 @@ class SampledEarlyExitSession(_OnTargetsCache, SampledDraftSession):
     """Drawn children."""
 
     def accept(self, tokens: Sequence[int]) -> None:
-        self._processor.accept(tokens)
+        self._rows.accept(tokens)
         super().accept(tokens)
 
 

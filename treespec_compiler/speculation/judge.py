@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._ops import OpOverload
 
 from ..errors import InvalidLogits
-from .chance import Chance, Row
-from .on_device import accept_greedily
+from ..ir import ops
+from .chance import Chance, Row, SeededChance
+from .device_rows import DeviceProcessor
+from .on_device import accept_by_chance, accept_greedily, accept_kernel, takes
 from .proposal import Proposal
 from .ranking import likeliest
 from .sampling import Processor, Sampling
 from .verifier import GreedyVerifier, Verdict, Verifier
-from .verifiers import StochasticVerifier
+from .verifiers import VERIFIERS, StochasticVerifier
+
+if TYPE_CHECKING:
+    from ..program import TreeProgram
 
 
 class Judge(Protocol):
@@ -35,6 +41,10 @@ class Judge(Protocol):
         """These tokens are final, the prompt first; the last one is the next tree's root."""
         ...
 
+    def bind(self, program: TreeProgram) -> None:
+        """The target's program: judge where its logits are, if there are kernels for that."""
+        ...
+
 
 class GreedyJudge:
     """The likeliest token, always."""
@@ -45,6 +55,9 @@ class GreedyJudge:
         self._length = 0
         self.kernel: OpOverload | None = None
         """An implementation of `treespec::greedy_accept` for the target's logits; None: they are read here."""
+
+    def bind(self, program: TreeProgram) -> None:
+        self.kernel = accept_kernel(program, ops.greedy_accept, program.dtype)
 
     def first(self, logits: Tensor) -> int:
         bad: list[int] = []
@@ -74,11 +87,24 @@ class SamplingJudge:
         self._verifier, self._chance = verifier, chance
         self._processor = Processor(sampling)
         self._length = 0
+        self.kernel: OpOverload | None = None
+        """An implementation of `treespec::stochastic_accept`; None: the rule looks at rows that are read here."""
+        self._rows: DeviceProcessor | None = None
+
+    def bind(self, program: TreeProgram) -> None:
+        known = VERIFIERS.get(self._verifier.name) is self._verifier and isinstance(self._chance, SeededChance)
+        self.kernel = accept_kernel(program, ops.stochastic_accept, torch.float64) if known else None
+        if self.kernel is not None:
+            self._rows = DeviceProcessor(self._processor.sampling, program.device)
 
     def first(self, logits: Tensor) -> int:
+        if self._rows is not None:
+            return self._accepted("naive", Proposal.root(0), logits[None]).bonus
         return self._chance.choose(self._row(_rows(logits[None])[0], (), self._length - 1))
 
     def verify(self, proposal: Proposal, logits: Tensor) -> Verdict:
+        if self._rows is not None and takes(self._verifier.name, proposal):
+            return self._accepted(self._verifier.name, proposal, logits)
         read, depths = row_reader(logits), proposal.depths
 
         def target(node: int) -> Row:
@@ -90,12 +116,28 @@ class SamplingJudge:
     def accept(self, tokens: Sequence[int]) -> None:
         self._length += len(tokens)
         self._processor.accept(tokens)
+        if self._rows is not None:
+            self._rows.accept(tokens)
+
+    def _accepted(self, rule: str, proposal: Proposal, logits: Tensor) -> Verdict:
+        """By the kernel, on the device's distributions."""
+        assert self.kernel is not None and self._rows is not None and isinstance(self._chance, SeededChance)
+        paths = [proposal.path_tokens(node) for node in range(len(proposal))] if self._rows.needs_paths else None
+        p, usable = self._rows.rows(logits, paths)
+        verdict = accept_by_chance(self.kernel, rule, proposal, p, usable, self._chance)
+        if verdict.unusable >= 0:
+            raise self._invalid(self._length - 1 + verdict.unusable)
+        return verdict
 
     def _row(self, logits: NDArray[np.float32], path: Sequence[int], position: int) -> Row:
         row = self._processor.row(logits, path)
         if row is None:
-            raise InvalidLogits(position=position, problem="NaN, infinite or only -inf logits")
+            raise self._invalid(position)
         return row
+
+    @staticmethod
+    def _invalid(position: int) -> InvalidLogits:
+        return InvalidLogits(position=position, problem="NaN, infinite or only -inf logits")
 
 
 def row_reader(logits: Tensor) -> Callable[[int], NDArray[np.float32]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from ..tree import TokenTree
 from .chance import Row
@@ -17,21 +18,21 @@ class Draws:
 
     children: list[int]
     """The node of every draw, in the order drawn; a node that was drawn twice is listed twice."""
-    q: Row | None
-    """The distribution of the first draw [V]; None: chosen without chance, as one-hot draws."""
+    q: Row | Tensor | None
+    """The distribution of the first draw [V], float64, where the draft is; None: chosen without chance, as one-hot
+    draws."""
     replacement: bool = True
     """False: every later draw is from q without the tokens drawn before, renormalised."""
     proposer: str = "draft"
 
     def in_order(self, tokens: Sequence[int], vocab_size: int, replacement: bool) -> Iterator[tuple[int, Row]]:
         """Every drawn node and the distribution it was drawn from, given the draws before it."""
-        q = self.q
+        q = self.q.cpu().numpy() if isinstance(self.q, Tensor) else self.q
         for child in self.children:
             token = tokens[child]
-            if self.q is None:
+            if q is None:
                 yield child, _one_hot(token, vocab_size)
                 continue
-            assert q is not None
             yield child, q
             if not replacement:
                 q = q.copy()

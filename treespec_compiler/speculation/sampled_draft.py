@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..tree import TokenTree
+from .device_rows import row_sampler
 from .draft import DraftRequest, ModelDraft, ModelDraftSession, _fit
 from .policy import TreePolicy
 from .proposal import Draws, Proposal
-from .sampling import Processor, Sampling
+from .row_sampler import Drawn
+from .sampling import Sampling
 
 if TYPE_CHECKING:
     from ..cache import TreeCache
@@ -29,13 +28,12 @@ class SampledDraftSession(ModelDraftSession):
     def __init__(self, draft: ModelDraft, request: DraftRequest) -> None:
         super().__init__(draft, request)
         assert request.sampler is not None and request.chance is not None and request.sampling is not None
-        self._sampler, self._chance = request.sampler, request.chance
-        self._vocab_size = request.vocab_size
-        self._processor = Processor(_draft_sampling(request.sampling))
-        self._drawn = self._sampler.kind != "top-k"
+        sampling = _draft_sampling(request.sampling)
+        self._rows = row_sampler(draft.program, sampling, request.sampler, request.chance, request.vocab_size)
+        self._kind = request.sampler.kind
 
     def accept(self, tokens: Sequence[int]) -> None:
-        self._processor.accept(tokens)
+        self._rows.accept(tokens)
         super().accept(tokens)
 
     def _grow(
@@ -43,7 +41,8 @@ class SampledDraftSession(ModelDraftSession):
     ) -> None:
         tokens, parents, shift = self._tokens, self._parents, self._chain - 1
         draws: dict[int, list[Draws]] = {}
-        if self._drawn:
+        by_chance = self._kind != "top-k"
+        if by_chance:
             proposal.draws = draws
             proposal.multiplicity = [1]
         start, frontier = 0, 1  # first node not run; nodes of the newest level
@@ -54,19 +53,14 @@ class SampledDraftSession(ModelDraftSession):
             logits = self.program.extend(TokenTree._trusted(tokens, parents), cache, start=start)  # [new, V]
             start = self._run = len(tokens)
             first = len(proposal.tokens) - frontier
-            rows = logits[-frontier:, : self._shared].float().cpu().numpy()
-            for i, count in enumerate(counts):
-                if not count:
-                    continue
-                path = proposal.path_tokens(first + i) if self._processor.needs_paths else ()
-                q = self._processor.row(rows[i], path)
-                if q is None:
+            paths = [proposal.path_tokens(first + i) for i in range(frontier)] if self._rows.needs_paths else None
+            for i, drawn in enumerate(self._rows.draw(logits[-frontier:, : self._shared], counts, paths)):
+                if drawn is None:
                     proposal.unusable += 1
-                else:
-                    children = self._draw(q, count, first + i, depth + 1, proposal)
-                    if self._drawn:
-                        replacement = self._sampler.kind == "iid"
-                        draws[first + i] = [Draws(children, self._padded(q), replacement, self.draft.name)]
+                elif counts[i]:
+                    children = _append(drawn, first + i, depth + 1, proposal)
+                    if by_chance:
+                        draws[first + i] = [Draws(children, drawn.q, self._kind == "iid", self.draft.name)]
             frontier = len(proposal.tokens) - first - frontier
             if not frontier:
                 return
@@ -78,30 +72,27 @@ class SampledDraftSession(ModelDraftSession):
             return [min(widths, self._shared, room // frontier)] * frontier
         return _fit(widths, frontier, room, self._shared)
 
-    def _draw(self, q: NDArray[np.float64], count: int, parent: int, depth: int, proposal: Proposal) -> list[int]:
-        """Append the drawn children of `parent`; the node of every draw."""
-        node_of: dict[int, int] = {}
-        drawn = []
-        for token in self._sampler.draw(q, count, self._chance):
-            node = node_of.get(token)
-            if node is None:
-                node = node_of[token] = len(proposal.tokens)
-                proposal.tokens.append(token)
-                proposal.parents.append(parent)
-                proposal.depths.append(depth)
-                proposal.ranks.append(len(node_of) - 1)
-                if proposal.q is not None:
-                    proposal.q.append(float(q[token]))
-                if proposal.multiplicity is not None:
-                    proposal.multiplicity.append(1)
-            elif proposal.multiplicity is not None:
-                proposal.multiplicity[node] += 1
-            drawn.append(node)
-        return drawn
 
-    def _padded(self, q: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Over the target's ids: those the draft lacks have q = 0."""
-        return q if len(q) == self._vocab_size else np.pad(q, (0, self._vocab_size - len(q)))
+def _append(drawn: Drawn, parent: int, depth: int, proposal: Proposal) -> list[int]:
+    """Append the drawn children of `parent`; the node of every draw."""
+    node_of: dict[int, int] = {}
+    nodes = []
+    for token, probability in zip(drawn.tokens, drawn.probabilities, strict=True):
+        node = node_of.get(token)
+        if node is None:
+            node = node_of[token] = len(proposal.tokens)
+            proposal.tokens.append(token)
+            proposal.parents.append(parent)
+            proposal.depths.append(depth)
+            proposal.ranks.append(len(node_of) - 1)
+            if proposal.q is not None:
+                proposal.q.append(probability)
+            if proposal.multiplicity is not None:
+                proposal.multiplicity.append(1)
+        elif proposal.multiplicity is not None:
+            proposal.multiplicity[node] += 1
+        nodes.append(node)
+    return nodes
 
 
 def _draft_sampling(sampling: Sampling) -> Sampling:

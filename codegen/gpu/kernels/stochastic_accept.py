@@ -8,7 +8,10 @@ import triton.language as tl
 
 
 @triton.jit
-def owed_after(p, q, q_stride, tokens, draw_rows, draw_q, totals, lefts, begin, stop, ids, live, REPLACEMENT: tl.constexpr):  # fmt: skip  # noqa: E501
+def owed_after(
+    p, q, q_stride, tokens, draw_rows, draw_q, weights, totals, lefts, begin, stop, ids, live,
+    REPLACEMENT: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
     """p and q at `ids` [BLOCK] when draws begin .. stop - 1 of a node were rejected; q is what a next draw of the same
     row of q would be from.
 
@@ -26,6 +29,8 @@ def owed_after(p, q, q_stride, tokens, draw_rows, draw_q, totals, lefts, begin, 
         group = row
         total = tl.load(totals + draw)
         if total > 0.0:
+            if WEIGHTED:
+                owed = owed * tl.load(weights + draw)
             owed = tl.maximum(owed - proposed, 0.0) / total
         if not REPLACEMENT:
             proposed = tl.where(ids == token, 0.0, proposed)
@@ -48,14 +53,24 @@ def first_proposed(q, q_stride, row, group, proposed, token, ids, live):
 
 @triton.jit
 def residual_kernel(
-    p, p_stride, q, q_stride, tokens, draw_offsets, draw_rows, draw_q, ratios, totals, lefts, sums, V,
-    REPLACEMENT: tl.constexpr, BLOCK: tl.constexpr,
+    p, p_stride, q, q_stride, tokens, draw_offsets, draw_rows, draw_q, first_weights, last_weights, weights, ratios,
+    totals, lefts, sums, V,
+    REPLACEMENT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i, for the draws below node i: the probability to accept each when those before it were rejected, and the
     sums that `owed_after` divides by; then the sums of each BLOCK of what is owed after all, to sums [N, blocks].
+
+    WEIGHTED (the traversal rule): first_weights [N] are 1 at roots and negative elsewhere; a node gives its children
+    theirs, and is done once, by the launch after the one that did its parent, or by that one already. last_weights [N],
+    negative before, are those after all draws were rejected; weights [D] those before each.
     """
     node = tl.program_id(0).to(tl.int64)
     p += node * p_stride
+    weight = tl.full([], 1.0, tl.float64)
+    if WEIGHTED:
+        weight = tl.load(first_weights + node)
+        if (weight < 0.0) | (tl.load(last_weights + node) >= 0.0):
+            return
     begin, end = tl.load(draw_offsets + node), tl.load(draw_offsets + node + 1)
     draw = begin
     while draw < end:
@@ -63,11 +78,16 @@ def residual_kernel(
         token = tl.load(tokens + tl.load(draw_rows + draw))
         at = token + tl.arange(0, 1)  # one place, by the same code
         mine, its_q, its_row = owed_after(
-            p, q, q_stride, tokens, draw_rows, draw_q, totals, lefts, begin, draw, at, at >= 0, REPLACEMENT
-        )
+            p, q, q_stride, tokens, draw_rows, draw_q, weights, totals, lefts, begin, draw, at, at >= 0,
+            REPLACEMENT, WEIGHTED,
+        )  # fmt: skip
         its_q = first_proposed(q, q_stride, row, its_row, its_q, token, at, at >= 0)
+        mine = mine * weight
         ratio = tl.where(mine <= 0.0, 0.0, tl.where(mine >= its_q, 1.0, mine / its_q))
         tl.store(ratios + draw + tl.arange(0, 1), ratio)
+        if WEIGHTED:
+            tl.store(weights + draw, weight)
+            tl.store(first_weights + tl.load(draw_rows + draw) + tl.arange(0, 1), ratio)
 
         rest = tl.zeros([BLOCK], tl.float64)
         left = tl.zeros([BLOCK], tl.float64)
@@ -76,14 +96,20 @@ def residual_kernel(
             ids = start + tl.arange(0, BLOCK)
             live = ids < V
             owed, proposed, group = owed_after(
-                p, q, q_stride, tokens, draw_rows, draw_q, totals, lefts, begin, draw, ids, live, REPLACEMENT
-            )
+                p, q, q_stride, tokens, draw_rows, draw_q, weights, totals, lefts, begin, draw, ids, live,
+                REPLACEMENT, WEIGHTED,
+            )  # fmt: skip
             proposed = first_proposed(q, q_stride, row, group, proposed, token, ids, live)
-            rest += tl.maximum(owed - proposed, 0.0)
+            rest += tl.maximum(owed * weight - proposed, 0.0)
             left += tl.where(ids == token, 0.0, proposed)
             start += BLOCK
-        tl.store(totals + draw, tl.sum(rest, 0))
+        total = tl.sum(rest, 0)
+        tl.store(totals + draw, total)
         tl.store(lefts + draw, tl.sum(left, 0))
+        if WEIGHTED:
+            rejected = total + 1.0 - weight  # how likely that was
+            if rejected > 0.0:
+                weight = tl.minimum(total / rejected, 1.0)
         tl.debug_barrier()  # every thread reads these sums for the next draw
         draw += 1
 
@@ -92,44 +118,36 @@ def residual_kernel(
     while block < blocks:
         ids = block * BLOCK + tl.arange(0, BLOCK)
         owed, proposed, group = owed_after(
-            p, q, q_stride, tokens, draw_rows, draw_q, totals, lefts, begin, end, ids, ids < V, REPLACEMENT
-        )
+            p, q, q_stride, tokens, draw_rows, draw_q, weights, totals, lefts, begin, end, ids, ids < V,
+            REPLACEMENT, WEIGHTED,
+        )  # fmt: skip
         tl.store(sums + node * blocks + block, tl.sum(owed, 0))
         block += 1
+    if WEIGHTED:
+        tl.store(last_weights + node, weight)
 
 
 @triton.jit
 def choose(
-    number, p, p_stride, q, q_stride, tokens, draw_offsets, draw_rows, draw_q, totals, lefts, sums, node, V, blocks,
-    REPLACEMENT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    number, p, p_stride, q, q_stride, tokens, draw_offsets, draw_rows, draw_q, weights, totals, lefts, sums, node, V,
+    blocks, REPLACEMENT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The first id whose cumulative weight is above `number` times the whole, of what is owed after row `node`."""
     b = tl.arange(0, BLOCKS)
-    weights = tl.load(sums + node * blocks + b, mask=b < blocks, other=0.0)
-    ends = tl.cumsum(weights, 0)
-    aim = number * tl.sum(weights, 0)
+    shares = tl.load(sums + node * blocks + b, mask=b < blocks, other=0.0)
+    ends = tl.cumsum(shares, 0)
+    aim = number * tl.sum(shares, 0)
     # NOTE: a block or an id of weight 0 is never taken, however sums are rounded; the last of weight if none is above
-    block = tl.min(tl.where((ends > aim) & (weights > 0.0), b, BLOCKS), 0)
-    last = tl.max(tl.where(weights > 0.0, b, 0), 0)
+    block = tl.min(tl.where((ends > aim) & (shares > 0.0), b, BLOCKS), 0)
+    last = tl.max(tl.where(shares > 0.0, b, 0), 0)
     block = tl.minimum(block, last)
-    before = tl.sum(tl.where(b == block, ends - weights, 0.0), 0)
+    before = tl.sum(tl.where(b == block, ends - shares, 0.0), 0)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     begin, end = tl.load(draw_offsets + node), tl.load(draw_offsets + node + 1)
     owed, _proposed, _group = owed_after(
-        p + node * p_stride,
-        q,
-        q_stride,
-        tokens,
-        draw_rows,
-        draw_q,
-        totals,
-        lefts,
-        begin,
-        end,
-        ids,
-        ids < V,
-        REPLACEMENT,
-    )
+        p + node * p_stride, q, q_stride, tokens, draw_rows, draw_q, weights, totals, lefts, begin, end, ids, ids < V,
+        REPLACEMENT, WEIGHTED,
+    )  # fmt: skip
     above = (before + tl.cumsum(owed, 0) > aim) & (owed > 0.0)
     first = tl.min(tl.where(above, ids, V), 0)
     return tl.minimum(first, tl.max(tl.where(owed > 0.0, ids, 0), 0)).to(tl.int64)
@@ -138,7 +156,7 @@ def choose(
 @triton.jit
 def chance_walk_kernel(
     p, p_stride, q, q_stride, tokens, parents, node_offsets, draw_offsets, draw_rows, draw_q, uniforms, uniform_stride,
-    ratios, totals, lefts, sums, out, requests, V, blocks,
+    weights, ratios, totals, lefts, sums, out, requests, V, blocks,
     NAIVE: tl.constexpr, REPLACEMENT: tl.constexpr, FIELDS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -165,8 +183,8 @@ def chance_walk_kernel(
         child = tl.full([], -1, tl.int64)
         if NAIVE:
             bonus = choose(
-                tl.load(uniforms + used), p, p_stride, q, q_stride, tokens, draw_offsets, draw_rows, draw_q, totals,
-                lefts, sums, first + last, V, blocks, REPLACEMENT, BLOCK, BLOCKS,
+                tl.load(uniforms + used), p, p_stride, q, q_stride, tokens, draw_offsets, draw_rows, draw_q, weights,
+                totals, lefts, sums, first + last, V, blocks, REPLACEMENT, False, BLOCK, BLOCKS,
             )  # fmt: skip
             used += 1
             fits = (node > 0) & (node < nodes) & (parent == last) & (token == bonus)
@@ -185,11 +203,73 @@ def chance_walk_kernel(
             if child < 0:
                 bonus = choose(
                     tl.load(uniforms + used), p, p_stride, q, q_stride, tokens, draw_offsets, draw_rows, draw_q,
-                    totals, lefts, sums, first + last, V, blocks, REPLACEMENT, BLOCK, BLOCKS,
+                    weights, totals, lefts, sums, first + last, V, blocks, REPLACEMENT, False, BLOCK, BLOCKS,
                 )  # fmt: skip
                 used += 1
         going = child >= 0
         last = child
     tl.store(out + r * FIELDS, length)
+    tl.store(out + r * FIELDS + 1, bonus)
+    tl.store(out + r * FIELDS + 2, used)
+
+
+@triton.jit
+def traversal_kernel(
+    p, p_stride, q, q_stride, tokens, parents, node_offsets, draw_offsets, draw_rows, draw_q, draw_of, uniforms,
+    uniform_stride, last_weights, weights, ratios, totals, lefts, sums, out, requests, V, blocks,
+    FIELDS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program r: request r's path by the traversal rule: down to the first leaf, then up and on until a node passes.
+
+    draw_of [N] says which draw a node is, so that the way back needs no stack.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    first, end = tl.load(node_offsets + r), tl.load(node_offsets + r + 1)
+    uniforms += r * uniform_stride
+    nodes = end - first
+    used = tl.full([], 0, tl.int64)
+    bonus = tl.full([], -1, tl.int64)
+    here = tl.full([], 0, tl.int64)
+    depth = tl.full([], 0, tl.int64)
+    going = nodes > 0
+    draw = tl.full([], 0, tl.int64)
+    if going:
+        draw = tl.load(draw_offsets + first)
+    while going:
+        if draw < tl.load(draw_offsets + first + here + 1):
+            if tl.load(ratios + draw) > 0.0:
+                here = tl.load(draw_rows + draw) - first
+                depth += 1
+                draw = tl.load(draw_offsets + first + here)
+            else:
+                draw += 1
+        else:
+            passes = here == 0
+            if here > 0:
+                passes = tl.load(uniforms + used) < tl.load(last_weights + first + here)
+                used += 1
+            if passes:
+                going = False
+            else:
+                draw = tl.load(draw_of + first + here) + 1
+                here = tl.load(parents + first + here)
+                depth -= 1
+    if nodes > 0:
+        bonus = choose(
+            tl.load(uniforms + used), p, p_stride, q, q_stride, tokens, draw_offsets, draw_rows, draw_q, weights,
+            totals, lefts, sums, first + here, V, blocks, False, True, BLOCK, BLOCKS,
+        )  # fmt: skip
+        used += 1
+        node = tl.arange(0, BLOCK_N)
+        path = out + requests * FIELDS + first
+        tl.store(path + node, tl.full([BLOCK_N], -1, tl.int64), mask=(node < nodes) & (node > depth))
+        place = depth
+        while place >= 0:
+            tl.store(path + place, here)
+            if place > 0:
+                here = tl.load(parents + first + here)
+            place -= 1
+        depth += 1
+    tl.store(out + r * FIELDS, depth)
     tl.store(out + r * FIELDS + 1, bonus)
     tl.store(out + r * FIELDS + 2, used)
