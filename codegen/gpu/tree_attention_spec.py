@@ -149,13 +149,16 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
         block_n = min(block_n, 32)
     if (hopper or ampere) and block_m == 16 and 64 < wide <= 128:
         return Config(block_m, 32, 4, 4)  # 64 keys: Triton 3.6 spills 8 bytes
+    masked = bool(spec.mask.window or spec.mask.chunk)
     if hopper:
+        if block_m == 128 and wide > 64 and masked:
+            block_n = 32  # comparing positions takes registers
         return Config(block_m, block_n, num_warps, 3 if wide <= 128 else 2)
     # Without wgmma the products' operands lie in registers too.
     if ampere and wide > 128:
         if block_m == 16:
             return Config(16, block_n, 8, 2)
-        masked = bool(spec.mask.window or spec.mask.chunk)  # one pipeline instead of two, so fewer registers
+        # With a mask there is one pipeline instead of two, which takes fewer registers.
         return Config(32, 32, 4, 2) if masked or wide <= 192 else Config(32, 16, 8, 2)
     if ampere:
         block_m = min(block_m, 64 if wide <= 64 else 32)
