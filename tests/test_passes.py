@@ -19,6 +19,7 @@ from treespec_compiler.passes import (
     bind_kernels,
     classify,
     insert_state,
+    join_linears,
     normalize,
     pack_linears,
     recognize,
@@ -65,7 +66,7 @@ def captured(model: nn.Module, example: Any = None, roles: dict[str, str] | None
 def before(model: nn.Module, step: Pass) -> GraphState:
     """The graph that `step` gets."""
     state = captured(model)
-    run_passes(state, ORDER[: ORDER.index(step)])
+    run_passes(state, ORDER[: ORDER.index(step if step in ORDER else pack_linears.PASS)])
     return state
 
 
@@ -244,6 +245,39 @@ def test_pack_linears_joins_products_of_one_input() -> None:
     # q and kv; o; gate and up; down; head
     assert old.count("aten.linear") == matches == 7 and "aten.linear" not in new
     assert new.count("treespec.packed_linear") == 5 and len(state.packs) == 6  # five weights and the head's bias
+
+
+JOINED = {**EAGER, "kernels": "aten", "pipeline": "default,join-linears"}
+
+
+def test_join_linears_joins_products_of_one_input() -> None:
+    model = RopeTril(layers=1).eval()
+    plain: Any = treespec.tree_program(model, options={**EAGER, "kernels": "aten"})
+    joined: Any = treespec.tree_program(model, options={**JOINED, "verify_each": "semantic"})
+    (record,) = (r for r in joined.history if r.name == "join linears")
+    counts = [[op_name(n) for n in p.graph_module.graph.nodes].count("aten.linear") for p in (plain, joined)]
+    assert record.matches == 4 and counts == [7, 5]  # q and kv; gate and up
+    assert joined.packed_bytes > plain.packed_bytes
+    ids = [1, 5, 2, 7]
+    want = plain.prefill(ids, plain.new_cache(8)).clone()
+    torch.testing.assert_close(joined.prefill(ids, joined.new_cache(8)), want, atol=1e-5, rtol=1e-5)
+
+
+def test_joined_weights_follow_the_modules() -> None:
+    model = RopeTril(layers=1).eval()
+    joined: Any = treespec.tree_program(model, options=JOINED)
+    plain: Any = treespec.tree_program(model, options={**EAGER, "kernels": "reference"})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    ids = [3, 1, 4]
+    want = plain.prefill(ids, plain.new_cache(8)).clone()
+    torch.testing.assert_close(joined.prefill(ids, joined.new_cache(8)), want, atol=1e-4, rtol=1e-4)
+
+
+def test_join_linears_leaves_single_products() -> None:
+    old, new, matches, state = applied(NanoGPT(), join_linears.PASS)
+    assert matches == 0 and old == new and not state.packs
 
 
 def test_pack_linears_leaves_products_of_data() -> None:

@@ -229,17 +229,22 @@ def _forget(graphs: weakref.ref[Graphs], cache_id: int) -> None:
 
 
 class CudaRecorder:
-    """Records with `torch.cuda.CUDAGraph`; all recordings share one pool of memory, since one runs at a time."""
+    """Records with `torch.cuda.CUDAGraph`; all recordings share one pool of memory, since one runs at a time.
+
+    They share a stream too: memory of a pool is not used again by another stream's recording, and libraries keep a
+    workspace for each stream.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
+        self._side: Any = None
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         with torch.cuda.device(self.device):
             if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+                self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            here, side = torch.cuda.current_stream(), self._side
             side.wait_stream(here)
             with torch.cuda.stream(side):
                 run()  # libraries set up their workspaces for a stream at its first use, which cannot be recorded

@@ -24,6 +24,7 @@ from .passes import (
     classify,
     fuse_rope,
     insert_state,
+    join_linears,
     normalize,
     pack_linears,
     recognize,
@@ -57,7 +58,7 @@ REWRITES: tuple[Pass, ...] = (treeify.PASS, insert_state.PASS, select_rows.PASS)
 KERNELS: tuple[Pass, ...] = (pack_linears.PASS, bind_kernels.PASS)
 DEFAULT: tuple[Pass, ...] = (*ANALYSIS, guard_pass.PASS, *REWRITES, *KERNELS)
 # Run where there is a kernel for what they make, or where a pipeline names them.
-EXTRA: tuple[Pass, ...] = (fuse_rope.PASS,)
+EXTRA: tuple[Pass, ...] = (fuse_rope.PASS, join_linears.PASS)
 
 
 def known_passes() -> dict[str, Pass]:

@@ -1,0 +1,37 @@
+"""join linears: linears of constant weights that share their input become one, whose result is split.
+
+A GPU's step launches a product less for each that is joined, and k's and v's alone are too small to read memory at
+full speed. The joined weights are copies beside the module's own (`TreeProgram.packed_bytes`), so this runs where a
+pipeline names it. On a CPU, pass "fuse" does it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .manager import Pass
+from .products import JoinSpec, bias_pieces, built_input, products, replace_by_slices, weight_pieces
+from .state import GraphState
+
+aten = torch.ops.aten
+
+
+def join_linears(state: GraphState) -> int:
+    groups = [members for members in products(state, lambda weight: weight.is_floating_point()) if len(members) > 1]
+    for members in groups:
+        first = members[0]
+        weight = built_input(state, JoinSpec(weight_pieces(members)))
+        bias = built_input(state, JoinSpec(bias_pieces(members))) if first.bias is not None else None
+        joined = state.call(aten.linear.default, (first.x, weight, bias), like=first.node)
+        replace_by_slices(state, members, joined)
+    return sum(map(len, groups))
+
+
+PASS = Pass(
+    "join linears",
+    join_linears,
+    before="rows are selected",
+    after="same level; products of one input with constant weights are one product",
+    optional=True,
+    place_before=("bind kernels",),
+)
