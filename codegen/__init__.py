@@ -8,6 +8,7 @@ from treespec_compiler.codegen import aten, aten_scored, cpu
 from treespec_compiler.codegen.gpu import (
     accept,
     commit,
+    grouped_linear,
     rope_attention,
     stochastic_accept,
     tree_attention,
@@ -62,3 +63,22 @@ for _op, _target in (
         available=triton_installed,
         capturable=True,
     )
+# NOTE the reference is fit to run: a product a group on a CPU, and elsewhere nothing that waits for the device.
+register_kernel(
+    ops.grouped_linear,
+    device="any",
+    dtypes=None,
+    priority=10,
+    name="aten mm",
+    target=ops.grouped_linear,
+    capturable=True,
+)
+register_kernel(
+    ops.grouped_linear,
+    device="cuda",
+    dtypes=None,
+    priority=20,
+    name="aten grouped mm",
+    target=grouped_linear.GROUPED_LINEAR,
+    capturable=True,
+)

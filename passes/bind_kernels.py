@@ -21,6 +21,7 @@ _OPS = (
     ops.rope_tree_attention,
     ops.rope_scored_tree_attention,
     ops.packed_linear,
+    ops.grouped_linear,
 )
 
 

@@ -14,9 +14,9 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 
 def reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x [N, K], weight [E, M, K], ends [E] integers that do not fall, the last of them N -> [N, M]."""
+    """x [N, K], weight [E, M, K], ends [E] integers that do not fall, the last of them N -> [N, M], contiguous."""
     if x.device.type != "cpu":
-        return _every_group(x, weight, ends)
+        return every_group(x, weight, ends)
     out = x.new_empty(x.shape[0], weight.shape[1])
     start = 0
     for group, end in enumerate(ends.tolist()):
@@ -26,7 +26,7 @@ def reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def _every_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def every_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """The same without waiting for the device to say where groups end: every row times every matrix, and a choice."""
     rows = torch.arange(x.shape[0], device=x.device)
     group = torch.searchsorted(ends.to(torch.int64), rows, right=True)
