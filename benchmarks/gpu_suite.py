@@ -64,6 +64,8 @@ SECTIONS = (
     Section("step 1B", "steps", 70, ("1B",)),
     Section("decode", "decode", 40),
 )
+# Run where --only names them.
+MORE = (Section("variants", "variants", 300, ("8B",)),)
 
 
 def main() -> None:
@@ -102,7 +104,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
-    parser.add_argument("--only", nargs="+", choices=[s.name for s in SECTIONS], metavar="SECTION")
+    parser.add_argument("--only", nargs="+", choices=[s.name for s in (*SECTIONS, *MORE)], metavar="SECTION")
     parser.add_argument("--budget", type=float, default=TOTAL, help=f"seconds in all (default: {TOTAL:.0f})")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--keep-caches", action="store_true", help="use the caches there are; compilation is warm then")
@@ -132,7 +134,8 @@ def run(arguments: argparse.Namespace, path: Path | None) -> dict[str, Any]:
     began = time.perf_counter()
     found = {"status": "smoke" if arguments.smoke else "measured", "run": about(arguments.device), "sections": {}}
     sections: dict[str, Any] = found["sections"]
-    waiting = groups([s for s in SECTIONS if not arguments.only or s.name in arguments.only])
+    asked = [s for s in (*SECTIONS, *MORE) if s.name in arguments.only] if arguments.only else list(SECTIONS)
+    waiting = groups(asked)
     with tempfile.TemporaryDirectory(prefix="gpu-suite-") as name:
         folder = Path(name)
         while waiting:
@@ -247,7 +250,7 @@ class Running:
 
 def run_section(arguments: argparse.Namespace) -> None:
     """In the section's own process; it leaves a few seconds for ending, what starting took is gone."""
-    section = next(s for s in SECTIONS if s.name == arguments.run_section)
+    section = next(s for s in (*SECTIONS, *MORE) if s.name == arguments.run_section)
     module = importlib.import_module(f"gpu_sections.{section.module}")
     left = arguments.section_end - time.time() - 4
     context = Context(torch.device(arguments.device), arguments.smoke, left, Path(arguments.section_out))

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 def sections(tmp_path_factory):
     """Every section's results, as the driver collects them."""
     folder, found = tmp_path_factory.mktemp("suite"), {}
-    for section in gpu_suite.SECTIONS:
+    for section in (*gpu_suite.SECTIONS, *gpu_suite.MORE):
         if section.name == "step 1B":
             continue  # as 8B
         if section.name == "decode":
@@ -277,6 +277,16 @@ def suite(*arguments, **environment):
 def test_budgets_fit_into_the_time():
     every = [max(s.budget for s in group) for group in gpu_suite.groups(gpu_suite.SECTIONS)]
     assert sum(every) <= gpu_suite.TOTAL < 480
+
+
+def test_variants(sections):
+    found = sections["variants"]
+    assert found["joined_bytes"] > 0 and not found.get("skipped")
+    (steps,), (prompts,) = found["steps"], found["prompts"]
+    assert set(steps["step_ms"]) == {f"linears {how}, {n}" for how in ("apart", "joined") for n in (1, 4)}
+    assert set(prompts["prefill_ms"]) == {"flash", "generated"}
+    titles = [t.title for t in report.tables({"sections": sections, "status": "smoke", "projection": []})]
+    assert any("what could be the default" in title for title in titles)
 
 
 def test_without_a_gpu(tmp_path):

@@ -60,7 +60,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     sections = found["sections"]
     made = [_status(sections), *([_aims(sections)] if found["status"] == "measured" else [])]
     made += [t for t in (_checks(sections), _attention(sections), *_steps(sections)) if t]
-    made += [t for t in (_programs(sections), _decode(sections)) if t]
+    made += [t for t in (_programs(sections), _variants(sections), _decode(sections)) if t]
     return made + ([_projection(found["projection"])] if found.get("projection") else [])
 
 
@@ -158,6 +158,18 @@ def _programs(sections: dict[str, Any]) -> Table | None:
                 f"{peak / 1e9:.1f}" if peak else "-",
             )
     return table if table.rows else None
+
+
+def _variants(sections: dict[str, Any]) -> Table | None:
+    section = sections.get("variants", {})
+    table = Table("Llama 8B shape, bf16: what could be the default", ("of", "variant", "ms"))
+    for row in section.get("steps", []):
+        for name, ms in row["step_ms"].items():
+            table.add(f"a step behind {row['context']}", f"{name} nodes", f"{ms:.3f}")
+    for row in section.get("prompts", []):
+        for name, ms in row["prefill_ms"].items():
+            table.add(f"a prompt of {row['tokens']}", name, f"{ms:.2f}")
+    return table if section.get("steps") or section.get("prompts") else None
 
 
 def _decode(sections: dict[str, Any]) -> Table | None:
