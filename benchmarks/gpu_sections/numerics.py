@@ -47,6 +47,8 @@ FAMILIES = {
 }
 # Each size and dtype is compiled, which takes most of the time: the first family gets all, the others the hardest.
 CASES = (Shape(70, 2, 300), Shape(1, 1, 1000), Shape(16, 3, 300))
+# Torch's grouped product takes the first; the others are every row times every matrix.
+GROUPED = {"bf16": (BF16, 1024), "bf16, rows of 2008 bytes": (BF16, 1004), "fp16": (FP16, 1024), "fp32": (FP32, 1024)}
 
 
 def run(context: Context, part: str = "0", parts: str = "1") -> None:
@@ -67,6 +69,8 @@ def checks(context: Context) -> dict[str, tuple[Callable[[], float], float]]:
         found[name] = functools.partial(attention, context, kernel, cases), TOLERANCE[kernel.dtype]
     for style in ("half", "interleaved"):
         found[f"rope and append, {style}"] = functools.partial(rope, context, style), TOLERANCE[BF16]
+    for name, (dtype, inner) in GROUPED.items():
+        found[f"grouped linear, {name}"] = functools.partial(grouped_linear, context, dtype, inner), TOLERANCE[dtype]
     exact = {
         "append": append,
         "commit path": commit_path,
@@ -132,6 +136,25 @@ def rope(context: Context, style: str) -> float:
     found = best_kernel(ops.rope_tree_attention, context.device, BF16)
     expected = outcome(ops.rope_tree_attention, torch.float64)
     return relative_error(outcome(found.target if found else ops.rope_tree_attention, BF16), expected)
+
+
+def grouped_linear(context: Context, dtype: torch.dtype, inner: int) -> float:
+    """Rows [N, K] of eight groups, some of them empty, as a step has them and as a prompt does."""
+    random_ = torch.Generator().manual_seed(0)
+    groups, outer = 8, context.pick(1536, 24)
+    inner = context.pick(inner, inner % 16 + 16)
+    weight = torch.randn(groups, outer, inner, generator=random_).to(dtype)
+    kernel = best_kernel(ops.grouped_linear, context.device, dtype)
+    target = kernel.target if kernel else ops.grouped_linear
+    worst = 0.0
+    for rows in context.pick((1, 2, 128, 3000), (1, 9)):
+        x = torch.randn(rows, inner, generator=random_).to(dtype)
+        ends = torch.randint(rows + 1, (groups,), generator=random_).sort()[0]
+        ends[1], ends[-1] = ends[0], rows
+        found = target(*(t.to(context.device) for t in (x, weight, ends))).cpu()
+        error = relative_error(found, ops.grouped_linear(x.double(), weight.double(), ends))
+        worst = max(worst, error) if not found.isnan().any() else float("nan")
+    return worst
 
 
 def append(context: Context) -> float:
