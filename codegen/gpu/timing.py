@@ -14,14 +14,29 @@ FLUSH_BYTES = 256 << 20  # more than any L2 there is
 
 
 @functools.cache
-def _flush_buffer(device: torch.device) -> Tensor:
-    return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+def _flush_buffer(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a flush reads [FLUSH_BYTES // 4], and where it puts the largest number, [] float32."""
+    with torch.inference_mode(False):  # they outlive the mode they happen to be made in
+        return torch.zeros(FLUSH_BYTES // 4, device=device), torch.empty((), device=device)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace for every stream it was ever used on."""
+    return torch.cuda.Stream(device)
+
+
+def flush(device: torch.device) -> None:
+    """Fill the L2 with what nobody reads again."""
+    buffer, largest = _flush_buffer(device)
+    # NOTE read, as a step reads its weights: lines that were written would be written back within what is timed.
+    torch.amax(buffer, dim=0, out=largest)
 
 
 class Timed:
     """A call, recorded; `milliseconds()` times one replay of `repeat` calls in a row, and gives the time of one.
 
-    A step of a model finds its K/V in memory, not in the L2: weights have passed through it since. So `cold` writes
+    A step of a model finds its K/V in memory, not in the L2: weights have passed through it since. So `cold` reads
     a buffer larger than the L2 before each replay, which also keeps the device busy until everything is queued.
     Work that cannot be recorded is launched; its time then holds the host's part.
     """
@@ -37,7 +52,7 @@ class Timed:
     ) -> None:
         self.device, self.cold, self.repeat = device, cold, repeat
         self.run = call
-        side = torch.cuda.Stream(device)
+        side = _side_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -55,7 +70,7 @@ class Timed:
     def milliseconds(self) -> float:
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if self.cold:
-            _flush_buffer(self.device).zero_()
+            flush(self.device)
         began.record()
         self.run()
         ended.record()
