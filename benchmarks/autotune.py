@@ -2,10 +2,11 @@
 
     python benchmarks/autotune.py                    # into the user's cache, over the shipped tables
     python benchmarks/autotune.py --ship             # into codegen/tables, to be committed
+    python benchmarks/autotune.py --limit 0          # every configuration that fits a shape
     python benchmarks/autotune.py --kernels 32/8/128 --shapes 1x1x2048 64x1x2048
 
 A kernel is named HEADS/KV_HEADS/DIM, with VALUE_DIM behind a plus and a window behind a w: 32/8/128, 16/16/192+128,
-32/8/128w4096. Stop it whenever you like: it goes on where it was.
+32/8/128w4096. Stop it whenever you like: it goes on where it was. Shapes that nothing is right for are left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from treespec_compiler.ir.specs import MaskSpec
 
 # Llama 3 8B and 1B, Qwen 3 0.6B, a 7B without shared heads, Mistral's window, Gemma 2's dimension.
 KERNELS = ("32/8/128", "32/8/64", "16/8/128", "32/32/128", "32/8/128w4096", "8/4/256")
+# Configurations a shape, those nearest to the default. The six kernels' 12 shapes then have 114 together, and each is
+# compiled about seven times: once to be judged, then split or not, for one request or several, as checks and timings
+# launch it. At 0.5 to 1.5 s a compilation that is 7 to 20 minutes, and timing takes one or two. All 558 take 33 to 98.
+LIMIT = 8
 
 
 def kernel(text: str, dtype: torch.dtype = torch.bfloat16) -> AttentionKernel:
@@ -36,13 +41,24 @@ def kernel(text: str, dtype: torch.dtype = torch.bfloat16) -> AttentionKernel:
     return AttentionKernel(heads, kv_heads, key_dim, value_dim or key_dim, dtype, dtype, MaskSpec(window))
 
 
+def limit(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of configurations, 0 for all")
+    return int(text)
+
+
 def main() -> None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--kernels", nargs="+", default=KERNELS, metavar="KERNEL")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=SHAPES, metavar="NODESxREQUESTSxCONTEXT")
-    parser.add_argument("--limit", type=int, help="at most so many configurations a shape")
+    parser.add_argument(
+        "--limit",
+        type=limit,
+        default=LIMIT,
+        help="at most so many configurations a shape, 0: all (default: %(default)s)",
+    )
     parser.add_argument("--again", action="store_true", help="measure shapes the table has already")
     parser.add_argument("--ship", action="store_true", help="write codegen/tables instead of the user's cache")
     arguments = parser.parse_args()
@@ -51,7 +67,7 @@ def main() -> None:
         device = gpu()
         place = tables.shipped_path if arguments.ship else tables.user_path
         path = place(OP, tables.architecture(device))
-        tune_kernels(specs, arguments.shapes, device, path, limit=arguments.limit, again=arguments.again)
+        tune_kernels(specs, arguments.shapes, device, path, limit=arguments.limit or None, again=arguments.again)
     except TreespecError as error:
         raise SystemExit(f"autotune: {describe(error)}") from None
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, C
 from treespec_compiler.codegen.gpu.tune import Shape, Tuner, candidates, prune, tune
 from treespec_compiler.codegen.tables import Table
 from treespec_compiler.errors import CorruptTable, InvalidOption
+from treespec_compiler.ir.specs import MaskSpec
 
 SPEC = AttentionKernel(32, 8, 128, 128, torch.bfloat16, torch.bfloat16)
 SHORT, LONG = Shape(1, 1, 1024), Shape(64, 1, 8192)
@@ -163,11 +165,54 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     half = tables.read(path, tuning.OP, "sm_90")
     assert len(half.entries) == 1
     seen = []
-    whole = tune(make(), [SHORT, LONG], half, save, on_shape=lambda shape, entry: seen.append((shape, entry)))
-    assert [(shape, entry is None) for shape, entry in seen] == [(SHORT, True), (LONG, False)]
+    whole = tune(make(), [SHORT, LONG], half, save, on_shape=seen.append)
+    assert [(o.shape, o.entry is None, o.why) for o in seen] == [(SHORT, True, ""), (LONG, False, "")]
     assert tables.read(path, tuning.OP, "sm_90").entries == whole.entries and len(whole.entries) == 2
     again = tune(make(measure=lambda c, s: 1.0), [SHORT], whole, save, again=True)
     assert [e.us for e in again.entries] == [1.0, whole.entries[1].us]
+
+
+def test_a_shape_that_nothing_is_right_for_is_left_out(caplog):
+    saved, seen = [], []
+
+    def check(config, shape):
+        return 9.0 if shape == SHORT else 1e-3
+
+    with caplog.at_level(logging.WARNING):
+        table = tune(make(check=check), [SHORT, LONG], EMPTY, saved.append, on_shape=seen.append)
+    assert len(table.entries) == 1 and saved == [table]
+    left, done = seen
+    assert left.entry is None and left.why == "an error of 9.0e+00"
+    assert done.entry == table.entries[0] and not done.why
+    assert "1x1x1024 of 32/8/128 is left out: an error of 9.0e+00" in caplog.messages
+    # The next run tries it again, and only it.
+    seen.clear()
+    assert len(tune(make(), [SHORT, LONG], table, saved.append, on_shape=seen.append).entries) == 2
+    assert [(o.shape, o.entry is None) for o in seen] == [(SHORT, False), (LONG, True)]
+
+
+def test_no_error_of_a_launch_ends_a_run():
+    class OutOfResources(Exception):  # triton's is no RuntimeError
+        pass
+
+    def check(config, shape):
+        if config != default_config(SPEC, 4, "sm_90"):
+            raise OutOfResources("shared memory")
+        return 1e-3
+
+    assert make(check=check).entry(SHORT).config == default_config(SPEC, 4, "sm_90").as_dict()
+
+
+def test_a_reason_is_short():
+    errors = iter(range(1, 100))
+    why = make(check=lambda c, s: float(next(errors)), limit=None).find(SHORT)
+    assert why.startswith("an error of 1.0e+00; ") and why.endswith(" more") and why.count(";") == 4
+    assert make(compiler=lambda *_: Compiled(stack=8)).find(SHORT) == "spills (8 bytes of stack)"
+
+
+def test_names_of_outcomes():
+    window = dataclasses.replace(SPEC, value_dim=64, mask=MaskSpec(4096))
+    assert tuning.Outcome(window, LONG).name == "64x1x8192 of 32/8/128+64w4096"
 
 
 def test_what_was_tuned_is_what_is_launched(tmp_path, monkeypatch):
@@ -221,8 +266,11 @@ class TestCommand:
         assert main(["tune", "--latency"]) == 2
         assert "--target: got None" in capsys.readouterr().err
 
-    def test_every_site_of_a_model_on_a_pretended_gpu(self, capsys, monkeypatch, tmp_path):
-        device = SimpleNamespace(check=lambda c, s: 0.0, measure=microseconds)
+    @pytest.fixture
+    def tuned(self, monkeypatch, tmp_path):
+        """Runs the command on a pretended GPU, on which `wrong` shapes have no right configuration."""
+        wrong = set()
+        device = SimpleNamespace(check=lambda c, s: 9.0 if str(s) in wrong else 0.0, measure=microseconds)
         monkeypatch.setattr(cli, "gpu", lambda: torch.device("cuda", 0))
         monkeypatch.setattr(tables, "architecture", lambda device: "sm_90")
         monkeypatch.setattr(tuning.Tuner, "_compiled", lambda self, configs: configs)
@@ -231,19 +279,71 @@ class TestCommand:
         monkeypatch.setattr(tune_device, "DeviceBench", lambda spec, where, budget: device)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
         out = tmp_path / "table.json"
-        arguments = ["tune", "py:graph_cases:decoder", "--device", "cuda", "--out", str(out), "--limit", "5"]
-        assert main([*arguments, "--shapes", "1x1x64", "8x2x64"]) == 0
+
+        def run(*shapes, fail=()):
+            wrong.clear()
+            wrong.update(fail)
+            arguments = ["tune", "py:graph_cases:decoder", "--device", "cuda", "--out", str(out), "--limit", "5"]
+            return main([*arguments, "--shapes", *shapes]), out
+
+        return run
+
+    def test_every_site_of_a_model_on_a_pretended_gpu(self, capsys, tuned):
+        code, out = tuned("1x1x64", "8x2x64")
         table = tables.read(out, tuning.OP, "sm_90")
-        assert len(table.entries) == 2 and table.meta["device"] == "a GPU" and "triton" in table.meta["versions"]
-        assert "2 entries in" in capsys.readouterr().err.replace("\n", "")
-        assert main([*arguments, "--shapes", "1x1x64"]) == 0
+        assert code == 0 and len(table.entries) == 2
+        assert table.meta["device"] == "a GPU" and "triton" in table.meta["versions"]
+        shown = capsys.readouterr().err.replace("\n", "")
+        assert "2 entries in" in shown and "left out" not in shown
+        assert tuned("1x1x64")[0] == 0
         assert "measured before" in capsys.readouterr().err
+
+    def test_some_shapes_are_left_out(self, capsys, tuned):
+        code, out = tuned("1x1x64", "8x2x64", fail=["1x1x64"])
+        shown = " ".join(capsys.readouterr().err.split())
+        assert code == 0 and len(tables.read(out, tuning.OP, "sm_90").entries) == 1
+        assert "left out 1 of 2 shapes: 1x1x64 of " in shown and "left out: an error of 9.0e+00" in shown
+
+    def test_all_shapes_are_left_out(self, capsys, tuned):
+        code, out = tuned("1x1x64", "8x2x64", fail=["1x1x64", "8x2x64"])
+        shown = " ".join(capsys.readouterr().err.split())
+        assert code == 2 and not out.exists()
+        assert "shapes: got '1x1x64, 8x2x64'" in shown and "Nothing could be tuned; 1x1x64 of " in shown
+        assert tuned("1x1x64", "8x2x64", fail=["8x2x64"])[0] == 0
+        assert tuned("1x1x64", "8x2x64", fail=["8x2x64"])[0] == 0  # there is an entry from before
+
+
+def script():
+    return Path(__file__).parents[1] / "benchmarks" / "autotune.py"
 
 
 def test_the_script_says_what_is_missing():
-    script = Path(__file__).parents[1] / "benchmarks" / "autotune.py"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(script().parents[1])}
+    done = subprocess.run([sys.executable, str(script())], env=environment, capture_output=True, text=True)
     assert (
         done.returncode == 1 and "expected a GPU that torch can use" in done.stderr and "Traceback" not in done.stderr
     )
+
+
+@pytest.mark.parametrize("given, limit", [([], 8), (["--limit", "0"], None), (["--limit", "20"], 20)])
+def test_the_script_s_limit(monkeypatch, given, limit):
+    monkeypatch.setattr(cli, "gpu", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(tables, "architecture", lambda device: "sm_90")
+    asked = []
+    monkeypatch.setattr(cli, "tune_kernels", lambda *_, limit, again: asked.append(limit))
+    monkeypatch.setattr(sys, "argv", ["autotune.py", *given])
+    runpy.run_path(str(script()), run_name="__main__")
+    assert asked == [limit]
+
+
+def test_the_script_s_default_limit_bounds_what_is_compiled():
+    """The numbers of its comment."""
+    found = runpy.run_path(str(script()))
+    kernels = [found["kernel"](text) for text in found["KERNELS"]]
+
+    def compiled(limit):
+        return sum(
+            len({c for s in tuning.SHAPES for c in candidates(k, s.nodes * k.group, "sm_90", limit)}) for k in kernels
+        )
+
+    assert (compiled(found["LIMIT"]), compiled(None)) == (114, 558)

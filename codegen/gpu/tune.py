@@ -152,6 +152,15 @@ class Tuner:
 
     def entry(self, shape: Shape) -> Entry:
         """The fastest configuration that is right, and the second; raises InvalidOption where none is."""
+        found = self.find(shape)
+        if isinstance(found, str):
+            raise InvalidOption(
+                name="shape", got=str(shape), expected="one that a configuration is right for", fix=f"Got {found}."
+            )
+        return found
+
+    def find(self, shape: Shape) -> Entry | str:
+        """As `entry`; why there is none where no configuration is right."""
         best: list[tuple[float, Config]] = []
         wrong: dict[Config, str] = {}
         configs = self._compiled(candidates(self.spec, shape.nodes * self.spec.group, self.target, self.limit))
@@ -164,15 +173,13 @@ class Tuner:
                     wrong[config] = f"an error of {error:.1e}"
                     continue
                 best.append((self.measure(config, shape), config))
-            except RuntimeError as error:  # such as too little shared memory on a smaller chip of the architecture
+            except Exception as error:  # such as too little shared memory on a smaller chip of the architecture
+                log.debug("%s does not run for %s", config, shape, exc_info=True)
                 wrong[config] = f"{type(error).__name__}: {error}".splitlines()[0]
         for config, why in wrong.items():
             log.warning("%s is left out for %s: %s", config, shape, why)
         if not best:
-            why = "; ".join(dict.fromkeys([*wrong.values(), *self._pruned.rejected.values()])) or "no configurations"
-            raise InvalidOption(
-                name="shape", got=str(shape), expected="one that a configuration is right for", fix=f"Got {why}."
-            )
+            return _some([*wrong.values(), *self._pruned.rejected.values()])
         best.sort(key=lambda found: found[0])
         (us, config), *rest = best
         runner_up = {"config": rest[0][1].as_dict(), "us": round(rest[0][0], 3)} if rest else None
@@ -191,25 +198,56 @@ class Tuner:
         return [config for config in configs if config in kept]
 
 
+def _some(reasons: Sequence[str], most: int = 4) -> str:
+    """The first few different ones."""
+    different = list(dict.fromkeys(reasons))
+    more = [f"{len(different) - most} more"] if len(different) > most else []
+    return "; ".join([*different[:most], *more]) or "no configurations"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a kernel's shape: an entry, or why there is none; neither where it was measured before."""
+
+    spec: AttentionKernel
+    shape: Shape
+    entry: Entry | None = None
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        """`64x1x2048 of 32/8/128`: heads, key heads and dimension, with VALUE_DIM and a window where there are any."""
+        spec = self.spec
+        value = f"+{spec.value_dim}" if spec.value_dim != spec.key_dim else ""
+        window = f"w{spec.mask.window}" if spec.mask.window else ""
+        return f"{self.shape} of {spec.heads}/{spec.kv_heads}/{spec.key_dim}{value}{window}"
+
+
 def tune(
     tuner: Tuner,
     shapes: Sequence[Shape],
     table: Table,
     save: Callable[[Table], None],
     again: bool = False,
-    on_shape: Callable[[Shape, Entry | None], None] = lambda shape, entry: None,
+    on_shape: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Table:
     """Add an entry for each shape; saved after each, so that a run that was stopped goes on where it was.
 
-    Shapes that the table has (of the same kernel source) are left alone unless `again`; `on_shape` gets None for them.
+    Shapes that the table has (of the same kernel source) are left alone unless `again`. A shape that no configuration
+    is right for is left out with a warning, and tried again by the next run.
     """
     for shape in shapes:
         key = tuner.spec.tuning_key(shape.nodes, shape.requests, shape.capacity)
         if not again and any(identity(e.key) == identity(key) for e in table.entries):
-            on_shape(shape, None)
+            on_shape(Outcome(tuner.spec, shape))
             continue
-        entry = tuner.entry(shape)
-        table = merge(table, [entry])
-        save(table)
-        on_shape(shape, entry)
+        found = tuner.find(shape)
+        if isinstance(found, str):
+            outcome = Outcome(tuner.spec, shape, why=found)
+            log.warning("%s is left out: %s", outcome.name, found)
+        else:
+            outcome = Outcome(tuner.spec, shape, found)
+            table = merge(table, [found])
+            save(table)
+        on_shape(outcome)
     return table

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
@@ -16,8 +17,8 @@ from ..codegen.gpu import triton_installed
 from ..codegen.gpu.inventory import attention_kernels
 from ..codegen.gpu.offline import TARGETS
 from ..codegen.gpu.tree_attention_spec import AttentionKernel
-from ..codegen.gpu.tune import OP, SHAPES, Shape, Tuner, tune
-from ..codegen.tables import Entry, Table
+from ..codegen.gpu.tune import OP, SHAPES, Outcome, Shape, Tuner, tune
+from ..codegen.tables import Table
 from ..errors import InvalidOption, MissingPackage
 from ..pipeline import convert
 from .inspection import read_subject
@@ -66,19 +67,22 @@ def tune_kernels(
     again: bool = False,
     budget: float = 0.02,
 ) -> Table:
-    """Measure every kernel for every shape and keep the table at `path`, with a progress bar."""
+    """Measure every kernel for every shape and keep the table at `path`, with a progress bar.
+
+    Shapes that no configuration is right for are left out; raises InvalidOption where that is all of them.
+    """
     from ..codegen.gpu.tune_device import DeviceBench, empty_table
 
     arch = tables.architecture(device)
     table = started(path, empty_table(arch, device))
-    done: list[tuple[Shape, Entry | None]] = []
+    done: list[Outcome] = []
     console = Console(stderr=True, highlight=False)
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=len(specs) * len(shapes))
 
-        def finished(shape: Shape, entry: Entry | None) -> None:
-            done.append((shape, entry))
+        def finished(outcome: Outcome) -> None:
+            done.append(outcome)
             bar.advance(task)
 
         for spec in specs:
@@ -88,6 +92,17 @@ def tune_kernels(
             )
             table = tune(tuner, shapes, table, lambda t: tables.write(path, t), again, finished)
     console.print(summary(done))
+    left_out = [outcome for outcome in done if outcome.why]
+    if left_out and len(left_out) == len(done):
+        raise InvalidOption(
+            name="shapes",
+            got=", ".join(dict.fromkeys(str(outcome.shape) for outcome in left_out)),
+            expected="one that a configuration is right for",
+            fix=f"Nothing could be tuned; {left_out[0].name}: {left_out[0].why}.",
+        )
+    if left_out:
+        names = ", ".join(outcome.name for outcome in left_out)
+        console.print(f"left out {len(left_out)} of {len(done)} shapes: {names}", markup=False, soft_wrap=True)
     console.print(f"{len(table.entries)} entries in {path}", markup=False, soft_wrap=True)
     return table
 
@@ -100,14 +115,16 @@ def started(path: Path, empty: Table) -> Table:
     return table if table.source_hash == empty.source_hash else empty
 
 
-def summary(done: Sequence[tuple[Shape, Entry | None]]) -> RichTable:
+def summary(done: Sequence[Outcome]) -> RichTable:
     table = RichTable(box=None, pad_edge=False, header_style="bold")
     table.add_column("shape", no_wrap=True)
     for name in ("us", "configuration", "second, us", "its configuration"):
         table.add_column(name, justify="right" if "us" in name.split() else "left")
-    for shape, entry in done:
+    for outcome in done:
+        shape, entry = outcome.shape, outcome.entry
         if entry is None:
-            table.add_row(str(shape), "", "measured before (--again measures it again)")
+            what = f"left out: {outcome.why}" if outcome.why else "measured before (--again measures it again)"
+            table.add_row(str(shape), "", escape(what))
             continue
         second = entry.runner_up
         cells = (f"{second['us']:.1f}", describe(second["config"])) if second else ("-", "-")
