@@ -21,9 +21,12 @@ from treespec_compiler.codegen.gpu.tree_attention_spec import (
     default_config,
     merge_warps,
 )
-from treespec_compiler.ir import accept
+from treespec_compiler.ir import accept, stochastic_accept
 from treespec_compiler.ir.rope_attention import Turn
 from treespec_compiler.ir.specs import AttentionSpec, MaskSpec
+
+PROMPT = 2048
+"""Nodes of a prompt's call."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def inventory(
             yield _append(spec, turn, _where(turned))
     yield _commit(sites)
     yield from _accept(vocab_size, dtype, max(nodes))
+    yield from _accept_by_chance(vocab_size, max(nodes))
 
 
 def _where(sites: Sequence[int]) -> str:
@@ -135,6 +139,18 @@ def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[i
             config.num_warps,
             config.num_stages,
         )
+    config = chosen_config(spec, PROMPT, target)[0]
+    yield Launch(
+        "tree_attention",
+        "attend",
+        f"{where}, prompts",
+        module.attend,
+        tree_attention.signature(spec),
+        tree_attention.constexprs(config, chain=True),
+        tuple(tree_attention.divisible(spec)),
+        config.num_warps,
+        config.num_stages,
+    )
     pointers = {"partial": "*fp32", "tops": "*fp32", "out": f"*{DTYPES[spec.dtype]}", "node_offsets": "*i64"}
     pointers |= {"sinks": "*fp32"} if spec.sinks else {}
     sizes = dict.fromkeys(("requests", "rows", "parts"), "i32")
@@ -188,6 +204,33 @@ def _accept(vocab_size: int, dtype: torch.dtype, nodes: int) -> Iterator[Launch]
     types = dict.fromkeys(("best", "tokens", "parents", "node_offsets", "out"), "*i64")
     warps = launcher.walk_warps(block_n, block_s)
     yield _launch("greedy_accept", greedy_walk_kernel, where, types, constants, num_warps=warps)
+
+
+def _accept_by_chance(vocab_size: int, nodes: int) -> Iterator[Launch]:
+    from treespec_compiler.codegen.gpu.kernels import stochastic_accept as kernels
+    from treespec_compiler.codegen.gpu.stochastic_accept import BLOCK as most
+
+    block = min(most, power_of_two(vocab_size))
+    floats = ("p", "q", "uniforms", "weights", "ratios", "totals", "lefts", "sums", "first_weights", "last_weights")
+    integers = ("tokens", "parents", "node_offsets", "draw_offsets", "draw_rows", "draw_q", "draw_of", "out")
+    pointers = dict.fromkeys(floats, "*fp64") | dict.fromkeys(integers, "*i64")
+    walk = {"FIELDS": stochastic_accept.FIELDS, "BLOCKS": power_of_two(-(-vocab_size // block))}
+    walk["BLOCK_N"] = power_of_two(max(nodes, 2))
+    for kernel, rule, constants in (
+        (kernels.residual_kernel, "recursive", {"REPLACEMENT": False, "WEIGHTED": False}),
+        (kernels.residual_kernel, "traversal", {"REPLACEMENT": False, "WEIGHTED": True}),
+        (kernels.chance_walk_kernel, "recursive", {"NAIVE": False, "REPLACEMENT": False, **walk}),
+        (kernels.traversal_kernel, "traversal", walk),
+    ):
+        types = {name: kind for name, kind in pointers.items() if name in kernel.arg_names}
+        yield _launch(
+            "stochastic_accept",
+            kernel,
+            f"{rule}, {vocab_size} ids",
+            types,
+            {**constants, "BLOCK": block},
+            aligned=False,
+        )
 
 
 def _launch(

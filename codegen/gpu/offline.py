@@ -19,20 +19,24 @@ TARGETS: dict[str, tuple[str, int | str, int, int]] = {
     "gfx942": ("hip", "gfx942", 64, 64 * 1024),
 }
 TOOL_TIMEOUT = 120
+CALL_FRAME = 16
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Of a thread: registers, and bytes of its stack (spilled registers lie there). Of a block: shared bytes."""
+    """Of a thread: registers, and bytes of its stack (spilled registers lie there, and the frames of calls). Of a
+    block: shared bytes."""
 
     registers: int
     stack: int
     shared: int
     shared_limit: int
+    frame: int = 0
+    """Of `stack`, what a call takes: NVIDIA's float64 division is one."""
 
     @property
     def spills(self) -> bool:
-        return self.stack > 0
+        return self.stack > self.frame
 
     @property
     def fits(self) -> bool:
@@ -78,7 +82,8 @@ class Offline:
             )
         usage = _nvidia_tool("cuobjdump", "-res-usage", cubin=self._compiled.asm["cubin"])
         numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared, limit)
+        frame = CALL_FRAME if re.search(r"\bCALL\b", self.sass) else 0
+        return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared, limit, frame)
 
 
 def compile_offline(
