@@ -108,7 +108,11 @@ class WeightWatch:
         if self._native and all(t.is_cpu and t.is_contiguous() for t in tensors):
             with torch.no_grad():
                 return cpu.CHECKSUMS(tensors)
-        return [_checksum(t) for t in tensors]
+        with torch.no_grad():
+            folded = [_folded(t) for t in tensors]
+        devices = dict.fromkeys(x.device for x in folded)
+        read = {d: iter(torch.stack([x for x in folded if x.device == d]).tolist()) for d in devices}
+        return [next(read[x.device]) for x in folded]
 
     def _rearranged(self) -> str | None:
         for table, children in self._children:
@@ -138,12 +142,21 @@ def _shared(tables: list[dict[str, Any]], weights: list[WeightRef]) -> list[tupl
 
 
 _COLUMNS = 1024
+_ODD = (0x5851F42D4C957F2D, 0x14057B7EF767814F, 0x2545F4914F6CDD1D)  # multipliers of common generators
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Order matters in it: rows and columns of the bytes are summed, so that exchanged rows are noticed too."""
+    return int(_folded(tensor))
+
+
+def _folded(tensor: Tensor) -> Tensor:
+    """An int64 scalar on the tensor's device, so that one readback tells of many tensors.
+
+    Order matters in it: rows and columns of the bytes are summed, each weighted by its place, so that exchanged ones
+    are noticed too. Weights are odd, and so a change of one number is never lost modulo 2^64.
+    """
     if tensor.is_meta or not tensor.numel():
-        return 0
+        return torch.zeros((), dtype=torch.int64)
     flat = tensor.detach()
     if flat.is_complex():
         flat = torch.view_as_real(flat)
@@ -153,5 +166,10 @@ def _checksum(tensor: Tensor) -> int:
     integers = flat.view(torch.int64 if wide else _INTEGERS[flat.element_size()])
     whole = integers.numel() // _COLUMNS * _COLUMNS
     table = integers[:whole].view(-1, _COLUMNS)
-    sums = (table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64), integers[whole:])
-    return hash(tuple(part.cpu().numpy().tobytes() for part in sums))
+    columns, rows, rest = table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64), integers[whole:].long()
+    return _weighted(rows, _ODD[0]) + _weighted(columns, _ODD[1]) + _weighted(rest, _ODD[2])
+
+
+def _weighted(numbers: Tensor, odd: int) -> Tensor:
+    places = torch.arange(len(numbers), device=numbers.device)
+    return (numbers * ((2 * places + 1) * odd)).sum()
