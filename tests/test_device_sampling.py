@@ -207,6 +207,15 @@ def test_which_proposals_the_kernels_take() -> None:
     assert on_device.takes("multi-step", proposal(twice)) and not on_device.takes("block", proposal(distinct))
 
 
+@pytest.mark.parametrize(("rule", "depth"), [("recursive", -1), ("traversal", 1)])
+def test_traversal_looks_at_nodes_beside_the_path(rule: str, depth: int) -> None:
+    q = np.array([0.0, 0.5, 0.5])
+    proposal = Proposal([0, 1, 2], [-1, 0, 0], [0, 1, 1], [0, 0, 1], draws={0: [Draws([1, 2], q, replacement=False)]})
+    p, usable = torch.tensor([[0.0, 1.0, 0.0]] * 3, dtype=torch.float64), torch.tensor([True, True, False])
+    verdict = on_device.accept_by_chance(ops.stochastic_accept, rule, proposal, p, usable, SeededChance(0))
+    assert verdict.path == [0, 1] and verdict.unusable == depth
+
+
 @pytest.mark.parametrize("kind", [FakeProgram, There])
 def test_unusable_logits_end_the_request(device: list[str], kind: type[FakeProgram]) -> None:
     def broken(tokens: tuple[int, ...]) -> Tensor:

@@ -60,8 +60,8 @@ def accept_by_chance(
 ) -> Verdict:
     """What the rule of this name says, by an implementation of `treespec::stochastic_accept`.
 
-    p [N, V]: the target's distributions; usable [N]: whether each is one. `Verdict.unusable` is the first place of the
-    path that has none.
+    p [N, V]: the target's distributions; usable [N]: whether each is one. `Verdict.unusable` is the depth of the first
+    node that has none, of the path's, and of all for traversal, which looks at nodes that it does not accept.
     """
     check_one_root(proposal)
     device, count = p.device, len(proposal.tokens)
@@ -83,8 +83,8 @@ def accept_by_chance(
     accepted, bonus, used = read[:CHANCE_FIELDS]
     chance.skip(used)
     path = read[CHANCE_FIELDS : CHANCE_FIELDS + accepted]
-    good = read[CHANCE_FIELDS + count :]
-    return Verdict(path, bonus, next((place for place, node in enumerate(path) if not good[node]), -1))
+    good, seen = read[CHANCE_FIELDS + count :], range(count) if rule == "traversal" else path
+    return Verdict(path, bonus, next((proposal.depths[node] for node in seen if not good[node]), -1))
 
 
 def _integers(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
