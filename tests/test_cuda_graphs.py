@@ -14,6 +14,7 @@ import pytest
 import torch
 import zoo
 from oracles import EAGER, TOLERANCE, assert_rows, error, random_tree
+from torch import fx
 
 from treespec_compiler import Forest, TokenTree, cuda_graphs, generate, tree_program
 from treespec_compiler.batch import Part, Shape, lay_out
@@ -291,6 +292,23 @@ def test_kernels_that_wait_for_the_device_are_not_recorded(program, monkeypatch)
     assert "(aten sdpa) waits" in cuda_graphs.obstacle(program.graph_module.graph, cuda)
     monkeypatch.setattr(cuda_graphs, "kernel_of", lambda target: replace(aten, capturable=True))
     assert cuda_graphs.obstacle(program.graph_module.graph, cuda) == ""
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)])
+def test_grouped_products_wait_where_torch_has_no_kernel_for_them(dtype, kernel, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "has_kernel", lambda device: kernel)
+    graph = fx.Graph()
+    node = graph.call_function(torch.ops.aten._grouped_mm.default, tuple(graph.placeholder(n) for n in "xwo"))
+    node.meta["val"] = torch.zeros(2, 2, dtype=dtype)
+    why = cuda_graphs.obstacle(graph, torch.device("cuda"))
+    assert why == ("" if kernel and dtype is torch.bfloat16 else "aten._grouped_mm.default waits for the device")
+
+
+@pytest.mark.parametrize("op", [torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default], ids=str)
+def test_ops_that_read_back_wait(op):
+    graph = fx.Graph()
+    graph.call_function(op, (graph.placeholder("x"),))
+    assert "waits for the device" in cuda_graphs.obstacle(graph, torch.device("cuda"))
 
 
 def test_the_generated_attention_kernels_can_be_recorded():

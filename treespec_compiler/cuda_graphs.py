@@ -25,6 +25,7 @@ from torch import Tensor, fx
 
 from .batch import Batch, Part, Shape, lay_out, word_count
 from .cache import TreeCache
+from .codegen.gpu.grouped_linear import has_kernel
 from .codegen.gpu.sizes import power_of_two
 from .errors import CaptureFailed
 from .ir.registry import kernel_of
@@ -67,7 +68,19 @@ def obstacle(graph: fx.Graph, device: torch.device) -> str:
             kernel = kernel_of(node.target)
             if kernel is None or not kernel.capturable:
                 return f"{node.target} ({kernel.name if kernel else 'the reference'}) waits for the device"
+        elif node.op == "call_function" and _waits(node, device):
+            return f"{node.target} waits for the device"
     return ""
+
+
+def _waits(node: fx.Node, device: torch.device) -> bool:
+    """Whether an op that is not ours reads numbers back: by its tags; grouped products, but for those of one kernel."""
+    name, value = str(node.target), node.meta.get("val")
+    if "grouped_mm" in name:
+        own = name.startswith("aten.") and getattr(value, "dtype", None) == torch.bfloat16
+        return not (own and has_kernel(device))
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
 
 
 @dataclass(frozen=True)
