@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from treespec_compiler.errors import Unsupported
 from treespec_compiler.ir.specs import AttentionSpec, Limit, PositionSpec
@@ -71,7 +72,8 @@ class GraphState:
             node = self.graph.call_function(target, args, kwargs or {})
         node.meta = {k: like.meta[k] for k in ("stack_trace", "nn_module_stack") if k in like.meta}
         values = torch.fx.node.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
-        with self.fake_mode:
+        # NOTE composite ops (linear, say) ask in C++ for sizes that are symbols; torch 2.11 and 2.12 answer in Python only.
+        with self.fake_mode, enable_python_dispatcher():
             node.meta["val"] = target(*values[0], **values[1])
         return node
 
