@@ -72,7 +72,8 @@ class GraphState:
             node = self.graph.call_function(target, args, kwargs or {})
         node.meta = {k: like.meta[k] for k in ("stack_trace", "nn_module_stack") if k in like.meta}
         values = torch.fx.node.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
-        # NOTE composite ops (linear, say) ask for sizes in C++, which are symbols; torch 2.11 and 2.12 know Python's only.
+        # NOTE composite ops (linear, say) ask in C++ for sizes that are symbols here; torch 2.11 and 2.12 answer that
+        # only through Python's dispatcher.
         with self.fake_mode, enable_python_dispatcher():
             node.meta["val"] = target(*values[0], **values[1])
         return node
