@@ -64,21 +64,16 @@ for _op, _target in (
         capturable=True,
     )
 # NOTE the reference is fit to run: a product a group on a CPU, and elsewhere nothing that waits for the device.
-register_kernel(
-    ops.grouped_linear,
-    device="any",
-    dtypes=None,
-    priority=10,
-    name="aten mm",
-    target=ops.grouped_linear,
-    capturable=True,
-)
-register_kernel(
-    ops.grouped_linear,
-    device="cuda",
-    dtypes=None,
-    priority=20,
-    name="aten grouped mm",
-    target=grouped_linear.GROUPED_LINEAR,
-    capturable=True,
-)
+for _device, _priority, _name, _target in (
+    ("any", 10, "aten mm", ops.grouped_linear),
+    ("cuda", 20, "aten grouped mm", grouped_linear.GROUPED_LINEAR),
+):
+    register_kernel(
+        ops.grouped_linear,
+        device=_device,
+        dtypes=None,
+        priority=_priority,
+        name=_name,
+        target=_target,
+        capturable=True,
+    )
