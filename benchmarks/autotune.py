@@ -18,7 +18,7 @@ import torch
 
 from treespec_compiler.cli.main import describe
 from treespec_compiler.cli.models import DTYPES
-from treespec_compiler.cli.tune_kernels import gpu, tune_kernels
+from treespec_compiler.cli.tune_kernels import add_limit, gpu, tune_kernels
 from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
 from treespec_compiler.codegen.gpu.tune import OP, SHAPES, Shape
@@ -27,10 +27,6 @@ from treespec_compiler.ir.specs import MaskSpec
 
 # Llama 3 8B and 1B, Qwen 3 0.6B, a 7B without shared heads, Mistral's window, Gemma 2's dimension.
 KERNELS = ("32/8/128", "32/8/64", "16/8/128", "32/32/128", "32/8/128w4096", "8/4/256")
-# Configurations a shape, those nearest to the default. The six kernels' 12 shapes then have 114 together, and each is
-# compiled about seven times: once to be judged, then split or not, for one request or several, as checks and timings
-# launch it. At 0.5 to 1.5 s a compilation that is 7 to 20 minutes, and timing takes one or two. All 558 take 33 to 98.
-LIMIT = 8
 
 
 def kernel(text: str, dtype: torch.dtype = torch.bfloat16) -> AttentionKernel:
@@ -41,24 +37,13 @@ def kernel(text: str, dtype: torch.dtype = torch.bfloat16) -> AttentionKernel:
     return AttentionKernel(heads, kv_heads, key_dim, value_dim or key_dim, dtype, dtype, MaskSpec(window))
 
 
-def limit(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of configurations, 0 for all")
-    return int(text)
-
-
 def main() -> None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--kernels", nargs="+", default=KERNELS, metavar="KERNEL")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=SHAPES, metavar="NODESxREQUESTSxCONTEXT")
-    parser.add_argument(
-        "--limit",
-        type=limit,
-        default=LIMIT,
-        help="at most so many configurations a shape, 0: all (default: %(default)s)",
-    )
+    add_limit(parser)
     parser.add_argument("--again", action="store_true", help="measure shapes the table has already")
     parser.add_argument("--ship", action="store_true", help="write codegen/tables instead of the user's cache")
     arguments = parser.parse_args()

@@ -5,10 +5,12 @@ The fake graph replays as a real one does: the same launch on the same tensors, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import random
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from treespec_compiler.options import Options
 from treespec_compiler.speculation.early_exit import EarlyExitProgram
 
 VOCAB = zoo.VOCAB
+aten = torch.ops.aten
 
 
 class FakeRecorder:
@@ -309,6 +312,91 @@ def test_ops_that_read_back_wait(op):
     graph = fx.Graph()
     graph.call_function(op, (graph.placeholder("x"),))
     assert "waits for the device" in cuda_graphs.obstacle(graph, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("op", ["index", "index_put"])
+def test_indexing_waits_for_masks_only(op, dtype):
+    """`index` is tagged as if its shape always depended on data."""
+    graph = fx.Graph()
+    x, at, value = (graph.placeholder(n) for n in ("x", "at", "value"))
+    at.meta["val"] = torch.zeros(3, dtype=dtype)
+    target, more = (aten.index.Tensor, ()) if op == "index" else (aten.index_put.default, (value,))
+    graph.call_function(target, (x, [None, at], *more))
+    why = cuda_graphs.obstacle(graph, torch.device("cuda"))
+    assert why == (f"{target} waits for the device" if dtype is torch.bool else "")
+
+
+class FakeGraph(contextlib.AbstractContextManager):
+    """`torch.cuda` as recordings use it: streams are names, and a recording that became invalid ends as a real one."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.pools, self.recorded, self.broken = "the caller's", 0, [], False
+        stand_ins = {
+            "device": lambda device: contextlib.nullcontext(),
+            "graph_pool_handle": self.new_pool,
+            "Stream": lambda: mock.Mock(name="side"),
+            "current_stream": lambda: mock.Mock(name="here"),
+            "stream": lambda stream: contextlib.nullcontext(),
+            "set_stream": lambda stream: setattr(self, "stream", "the caller's"),
+            "CUDAGraph": lambda: mock.Mock(replay=lambda: None),
+            "graph": self.graph,
+        }
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def new_pool(self):
+        self.pools += 1
+        return self.pools
+
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.recorded.append(pool)
+        return self
+
+    def __enter__(self):
+        self.stream = "the recorder's"
+
+    def __exit__(self, *_):
+        if self.broken:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.stream = "the caller's"
+
+
+def test_a_recorder_s_pool_is_never_without_a_recording(monkeypatch):
+    fake, record = FakeGraph(monkeypatch), cuda_graphs.CudaRecorder(torch.device("cuda", 0))
+    for _ in range(2):
+        record(lambda: torch.zeros(1))
+    assert fake.recorded == [1, 1, 1]  # the first one is empty, and held
+    assert record._anchor is not None
+
+
+def test_a_recording_that_fails_leaves_the_caller_s_stream(monkeypatch):
+    fake, record = FakeGraph(monkeypatch), cuda_graphs.CudaRecorder(torch.device("cuda", 0))
+    record(lambda: torch.zeros(1))
+    fake.broken = True
+    with pytest.raises(RuntimeError, match="previous error"):
+        record(lambda: torch.zeros(1))
+    assert fake.stream == "the caller's"
+    fake.broken = False
+    record(lambda: torch.zeros(1))
+    assert fake.recorded == [1, 1, 1, 2, 2]  # another pool: the first one is in use for good
+
+
+@pytest.mark.parametrize("pools", [False, True], ids=["pools made outside", "pools made inside"])
+def test_logits_are_of_the_pools_mode_whoever_calls_first(program, pools):
+    """A recording is made at the second use, here inside inference mode; its logits are used outside as well."""
+    with torch.inference_mode(pools):
+        cache = program.new_cache()
+    with torch.inference_mode():
+        program.prefill([1, 2, 3], cache)
+        for _ in range(2):
+            program.verify(tree(3), cache)
+    assert program.graph_stats.captures == 1
+    with torch.inference_mode(pools):
+        logits = program.verify(tree(3), cache)
+    assert logits.is_inference() == pools
+    if not pools:
+        logits.mul_(2.0)  # an inference tensor does not allow it
 
 
 def test_the_generated_attention_kernels_can_be_recorded():

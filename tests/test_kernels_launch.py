@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import types
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from treespec_compiler.codegen.gpu.kernels import accept as accept_kernels
 from treespec_compiler.codegen.gpu.kernels import append as append_kernels
 from treespec_compiler.codegen.gpu.kernels import commit as commit_kernels
 from treespec_compiler.codegen.gpu.kernels import stochastic_accept as stochastic_kernels
+from treespec_compiler.speculation import on_device
 
 BF16, F64 = torch.bfloat16, torch.float64
 
@@ -43,7 +45,13 @@ class Driver:
 
 
 @pytest.fixture
-def launched(monkeypatch: Any) -> Any:
+def variants() -> dict[str, set[str]]:
+    """What was compiled of each kernel."""
+    return defaultdict(set)
+
+
+@pytest.fixture
+def launched(monkeypatch: Any, variants: dict[str, set[str]]) -> Any:
     """Names of the kernels that were bound and compiled, and their grids."""
     calls: list[tuple[str, tuple[int, ...]]] = []
 
@@ -53,7 +61,8 @@ def launched(monkeypatch: Any) -> Any:
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def launch(*args: Any, **options: Any) -> None:
-                self.kernel.warmup(*args, grid=grid, **options)
+                done = self.kernel.warmup(*args, grid=grid, **options)
+                variants[self.kernel.fn.__name__].add(done.hash)
                 calls.append((self.kernel.fn.__name__, grid))
 
             return launch
@@ -95,3 +104,24 @@ def test_stochastic_accept(launched: Any, rule: str) -> None:
     stochastic_accept.stochastic_accept(p, p[:1], *integers, torch.zeros(1, 3, dtype=F64), rule, 2)
     residuals = [("residual_kernel", (2,))] * (2 if rule == "traversal" else 1)
     assert launched == [*residuals, ("traversal_kernel" if rule == "traversal" else "chance_walk_kernel", (1,))]
+
+
+@pytest.mark.parametrize("rule", ["recursive", "traversal"])
+def test_trees_of_every_size_run_what_is_compiled(launched: Any, variants: Any, rule: str) -> None:
+    """A compilation takes seconds, so a step of another size may not need one in the middle of a generation."""
+    p = torch.zeros(40, 1000, dtype=F64)
+    for nodes, draws in ((2, 1), (3, 2), (16, 15), (17, 19), (32, 31), (33, 35)):
+        lists = [[1] * nodes, [-1] + [0] * (nodes - 1), [0, nodes], [0] * (nodes + 1), [1] * draws, [0] * draws]
+        integers = on_device._integers(lists, torch.device("cpu"))
+        numbers = torch.zeros(1, nodes + draws, dtype=F64)
+        stochastic_accept.stochastic_accept(p[:nodes], p[:1], *integers, numbers, rule, 2)
+    assert len(launched) == 6 * (3 if rule == "traversal" else 2)
+    assert [len(found) for found in variants.values()] == [1, 1]
+
+
+def test_greedy_walks_are_compiled_once_for_small_trees(launched: Any, variants: Any) -> None:
+    logits = torch.zeros(1, 50_257, dtype=BF16)
+    for nodes in (2, 3, 8, 9, 15, 16):
+        lists = [[1] * nodes, [-1] + [0] * (nodes - 1), [0, nodes]]
+        accept.greedy_accept(logits.expand(nodes, -1), *on_device._integers(lists, logits.device), 2.0**-7)
+    assert len(launched) == 12 and len(variants["greedy_walk_kernel"]) == 1

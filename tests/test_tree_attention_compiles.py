@@ -18,6 +18,7 @@ from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offl
 from treespec_compiler.codegen.gpu.tree_attention import constexprs, divisible, module, signature
 from treespec_compiler.codegen.gpu.tree_attention_spec import (
     MAX_SPLITS,
+    MAX_WAVES,
     AttentionKernel,
     Config,
     default_config,
@@ -170,13 +171,15 @@ def test_programs_that_a_processor_holds() -> None:
 
 def test_split_count() -> None:
     llama = FAMILIES["llama"]
-    assert split_count(llama, 8, CONTEXT, SMALL, 132) == 34  # 280 of 396: those read as fast as memory gives
-    assert split_count(llama, 8, CONTEXT, LARGE, 132) == 15
+    assert split_count(llama, 8, CONTEXT, SMALL, 132) == 36  # 288 of 396: those read as fast as memory gives
+    assert split_count(llama, 8, 16384, LARGE, 132) == 16  # 128 of 132; the trees come after
     assert split_count(llama, 8, 1024, SMALL, 132) == 16  # shares of two blocks
     assert split_count(llama, 8, 64, SMALL, 132) == 1  # merging takes longer than two blocks
-    assert split_count(llama, 16, CONTEXT, LARGE, 132) == 7  # 8 would launch 144 programs
-    assert split_count(llama, 44, CONTEXT, LARGE, 132) == 2
-    assert split_count(llama, 45, CONTEXT, LARGE, 132) == 1  # 135 programs
+    assert split_count(llama, 16, 2048, LARGE, 132) == 7  # the trees of 8 would wait for a second wave
+    assert split_count(llama, 66, CONTEXT, LARGE, 132) == 2  # else half of the processors were idle
+    assert split_count(llama, 67, CONTEXT, LARGE, 132) == 5  # 335 shares in three waves, not 67 whole ones in one
+    assert split_count(llama, 67, 1024, LARGE, 132) == 1  # whose start takes longer than a short context
+    assert split_count(llama, 128, CONTEXT, LARGE, 132) == 1
     assert split_count(llama, 512, CONTEXT, LARGE, 132) == 1
     assert split_count(llama, 1, 1 << 20, SMALL, 132) == 63
 
@@ -195,10 +198,11 @@ def test_split_counts(family: str, rows: int, programs: int, capacity: int, proc
     held = resident_programs(spec, config) * processors
     splits = split_count(spec, programs, capacity, config, processors)
     assert 1 <= splits <= MAX_SPLITS
-    assert splits == 1 or programs * (splits + 1) <= held  # one wave, so 1 where programs fill the GPU by themselves
+    assert splits == 1 or programs * (splits + 1) <= MAX_WAVES * held
     blocks = max(1, math.ceil(capacity / config.block_n))
     assert splits == math.ceil(blocks / math.ceil(blocks / splits)) <= blocks  # none has no block, nor is one too many
-    assert split_count(spec, programs + 1, capacity, config, processors) <= splits
+    longest = math.ceil(programs * splits / held) * math.ceil(blocks / splits)  # blocks that a slot reads in turn
+    assert longest <= math.ceil(programs / held) * blocks
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -326,24 +326,31 @@ def test_the_script_says_what_is_missing():
 
 
 @pytest.mark.parametrize("given, limit", [([], 8), (["--limit", "0"], None), (["--limit", "20"], 20)])
-def test_the_script_s_limit(monkeypatch, given, limit):
+def test_the_limit_of_the_command_and_of_the_script(monkeypatch, given, limit):
     monkeypatch.setattr(cli, "gpu", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(tables, "architecture", lambda device: "sm_90")
     asked = []
     monkeypatch.setattr(cli, "tune_kernels", lambda *_, limit, again: asked.append(limit))
+    assert main(["tune", "py:graph_cases:decoder", "--device", "cuda", *given]) == 0
     monkeypatch.setattr(sys, "argv", ["autotune.py", *given])
     runpy.run_path(str(script()), run_name="__main__")
-    assert asked == [limit]
+    assert asked == [limit, limit]
 
 
-def test_the_script_s_default_limit_bounds_what_is_compiled():
+def test_a_limit_is_a_number(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["tune", "demo", "--device", "cuda", "--limit", "-1"])
+    assert "got '-1', expected a number of configurations, 0 for all" in capsys.readouterr().err
+
+
+def test_the_default_limit_bounds_what_is_compiled():
     """The numbers of its comment."""
     found = runpy.run_path(str(script()))
     kernels = [found["kernel"](text) for text in found["KERNELS"]]
 
-    def compiled(limit):
-        return sum(
-            len({c for s in tuning.SHAPES for c in candidates(k, s.nodes * k.group, "sm_90", limit)}) for k in kernels
-        )
+    def compiled(kernel, limit):
+        rows = (shape.nodes * kernel.group for shape in tuning.SHAPES)
+        return len({config for n in rows for config in candidates(kernel, n, "sm_90", limit)})
 
-    assert (compiled(found["LIMIT"]), compiled(None)) == (114, 558)
+    assert {compiled(kernel, None) for kernel in kernels} == {93}
+    assert sorted(compiled(kernel, cli.LIMIT) for kernel in kernels) == [14, 16, 16, 21, 23, 24]

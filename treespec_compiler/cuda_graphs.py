@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 import weakref
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx
@@ -45,6 +47,12 @@ Launch: TypeAlias = Callable[[list[Tensor]], Tensor]
 """Inputs in placeholder order -> logits [rows, V]; may empty the list."""
 Recorder: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Callable[[], Any], Tensor]]
 """Records a call: gives what replays it, and its output, which every replay writes again."""
+
+
+aten = torch.ops.aten
+INDEXING = frozenset(
+    {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten._unsafe_index_put.default}
+)
 
 
 def bucket(parts: Sequence[Part]) -> Shape | None:
@@ -79,6 +87,10 @@ def _waits(node: fx.Node, device: torch.device) -> bool:
     if "grouped_mm" in name:
         own = name.startswith("aten.") and getattr(value, "dtype", None) == torch.bfloat16
         return not (own and has_kernel(device))
+    if node.target in INDEXING:
+        # Tagged for its boolean masks, which are counted on the host; places are not.
+        places = cast(Sequence[fx.Node | None], node.args[1])
+        return any(i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in places)
     tags = getattr(node.target, "tags", ())
     return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
 
@@ -204,8 +216,12 @@ class Graphs:
 
     def _capture(self, entry: _Entry) -> None:
         began = time.perf_counter()
+        # The logits outlive the mode that the first caller happens to be in: they are inference tensors only if they
+        # must be, because the pools that are written are.
+        must = any(x.is_inference() for x in entry.inputs)
         try:
-            entry.replay, entry.logits = self.record(lambda: self.launch(entry.inputs.copy()))
+            with torch.inference_mode(must):
+                entry.replay, entry.logits = self.record(lambda: self.launch(entry.inputs.copy()))
         except RuntimeError as error:
             problem = str(error).strip().partition("\n")[0]
             raise CaptureFailed(problem=f"{type(error).__name__} ({problem})") from error
@@ -252,18 +268,39 @@ class CudaRecorder:
         self.device = device
         self._pool: Any = None
         self._side: Any = None
+        self._anchor: Any = None
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         with torch.cuda.device(self.device):
             if self._pool is None:
-                self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+                self._start()
             here, side = torch.cuda.current_stream(), self._side
             side.wait_stream(here)
             with torch.cuda.stream(side):
                 run()  # libraries set up their workspaces for a stream at its first use, which cannot be recorded
             here.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                logits = run()
+            try:
+                with self._recording(graph):
+                    logits = run()
+            except BaseException:
+                # NOTE leaving a recording that became invalid raises before the stream is put back, and leaves its
+                # pool in use.
+                torch.cuda.set_stream(here)
+                self._pool = self._side = self._anchor = None
+                raise
         return graph.replay, logits
+
+    def _start(self) -> None:
+        """A pool and a stream. An empty recording keeps the pool: one whose last recording has ended takes no new ones
+        as long as anybody holds a tensor in it, such as logits."""
+        self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._anchor = torch.cuda.CUDAGraph()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is empty
+            with self._recording(self._anchor):
+                pass
+
+    def _recording(self, graph: Any) -> AbstractContextManager[Any]:
+        # Other threads may allocate meanwhile.
+        return torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local")

@@ -23,6 +23,11 @@ def split_size(rows: int, vocab_size: int) -> int:
     return max(BLOCK, power_of_two(-(-vocab_size // splits)))
 
 
+def walk_block(rows: int) -> int:
+    """Rows that a walk looks at together: a power of two, and one kernel for all small trees."""
+    return power_of_two(max(rows, 16))
+
+
 def walk_warps(block_n: int, block_s: int) -> int:
     """One warp, which needs no barriers, while a thread holds 8 numbers at most; 16 warps hold 4096 without spills."""
     return min(16, power_of_two(max(1, block_n * block_s // 256)))
@@ -39,7 +44,7 @@ def greedy_accept(logits: Tensor, tokens: Tensor, parents: Tensor, node_offsets:
     out = accept.fake(logits, tokens, parents, node_offsets, tie)
     size = split_size(rows, vocab_size)
     splits = -(-vocab_size // size)
-    block_n, block_s = power_of_two(max(rows, 2)), power_of_two(splits)
+    block_n, block_s = walk_block(rows), power_of_two(splits)
     best = torch.empty(rows, splits, 2, dtype=torch.int64, device=logits.device)
     with torch.cuda.device_of(logits):
         if rows:

@@ -199,7 +199,7 @@ def _accept(vocab_size: int, dtype: torch.dtype, nodes: int) -> Iterator[Launch]
     where = f"{nodes} nodes, {vocab_size} ids"
     types = {"logits": f"*{DTYPES[dtype]}", "best": "*i64"}
     yield _launch("greedy_accept", row_best_kernel, where, types, constants, aligned=vocab_size % 16 == 0)
-    block_n, block_s = power_of_two(max(nodes, 2)), power_of_two(-(-vocab_size // size))
+    block_n, block_s = launcher.walk_block(nodes), power_of_two(-(-vocab_size // size))
     constants = {"TIE": 0.0, "FIELDS": accept.FIELDS, "BLOCK_N": block_n, "BLOCK_S": block_s}
     types = dict.fromkeys(("best", "tokens", "parents", "node_offsets", "out"), "*i64")
     warps = launcher.walk_warps(block_n, block_s)
@@ -207,15 +207,16 @@ def _accept(vocab_size: int, dtype: torch.dtype, nodes: int) -> Iterator[Launch]
 
 
 def _accept_by_chance(vocab_size: int, nodes: int) -> Iterator[Launch]:
+    from treespec_compiler.codegen.gpu import stochastic_accept as by_chance
     from treespec_compiler.codegen.gpu.kernels import stochastic_accept as kernels
-    from treespec_compiler.codegen.gpu.stochastic_accept import BLOCK as most
 
-    block = min(most, power_of_two(vocab_size))
-    floats = ("p", "q", "uniforms", "weights", "ratios", "totals", "lefts", "sums", "first_weights", "last_weights")
+    block = min(by_chance.BLOCK, power_of_two(vocab_size))
+    floats = ("p", "q", "uniforms", "weights", "ratios", "totals", "lefts", "sums")
+    floats += ("first_weights", "next_weights", "last_weights")
     integers = ("tokens", "parents", "node_offsets", "draw_offsets", "draw_rows", "draw_q", "draw_of", "out")
     pointers = dict.fromkeys(floats, "*fp64") | dict.fromkeys(integers, "*i64")
     walk = {"FIELDS": stochastic_accept.FIELDS, "BLOCKS": power_of_two(-(-vocab_size // block))}
-    walk["BLOCK_N"] = power_of_two(max(nodes, 2))
+    walk["BLOCK_N"] = by_chance.walk_block(nodes)
     for kernel, rule, constants in (
         (kernels.residual_kernel, "recursive", {"REPLACEMENT": False, "WEIGHTED": False}),
         (kernels.residual_kernel, "traversal", {"REPLACEMENT": False, "WEIGHTED": True}),
@@ -246,5 +247,6 @@ def _launch(
     """What is neither a pointer nor a constant is an integer. `aligned`: strides of rows are multiples of 16."""
     integers = {name: "i32" for name in kernel.arg_names if name not in pointers and name not in constants}
     strides = [name for name in integers if aligned and name.endswith(("_t", "_h", "_page", "_stride"))]
+    known = [name for name in pointers if name not in kernel.do_not_specialize_on_alignment]
     name = kernel.fn.__name__.removesuffix("_kernel")
-    return Launch(op, name, where, kernel, {**pointers, **integers}, constants, (*pointers, *strides), num_warps)
+    return Launch(op, name, where, kernel, {**pointers, **integers}, constants, (*known, *strides), num_warps)

@@ -15,6 +15,11 @@ from treespec_compiler.ir import stochastic_accept as definition
 BLOCK = 1024
 
 
+def walk_block(nodes: int) -> int:
+    """Nodes that a walk looks at together: a power of two, and one kernel for all trees of a usual size."""
+    return power_of_two(max(nodes, 64))
+
+
 def stochastic_accept(
     p: Tensor,
     q: Tensor,
@@ -46,19 +51,21 @@ def stochastic_accept(
     weights, ratios, totals, lefts = torch.empty(4, max(draws, 1), dtype=torch.float64, device=p.device)
     sums = torch.empty(nodes, blocks, dtype=torch.float64, device=p.device)
     # a request without nodes begins where there may be no node any more
-    first, last = torch.full((2, nodes + 1 if weighted else 1), -1.0, dtype=torch.float64, device=p.device)
+    first, following, last = torch.full((3, nodes + 1 if weighted else 1), -1.0, dtype=torch.float64, device=p.device)
     if weighted:
         first.index_fill_(0, node_offsets[:-1], 1.0)
     sampled = (p, p.stride(0), q, q.stride(0), tokens)
     drawn = (draw_offsets, draw_rows, draw_q)
     found = (weights, ratios, totals, lefts, sums)
     sizes = {"BLOCK": block, "num_warps": 4, "enable_fp_fusion": False}
-    walk = {"FIELDS": definition.FIELDS, "BLOCKS": power_of_two(blocks), "BLOCK_N": power_of_two(max(nodes, 2))}
+    walk = {"FIELDS": definition.FIELDS, "BLOCKS": power_of_two(blocks), "BLOCK_N": walk_block(nodes)}
     with torch.cuda.device_of(p):
         for _ in range((levels if weighted else 1) if nodes else 0):
             residual_kernel[(nodes,)](
-                *sampled, *drawn, first, last, *found, vocab_size, REPLACEMENT=replacement, WEIGHTED=weighted, **sizes
-            )
+                *sampled, *drawn, first, following, last, *found, vocab_size, REPLACEMENT=replacement,
+                WEIGHTED=weighted, **sizes,
+            )  # fmt: skip
+            first, following = following, first
         numbers = (uniforms, uniforms.stride(0))
         if weighted:
             draw_of = torch.zeros_like(tokens).scatter_(0, draw_rows, torch.arange(draws, device=p.device))

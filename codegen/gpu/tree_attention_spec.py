@@ -141,6 +141,9 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
     block_m = min(block_m, 128 if wide <= 128 else 64 if wide <= 256 else 16)
     block_n = 64 if wide <= 128 else 32 if wide <= 256 else 16
     num_warps = 8 if block_m * wide >= 128 * 64 or wide > 128 else 4
+    if arch.startswith("gfx") and (spec.bias or wide > 256):
+        # One stage: Triton 3.6 cannot pipeline loads at computed places for AMD, nor do 576 numbers twice fit.
+        return Config(min(block_m, 64 if wide <= 128 else 32), block_n if block_m < 64 else min(block_n, 32), 4, 1)
     if arch.startswith("gfx"):
         return Config(block_m, min(block_n, 32), num_warps, 2) if block_m >= 64 else Config(block_m, block_n, 4, 2)
     hopper, ampere = arch.startswith("sm_9"), arch.startswith("sm_8")
@@ -196,6 +199,10 @@ PROGRAM_RATE = 12.0
 """Bytes a nanosecond that one program reads: products and softmax leave gaps, which another resident one fills."""
 START = 3000.0
 """Nanoseconds until a kernel's programs are at work: its launch, and first loads that wait for each other."""
+WAVE = 1000.0
+"""Nanoseconds until a program is at work that starts when another has ended: its first loads wait for each other."""
+MAX_WAVES = 4
+"""Of resident programs: tokens at hand are fewer than `capacity`, and shares without any cost their start as well."""
 PART = 100.0
 """Nanoseconds that one more part takes beside its bytes: its programs start later, and `merge` weights more."""
 
@@ -205,13 +212,13 @@ def split_count(spec: AttentionKernel, programs: int, capacity: int, config: Con
     """How many programs share the committed tokens of a block of rows: the count of least estimated time.
 
     `programs`: what is launched without splits; `capacity`: the most tokens there can be. `attend` launches
-    programs * (splits + 1), as the tree is one more part: of 16 programs, where each of 132 processors holds one, the
-    tokens are shared by 7, not by 8. All must be resident at once: what is left for a second wave would wait for the
-    first. No share is below a block of keys, and of counts that give the same shares the smallest is taken.
+    programs * (splits + 1), as the tree is one more part: the tokens of 16 programs, where each of 132 processors holds
+    one, are shared by 7 rather than 8, whose trees would wait for a second wave. No share is below a block of keys, and
+    of counts that give the same shares the smallest is taken.
     """
     blocks = max(1, math.ceil(capacity / config.block_n))
-    one_wave = resident_programs(spec, config) * processors // max(1, programs) - 1
-    counts = range(1, max(1, min(one_wave, blocks, MAX_SPLITS)) + 1)
+    in_waves = MAX_WAVES * resident_programs(spec, config) * processors // max(1, programs) - 1
+    counts = range(1, max(1, min(in_waves, blocks, MAX_SPLITS)) + 1)
     return min(counts, key=lambda splits: (_attention_time(spec, programs, blocks, config, processors, splits), splits))
 
 
@@ -226,17 +233,25 @@ def resident_programs(spec: AttentionKernel, config: Config) -> int:
 def _attention_time(
     spec: AttentionKernel, programs: int, blocks: int, config: Config, processors: int, splits: int
 ) -> float:
-    """Nanoseconds of `attend` in one wave, and of `merge`. `blocks`: of keys, that each of `programs` is to read.
+    """Nanoseconds of `attend` and of `merge`. `blocks`: of keys, that each of `programs` is to read.
 
-    A program takes its share as fast as it can, all of them together not faster than memory gives it. A part's rows are
-    written in float32 by one kernel and read by the next.
+    A program takes its share as fast as it can, those that are resident together not faster than memory gives it. The
+    trees are launched last, each taken for one block: they cost nothing where the last wave has room for them. A part's
+    rows are written in float32 by one kernel and read by the next.
     """
     bandwidth = processors * PROCESSOR_RATE
+    held = resident_programs(spec, config) * processors
     block_bytes = _block_bytes(spec, config)
-    alone = math.ceil(blocks / splits) * block_bytes / PROGRAM_RATE
-    attend = START + max(alone, programs * blocks * block_bytes / bandwidth)
+    share_bytes = math.ceil(blocks / splits) * block_bytes
+    full, rest = divmod(programs * splits, held)
+    attend = START + full * max(share_bytes / PROGRAM_RATE, held * share_bytes / bandwidth)
+    if rest:
+        attend += max(share_bytes / PROGRAM_RATE, rest * share_bytes / bandwidth)
+    waves = full + (rest > 0)
     if splits == 1:
-        return attend
+        return attend + (waves - 1) * WAVE
+    late = math.ceil(programs * (splits + 1) / held) - waves
+    attend += late * block_bytes / PROGRAM_RATE + (waves + late - 1) * WAVE
     part_bytes = config.block_m * spec.value_dim * 4
     return attend + START + (splits + 1) * (PART + 2 * programs * part_bytes / bandwidth)
 

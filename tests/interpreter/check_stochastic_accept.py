@@ -56,3 +56,36 @@ def test_numbers_at_both_ends(rule):
         numbers = torch.full_like(uniforms, number)
         want = stochastic_accept(*inputs, numbers, rule, deep)
         assert kernels.STOCHASTIC_ACCEPT(*inputs, numbers, rule, deep).tolist() == want.tolist()
+
+
+def test_a_launch_reads_nothing_that_another_of_its_programs_writes(monkeypatch):
+    """The interpreter runs a launch's programs one after the other, a GPU side by side: after launch k exactly the nodes
+    of the first k + 1 levels are done, though those of later levels come behind their parents in the same launch."""
+    rng = np.random.default_rng(3)
+    p = [distribution(rng, 6) for _ in range(12)]
+    proposal = random_proposal(rng, p, "without-replacement", proposers=1)
+    deepest = max(proposal.depths)
+    assert deepest > 1
+    from treespec_compiler.codegen.gpu.kernels import stochastic_accept as fixed
+
+    real, done = fixed.residual_kernel, []
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                real[grid](*args, **options)
+                last = args[real.arg_names.index("last_weights")]
+                done.append([node for node in range(len(proposal)) if last[node] >= 0.0])
+
+            return launch
+
+    monkeypatch.setattr(fixed, "residual_kernel", Watched())
+    tensors = as_tensors([proposal], 6)
+    uniforms = torch.from_numpy(rng.random((1, len(proposal) + len(tensors[-1]))))
+    kernels.STOCHASTIC_ACCEPT(
+        torch.from_numpy(np.array(p[: len(proposal)])), *tensors, uniforms, "traversal", levels([proposal])
+    )
+    reached = [[node for node, depth in enumerate(proposal.depths) if depth <= level] for level in range(deepest + 1)]
+    # Draws of probability zero end a path: below them nothing is looked at.
+    assert all(set(found) <= set(expected) for found, expected in zip(done, reached, strict=True))
+    assert len(done[0]) == 1 < len(done[1])

@@ -15,7 +15,7 @@ from ..program import tree_program
 from ..speculation.cost import LatencyTable, fingerprint, latency, table_path
 from .generate import parse_options
 from .models import DTYPES, load
-from .tune_kernels import tune_model
+from .tune_kernels import add_limit, tune_model
 
 EPILOG = """\
 examples:
@@ -35,7 +35,7 @@ def configure(parser: ArgumentParser) -> None:
     kernels.add_argument("--device", choices=("cuda",), help="tune MODEL's kernels on this device")
     kernels.add_argument("--shapes", metavar="SHAPE", nargs="+", help="NODESxREQUESTSxCONTEXT, such as 64x1x2048")
     kernels.add_argument("--out", metavar="FILE", type=Path, help="the table (default: in the user's cache)")
-    kernels.add_argument("--limit", metavar="N", type=int, help="at most N configurations a shape")
+    add_limit(kernels)
     kernels.add_argument("--again", action="store_true", help="measure shapes the table has already")
     passes = parser.add_argument_group("forward passes")
     passes.add_argument(

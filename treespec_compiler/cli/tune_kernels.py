@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,18 +23,33 @@ from ..errors import InvalidOption, MissingPackage
 from ..pipeline import convert
 from .inspection import read_subject
 
+# Configurations a shape, those nearest to the default: all shapes of a kernel then have 14 to 24 together instead of
+# 93. Each is compiled about seven times: once to be judged, then split or not, for one request or several, as checks
+# and timings launch it. At 0.5 to 1.5 s a compilation that is one to four minutes a kernel instead of 5 to 16.
+LIMIT = 8
+
+
+def add_limit(parser: ArgumentParser) -> None:
+    """`--limit`: 0 stands for no limit."""
+    what = "at most N configurations a shape, 0: all (default: %(default)s)"
+    parser.add_argument("--limit", metavar="N", type=_number, default=LIMIT, help=what)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"got {text!r}, expected a number of configurations, 0 for all")
+    return int(text)
+
 
 def tune_model(arguments: Namespace) -> int:
     device = gpu()
     shapes = [Shape.parse(text) for text in arguments.shapes] if arguments.shapes else list(SHAPES)
-    if arguments.limit is not None and arguments.limit < 1:
-        raise InvalidOption(name="--limit", got=arguments.limit, expected="a positive number of configurations")
     subject = read_subject(arguments, kernels="reference")
     with Console(stderr=True).status("converting"):
         state = convert(subject.loaded.model, subject.call, subject.options).state
     specs = list(attention_kernels(state.sites))
     path = arguments.out or tables.user_path(OP, tables.architecture(device))
-    tune_kernels(specs, shapes, device, path, limit=arguments.limit, again=arguments.again)
+    tune_kernels(specs, shapes, device, path, limit=arguments.limit or None, again=arguments.again)
     return 0
 
 

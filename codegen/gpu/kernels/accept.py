@@ -53,7 +53,11 @@ def row_best_kernel(logits, row_stride, id_stride, best, V, SPLIT: tl.constexpr,
     tl.store(place + 1, tl.max(tl.where(first == top, second, first), 0))
 
 
-@triton.jit
+# NOTE lists of a step lie one after the other: where they begin must not select a compilation.
+@triton.jit(
+    do_not_specialize=["requests", "splits"],
+    do_not_specialize_on_alignment=["tokens", "parents", "node_offsets", "out"],
+)
 def greedy_walk_kernel(
     best, tokens, parents, node_offsets, out, requests, splits, TIE: tl.constexpr, FIELDS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,

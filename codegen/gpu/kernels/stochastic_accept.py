@@ -7,6 +7,13 @@ import triton
 import triton.language as tl
 
 
+# NOTE lists of a step lie one after the other in one block of memory: neither how many numbers they have nor where they
+# begin may select a compilation, which would take seconds in the middle of a generation.
+SIZES = ["uniform_stride", "requests"]
+LISTS = ["tokens", "parents", "node_offsets", "draw_offsets", "draw_rows", "draw_q", "draw_of", "uniforms"]
+FOUND = ["first_weights", "next_weights", "last_weights", "weights", "ratios", "totals", "lefts", "sums", "out"]
+
+
 @triton.jit
 def owed_after(
     p, q, q_stride, tokens, draw_rows, draw_q, weights, totals, lefts, begin, stop, ids, live,
@@ -51,18 +58,19 @@ def first_proposed(q, q_stride, row, group, proposed, token, ids, live):
     return proposed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=LISTS + FOUND)
 def residual_kernel(
-    p, p_stride, q, q_stride, tokens, draw_offsets, draw_rows, draw_q, first_weights, last_weights, weights, ratios,
-    totals, lefts, sums, V,
+    p, p_stride, q, q_stride, tokens, draw_offsets, draw_rows, draw_q, first_weights, next_weights, last_weights,
+    weights, ratios, totals, lefts, sums, V,
     REPLACEMENT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i, for the draws below node i: the probability to accept each when those before it were rejected, and the
     sums that `owed_after` divides by; then the sums of each BLOCK of what is owed after all, to sums [N, blocks].
 
-    WEIGHTED (the traversal rule): first_weights [N] are 1 at roots and negative elsewhere; a node gives its children
-    theirs, and is done once, by the launch after the one that did its parent, or by that one already. last_weights [N],
-    negative before, are those after all draws were rejected; weights [D] those before each.
+    WEIGHTED (the traversal rule): first_weights [N] are 1 at roots and negative elsewhere. A node gives its children
+    theirs, as next_weights [N], which are the first ones of the next launch: within a launch, nothing is read that
+    another program writes. last_weights [N], negative before, are those after all draws were rejected, and say that the
+    node is done; weights [D] those before each.
     """
     node = tl.program_id(0).to(tl.int64)
     p += node * p_stride
@@ -87,7 +95,7 @@ def residual_kernel(
         tl.store(ratios + draw + tl.arange(0, 1), ratio)
         if WEIGHTED:
             tl.store(weights + draw, weight)
-            tl.store(first_weights + tl.load(draw_rows + draw) + tl.arange(0, 1), ratio)
+            tl.store(next_weights + tl.load(draw_rows + draw) + tl.arange(0, 1), ratio)
 
         rest = tl.zeros([BLOCK], tl.float64)
         left = tl.zeros([BLOCK], tl.float64)
@@ -153,7 +161,7 @@ def choose(
     return tl.minimum(first, tl.max(tl.where(owed > 0.0, ids, 0), 0)).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=LISTS + FOUND)
 def chance_walk_kernel(
     p, p_stride, q, q_stride, tokens, parents, node_offsets, draw_offsets, draw_rows, draw_q, uniforms, uniform_stride,
     weights, ratios, totals, lefts, sums, out, requests, V, blocks,
@@ -213,7 +221,7 @@ def chance_walk_kernel(
     tl.store(out + r * FIELDS + 2, used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=LISTS + FOUND)
 def traversal_kernel(
     p, p_stride, q, q_stride, tokens, parents, node_offsets, draw_offsets, draw_rows, draw_q, draw_of, uniforms,
     uniform_stride, last_weights, weights, ratios, totals, lefts, sums, out, requests, V, blocks,
