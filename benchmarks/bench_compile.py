@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Table, describe_run, progress, show, write_json
+from common import RESULTS, Table, describe_run, progress, read_report, show, write_json
 
 OUTPUT = RESULTS / "compile.json"
 LAYERS = (2, 4, 8, 16, 32)
@@ -152,7 +152,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.one)))
         return
     if arguments.show:
-        report = json.loads(arguments.show.read_text())
+        report = read_report(arguments.show, "run", "runs", "summary")
     else:
         report = {"run": describe_run(torch.get_num_threads()), "shape": SHAPE, "runs": []}
         with progress(len(arguments.layers)) as say:

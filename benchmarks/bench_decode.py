@@ -22,7 +22,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import RESULTS, Quartiles, Table, describe_run, interleave, orders, progress, settle, show, write_json
+from common import (
+    RESULTS,
+    Quartiles,
+    Table,
+    describe_run,
+    interleave,
+    orders,
+    progress,
+    read_report,
+    settle,
+    show,
+    write_json,
+)
 from loops import (
     STATIC,
     Loop,
@@ -470,7 +482,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
     given = parser.parse_args()
     if given.show:
-        report = json.loads(given.show.read_text(encoding="utf-8"))
+        report = read_report(given.show, "run", "settings", "loops", "runs")
         report["summary"] = summarize(report)
     else:
         report = measure(given)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import RESULTS, describe_run, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ from torch._inductor import select_algorithm
 from treespec_compiler.codegen import cpu
 from treespec_compiler.ir import ops
 
-RESULTS = Path(__file__).parent / "results" / "cpu" / "linear.json"
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 GROUPS = ((1024, 1024, 24), (1280, 512, 8), (512, 1280, 8), (1024, 512, 8), (512, 1024, 8))  # N, K, layers
 
@@ -99,29 +98,6 @@ def measure(threads: int, inductor_groups: int, repeats: int) -> list[Entry]:
     return entries
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def meta() -> dict[str, object]:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "commit": git.stdout.strip(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "device": cpu_name(),
-        "cores": os.cpu_count(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
-    }
-
-
 def show(entries: list[Entry]) -> None:
     console = Console(width=120)
     for threads, n, k, layers in dict.fromkeys((e.threads, e.n, e.k, e.layers) for e in entries):
@@ -138,7 +114,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--inductor", type=int, default=1, metavar="N", help="with Inductor for the first N groups")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "linear.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if not cpu.load():
@@ -147,7 +123,7 @@ def main() -> None:
         entries = measure(given.threads[0], given.inductor, given.repeats)
         given.output.write_text(json.dumps([asdict(e) for e in entries]))
         return
-    entries, about = [], meta()
+    entries, about = [], describe_run(given.threads)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     for threads in given.threads:
         part = given.output.with_suffix(f".{threads}.tmp")
@@ -157,7 +133,7 @@ def main() -> None:
         entries += [Entry(**e) for e in json.loads(part.read_text())]
         part.unlink()
     show(entries)
-    given.output.write_text(json.dumps({"meta": about, "entries": [asdict(e) for e in entries]}, indent=1) + "\n")
+    write_json(given.output, {"meta": about, "entries": [asdict(e) for e in entries]})
 
 
 if __name__ == "__main__":

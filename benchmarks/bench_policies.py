@@ -12,7 +12,6 @@ the chance that the target's token is among the draft's top k, and the tokens a 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Table, describe_run, progress, settle, show, write_json
+from common import RESULTS, Table, describe_run, load_pair, progress, settle, show, write_json
 from policy_pictures import picture
 
 import treespec_compiler as treespec
@@ -84,8 +83,7 @@ class Bench:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.clock: Callable[[], float] = time.process_time if given.clock == "cpu" else time.perf_counter
-        target, draft, texts = load(given.target, given.draft)
-        self.prompts = texts[:: max(1, len(texts) // given.prompts)][: given.prompts]
+        target, draft, self.prompts = load_pair(given.target, given.draft, given.prompts)
         options = {"lowering": given.lowering}
         torch.manual_seed(0)
         useless = type(draft)(draft.config).eval()
@@ -161,19 +159,6 @@ class Bench:
                             tried[depth][rank] += 1
                             won[depth][rank] += child in on_path
         return [[w / t if t else None for w, t in zip(ws, ts)] for ws, ts in zip(won, tried)]
-
-
-def load(target: Path | None, draft: Path | None) -> tuple[Any, Any, list[list[int]]]:
-    if target is None or draft is None:
-        models = demo.load_target(), demo.load_draft()
-        tokenizer, texts = demo.load_tokenizer(), [prompt.text for prompt in demo.heldout_prompts()]
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        models = tuple(AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in (target, draft))
-        tokenizer = AutoTokenizer.from_pretrained(target)
-        texts = [item["text"] for item in json.loads((target.parent / "heldout.json").read_text(encoding="utf-8"))]
-    return *models, [tokenizer(text)["input_ids"] for text in texts]
 
 
 def planned(bench: Bench, rates: Sequence[float]) -> Any:

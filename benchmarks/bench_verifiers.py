@@ -11,19 +11,17 @@ the models run without Inductor.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, describe_run, write_json
+from common import RESULTS, describe_run, load_pair, write_json
 from rich.console import Console
 from rich.table import Table
 
 import treespec_compiler as treespec
-from treespec_compiler import demo
 from treespec_compiler.speculation.verifiers import VERIFIERS
 
 TREES = ("1,1,5,1,1,1,1,1", "5,1,1,1,1,1,1,1")
@@ -51,20 +49,6 @@ class Entry:
     """Over prompts and seeds."""
     nodes_per_step: float
     steps: int
-
-
-def load(target: Path | None, draft: Path | None) -> tuple[Any, Any, list[list[int]]]:
-    """Models, and the token ids of the held-out prompts."""
-    if target is None or draft is None:
-        models = demo.load_target(), demo.load_draft()
-        tokenizer, texts = demo.load_tokenizer(), [prompt.text for prompt in demo.heldout_prompts()]
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        models = tuple(AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in (target, draft))
-        tokenizer = AutoTokenizer.from_pretrained(target)
-        texts = [item["text"] for item in json.loads((target.parent / "heldout.json").read_text(encoding="utf-8"))]
-    return *models, [tokenizer(text)["input_ids"] for text in texts]
 
 
 def measure(
@@ -117,10 +101,9 @@ def main() -> None:
     parser.add_argument("--verifiers", nargs="+", choices=VERIFIERS, default=list(VERIFIERS))
     parser.add_argument("--output", type=Path, default=RESULTS / "verifiers.json")
     given = parser.parse_args()
-    target_model, draft_model, prompts = load(given.target, given.draft)
+    target_model, draft_model, prompts = load_pair(given.target, given.draft, given.prompts)
     options = {"lowering": "eager"}
     target, draft = (treespec.tree_program(model, options=options) for model in (target_model, draft_model))
-    prompts = prompts[:: max(1, len(prompts) // given.prompts)][: given.prompts]
     entries = []
     for temperature in given.temperatures:
         for tree in (*TREES, CHAIN):

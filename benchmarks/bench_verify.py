@@ -12,7 +12,6 @@ every call ends in the choice of the next token.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import RESULTS, Quartiles, Table, describe_run, interleave, progress, settle, show, write_json
+from common import RESULTS, Quartiles, Table, describe_run, interleave, progress, read_report, settle, show, write_json
 from loops import STATIC, StaticVariant
 
 import treespec_compiler as treespec
@@ -195,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
     given = parser.parse_args(arguments)
     if given.show:
-        report = json.loads(given.show.read_text(encoding="utf-8"))
+        report = read_report(given.show, "run", "settings", "models")
         report["summary"] = summarize(report)
     else:
         report = measure(given)

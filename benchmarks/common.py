@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, quartiles, a description of the machine, tables and JSON."""
+"""What the benchmarks share: models, interleaved timing, quartiles, a description of the machine, tables and JSON."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
+from treespec_compiler import __version__, demo
+
 RESULTS = Path(__file__).parent / "results" / "cpu"
 
 
-def describe_run(threads: int) -> dict[str, Any]:
-    """Where, when and with what a benchmark ran."""
+def describe_run(threads: int | Sequence[int]) -> dict[str, Any]:
+    """Where, when and with what a benchmark ran; several numbers of threads: it ran with each."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
@@ -40,7 +42,11 @@ def describe_run(threads: int) -> dict[str, Any]:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("treespec", "torch", "triton", "transformers", "numpy")},
+        # treespec's own is not asked for by name: a checkout that is not installed has no metadata
+        "versions": {
+            "treespec": __version__,
+            **{name: _version(name) for name in ("torch", "triton", "transformers", "numpy")},
+        },
     }
 
 
@@ -70,6 +76,40 @@ def cpu_name() -> str:
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def read_report(path: Path, *keys: str) -> dict[str, Any]:
+    """A report with these keys; ends the program in one line where the file holds none."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        why = error.strerror
+    except ValueError as error:
+        why = f"not JSON: {error}"
+    else:
+        missing = [key for key in keys if key not in report] if isinstance(report, dict) else list(keys)
+        if not missing:
+            return report
+        why = f"it has no {missing[0]!r}"
+    sys.exit(f"got {str(path)!r}, expected a file that this script wrote: {why}")
+
+
+def load_pair(target: Path | None, draft: Path | None, count: int) -> tuple[Any, Any, list[list[int]]]:
+    """Models, and the token ids of `count` held-out prompts from all over their list.
+
+    The demo's, or those of two folders; their heldout.json lies beside the target's.
+    """
+    if target is None or draft is None:
+        models = demo.load_target(), demo.load_draft()
+        tokenizer, texts = demo.load_tokenizer(), [prompt.text for prompt in demo.heldout_prompts()]
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        models = tuple(AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in (target, draft))
+        tokenizer = AutoTokenizer.from_pretrained(target)
+        texts = [item["text"] for item in json.loads((target.parent / "heldout.json").read_text(encoding="utf-8"))]
+    texts = texts[:: max(1, len(texts) // count)][:count]
+    return *models, [tokenizer(text)["input_ids"] for text in texts]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Everything that only a GPU can tell, in one run of less than eight minutes.
 
     python benchmarks/gpu_suite.py                                # on the GPU at hand
-    python benchmarks/gpu_suite.py --only numerics attention      # some sections
+    python benchmarks/gpu_suite.py --only numerics attention      # some sections; `numerics`: both parts of it
     python benchmarks/gpu_suite.py --show FILE --markdown         # the tables of a run
     python benchmarks/gpu_suite.py --device cpu --smoke           # whether the script runs at all; no figures
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Table, describe_run, show, write_json
+from common import Table, describe_run, read_report, show, write_json
 from gpu_sections import report
 from gpu_sections.base import Context
 
@@ -50,6 +51,10 @@ class Section:
     """Runs at the same time as the section before; only for sections that time nothing."""
     caches: str = "all"
     """Sections that name the same ones share what compilers keep."""
+
+    def is_named(self, text: str) -> bool:
+        """By its whole name, or by what comes before the space: that names all parts."""
+        return text in (self.name, self.name.partition(" ")[0])
 
 
 # What does not fit into its time is left out and said so; together they fit into TOTAL.
@@ -74,21 +79,20 @@ def main() -> None:
         run_section(arguments)
         return
     if arguments.show:
-        print_report(json.loads(arguments.show.read_text()), arguments.markdown)
+        print_report(read_report(arguments.show, "status"), arguments.markdown)
         return
     why = obstacle(arguments)
     if why:
         print(f"gpu_suite: not measured: {why}", file=sys.stderr)
         if arguments.out:
-            write_json(arguments.out, {"status": "not measured", "reason": why})
+            write_json(arguments.out, {"status": "not measured", "reason": why, "run": about("cpu")})
         raise SystemExit(1)
     path = arguments.out or results_path(arguments)
     found = run(arguments, path)
-    print_report(found, arguments.markdown)
     if path:
         print(f"written to {path}", file=sys.stderr)
-    failed = [name for name, section in found["sections"].items() if section["status"] != "done"]
-    raise SystemExit(1 if failed else 0)
+    print_report(found, arguments.markdown)
+    raise SystemExit(1 if any(report.failures(found["sections"])) else 0)
 
 
 def results_path(arguments: argparse.Namespace) -> Path | None:
@@ -104,8 +108,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
-    parser.add_argument("--only", nargs="+", choices=[s.name for s in (*SECTIONS, *MORE)], metavar="SECTION")
-    parser.add_argument("--budget", type=float, default=TOTAL, help=f"seconds in all (default: {TOTAL:.0f})")
+    parser.add_argument("--only", nargs="+", type=section_name, metavar="NAME", help=f"of {', '.join(bare_names())}")
+    parser.add_argument("--budget", type=seconds, default=TOTAL, help=f"seconds in all (default: {TOTAL:.0f})")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--keep-caches", action="store_true", help="use the caches there are; compilation is warm then")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of a run and measure nothing")
@@ -114,6 +118,28 @@ def parse() -> argparse.Namespace:
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--section-end", type=float, help=argparse.SUPPRESS)  # as of time.time()
     return parser.parse_args()
+
+
+def bare_names() -> list[str]:
+    """Names of sections without what tells the parts of one from each other."""
+    return list(dict.fromkeys(section.name.partition(" ")[0] for section in (*SECTIONS, *MORE)))
+
+
+def section_name(text: str) -> str:
+    if not any(section.is_named(text) for section in (*SECTIONS, *MORE)):
+        expected = f"{', '.join(bare_names())}, or one part such as {SECTIONS[0].name!r}"
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    return text
+
+
+def seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds, more than 0")
+    return found
 
 
 def obstacle(arguments: argparse.Namespace) -> str:
@@ -134,7 +160,8 @@ def run(arguments: argparse.Namespace, path: Path | None) -> dict[str, Any]:
     began = time.perf_counter()
     found = {"status": "smoke" if arguments.smoke else "measured", "run": about(arguments.device), "sections": {}}
     sections: dict[str, Any] = found["sections"]
-    asked = [s for s in (*SECTIONS, *MORE) if s.name in arguments.only] if arguments.only else list(SECTIONS)
+    only = arguments.only or ()
+    asked = [s for s in (*SECTIONS, *MORE) if any(map(s.is_named, only))] if only else list(SECTIONS)
     waiting = groups(asked)
     with tempfile.TemporaryDirectory(prefix="gpu-suite-") as name:
         folder = Path(name)

@@ -1,8 +1,9 @@
 """Tuning tables: which configuration of a kernel was measured fastest for a shape, on an architecture.
 
 A table is `<op>/<arch>.json`: {schema, meta: {op, arch, source_hash, device, versions}, entries: [{key, config, us,
-runner_up}]}. The package ships some in `codegen/tables`; what `treespec tune` measures goes to the user's cache and
-lies over them. The identity of a kernel is the hash of its source: entries made by another one are ignored.
+runner_up}]}. The package may ship some in `codegen/tables`; what `treespec tune` measures goes to the user's cache and
+lies over them. The identity of a kernel is the hash of the files its text comes from: entries made with others are
+ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,14 +27,25 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 1
 SHIPPED = Path(__file__).with_name("tables")
-KERNELS = Path(__file__).with_name("gpu")
 
 # Sizes for which the nearest measured one will do. Every other field of a key must be equal: a configuration for
 # another head dimension or dtype may not even fit.
-SIZES = frozenset({"capacity", "context", "nodes", "requests", "rows", "sites", "tokens", "vocab"})
+SIZES = frozenset({"capacity", "requests", "rows"})
 
 Scalar: TypeAlias = str | int | float | bool
 Key: TypeAlias = Mapping[str, Scalar]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """An op that there are tables for: the files that its kernels' text comes from, and what makes a configuration of
+    an entry's numbers, or raises ValueError."""
+
+    sources: tuple[Path, ...]
+    parse: Callable[[Mapping[str, int]], object]
+
+
+OPS: dict[str, Tuned] = {}
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ def _distance(a: Key, b: Key) -> float:
 def lookup(op: str, arch: str, key: Key) -> dict[str, int] | None:
     """The configuration measured for `key` or the nearest sizes; None where nothing was measured that fits.
 
-    `arch` as given by `architecture`. The user's table is asked first, then the shipped one.
+    `arch` as given by `architecture`. Of the shipped table, what the user's has for the same sizes is not looked at.
     """
     found = _lookup(op, arch, identity(key))
     return None if found is None else dict(found)
@@ -141,9 +153,9 @@ def user_path(op: str, arch: str) -> Path:
 
 @functools.cache
 def kernel_hash(op: str) -> str:
-    """Of the modules below `codegen/gpu` whose names begin with the op's."""
+    """Of the files that the op's kernels are made of."""
     digest = hashlib.sha256()
-    for path in sorted(KERNELS.rglob(f"{op}*.py")):
+    for path in OPS[op].sources:
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -169,10 +181,10 @@ def read(path: Path, op: str, arch: str) -> Table:
     if not isinstance(entries, list):
         raise CorruptTable(path=str(path), problem=f"entries of type {type(entries).__name__}", expected="a list")
     about = {name: value for name, value in meta.items() if name not in ("op", "arch", "source_hash")}
-    return Table(op, arch, meta["source_hash"], tuple(_entry(path, e) for e in entries), about)
+    return Table(op, arch, meta["source_hash"], tuple(_entry(path, e, OPS[op].parse) for e in entries), about)
 
 
-def _entry(path: Path, data: Any) -> Entry:
+def _entry(path: Path, data: Any, parse: Callable[[Mapping[str, int]], object]) -> Entry:
     try:
         entry = Entry(data["key"], data["config"], float(data["us"]), data.get("runner_up"))
         good = (
@@ -190,6 +202,10 @@ def _entry(path: Path, data: Any) -> Entry:
         raise CorruptTable(
             path=str(path), problem=f"the entry {data!r}", expected="a configuration of integers and us > 0"
         )
+    try:
+        parse(entry.config)
+    except ValueError as error:
+        raise CorruptTable(path=str(path), problem=f"the configuration {entry.config}", expected=str(error)) from error
     return entry
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
@@ -52,8 +51,3 @@ def _placeholder(node: fx.Node, tokens: str, constants: dict[str, Tensor], n: in
         return constants[node.name].detach().cpu()
     shape = [n if not isinstance(s, int) else s for s in node.meta["val"].shape]
     return torch.arange(n).expand(shape)  # a positions input
-
-
-def substitute(expr: Any, symbol: sympy.Symbol, n: int) -> Any:
-    """A symbolic size for n tokens."""
-    return expr.xreplace({symbol: sympy.Integer(n)})

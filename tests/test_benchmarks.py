@@ -1,4 +1,4 @@
-"""The benchmark scripts run on a tiny pair, and write what docs/benchmarks.md reads."""
+"""The benchmark scripts run on a tiny pair, and write what docs/benchmarks.md says."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ from typing import Any
 import pytest
 from test_cli import pair  # noqa: F401  (a fixture)
 
+import treespec_compiler
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def run(script: str, *arguments: object) -> str:
+def start(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def run(script: str, *arguments: object) -> str:
+    done = start(script, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def check_run(report: dict[str, Any]) -> None:
-    about = report["run"]
-    assert about["threads"] == 2 and about["commit"] and about["device"] and about["date"]
+def check_run(about: dict[str, Any], threads: object = 2) -> None:
+    assert about["threads"] == threads and about["commit"] and about["device"] and about["date"]
     assert about["versions"]["torch"] and about["versions"]["transformers"]
+    assert about["versions"]["treespec"] == treespec_compiler.__version__
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def decode(pair: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> S
 
 def test_bench_decode(decode: SimpleNamespace) -> None:
     report = json.loads(decode.path.read_text())
-    check_run(report)
+    check_run(report["run"])
     names = [loop["name"] for loop in report["loops"]]
     assert {loop["kind"] for loop in report["loops"]} == {"generate", "assisted", "plain", "treespec"}
     assert names[-1] == report["settings"]["headline"] and "chosen on other prompts" in names[-1]
@@ -86,7 +92,7 @@ def test_bench_verify(pair: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F
     options = ["--nodes", 1, 2, 4, "--prefix", 16, "--static", "--lowering", "eager", "--rounds", 2, "--output", path]
     shown = run("bench_verify.py", "--models", pair.target, *options)
     report = json.loads(path.read_text())
-    check_run(report)
+    check_run(report["run"])
     (model,) = report["models"]
     assert set(model["verify"]) == {"1", "2", "4"} and set(model["plain"]) == set(model["seconds"])
     assert all(len(values) == 16 for values in model["seconds"].values())
@@ -106,3 +112,49 @@ def test_bench_compile(tmp_path: Path) -> None:
     assert second["passes"]["recognize attention"]["matches"] == 2 and second["nodes"] > first["nodes"]
     assert 0 < report["summary"]["share_of_passes"]["2"] < 1
     assert "CPU seconds =" in shown and "CPU seconds =" in run("bench_compile.py", "--show", path, "--markdown")
+
+
+@pytest.fixture(scope="module")
+def folders(pair: SimpleNamespace) -> list[object]:  # noqa: F811
+    """Arguments that name the tiny pair, with its own held-out prompts, and as little work as there is."""
+    lines = [{"text": f"def f{i}(x):\n    return x"} for i in range(5)]
+    (pair.folder / "heldout.json").write_text(json.dumps(lines))
+    models = ["--target", pair.folder / "target", "--draft", pair.folder / "draft"]
+    return [*models, "--prompts", 2, "--max-new-tokens", 8]
+
+
+def test_bench_policies(folders: list[object], tmp_path: Path) -> None:
+    path = tmp_path / "policies.json"
+    few = ["--quick", "--repeats", 1, "--temperatures", 0, "--lowering", "eager"]
+    shown = run("bench_policies.py", *folders, *few, "--output", path)
+    report = json.loads(path.read_text())
+    check_run(report["meta"], report["meta"]["threads"])
+    assert {e["tokens"] for e in report["entries"]} == {16}  # two prompts of eight tokens
+    assert {"plain", "auto", "<1,1,3>"} <= {e["policy"] for e in report["entries"]}
+    assert path.with_suffix(".svg").read_text().startswith("<svg") and "x plain" in shown
+
+
+def test_bench_verifiers(folders: list[object], tmp_path: Path) -> None:
+    path = tmp_path / "verifiers.json"
+    shown = run("bench_verifiers.py", *folders, "--seeds", 1, "--verifiers", "naive", "--output", path)
+    report = json.loads(path.read_text())
+    check_run(report["meta"], report["meta"]["threads"])
+    assert [e["verifier"] for e in report["entries"]] == ["naive"] * 5
+    assert all(e["tokens_per_step"] >= 1 for e in report["entries"]) and "tokens/step" in shown
+
+
+def test_bench_linear(tmp_path: Path) -> None:
+    path = tmp_path / "linear.json"
+    run("bench_linear.py", "--threads", 1, "--repeats", 3, "--inductor", 0, "--output", path)
+    report = json.loads(path.read_text())
+    check_run(report["meta"], [1])
+    assert {e["name"] for e in report["entries"]} == {"treespec", "aten"}
+
+
+@pytest.mark.parametrize("script", ["bench_decode.py", "bench_verify.py", "bench_compile.py"])
+def test_showing_a_file_of_something_else(script: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text('{"run": {}}')
+    done = start(script, "--show", path)
+    assert done.returncode == 1 and "expected a file that this script wrote: it has no" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -22,7 +22,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_suite  # noqa: E402
-from gpu_sections import llama, numerics, report  # noqa: E402
+from gpu_sections import llama, numerics, oracle, report  # noqa: E402
 from gpu_sections.base import Context  # noqa: E402
 
 from treespec_compiler import program  # noqa: E402
@@ -107,7 +107,7 @@ def test_aims_and_projection():
     case = {"batch": 1, "context": 2048, "step_ms": step, "over_floor": {"1": 1.2}, "verify_over_decode": {"64": 1.3}}
     flash = {"flash decoding (torch)": 0.95, "sdpa dense mask": 9.0}
     sections = {
-        "step 8B": {"cases": [case], "compile_seconds": {"all": 50.0}},
+        "step 8B": {"cases": [case], "compile_seconds": {"all": 50.0, "caches": "new"}},
         "step 1B": {"cases": [{**case, "step_ms": {n: t / 5 for n, t in step.items()}}]},
         "attention": {
             "sizes": [
@@ -129,6 +129,28 @@ def test_aims_and_projection():
     recorded = "chain:5, equal budget", "<1,1,3>", "sequoia, 6 nodes"
     assert [report.draft_levels(p, 9) for p in recorded] == [5, 3, 8]
     assert all(math.isnan(v) for v in report.aims({}).values())
+
+
+@pytest.mark.parametrize(
+    "caches, compiled, expected",
+    [
+        ("new", ("step 8B", "compile again"), ["yes", "yes"]),
+        ("new", ("step 8B",), ["yes", "not measured"]),
+        ("new", ("compile again",), ["not measured", "not measured"]),  # nothing filled its caches
+        ("as they were", ("step 8B", "compile again"), ["not measured", "not measured"]),
+    ],
+)
+def test_compilation_is_cold_or_warm_only_where_the_caches_say_so(caches, compiled, expected):
+    seconds = {"step 8B": 50.0, "compile again": 5.0}
+    sections = {name: {"compile_seconds": {"all": seconds[name], "caches": caches}} for name in compiled}
+    found = report.aims(sections)
+    assert [report.met(name, found[name]) for name in list(report.AIMS)[-2:]] == expected
+
+
+def test_the_oracles_models():
+    zoo = pytest.importorskip("zoo")
+    assert {*oracle.MODELS} - {"plain llama"} <= {*zoo.CONFIGS} and {*oracle.COMPILED} <= {*oracle.MODELS}
+    assert len({*oracle.MODELS}) == len(oracle.MODELS) == 12
 
 
 def test_the_published_shapes():
@@ -274,6 +296,92 @@ def suite(*arguments, **environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.parametrize(
+    "status, kernel, model, code, last",
+    [
+        ("done", True, True, 0, "0 of 2 sections not done, 0 of 3 checks wrong"),
+        ("done", False, True, 1, "0 of 2 sections not done, 1 of 3 checks wrong"),
+        ("done", False, False, 1, "0 of 2 sections not done, 2 of 3 checks wrong"),
+        ("failed", True, True, 1, "1 of 2 sections not done, 0 of 3 checks wrong"),
+    ],
+)
+def test_wrong_numbers_are_failures(monkeypatch, capsys, status, kernel, model, code, last):
+    rows = [{"name": "a", "ok": True, "error": 0.0}, {"name": "b", "ok": kernel, "error": "ValueError: b"}]
+    sections = {
+        "numerics 1": {"status": "done", "kernels": rows},
+        "oracle 1": {"status": status, "models": [{"name": "c", "lowering": "eager", "ok": model, "error": math.nan}]},
+    }
+    found = {"status": "smoke", "run": {"device": "d", "date": "now"}, "sections": sections, "projection": []}
+    monkeypatch.setattr(gpu_suite, "run", lambda arguments, path: found)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--device", "cpu", "--smoke"])
+    with pytest.raises(SystemExit) as ended:
+        gpu_suite.main()
+    assert ended.value.code == code
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def asked(monkeypatch, *only):
+    """Names of the sections that a run starts."""
+    started = []
+
+    class Running:
+        def __init__(self, arguments, section, budget, folder):
+            self.section = section
+            started.append(section.name)
+
+        def results(self):
+            return {"status": "done"}
+
+    monkeypatch.setattr(gpu_suite, "Running", Running)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--device", "cpu", "--smoke", "--only", *only])
+    gpu_suite.run(gpu_suite.parse(), None)
+    return started
+
+
+def test_a_bare_name_stands_for_all_parts(monkeypatch):
+    assert asked(monkeypatch, "attention", "numerics") == ["numerics 1", "numerics 2", "attention"]
+    assert asked(monkeypatch, "oracle 3", "step") == ["oracle 3", "step 8B", "step 1B"]
+    assert asked(monkeypatch, "step 8B", "compile again", "variants") == ["step 8B", "compile again", "variants"]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("--only", "numeric"), "got 'numeric', expected numerics, oracle, "),
+        (("--only", "oracle 9"), "or one part such as 'numerics 1'"),
+        (("--budget", "-5"), "got '-5', expected seconds, more than 0"),
+        (("--budget", "inf"), "got 'inf', expected seconds, more than 0"),
+        (("--budget", "long"), "got 'long', expected seconds, more than 0"),
+    ],
+)
+def test_arguments_that_nothing_can_be_done_with(monkeypatch, capsys, given, message):
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", *given])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_suite.parse()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        (None, "No such file or directory"),
+        ('{"status": "meas', "not JSON: Unterminated string"),
+        ("[]", "it has no 'status'"),
+        ('{"run": {}}', "it has no 'status'"),
+    ],
+)
+def test_showing_what_is_no_run(monkeypatch, tmp_path, text, why):
+    path = tmp_path / "run.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--show", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        gpu_suite.main()
+    message = ended.value.code
+    assert message.startswith(f"got {str(path)!r}, expected a file that this script wrote: {why}")
+    assert "\n" not in message
+
+
 def test_budgets_fit_into_the_time():
     every = [max(s.budget for s in group) for group in gpu_suite.groups(gpu_suite.SECTIONS)]
     assert sum(every) <= gpu_suite.TOTAL < 480
@@ -292,7 +400,8 @@ def test_variants(sections):
 def test_without_a_gpu(tmp_path):
     done = suite("--out", tmp_path / "out.json")
     assert done.returncode == 1 and "not measured: torch" in done.stderr
-    assert json.loads((tmp_path / "out.json").read_text())["status"] == "not measured"
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["status"] == "not measured" and found["run"]["date"] and found["run"]["versions"]["treespec"]
 
 
 def test_a_section_that_takes_too_long_leaves_the_others(tmp_path):

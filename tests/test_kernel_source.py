@@ -42,6 +42,7 @@ def test_a_module_is_imported_once_and_other_source_is_another_file(cache):
     assert source.load("one", {}, "VALUE = object()\n") is first
     assert source.load("one", {"a": 1}, "VALUE = object()\n") is not first
     assert len(list(cache.iterdir())) == 2
+    assert first.__name__.removeprefix("treespec_kernels.one_") in first.__file__  # one hash for both
 
 
 def test_a_damaged_file_is_replaced(cache):

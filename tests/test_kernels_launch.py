@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 
-from treespec_compiler.codegen.gpu import accept, append, commit, stochastic_accept
+from treespec_compiler.codegen.gpu import accept, append, commit, stochastic_accept, tree_attention
 from treespec_compiler.codegen.gpu.kernels import accept as accept_kernels
 from treespec_compiler.codegen.gpu.kernels import append as append_kernels
 from treespec_compiler.codegen.gpu.kernels import commit as commit_kernels
@@ -125,3 +125,16 @@ def test_greedy_walks_are_compiled_once_for_small_trees(launched: Any, variants:
         lists = [[1] * nodes, [-1] + [0] * (nodes - 1), [0, nodes]]
         accept.greedy_accept(logits.expand(nodes, -1), *on_device._integers(lists, logits.device), 2.0**-7)
     assert len(launched) == 12 and len(variants["greedy_walk_kernel"]) == 1
+
+
+def test_what_does_not_fit_32_bits_is_refused() -> None:
+    """A pool of one page with tokens outermost, and queries of a very long chunk."""
+    q, pool = torch.empty(1, 64, 8, 128, device="meta"), torch.empty(1, 64, 4096, 128, device="meta")
+    integers = [torch.empty(*shape, dtype=torch.int64, device="meta") for shape in ((8,), (2,), (1, 1), (1,), (1,))]
+    words = torch.empty(8, 1, dtype=torch.int64, device="meta")
+    wide = torch.empty(1, 262_144, 64, 128, device="meta").transpose(1, 2)
+    with pytest.raises(ValueError, match=r"a head's page of K or V over 2147483648 numbers.*\[pages, heads, tokens"):
+        tree_attention.attend(q, wide, wide, *integers, words, 0.1)
+    far = torch.empty(1, 128, 131_072, 128, device="meta")
+    with pytest.raises(ValueError, match=r"got q over .* or pass fewer nodes at once"):
+        tree_attention.attend(far, pool, pool, *integers, words, 0.1)

@@ -149,10 +149,18 @@ def test_flash_gives_what_the_definition_gives(kv_heads, monkeypatch):
     attention.append(k, v, *pools, write)
     asked = []
     monkeypatch.setattr(prompt, "flash_takes", lambda *tensors: asked.append(tensors) or True)
+    real, cudnn = prompt.scaled_dot_product_attention, []
+
+    def watched(*arguments, **options):
+        cudnn.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(prompt, "scaled_dot_product_attention", watched)
     got = tree_attention.attend_stored(
         q, *pools, positions, write, offsets, table, prefixes, trees, words, scale, window
     )
     assert got.shape == expected.shape and got.transpose(1, 2).is_contiguous() and len(asked) == 1
+    assert cudnn == [False] and torch.backends.cuda.cudnn_sdp_enabled()
     torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=2e-5)
 
 

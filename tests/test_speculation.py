@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from treespec_compiler.errors import InvalidOption, InvalidTree, TokenizerMismatch
 from treespec_compiler.runtime.stats import Count, Stats
-from treespec_compiler.speculation.draft import MAX_CHAIN, DraftRequest, ModelDraft, draft_probabilities
+from treespec_compiler.speculation.draft import MAX_CHAIN, DraftRequest, ModelDraft
 from treespec_compiler.speculation.near_ties import near_tie
 from treespec_compiler.speculation.policy import Limits, StaticExpansion, TreePolicy, as_policy
 from treespec_compiler.speculation.proposal import Proposal
@@ -247,15 +247,6 @@ def test_catching_up_after_steps_without_it(plain_steps):
     assert session.propose(policy, WIDE).tokens[0] == truth[seen - 1]
     session.close()
     assert program.caches[0].length() == 0
-
-
-def test_missing_ids_have_no_probability_and_excess_mass_is_renormalised():
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
-    larger = draft_probabilities(logits, 6)
-    assert larger.shape == (1, 6) and larger[0, 4:].tolist() == [0.0, 0.0]
-    smaller = draft_probabilities(logits, 3)
-    torch.testing.assert_close(smaller, logits[:, :3].softmax(-1))
-    assert smaller.sum() == pytest.approx(1.0) == larger.sum()
 
 
 @pytest.mark.parametrize("vocab", [VOCAB - 7, VOCAB + 9])

@@ -5,24 +5,31 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from pathlib import Path
 
 import pytest
 
 from treespec_compiler.codegen import tables
+from treespec_compiler.codegen.gpu.tree_attention_spec import Config
 from treespec_compiler.codegen.tables import Entry, Table
 from treespec_compiler.errors import CorruptTable
 
-KEY = {"dtype": "bf16", "key_dim": 128, "nodes": 16, "context": 1024}
+KEY = {"dtype": "bf16", "key_dim": 128, "rows": 16, "capacity": 1024}
+
+
+def parse(config):
+    if config.get("block_m") == 17:
+        raise ValueError("a power of two")
 
 
 @pytest.fixture(autouse=True)
 def _places(tmp_path, monkeypatch):
-    """Shipped tables, user tables and kernels in folders of the test's own."""
+    """Shipped tables, user tables and a kernel in folders of the test's own."""
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(tables, "KERNELS", tmp_path / "gpu")
+    monkeypatch.setitem(tables.OPS, "toy", tables.Tuned((tmp_path / "toy.py", tmp_path / "printer.py"), parse))
     monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "gpu").mkdir()
-    (tmp_path / "gpu" / "toy.py").write_text("first version")
+    for name in ("toy", "printer"):
+        (tmp_path / f"{name}.py").write_text("first version")
     tables.forget()
     yield
     tables.forget()
@@ -50,16 +57,16 @@ def test_nothing_measured_gives_nothing(caplog):
 
 
 def test_the_nearest_size_by_ratio():
-    write([entry(16, nodes=1), entry(32, nodes=16), entry(64, nodes=64)])
-    assert [found(nodes=n) for n in (1, 3, 6, 16, 30, 40, 64, 4096)] == [16, 16, 32, 32, 32, 64, 64, 64]
+    write([entry(16, rows=1), entry(32, rows=16), entry(64, rows=64)])
+    assert [found(rows=n) for n in (1, 3, 6, 16, 30, 40, 64, 4096)] == [16, 16, 32, 32, 32, 64, 64, 64]
 
 
 def test_two_sizes_add_up_and_ties_go_to_the_smaller():
-    write([entry(2, nodes=64, context=1024), entry(1, nodes=16, context=2048)])
-    assert found(nodes=16, context=1024) == 1  # one octave of context against two of nodes
-    assert found(nodes=64, context=2048) == 2
-    write([entry(2, nodes=31), entry(1, nodes=7)])
-    assert found(nodes=15) == 1
+    write([entry(2, rows=64, capacity=1024), entry(1, rows=16, capacity=2048)])
+    assert found(rows=16, capacity=1024) == 1  # one octave of capacity against two of rows
+    assert found(rows=64, capacity=2048) == 2
+    write([entry(2, rows=31), entry(1, rows=7)])
+    assert found(rows=15) == 1
 
 
 def test_fields_that_are_no_sizes_must_be_equal():
@@ -68,7 +75,7 @@ def test_fields_that_are_no_sizes_must_be_equal():
     assert found(dtype="fp16") is None
     assert found(key_dim=64) is None
     assert tables.lookup("toy", "sm_90", KEY | {"window": 8}) is None
-    assert tables.lookup("toy", "sm_90", {k: v for k, v in KEY.items() if k != "nodes"}) is None
+    assert tables.lookup("toy", "sm_90", {k: v for k, v in KEY.items() if k != "rows"}) is None
     assert tables.lookup("toy", "sm_80", KEY) is None
 
 
@@ -79,18 +86,18 @@ def test_the_callers_copy_is_its_own():
 
 
 def test_the_users_table_lies_over_the_shipped_one():
-    write([entry(16, nodes=1), entry(32, nodes=64)], tables.shipped_path)
-    assert found(nodes=1) == 16
-    write([entry(128, nodes=1)])
-    assert (found(nodes=1), found(nodes=64)) == (128, 32)
+    write([entry(16, rows=1), entry(32, rows=64)], tables.shipped_path)
+    assert found(rows=1) == 16
+    write([entry(128, rows=1)])
+    assert (found(rows=1), found(rows=64)) == (128, 32)
 
 
 def test_another_source_of_the_kernel_makes_the_table_void(tmp_path, caplog):
     path = write([entry(16)])
     assert found() == 16
-    (tmp_path / "gpu" / "toy_template.py").write_text("a file beside it")
+    (tmp_path / "printer.py").write_text("prints scores in another way")
     tables.forget()
-    assert found() is None and found(nodes=3) is None
+    assert found() is None and found(rows=3) is None
     assert len(caplog.records) == 1 and str(path) in caplog.text and "treespec tune" in caplog.text
 
 
@@ -109,7 +116,8 @@ GOOD = json.dumps({"key": KEY, "config": {"block_m": 16}, "us": 2.0})
         ('{"schema": 1, "meta": META, "entries": [GOOD, 7]}', "an entry without"),
         ('{"schema": 1, "meta": META, "entries": [{"key": {}, "config": {"block_m": "16"}, "us": 1}]}', "the entry"),
         ('{"schema": 1, "meta": META, "entries": [{"key": {}, "config": {"block_m": 16}, "us": 0}]}', "the entry"),
-        ('{"schema": 1, "meta": META, "entries": [{"key": {"nodes": "x"}, "config": {"a": 1}, "us": 1}]}', "an entry"),
+        ('{"schema": 1, "meta": META, "entries": [{"key": {"rows": "x"}, "config": {"a": 1}, "us": 1}]}', "an entry"),
+        ('{"schema": 1, "meta": META, "entries": [{"key": {}, "config": {"block_m": 17}, "us": 1}]}', "block_m': 17"),
         ('{"schema": 1, "meta": OTHER, "entries": [GOOD]}', "a table for toy on sm_80"),
     ],
 )
@@ -123,7 +131,7 @@ def test_corrupt_and_foreign_tables_are_named_and_ignored(text, problem, caplog)
     with pytest.raises(CorruptTable, match=problem):
         tables.read(path, "toy", "sm_90")
     with caplog.at_level(logging.WARNING):
-        assert [found(nodes=n) for n in (1, 2, 3)] == [32, 32, 32]  # what is shipped still holds
+        assert [found(rows=n) for n in (1, 2, 3)] == [32, 32, 32]  # what is shipped still holds
     assert len(caplog.records) == 1
     assert str(path) in caplog.text and problem in caplog.text and "ignored" in caplog.text
 
@@ -131,15 +139,15 @@ def test_corrupt_and_foreign_tables_are_named_and_ignored(text, problem, caplog)
 def test_what_is_written_is_read_again_one_line_an_entry():
     runner_up = {"config": {"block_m": 64}, "us": 2.5}
     first = Entry(KEY, {"block_m": 32, "warps": 4}, 2.0, runner_up)
-    path = write([first, entry(16, nodes=1)])
+    path = write([first, entry(16, rows=1)])
     table = tables.read(path, "toy", "sm_90")
-    assert table.entries == (first, entry(16, nodes=1)) and table.meta == {"device": "a GPU"}
+    assert table.entries == (first, entry(16, rows=1)) and table.meta == {"device": "a GPU"}
     assert sum('"key"' in line for line in path.read_text().splitlines()) == 2
     assert tables.read(write([]), "toy", "sm_90").entries == ()
 
 
 def test_merging_replaces_entries_of_the_same_key():
-    table = Table("toy", "sm_90", "h", (entry(16), entry(32, nodes=64)))
+    table = Table("toy", "sm_90", "h", (entry(16), entry(32, rows=64)))
     merged = tables.merge(table, [entry(128)])
     assert [e.config["block_m"] for e in merged.entries] == [128, 32]
 
@@ -147,7 +155,7 @@ def test_merging_replaces_entries_of_the_same_key():
 def test_writers_at_once_leave_a_whole_table_and_no_other_file():
     def many(block):
         for _ in range(30):
-            write([entry(block, nodes=n) for n in range(1, 40)])
+            write([entry(block, rows=n) for n in range(1, 40)])
 
     writers = [threading.Thread(target=many, args=(b,)) for b in (16, 32, 64)]
     for writer in writers:
@@ -159,10 +167,43 @@ def test_writers_at_once_leave_a_whole_table_and_no_other_file():
     assert [p.name for p in path.parent.iterdir()] == ["sm_90.json"]
 
 
-def test_shipped_tables_fit_the_shipped_kernels(monkeypatch):
-    """Tables that nobody can use any more are not shipped."""
-    monkeypatch.undo()
-    tables.forget()
-    for path in tables.SHIPPED.rglob("*.json"):
-        table = tables.read(path, path.parent.name, path.stem)
-        assert table.source_hash == tables.kernel_hash(table.op), path
+def unusable(path):
+    """Why nobody can use a table; empty: it is of the kernel as it is."""
+    table = tables.read(path, path.parent.name, path.stem)
+    return "" if table.source_hash == tables.kernel_hash(table.op) else f"{path} is of another kernel"
+
+
+def test_shipped_tables_fit_the_shipped_kernels(tmp_path):
+    assert not unusable(write([entry(16)], tables.shipped_path))
+    assert "of another kernel" in unusable(write([entry(16)], tables.shipped_path, source_hash="0"))
+    shipped = [path for path in Path(tables.__file__).with_name("tables").rglob("*.json") if unusable(path)]
+    assert not shipped
+
+
+def test_what_a_kernel_s_text_comes_from_is_there():
+    for op, tuned in tables.OPS.items():
+        assert op == "toy" or (len(tuned.sources) > 1 and all(path.is_file() for path in tuned.sources))
+
+
+GOOD_CONFIG = Config(16, 32, 4, 2).as_dict()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"block_m": 17}, "powers of two, blocks from 16 to 256"),
+        ({"block_m": 8}, "powers of two, blocks from 16 to 256"),
+        ({"block_n": 512}, "powers of two, blocks from 16 to 256"),
+        ({"block_m": -16}, "powers of two, blocks from 16 to 256"),
+        ({"num_warps": 5}, "powers of two, blocks from 16 to 256"),
+        ({"num_warps": 64}, "at most 32 warps, and 1 to 8 stages"),
+        ({"num_stages": 0}, "at most 32 warps, and 1 to 8 stages"),
+        ({"split": 3}, "block_m block_n num_warps num_stages"),
+        ({"num_stages": None}, "block_m block_n num_warps num_stages"),
+    ],
+)
+def test_numbers_that_are_no_configuration(changed, expected):
+    assert Config.parse(GOOD_CONFIG) == Config(16, 32, 4, 2)
+    numbers = {name: n for name, n in (GOOD_CONFIG | changed).items() if n is not None}
+    with pytest.raises(ValueError, match=expected):
+        Config.parse(numbers)

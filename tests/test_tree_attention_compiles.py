@@ -129,10 +129,10 @@ def test_bits_are_counted_by_one_instruction() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_merge(target: str) -> None:
     spec = FAMILIES["gpt_oss"]
-    pointers = {"partial": "*fp32", "tops": "*fp32", "out": "*bf16", "node_offsets": "*i64", "sinks": "*bf16"}
+    pointers = {"partial": "*fp32", "lse": "*fp32", "out": "*bf16", "node_offsets": "*i64", "sinks": "*bf16"}
     sizes = dict.fromkeys(("requests", "rows", "parts"), "i32")
     done = compile_offline(
-        module(spec).merge, pointers | sizes, {"PARTS": 64}, target, merge_warps(64), divisible=("partial", "tops")
+        module(spec).merge, pointers | sizes, {"PARTS": 64}, target, merge_warps(64), divisible=("partial", "lse")
     )
     assert done.resources.fits, done.resources
 

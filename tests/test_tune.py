@@ -233,8 +233,11 @@ def test_what_was_tuned_is_what_is_launched(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "architecture", lambda device: "sm_90")
     batch = Shape(8, 4, 2048)
     table = tune(make(measure=lambda c, s: c.block_n), [batch], table, lambda t: tables.write(path, t))
-    launched = _config.__wrapped__(SPEC, 8 * 4, 4, batch.capacity, 0)  # an op sees the nodes of all requests
+    launched = _config.__wrapped__(SPEC, 8 * 4, 4, batch.capacity, 0, False)  # an op sees the nodes of all requests
     assert launched.as_dict() == table.entries[-1].config != config.as_dict()
+    prompt = default_config(SPEC, 2048 * SPEC.group, "sm_90")  # what trees were measured with says nothing about it
+    assert _config.__wrapped__(SPEC, 2048, 1, 4096, 0, True) == prompt
+    assert chosen_config(SPEC, 2048, "sm_90", chain=True) == (prompt, False)
     tables.forget()
 
 

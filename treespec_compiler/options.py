@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -24,6 +25,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 LOWERING_VARIABLE = "TREESPEC_LOWERING"
 
 
+# Inductor counts a call's numbers in 32 bits: the widest layers, of some 60,000 features, still fit.
+MAX_CHUNK = 32768
+
+
 @dataclass(frozen=True)
 class Options:
     """What `tree_program(options=...)` and `torch.compile(..., options=...)` take."""
@@ -37,7 +42,7 @@ class Options:
     max_context: int | None = None
     """Positions the program may use; None: as many as the model proves to have."""
     prefill_chunk: int | None = None
-    """Prompt tokens that run in one call; None: 256 on a CPU, 2048 on a GPU."""
+    """Prompt tokens that run in one call, at most 32768; None: 256 on a CPU, 2048 on a GPU."""
     kernels: Kernels = "auto"
     """Which implementations ops are bound to: the best registered, ATen only, or the readable references."""
     pipeline: str | None = None
@@ -53,7 +58,7 @@ class Options:
         if self.max_context is not None:
             _check_positive("max_context", self.max_context, "a positive integer or None")
         if self.prefill_chunk is not None:
-            _check_positive("prefill_chunk", self.prefill_chunk, "a positive integer or None")
+            _check_positive("prefill_chunk", self.prefill_chunk, f"1 to {MAX_CHUNK} or None", MAX_CHUNK)
         if not isinstance(self.cuda_graphs, bool) and self.cuda_graphs != "auto":
             raise InvalidOption(name="cuda_graphs", got=self.cuda_graphs, expected="'auto' or True or False")
 
@@ -85,6 +90,6 @@ class Options:
         return replace(self, lowering=cast(Lowering, lowering))
 
 
-def _check_positive(name: str, value: object, expected: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _check_positive(name: str, value: object, expected: str, most: float = math.inf) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise InvalidOption(name=name, got=value, expected=expected)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .batch import Batch, Buffer, Part, Shape, lay_out, pack
 from .cache import TreeCache
 from .capture import CallSpec, call_spec, original_module
+from .codegen.gpu.sizes import PROMPT_CHUNK
 from .cuda_graphs import CudaRecorder, Graphs, GraphStats, Launch, Place, obstacle, run_or_explain
 from .errors import ContextOverflow, InvalidOption, StaleCache
 from .inputs import check_tokens, new_part, prompt_ids_of
@@ -30,10 +31,8 @@ from .weights import WeightWatch
 
 log = logging.getLogger("treespec.program")
 
-# Prompt tokens of a call. A CPU computes at its peak from some dozens of rows on, and more are more scores at a time. A
-# GPU reads weights for about 200 rows in the time it computes with them (H200, bfloat16), and needs several times that
-# to be busy with computing; measured on none yet.
-CHUNK_CPU, CHUNK_GPU = 256, 2048
+# Prompt tokens of a call: a CPU computes at its peak from some dozens of rows on, and more are more scores at a time.
+CHUNK_CPU = 256
 # Shapes of calls whose inputs a cache keeps: a loop has a few, and each is a few hundred bytes.
 MAX_PREPARED = 256
 
@@ -205,7 +204,7 @@ class TreeProgram:
         check_tokens(ids, self._input_vocab, "the prompt")
         self._check_context(cache.length(slot) + len(ids))
         cache._reserve(slot, len(ids))
-        chunk = self.options.prefill_chunk or (CHUNK_CPU if self.device.type == "cpu" else CHUNK_GPU)
+        chunk = self.options.prefill_chunk or (CHUNK_CPU if self.device.type == "cpu" else PROMPT_CHUNK)
         logits = None
         for start in range(0, len(ids), chunk):
             piece = ids[start : start + chunk]

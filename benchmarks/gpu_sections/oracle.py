@@ -17,6 +17,10 @@ from .base import Context, reason
 
 TOLERANCE = 1e-4  # of the largest |logit|, float32
 PROMPT, NODES, ROUNDS = 7, 11, 3
+MODELS = (
+    "llama", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox",
+    "phi3", "falcon", "starcoder2", "olmo2", "gemma", "plain llama",
+)  # fmt: skip
 COMPILED = ("llama", "gemma")  # by Inductor as well; the others run op by op, since each compilation takes seconds
 
 
@@ -36,19 +40,16 @@ def run(context: Context, part: str = "0", parts: str = "1") -> None:
             context.row("models", name=name, lowering=lowering, **found)
 
 
-def names(context: Context) -> list[str]:
+def names(context: Context) -> tuple[str, ...]:
     try:
         import transformers  # noqa: F401
 
         sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-        import zoo
+        import zoo  # noqa: F401
     except ImportError as error:
         context.skipped("models of transformers", str(error))
-        return ["plain llama"]
-    found = [*list(zoo.CONFIGS)[:11], "plain llama"]
-    if "gemma" not in found:
-        found[-2] = "gemma"
-    return ["llama", "plain llama"] if context.smoke else found
+        return ("plain llama",)
+    return context.pick(MODELS, ("llama", "plain llama"))
 
 
 def model_of(context: Context, name: str) -> nn.Module:

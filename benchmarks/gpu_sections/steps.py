@@ -93,6 +93,6 @@ def on_device(context: Context, program: Any, calls: dict[str, Any]) -> dict[str
         call()
         entry = next(reversed(program._graphs._entries.values()), None)
         if program.graph_stats.replays > replays and entry is not None:
-            # Cold: writing that buffer also hides the launch of the replay.
+            # Cold: reading that buffer also hides the launch of the replay.
             found[name] = milliseconds(context, {name: entry.replay}, 0.2, graph=False)[name]
     return found

@@ -12,7 +12,7 @@ import torch
 from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu.append import BLOCK
 from treespec_compiler.codegen.gpu.offline import Offline, compile_offline
-from treespec_compiler.codegen.gpu.sizes import power_of_two
+from treespec_compiler.codegen.gpu.sizes import PROMPT_CHUNK, power_of_two
 from treespec_compiler.codegen.gpu.tree_attention_spec import (
     DTYPES,
     MAX_PARTS,
@@ -24,9 +24,6 @@ from treespec_compiler.codegen.gpu.tree_attention_spec import (
 from treespec_compiler.ir import accept, stochastic_accept
 from treespec_compiler.ir.rope_attention import Turn
 from treespec_compiler.ir.specs import AttentionSpec, MaskSpec
-
-PROMPT = 2048
-"""Nodes of a prompt's call."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +111,12 @@ def _where(sites: Sequence[int]) -> str:
     return f"site {sites[0]}" if len(sites) == 1 else f"{len(sites)} sites from {sites[0]} on"
 
 
-def chosen_config(spec: AttentionKernel, nodes: int, target: str, capacity: int = 4096) -> tuple[Config, bool]:
-    """What one request's tree would be launched with on this target, and whether that was measured."""
-    measured = tables.lookup("tree_attention", target, spec.tuning_key(nodes, 1, capacity))
-    return (Config(**measured), True) if measured else (default_config(spec, nodes * spec.group, target), False)
+def chosen_config(
+    spec: AttentionKernel, nodes: int, target: str, capacity: int = 4096, *, chain: bool = False
+) -> tuple[Config, bool]:
+    """What one request's tree (or prompt: `chain`) is launched with on this target, and whether that was measured."""
+    measured = tables.lookup("tree_attention", target, spec.tuning_key(nodes, 1, capacity, chain))
+    return (Config.parse(measured), True) if measured else (default_config(spec, nodes * spec.group, target), False)
 
 
 def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[int]) -> Iterator[Launch]:
@@ -139,7 +138,7 @@ def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[i
             config.num_warps,
             config.num_stages,
         )
-    config = chosen_config(spec, PROMPT, target)[0]
+    config = chosen_config(spec, PROMPT_CHUNK, target, chain=True)[0]
     yield Launch(
         "tree_attention",
         "attend",
@@ -151,10 +150,10 @@ def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[i
         config.num_warps,
         config.num_stages,
     )
-    pointers = {"partial": "*fp32", "tops": "*fp32", "out": f"*{DTYPES[spec.dtype]}", "node_offsets": "*i64"}
+    pointers = {"partial": "*fp32", "lse": "*fp32", "out": f"*{DTYPES[spec.dtype]}", "node_offsets": "*i64"}
     pointers |= {"sinks": "*fp32"} if spec.sinks else {}
     sizes = dict.fromkeys(("requests", "rows", "parts"), "i32")
-    aligned = ("partial", "tops", "out")
+    aligned = ("partial", "lse", "out")
     parts = {"PARTS": MAX_PARTS}
     yield Launch(
         "tree_attention", "merge", where, module.merge, pointers | sizes, parts, aligned, merge_warps(MAX_PARTS)
@@ -211,8 +210,8 @@ def _accept_by_chance(vocab_size: int, nodes: int) -> Iterator[Launch]:
     from treespec_compiler.codegen.gpu.kernels import stochastic_accept as kernels
 
     block = min(by_chance.BLOCK, power_of_two(vocab_size))
-    floats = ("p", "q", "uniforms", "weights", "ratios", "totals", "lefts", "sums")
-    floats += ("first_weights", "next_weights", "last_weights")
+    floats = ["p", "q", "uniforms", "weights", "ratios", "totals", "lefts", "sums"]
+    floats += ["first_weights", "next_weights", "last_weights"]
     integers = ("tokens", "parents", "node_offsets", "draw_offsets", "draw_rows", "draw_q", "draw_of", "out")
     pointers = dict.fromkeys(floats, "*fp64") | dict.fromkeys(integers, "*i64")
     walk = {"FIELDS": stochastic_accept.FIELDS, "BLOCKS": power_of_two(-(-vocab_size // block))}

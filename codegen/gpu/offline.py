@@ -56,11 +56,6 @@ class Offline:
         """PTX, or AMD's assembly."""
         return self._compiled.asm["ptx" if "ptx" in self._compiled.asm else "amdgcn"]
 
-    @property
-    def ttgir(self) -> str:
-        """Triton's GPU dialect, after its layouts are chosen."""
-        return str(self._compiled.asm["ttgir"])
-
     @functools.cached_property
     def sass(self) -> str:
         """The machine's instructions."""

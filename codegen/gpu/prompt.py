@@ -6,7 +6,12 @@ Where scores are more than a scaled product, or the prompt is longer than a wind
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+# Left to itself PyTorch prefers cuDNN on Hopper, which makes a plan for every new length of a prompt.
+# NOTE not flash alone, though it is what runs: the setting is the whole process's, and other threads attend too.
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def is_causal_prompt(page_table: Tensor, ancestors: Tensor, scale: float, window: int = 0, chunk: int = 0,
@@ -31,5 +36,6 @@ def flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """[1, Hq, T, Dv], laid out as [1, T, Hq, Dv]."""
     grouped = q.shape[1] != k.shape[1]
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    with sdpa_kernel(WITHOUT_CUDNN, set_priority=True):
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # moves nothing where the kernel wrote it so

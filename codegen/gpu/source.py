@@ -1,7 +1,7 @@
 """Generated kernel source as real files: Triton reads a kernel's source from its file, and so can a person.
 
-A file is `<user cache>/treespec/kernels/<op>-<hash>.py`. The hash covers the spec, the source and the versions of
-treespec, torch and triton, so a file is never changed once it is there.
+A file is `kernels/<op>-<hash>.py` below the cache directory. The hash covers the spec, the source and the versions of
+treespec, torch and triton, so every file has one right content, and one that holds something else is written again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOCK = threading.Lock()
 
 
 def source_hash(text: str) -> str:
-    """The identity of generated source, as headers and tuning tables carry it."""
+    """The identity of generated source, in its header and its file's name."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -55,9 +55,14 @@ def header(op: str, key: Mapping[str, object], text: str) -> str:
     )
 
 
+def whole_source(op: str, key: Mapping[str, object], text: str) -> str:
+    """What a file holds: the header, then the source."""
+    return header(op, key, text) + "\n" + text
+
+
 def write(op: str, key: Mapping[str, object], text: str) -> Path:
     """The file of this source; written where the cache has none. Several processes may do so at once."""
-    whole = header(op, key, text) + "\n" + text
+    whole = whole_source(op, key, text)
     name = f"{op}-{source_hash(whole)}.py"
     try:
         return _write(cache_dir() / "kernels" / name, whole)
@@ -83,7 +88,7 @@ def load(op: str, key: Mapping[str, object], text: str) -> ModuleType:
 
     `op` names the file, `key` is the spec as its header shows it, `text` is the source below the header.
     """
-    name = f"treespec_kernels.{op}_{source_hash(header(op, key, text) + text)}"
+    name = f"treespec_kernels.{op}_{source_hash(whole_source(op, key, text))}"
     with _LOCK:
         module = _LOADED.get(name)
         if module is None:

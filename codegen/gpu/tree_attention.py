@@ -44,7 +44,7 @@ def signature(spec: AttentionKernel, *, split: bool = False) -> dict[str, str]:
         "pool_k": DTYPES[spec.pool_dtype],
         "pool_v": DTYPES[spec.pool_dtype],
         "out": "fp32" if split else DTYPES[spec.dtype],
-        "tops": "fp32",
+        "lse": "fp32",
         **dict.fromkeys(METADATA, "i64"),
         "ancestors": "i32",
         **{name: "fp32" for name in ("slopes", "bias", "sinks") if getattr(spec, name)},
@@ -63,12 +63,13 @@ def constexprs(
 
 def divisible(spec: AttentionKernel) -> list[str]:
     """Arguments of `attend` that are multiples of 16 where pools and queries are laid out as a model makes them."""
-    named = ["q", "pool_k", "pool_v", "out", "tops", "page_size", "k_page", "k_head", "v_page", "v_head"]
+    named = ["q", "pool_k", "pool_v", "out", "lse", "page_size", "k_page", "k_head", "v_page", "v_head"]
     named += ["q_head", "q_node", "k_token"] if spec.key_dim % 16 == 0 else []
     return named + (["v_token"] if spec.value_dim % 16 == 0 else [])
 
 
 METADATA = ("positions", "node_offsets", "page_table", "prefix_lens", "tree_lens", "ancestors")
+UNUSED = 16  # for a size that is not read, so that it does not select a compilation
 SIZES = ("page_size", "q_head", "q_node", "k_page", "k_head", "k_token", "v_page", "v_head", "v_token")
 
 
@@ -104,46 +105,60 @@ def attend(
         q.shape[1], pool_k.shape[1], q.shape[3], pool_v.shape[3], q.dtype, pool_k.dtype, MaskSpec(window, None, chunk),
         float(softcap), slopes is not None, bias is not None, sinks is not None,
     )  # fmt: skip
-    nodes, requests, capacity = q.shape[2], prefix_lens.shape[0], page_table.shape[1] * pool_k.shape[2]
+    nodes, requests, pages = q.shape[2], prefix_lens.shape[0], page_table.shape[1]
+    capacity = pages * pool_k.shape[2]
     out = q.new_empty(1, nodes, spec.heads, spec.value_dim)
     if nodes == 0 or requests == 0:
         return out.zero_().transpose(1, 2)
     q, pool_k, pool_v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, pool_k, pool_v))
+    _check_extents(q, pool_k, pool_v)
     if scale <= 0:
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)  # the kernel's maxima need it above 0
     device = _device_key(q.device)
-    config = config or _config(spec, nodes, requests, capacity, device)
+    config = config or _config(spec, nodes, requests, capacity, device, ancestors.shape[1] == 0)
     blocks = -(-nodes * spec.group // config.block_m) + requests - 1  # of ragged requests, at most
     if splits is None:
         reach = min(capacity, window + nodes if window else capacity, chunk + nodes if chunk else capacity)
         splits = split_count(spec, blocks * spec.kv_heads, reach, config, _processors(device))
     kernels, parts = module(spec), splits + 1 if splits > 1 else 1
-    partial, tops = out, out
+    partial, lse = out, out
     if parts > 1:
         partial = q.new_empty(parts, nodes, spec.heads, spec.value_dim, dtype=torch.float32)
-        tops = q.new_empty(parts, nodes, spec.heads, dtype=torch.float32)
+        lse = q.new_empty(parts, nodes, spec.heads, dtype=torch.float32)
     given = {name: t for name, t in (("slopes", slopes), ("bias", bias), ("sinks", sinks)) if t is not None}
     with torch.cuda.device_of(q):
         kernels.attend[(blocks, spec.kv_heads, parts)](
-            q, pool_k, pool_v, partial, tops,
+            q, pool_k, pool_v, partial, lse,
             *(t.contiguous() for t in (positions, node_offsets, page_table, prefix_lens, tree_lens)),
             ancestors.contiguous().view(torch.int32), **{name: t.contiguous() for name, t in given.items()},
             **({"distances": bias.shape[1]} if bias is not None else {}),
             scale=scale, nodes=nodes, requests=requests, splits=splits, words=2 * ancestors.shape[1],
-            pages=page_table.shape[1], page_size=pool_k.shape[2], q_head=q.stride(1), q_node=q.stride(2),
+            pages=pages, page_size=pool_k.shape[2] if pages > 1 else UNUSED, q_head=q.stride(1), q_node=q.stride(2),
             k_page=pool_k.stride(0), k_head=pool_k.stride(1), k_token=pool_k.stride(2),
             v_page=pool_v.stride(0), v_head=pool_v.stride(1), v_token=pool_v.stride(2),
-            **constexprs(config, requests=power_of_two(requests), one_page=page_table.shape[1] == 1, split=parts > 1,
+            **constexprs(config, requests=power_of_two(requests), one_page=pages == 1, split=parts > 1,
                          chain=ancestors.shape[1] == 0),
             **config.options(), enable_fp_fusion=True,
         )  # fmt: skip
         if parts > 1:
             kernels.merge[(nodes * spec.heads,)](
-                partial, tops, out, node_offsets, **({"sinks": sinks.contiguous()} if sinks is not None else {}),
+                partial, lse, out, node_offsets, **({"sinks": sinks.contiguous()} if sinks is not None else {}),
                 requests=requests, rows=nodes * spec.heads, parts=parts, PARTS=power_of_two(parts),
                 num_warps=merge_warps(parts), enable_fp_fusion=True,
             )  # fmt: skip
     return out.transpose(1, 2)
+
+
+def _check_extents(q: Tensor, *pools: Tensor) -> None:
+    """The kernel counts within a head's page, and within q, in 32 bits."""
+    extents = {"q": q.shape[1] * abs(q.stride(1)) + q.shape[2] * abs(q.stride(2))}
+    extents |= {"a head's page of K or V": max(pool.shape[2] * abs(pool.stride(2)) for pool in pools)}
+    for name, extent in extents.items():
+        if extent >= 2**31:
+            raise ValueError(
+                f"got {name} over {extent} numbers, expected fewer than 2**31. Lay pools out as "
+                "[pages, heads, tokens, dim], or pass fewer nodes at once."
+            )
 
 
 def _device_key(device: torch.device) -> int:
@@ -152,13 +167,13 @@ def _device_key(device: torch.device) -> int:
 
 
 @functools.lru_cache(4096)
-def _config(spec: AttentionKernel, nodes: int, requests: int, capacity: int, device: int) -> Config:
+def _config(spec: AttentionKernel, nodes: int, requests: int, capacity: int, device: int, chain: bool) -> Config:
     each = -(-nodes // requests)  # a block holds rows of one request
     arch = tables.architecture(f"cuda:{device}") if device >= 0 else ""
     measured: Mapping[str, int] | None = None
     if arch:
-        measured = tables.lookup(OP, arch, spec.tuning_key(each, requests, capacity))
-    return Config(**measured) if measured else default_config(spec, each * spec.group, arch)
+        measured = tables.lookup(OP, arch, spec.tuning_key(each, requests, capacity, chain))
+    return Config.parse(measured) if measured else default_config(spec, each * spec.group, arch)
 
 
 @functools.cache

@@ -201,11 +201,11 @@ def _tile(spec: AttentionKernel, score: str, part: str) -> str:
         out += ["s = s * scale", f"s = {score}"]
     if part != "full":
         out.append('s = tl.where(seen, s, float("-inf"))')
-    out.append(f"p, kept, top, total = soften(s, unit, top, total, {part in ('masked', 'tree')})")
+    out.append(f"p, rescale, top, total = online_softmax(s, unit, top, total, {part in ('masked', 'tree')})")
     out.append(f"v_at = places({token}, {page_mask}, table, page_size, v_page, v_token, ONE_PAGE)")
     for i, piece in enumerate(_value(spec)):
         out.append(f"v{i} = {_load_v(spec, i, piece, inside)}")
-        out.append(f"acc{i} = tl.dot(p.to(q0.dtype), {_cast(f'v{i}', 'q0', spec)}, acc{i} * kept[:, None]{precise})")
+        out.append(f"acc{i} = tl.dot(p.to(q0.dtype), {_cast(f'v{i}', 'q0', spec)}, acc{i} * rescale[:, None]{precise})")
     if tree and _needs_distance(spec):
         out += ["if not CHAIN:", "    passed += ones(low)", "    if TREE_N == 64:", "        passed += ones(high)"]
     return "\n".join(out)

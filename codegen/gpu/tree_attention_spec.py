@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
+from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu.sizes import power_of_two
+from treespec_compiler.ir import specs
 from treespec_compiler.ir.specs import MaskSpec
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -17,6 +20,8 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 _CAUSAL = MaskSpec()
+SMALLEST, LARGEST = 16, 256
+"""Of a block: tensor cores multiply along 16 numbers at least, and scores lie in registers."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,13 @@ class AttentionKernel:
             "also": "+".join(changes) or "nothing",
         }
 
-    def tuning_key(self, nodes: int, requests: int, capacity: int) -> dict[str, str | int | float]:
-        """What the best configuration depends on. `nodes`: of each request; `capacity`: tokens of a slot."""
+    def tuning_key(self, nodes: int, requests: int, capacity: int, chain: bool = False) -> dict[str, str | int | float]:
+        """What the best configuration depends on. `nodes`: of each request; `capacity`: tokens of a slot.
+
+        `chain`: the kernel of prompts, which a configuration that was measured with trees says nothing about.
+        """
         kind = "dense" if not (self.mask.window or self.mask.chunk) else "window"
+        kind = f"chain {kind}" if chain else kind
         return {
             "dtype": DTYPES[self.dtype],
             "group": self.group,
@@ -89,6 +98,20 @@ class Config:
     num_warps: int
     num_stages: int
 
+    @classmethod
+    def parse(cls, numbers: Mapping[str, int]) -> Config:
+        """What a tuning table holds; raises ValueError, which says what was expected, where it is no configuration."""
+        names = [field.name for field in fields(cls)]
+        if set(numbers) != set(names):
+            raise ValueError(" ".join(names))
+        found = cls(**numbers)
+        blocks, powers = (found.block_m, found.block_n), (found.block_m, found.block_n, found.num_warps)
+        if any(n < 1 or n & (n - 1) for n in powers) or not all(SMALLEST <= n <= LARGEST for n in blocks):
+            raise ValueError(f"powers of two, blocks from {SMALLEST} to {LARGEST}")
+        if found.num_warps > 32 or not 1 <= found.num_stages <= 8:
+            raise ValueError("at most 32 warps, and 1 to 8 stages")
+        return found
+
     def constexprs(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
@@ -107,9 +130,6 @@ class Piece:
     start: int
     size: int
     valid: int
-
-
-SMALLEST = 16  # tensor cores multiply along 16 numbers at least
 
 
 def pieces(dim: int, largest: int = 512) -> tuple[Piece, ...]:
@@ -268,6 +288,18 @@ def merge_warps(parts: int) -> int:
 
 MAX_PARTS = 64
 MAX_SPLITS = MAX_PARTS - 1  # the tree is one more part
+
+
+_HERE = Path(__file__)
+tables.OPS["tree_attention"] = tables.Tuned(
+    (
+        _HERE.with_name("tree_attention_source.py"),
+        _HERE.with_name("tree_attention_template.py"),
+        _HERE.parent.with_name("printer.py"),
+        Path(specs.__file__).with_name("formulas.py"),
+    ),
+    Config.parse,
+)
 
 
 def _padded(dim: int) -> int:

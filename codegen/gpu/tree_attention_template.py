@@ -31,8 +31,8 @@ def places(n, inside, table, page_size, page_stride, token_stride, ONE_PAGE: tl.
 
 
 @triton.jit
-def soften(s, unit, top, total, MAY_BE_EMPTY: tl.constexpr):
-    """Softmax so far: the weights of scores s, what earlier sums must be multiplied by, the new maximum and sum.
+def online_softmax(s, unit, top, total, MAY_BE_EMPTY: tl.constexpr):
+    """Online softmax: the weights of scores s, what earlier sums must be multiplied by, the new maximum and sum.
 
     `unit`, above 0, turns scores into powers of two; multiplied here, it is a part of the subtraction.
     """
@@ -41,8 +41,8 @@ def soften(s, unit, top, total, MAY_BE_EMPTY: tl.constexpr):
     if MAY_BE_EMPTY:
         base = tl.where(best == float("-inf"), 0.0, best)  # a row that has seen no key yet
     p = tl.exp2(s * unit - base[:, None])
-    kept = tl.exp2(top - base)
-    return p, kept, best, total * kept + tl.sum(p, 1)
+    rescale = tl.exp2(top - base)
+    return p, rescale, best, total * rescale + tl.sum(p, 1)
 '''
 
 ONES = '''
@@ -69,7 +69,7 @@ def attend(
     pool_k,  # [pages, Hkv, page_size, KEY]
     pool_v,  # [pages, Hkv, page_size, VALUE]
     out,  # [T, HEADS, VALUE]; SPLIT: [splits + 1, T, HEADS, VALUE] float32
-    tops,  # SPLIT: [splits + 1, T, HEADS] float32, the log2 of the sum behind each part
+    lse,  # SPLIT: [splits + 1, T, HEADS] float32, log2-sum-exp of each part's scores
     positions,
     node_offsets,
     page_table,
@@ -144,7 +144,7 @@ def attend(
         tree_end = tl.where(split < splits, 0, tree_end)
         if (split < splits) & (begin >= end):
             empty = (split * nodes + node) * HEADS + head
-            tl.store(tops + empty, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=alive)
+            tl.store(lse + empty, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=alive)
             return
 
     table = page_table + request * pages
@@ -168,7 +168,7 @@ def attend(
     row = node * HEADS + head
     if SPLIT:
         part = split * nodes.to(tl.int64) * HEADS + row
-        tl.store(tops + part, top + tl.log2(total), mask=alive)
+        tl.store(lse + part, top + tl.log2(total), mask=alive)
 {store_part}
         return
 {sink}{store_out}
@@ -212,7 +212,7 @@ MERGE = '''
 @triton.jit(do_not_specialize=["requests", "rows", "parts"], do_not_specialize_on_alignment=["node_offsets"])
 def merge(
     partial,  # [parts, rows, VALUE] float32
-    tops,  # [parts, rows] float32
+    lse,  # [parts, rows] float32
     out,  # [rows, VALUE]
     node_offsets,{sinks}
     requests,
@@ -220,17 +220,17 @@ def merge(
     parts,
     PARTS: tl.constexpr,  # a power of two, at least `parts`
 ):
-    """Program i: the parts of row i, each weighted with the sum behind it. A part that saw no key has a top of -inf."""
+    """Program i: the parts of row i, weighted by log-sum-exp. Of a part that saw no key it is -inf."""
     row = tl.program_id(0).to(tl.int64)
     node = row // HEADS
     owned = (node >= tl.load(node_offsets)) & (node < tl.load(node_offsets + requests))
     part = tl.arange(0, PARTS)
-    top = tl.load(tops + part * rows + row, mask=part < tl.where(owned, parts, 0), other=float("-inf"))
-    best = tl.where(owned, tl.max(top, 0), 0.0)
-    weight = tl.exp2(top - best)
+    part_lse = tl.load(lse + part * rows + row, mask=part < tl.where(owned, parts, 0), other=float("-inf"))
+    best = tl.where(owned, tl.max(part_lse, 0), 0.0)
+    weight = tl.exp2(part_lse - best)
     total = tl.sum(weight, 0){sink}
     e = tl.arange(0, {block})
-    some = (top > float("-inf"))[:, None] & (e < VALUE)[None, :]
+    some = (part_lse > float("-inf"))[:, None] & (e < VALUE)[None, :]
     x = tl.load(partial + (part * rows + row)[:, None] * VALUE + e[None, :], mask=some, other=0.0)
     mean = tl.sum(x * weight[:, None], 0) * (1.0 / total)
     tl.store(out + row * VALUE + e, tl.where(owned, mean, 0.0).to(out.dtype.element_ty), mask=e < VALUE)

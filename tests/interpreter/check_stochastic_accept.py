@@ -59,8 +59,8 @@ def test_numbers_at_both_ends(rule):
 
 
 def test_a_launch_reads_nothing_that_another_of_its_programs_writes(monkeypatch):
-    """The interpreter runs a launch's programs one after the other, a GPU side by side: after launch k exactly the nodes
-    of the first k + 1 levels are done, though those of later levels come behind their parents in the same launch."""
+    """The interpreter runs a launch's programs one after the other, a GPU side by side: launch k does no node of a
+    later level than k, though such nodes come behind their parents in the same launch."""
     rng = np.random.default_rng(3)
     p = [distribution(rng, 6) for _ in range(12)]
     proposal = random_proposal(rng, p, "without-replacement", proposers=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from ..capture import CallSpec, call_spec
+from ..codegen.gpu import triton_installed
+from ..errors import InvalidOption, MissingPackage
 from ..options import Options
 from .generate import parse_options
 from .models import DTYPES, LoadedModel, load
@@ -18,6 +22,9 @@ from .models import DTYPES, LoadedModel, load
 CONVERTED, REFUSED = 0, 1  # exit codes; 2 is an error
 
 EXIT_CODES = "exit codes: 0 converted, 1 refused, 2 error"
+
+UNLIMITED = 10_000
+"""Columns of an output that is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,33 @@ def quiet_torch() -> None:
     """A refusal is this command's result; torch's own report of it would say the same at ten times the length."""
     for name in ("torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._dynamo\.")
 
 
 def console() -> Console:
-    """Standard output: as wide as the terminal, without colour when it is none."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    """Standard output: as wide as the terminal or COLUMNS; where neither is, of any width and without colour."""
+    out = Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    if not out.is_terminal and not os.environ.get("COLUMNS"):
+        out.width = UNLIMITED
+    return out
+
+
+def need_triton(purpose: str, fix: str) -> None:
+    """Raises where triton is missing, and where it would interpret kernels instead of compiling them."""
+    if not triton_installed():
+        raise MissingPackage(package="triton", purpose=purpose, fix=fix)
+    import triton
+
+    from ..codegen.gpu.kernels.commit import commit_kernel
+
+    # NOTE what triton read when it was imported, however its own rules spell "yes"
+    if not isinstance(commit_kernel, triton.JITFunction):
+        raise InvalidOption(
+            name="TRITON_INTERPRET",
+            got=os.environ.get("TRITON_INTERPRET"),
+            expected="no such variable: interpreted kernels cannot be compiled",
+            fix="Unset it.",
+        )
 
 
 def parameter_count(loaded: LoadedModel) -> str:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from ..codegen.gpu import triton_installed
-from ..codegen.gpu.inventory import Launch, inventory
+from ..codegen.gpu.inventory import Launch, attention_kernels, chosen_config, inventory
 from ..codegen.gpu.offline import TARGETS, Offline
-from ..errors import InvalidOption, MissingPackage, Unsupported
+from ..errors import InvalidOption, Unsupported
 from ..ir.rope_attention import turns
+from ..ir.specs import AttentionSpec
 from ..pipeline import convert
 from ..semantics import lengths_check
 from .explain import refusal_fields, show_refusal
-from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, console, parameter_count, read_subject
+from .inspection import (
+    CONVERTED,
+    EXIT_CODES,
+    REFUSED,
+    add_model_arguments,
+    console,
+    need_triton,
+    parameter_count,
+    read_subject,
+)
 
 EPILOG = f"""\
 examples:
@@ -30,7 +39,8 @@ examples:
   treespec kernels demo --kernel attend --sass --resources
   treespec kernels demo --json
 
-A configuration comes from the target's tuning table where one was measured (`treespec tune`), else it is a default.
+tuned (`measured` in JSON): yes where the configuration was measured on such a GPU (`treespec tune`), no where it is a
+default, - where there is nothing to choose.
 {EXIT_CODES}
 """
 
@@ -60,6 +70,8 @@ class Compiled:
 
     launch: Launch
     offline: Offline
+    measured: bool | None
+    """Whether its configuration was; None where no tuning table holds any for the kernel."""
 
     @property
     def tensor_cores(self) -> str:
@@ -75,6 +87,7 @@ class Compiled:
             "constants": {name: _plain(value) for name, value in launch.constexprs.items()},
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
+            "measured": self.measured,
             "registers": used.registers,
             "stack_bytes": used.stack,
             "shared_bytes": used.shared,
@@ -89,11 +102,10 @@ def _plain(value: Any) -> Any:
 
 
 def run(arguments: Namespace) -> int:
-    if not triton_installed():
-        fix = "Install it, no GPU is needed: pip install triton."
-        raise MissingPackage(package="triton", purpose="generating and compiling GPU kernels", fix=fix)
     if min(arguments.nodes) < 1:
         raise InvalidOption(name="--nodes", got=arguments.nodes, expected="positive numbers of nodes")
+    fix = "Install it, no GPU is needed: pip install triton."
+    need_triton("generating and compiling GPU kernels", fix)
     subject = read_subject(arguments, kernels="reference")
     try:
         with Console(stderr=True).status("converting"):
@@ -112,7 +124,10 @@ def run(arguments: Namespace) -> int:
         if arguments.kernel not in names:
             raise InvalidOption(name="--kernel", got=arguments.kernel, expected=f"one of {', '.join(names)}")
         launches = [launch for launch in launches if launch.name == arguments.kernel]
-    compiled = _with_progress(launches, lambda launch: Compiled(launch, launch.compile(arguments.target)))
+    measured = measured_attention(state.sites, arguments.target)
+    compiled = _with_progress(
+        launches, lambda launch: Compiled(launch, launch.compile(arguments.target), measured.get(_variant(launch)))
+    )
     if arguments.json:
         rows = [c.as_json() | _text(arguments, c) for c in compiled]
         print(json.dumps({"model": subject.name, "target": arguments.target, "kernels": rows}, indent=2))
@@ -122,6 +137,24 @@ def run(arguments: Namespace) -> int:
         title = f"{subject.name}, {parameter_count(subject.loaded)} parameters, {arguments.dtype}, {arguments.target}"
         _print_table(console(), title, compiled)
     return CONVERTED
+
+
+def measured_attention(sites: Sequence[AttentionSpec], target: str) -> dict[tuple[int, bool], bool]:
+    """Whether a tuning table holds a configuration, for each kernel of attention, with trees and with prompts.
+
+    For all sizes at once: where something was measured, the nearest sizes' configuration is launched.
+    """
+    from ..codegen.gpu import tree_attention
+
+    found = {}
+    for spec in attention_kernels(sites):
+        for chain in (False, True):
+            found[id(tree_attention.module(spec).attend), chain] = chosen_config(spec, 1, target, chain=chain)[1]
+    return found
+
+
+def _variant(launch: Launch) -> tuple[int, bool]:
+    return id(launch.kernel), bool(launch.constexprs.get("CHAIN"))
 
 
 def _refuse(arguments: Namespace, subject: Any, error: Unsupported) -> None:
@@ -172,29 +205,91 @@ def _resources(one: Compiled) -> str:
     return f"{used.registers} registers, {spills}, {used.shared} bytes shared{fits}{with_tensor_cores}"
 
 
+def _block(one: Compiled) -> str:
+    return "x".join(str(v) for n, v in one.launch.constexprs.items() if n.startswith("BLOCK_")) or "-"
+
+
+def _tuned(one: Compiled) -> str:
+    return "-" if one.measured is None else "yes" if one.measured else "no"
+
+
+def _spills(one: Compiled) -> Text:
+    used = one.offline.resources
+    return Text(f"{used.stack} B", "red") if used.spills else Text("none")
+
+
+def _shared(one: Compiled) -> Text:
+    used = one.offline.resources
+    return Text(f"{used.shared:,} B", "" if used.shared <= used.shared_limit else "red")
+
+
+@dataclass(frozen=True)
+class Column:
+    heading: str
+    short: str
+    """The heading where there is little room."""
+    cell: Callable[[Compiled], str | Text]
+    justify: Literal["left", "right"] = "right"
+
+
+COLUMNS = (
+    Column("kernel", "kernel", lambda one: one.launch.name, "left"),
+    Column("for", "for", lambda one: one.launch.what, "left"),
+    Column("block", "block", _block),
+    Column("warps", "warps", lambda one: str(one.launch.num_warps)),
+    Column("stages", "stages", lambda one: str(one.launch.num_stages)),
+    Column("tuned", "tuned", _tuned),
+    Column("registers", "regs", lambda one: str(one.offline.resources.registers)),
+    Column("spills", "spills", _spills),
+    Column("shared", "shared", _shared),
+    Column("tensor cores", "tensor\ncores", lambda one: one.tensor_cores or "-", "left"),
+)
+LEAST_USEFUL = ("stages", "warps", "block", "tuned", "tensor cores")
+"""Columns to leave out where a terminal is too narrow, in this order."""
+FOLDED = 24
+"""Characters at which the column `for` may be folded, before another column is left out for it."""
+GAP = 2
+
+
 def _print_table(out: Console, title: str, compiled: list[Compiled]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold", title=escape(title), title_justify="left")
-    table.add_column("kernel", no_wrap=True)
-    table.add_column("for", overflow="fold")
-    for name in ("block", "warps", "stages", "registers", "spills", "shared"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("tensor cores", no_wrap=True)
+    columns, headings = _fitting(compiled, out.width)
+    table = Table(box=None, pad_edge=False, padding=(0, GAP // 2), header_style="bold")
+    for column, heading in zip(columns, headings, strict=True):
+        table.add_column(heading, justify=column.justify, no_wrap=column.heading != "for", overflow="fold")
     for one in compiled:
-        launch, used = one.launch, one.offline.resources
-        block = "x".join(str(v) for n, v in launch.constexprs.items() if n.startswith("BLOCK_"))
-        table.add_row(
-            launch.name,
-            escape(launch.what),
-            block or "-",
-            str(launch.num_warps),
-            str(launch.num_stages),
-            str(used.registers),
-            f"[red]{used.stack} B[/]" if used.spills else "none",
-            f"{used.shared:,} B" if used.shared <= used.shared_limit else f"[red]{used.shared:,} B[/]",
-            one.tensor_cores or "-",
-        )
+        table.add_row(*(_text_of(column, one) for column in columns))
+    out.print(title, style="italic", markup=False, soft_wrap=True)
     out.print(table)
+    left_out = [column.heading for column in COLUMNS if column not in columns]
+    if left_out:
+        out.print(f"no room for: {', '.join(left_out)} (a wider terminal, a pipe and --json have it)", style="dim")
     files = sorted({str(one.launch.file) for one in compiled})
     out.print("\nsource (`--source` prints it):")
     for file in files:
         out.print(f"  {file}", markup=False, soft_wrap=True)
+
+
+def _text_of(column: Column, one: Compiled) -> Text:
+    cell = column.cell(one)
+    return cell if isinstance(cell, Text) else Text(cell)
+
+
+def _fitting(compiled: list[Compiled], width: int) -> tuple[list[Column], list[str]]:
+    """The columns that `width` has room for, and their headings."""
+    columns, headings = list(COLUMNS), []
+    for dropped in (None, *LEAST_USEFUL):
+        columns = [column for column in columns if column.heading != dropped]
+        for headings in ([c.heading for c in columns], [c.short for c in columns]):
+            if _width(columns, headings, compiled) <= width:
+                return columns, headings
+    return columns, headings
+
+
+def _width(columns: list[Column], headings: list[str], compiled: list[Compiled]) -> int:
+    """Of the table, with `for` folded."""
+    total = GAP * (len(columns) - 1)
+    for column, heading in zip(columns, headings, strict=True):
+        needed = max(map(len, heading.split("\n")))
+        needed = max([needed, *(_text_of(column, one).cell_len for one in compiled)])
+        total += min(needed, FOLDED) if column.heading == "for" else needed
+    return total

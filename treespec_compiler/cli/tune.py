@@ -10,10 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import InvalidOption
+from ..errors import InvalidOption, Unsupported
 from ..program import tree_program
 from ..speculation.cost import LatencyTable, fingerprint, latency, table_path
+from .explain import show_refusal
 from .generate import parse_options
+from .inspection import REFUSED, quiet_torch
+from .inspection import console as standard_output
 from .models import DTYPES, load
 from .tune_kernels import add_limit, tune_model
 
@@ -25,7 +28,23 @@ examples:
 
 Kernels: configurations are compiled for the GPU at hand; those that spill or do not fit are left out, the rest is
 checked against float64 and timed. A run that was stopped goes on where it was.
+
+A table is used where it lies at CACHE/tables/tree_attention/ARCH.json: CACHE is $TREESPEC_CACHE_DIR, else
+~/.cache/treespec (or the platform's place for caches), ARCH is the GPU's: sm_90, gfx942. One that --out wrote is used
+once it is copied there.
+
+exit codes: 0 measured, 1 the model is refused, 2 error
 """
+
+FOR_KERNELS = {
+    "model": "MODEL",
+    "device": "--device",
+    "shapes": "--shapes",
+    "out": "--out",
+    "limit": "--limit",
+    "again": "--again",
+}
+FOR_PASSES = {"target": "--target", "draft": "--draft"}
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -34,8 +53,8 @@ def configure(parser: ArgumentParser) -> None:
     kernels.add_argument("model", metavar="MODEL", nargs="?", help="hf:PATH_OR_ID, py:module:factory or demo")
     kernels.add_argument("--device", choices=("cuda",), help="tune MODEL's kernels on this device")
     kernels.add_argument("--shapes", metavar="SHAPE", nargs="+", help="NODESxREQUESTSxCONTEXT, such as 64x1x2048")
-    kernels.add_argument("--out", metavar="FILE", type=Path, help="the table (default: in the user's cache)")
-    add_limit(kernels)
+    kernels.add_argument("--out", metavar="FILE", type=Path, help="the table (default: where it is used, see below)")
+    add_limit(kernels, default=None)
     kernels.add_argument("--again", action="store_true", help="measure shapes the table has already")
     passes = parser.add_argument_group("forward passes")
     passes.add_argument(
@@ -50,19 +69,37 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    model = arguments.model or arguments.target or "demo"
+    passes, kernels = f"`treespec tune --latency --target {model}`", f"`treespec tune {model} --device cuda`"
     if arguments.latency:
+        if arguments.model is not None and arguments.target is None:
+            raise InvalidOption(name="MODEL", got=model, expected="--target with --latency", fix=f"Write {passes}.")
+        refuse(arguments, FOR_KERNELS, "with --latency", f"It belongs to kernels ({kernels}): leave it out.")
         if arguments.target is None:
-            raise InvalidOption(name="--target", got=None, expected="a model", fix="Name one: --target demo.")
+            raise InvalidOption(name="--target", got=None, expected="a model with --latency", fix=f"Write {passes}.")
         return measure_passes(arguments)
-    if arguments.model is None or arguments.device is None:
-        expected = "MODEL --device cuda (its kernels), or --latency --target MODEL (its forward passes)"
-        raise InvalidOption(name="tune", got="nothing to tune", expected=expected, fix="Say which.")
+    refuse(arguments, FOR_PASSES, "without --latency", f"It belongs to forward passes ({passes}): add --latency.")
+    which = f"{kernels} measures its kernels, {passes} its forward passes."
+    if arguments.model is None:
+        raise InvalidOption(name="MODEL", got=None, expected="a model", fix=which)
+    if arguments.device is None:
+        raise InvalidOption(name="--device", got=None, expected="cuda", fix=which)
     return tune_model(arguments)
+
+
+def refuse(arguments: Namespace, names: dict[str, str], where: str, fix: str) -> None:
+    """Raises where an argument was given that this kind of measurement does not read."""
+    for attribute, name in names.items():
+        given = getattr(arguments, attribute)
+        if given is not None and given is not False:
+            got = " ".join(given) if isinstance(given, list) else str(given) if isinstance(given, Path) else given
+            raise InvalidOption(name=name, got=got, expected=f"no {name} {where}", fix=fix)
 
 
 def measure_passes(arguments: Namespace) -> int:
     console = Console(highlight=False)
     options = parse_options(arguments.option)
+    quiet_torch()
     for role, name in (("target", arguments.target), ("draft", arguments.draft)):
         if name is None:
             continue
@@ -74,7 +111,11 @@ def measure_passes(arguments: Namespace) -> int:
             random_weights=arguments.random_weights,
             tiny=arguments.tiny,
         )
-        program = tree_program(model.model, options=options)
+        try:
+            program = tree_program(model.model, options=options)
+        except Unsupported as error:
+            show_refusal(standard_output(), name, type(model.model).__name__, error)
+            return REFUSED
         with console.status(f"measuring the {role}"):
             table = latency(program, thorough=True)
         show(console, f"{role} {name}", table)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+import tempfile
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -13,15 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from ..codegen import tables
-from ..codegen.gpu import triton_installed
 from ..codegen.gpu.inventory import attention_kernels
 from ..codegen.gpu.offline import TARGETS
-from ..codegen.gpu.tree_attention_spec import AttentionKernel
+from ..codegen.gpu.tree_attention_spec import AttentionKernel, default_config
 from ..codegen.gpu.tune import OP, SHAPES, Outcome, Shape, Tuner, tune
 from ..codegen.tables import Table
-from ..errors import InvalidOption, MissingPackage
+from ..errors import CorruptTable, InvalidOption, Unsupported
 from ..pipeline import convert
-from .inspection import read_subject
+from .explain import show_refusal
+from .inspection import REFUSED, need_triton, read_subject
+from .inspection import console as standard_output
 
 # Configurations a shape, those nearest to the default: all shapes of a kernel then have 14 to 24 together instead of
 # 93. Each is compiled about seven times: once to be judged, then split or not, for one request or several, as checks
@@ -29,10 +33,16 @@ from .inspection import read_subject
 LIMIT = 8
 
 
-def add_limit(parser: ArgumentParser) -> None:
-    """`--limit`: 0 stands for no limit."""
-    what = "at most N configurations a shape, 0: all (default: %(default)s)"
-    parser.add_argument("--limit", metavar="N", type=_number, default=LIMIT, help=what)
+class TakesArguments(Protocol):
+    """A parser, or a group of its arguments."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def add_limit(parser: TakesArguments, default: int | None = LIMIT) -> None:
+    """`--limit`: 0 stands for no limit. `default`: None tells a limit that was given from one that was not."""
+    what = f"at most N configurations a shape, 0: all (default: {LIMIT})"
+    parser.add_argument("--limit", metavar="N", type=_number, default=default, help=what)
 
 
 def _number(text: str) -> int:
@@ -42,15 +52,67 @@ def _number(text: str) -> int:
 
 
 def tune_model(arguments: Namespace) -> int:
+    shapes = parse_shapes(arguments.shapes) if arguments.shapes else list(SHAPES)
+    limit = LIMIT if arguments.limit is None else arguments.limit
     device = gpu()
-    shapes = [Shape.parse(text) for text in arguments.shapes] if arguments.shapes else list(SHAPES)
+    arch = tables.architecture(device)
+    used = tables.user_path(OP, arch)
+    path = arguments.out or used
+    check_place(path)
+    if arguments.out:
+        check_content(path, arch)
     subject = read_subject(arguments, kernels="reference")
-    with Console(stderr=True).status("converting"):
-        state = convert(subject.loaded.model, subject.call, subject.options).state
+    try:
+        with Console(stderr=True).status("converting"):
+            state = convert(subject.loaded.model, subject.call, subject.options).state
+    except Unsupported as error:
+        show_refusal(standard_output(), subject.name, type(subject.loaded.model).__name__, error)
+        return REFUSED
     specs = list(attention_kernels(state.sites))
-    path = arguments.out or tables.user_path(OP, tables.architecture(device))
-    tune_kernels(specs, shapes, device, path, limit=arguments.limit or None, again=arguments.again)
+    tune_kernels(specs, shapes, device, path, limit=limit or None, again=arguments.again)
+    if path.resolve() != used.resolve():
+        Console(stderr=True).print(
+            f"It is not read from there: copy it to {used} where it is to be used.", markup=False, soft_wrap=True
+        )
     return 0
+
+
+def parse_shapes(texts: Sequence[str]) -> list[Shape]:
+    try:
+        return [Shape.parse(text) for text in texts]
+    except InvalidOption as error:
+        raise replace(error, name="--shapes") from None
+
+
+def check_place(path: Path) -> None:
+    """Makes the folder; raises InvalidOption where a table cannot be written at `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            problem = "" if path.is_file() or not path.exists() else "it is no file"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise InvalidOption(
+            name="--out",
+            got=str(path),
+            expected=f"a file that can be written ({problem})",
+            fix="Name another one, or set TREESPEC_CACHE_DIR and leave --out out.",
+        )
+
+
+def check_content(path: Path, arch: str) -> None:
+    """Raises InvalidOption where `path` holds something else than a table of this GPU."""
+    try:
+        if path.is_file():
+            tables.read(path, OP, arch)
+    except CorruptTable as error:
+        raise InvalidOption(
+            name="--out",
+            got=str(path),
+            expected=f"a new file or a tuning table of {OP} on {arch}, not {error.problem}",
+            fix="Name another one.",
+        ) from error
 
 
 def gpu() -> torch.device:
@@ -62,8 +124,7 @@ def gpu() -> torch.device:
             expected=f"a GPU that torch can use (torch {torch.__version__} sees none)",
             fix="Run this on a machine with one; `treespec kernels MODEL --target sm_90` compiles without.",
         )
-    if not triton_installed():
-        raise MissingPackage(package="triton", purpose="GPU kernels", fix="Install it: pip install triton.")
+    need_triton("GPU kernels", "Install it: pip install triton.")
     device = torch.device("cuda", torch.cuda.current_device())
     arch = tables.architecture(device)
     if arch not in TARGETS:
@@ -91,6 +152,7 @@ def tune_kernels(
     arch = tables.architecture(device)
     table = started(path, empty_table(arch, device))
     done: list[Outcome] = []
+    unfit: dict[str, list[str]] = {}
     console = Console(stderr=True, highlight=False)
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
@@ -98,6 +160,8 @@ def tune_kernels(
 
         def finished(outcome: Outcome) -> None:
             done.append(outcome)
+            if why := default_left_out(tuner, outcome):
+                unfit.setdefault(why, []).append(outcome.name)
             bar.advance(task)
 
         for spec in specs:
@@ -107,10 +171,12 @@ def tune_kernels(
             )
             table = tune(tuner, shapes, table, lambda t: tables.write(path, t), again, finished)
     console.print(summary(done))
+    for why, shapes_of in unfit.items():
+        console.print(f"default left out, {why}; of {', '.join(shapes_of)}", markup=False, soft_wrap=True)
     left_out = [outcome for outcome in done if outcome.why]
     if left_out and len(left_out) == len(done):
         raise InvalidOption(
-            name="shapes",
+            name="--shapes",
             got=", ".join(dict.fromkeys(str(outcome.shape) for outcome in left_out)),
             expected="one that a configuration is right for",
             fix=f"Nothing could be tuned; {left_out[0].name}: {left_out[0].why}.",
@@ -120,6 +186,15 @@ def tune_kernels(
         console.print(f"left out {len(left_out)} of {len(done)} shapes: {names}", markup=False, soft_wrap=True)
     console.print(f"{len(table.entries)} entries in {path}", markup=False, soft_wrap=True)
     return table
+
+
+def default_left_out(tuner: Tuner, outcome: Outcome) -> str:
+    """The default configuration and why it was not timed; empty: it was, or the shape was measured before."""
+    if outcome.entry is None and not outcome.why:
+        return ""
+    default = default_config(tuner.spec, outcome.shape.nodes * tuner.spec.group, tuner.target)
+    why = tuner._pruned.rejected.get(default)
+    return f"{why}: {describe(default.as_dict())}" if why else ""
 
 
 def started(path: Path, empty: Table) -> Table:

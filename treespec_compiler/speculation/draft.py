@@ -304,12 +304,3 @@ def _candidates(logits: Tensor, k: int, needs_q: bool, bad: list[int] | None = N
             bad += [row for row, x in enumerate(q[::k]) if x != x]  # softmax makes NaN of both
         return [int(token) for token in found], q
     return likeliest(logits, k, bad), []
-
-
-def draft_probabilities(logits: Tensor, vocab_size: int) -> Tensor:
-    """Rows of the draft's distribution over the target's ids [n, vocab_size], from its logits [n, its own size].
-
-    Ids the draft lacks have q = 0; mass on ids the target lacks is dropped and the rest renormalised.
-    """
-    q = logits[:, :vocab_size].float().softmax(-1)
-    return torch.nn.functional.pad(q, (0, vocab_size - q.shape[-1]))

@@ -6,7 +6,6 @@
 import triton
 import triton.language as tl
 
-
 # NOTE lists of a step lie one after the other in one block of memory: neither how many numbers they have nor where they
 # begin may select a compilation, which would take seconds in the middle of a generation.
 SIZES = ["uniform_stride", "requests"]
