@@ -14,6 +14,7 @@ import pytest
 from test_cli import pair  # noqa: F401  (a fixture)
 
 import treespec_compiler
+from treespec_compiler.codegen import cpu
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -144,6 +145,8 @@ def test_bench_verifiers(folders: list[object], tmp_path: Path) -> None:
 
 
 def test_bench_linear(tmp_path: Path) -> None:
+    if not cpu.load():
+        pytest.skip("no C++ compiler")
     path = tmp_path / "linear.json"
     run("bench_linear.py", "--threads", 1, "--repeats", 3, "--inductor", 0, "--output", path)
     report = json.loads(path.read_text())

@@ -39,6 +39,13 @@ def test_processes_and_exit_codes() -> None:
 
 
 @pytest.mark.slow
+def test_a_refusal_is_all_that_is_said() -> None:
+    pytest.importorskip("transformers")
+    done = treespec("explain", "hf:mamba", "--random-weights", "--tiny")  # Dynamo warns about its caches
+    assert done.returncode == 1 and done.stderr == "" and done.stdout.startswith("refused  hf:mamba")
+
+
+@pytest.mark.slow
 def test_torch_trace_holds_every_pass(tmp_path: Path) -> None:
     done = treespec("opt", "py:graph_cases:decoder", "--timing", TORCH_TRACE=str(tmp_path))
     assert done.returncode == 0, done.stderr

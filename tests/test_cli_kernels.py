@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from treespec_compiler.cli import kernels
+from treespec_compiler.cli import inspection, kernels
 from treespec_compiler.cli.main import main
+from treespec_compiler.codegen import tables
+from treespec_compiler.codegen.gpu.offline import Resources
+from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config
 
 MODEL = "py:graph_cases:decoder"
 
@@ -20,7 +28,7 @@ def _from_here(monkeypatch):
 
 
 def test_without_triton(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "triton_installed", lambda: False)
+    monkeypatch.setattr(inspection, "triton_installed", lambda: False)
     assert main(["kernels", MODEL]) == 2
     assert "triton is not installed" in capsys.readouterr().err
 
@@ -29,9 +37,87 @@ def test_wrong_arguments(capsys):
     with pytest.raises(SystemExit):
         main(["kernels", MODEL, "--target", "sm_70"])
     assert "invalid choice: 'sm_70'" in capsys.readouterr().err
-    pytest.importorskip("triton")
     assert main(["kernels", MODEL, "--nodes", "0"]) == 2
     assert "--nodes: got [0]" in capsys.readouterr().err
+
+
+def test_the_interpreter_is_refused_before_the_model_is_read():
+    pytest.importorskip("triton", reason="needs triton")
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "treespec_compiler.cli.main", "kernels", "py:no_such_module:model"],
+        env={**os.environ, "PYTHONPATH": root, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "treespec: error: Invalid option TRITON_INTERPRET: got '1', expected no such variable: interpreted kernels "
+        "cannot be compiled. Unset it.\n"
+    )
+
+
+def compiled(name, what, block, measured=None, stack=0, shared=0):
+    launch = SimpleNamespace(
+        name=name,
+        what=what,
+        constexprs={f"BLOCK_{i}": n for i, n in enumerate(block)},
+        num_warps=4,
+        num_stages=3,
+        file=Path("/cache/kernels/tree_attention-0123456789abcdef.py"),
+    )
+    offline = SimpleNamespace(resources=Resources(128, stack, shared, 227 * 1024), has=lambda name: name == "HGMMA")
+    return kernels.Compiled(launch, offline, measured)
+
+
+WIDEST = [
+    compiled("attend", "32 sites from 0 on, 1 or 64 nodes", (128, 64), True, shared=118_432),
+    compiled("attend", "32 sites from 0 on, prompts", (128, 64), False, stack=8, shared=300_000),
+    compiled("rope_append", "32 sites from 0 on", (64, 64, 16)),
+]
+
+
+class TestWidths:
+    def lines(self, capsys):
+        kernels._print_table(inspection.console(), "a model's name", WIDEST)
+        return capsys.readouterr().out.splitlines()
+
+    def test_any_width_where_there_is_no_terminal(self, capsys, monkeypatch):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        title, heading, first, second, third, *rest = (line.rstrip() for line in self.lines(capsys))
+        assert title == "a model's name"
+        names = ["kernel", "for", "block", "warps", "stages", "tuned", "registers", "spills", "shared", "tensor cores"]
+        assert re.split("  +", heading) == names
+        assert re.split("  +", first)[1:6] == ["32 sites from 0 on, 1 or 64 nodes", "128x64", "4", "3", "yes"]
+        assert re.split("  +", second)[5:] == ["no", "128", "8 B", "300,000 B", "HGMMA"]
+        assert re.split("  +", third)[2:6] == ["64x64x16", "4", "3", "-"]
+        assert rest == ["", "source (`--source` prints it):", "  /cache/kernels/tree_attention-0123456789abcdef.py"]
+
+    @pytest.mark.parametrize("width, left_out", [(100, "stages"), (80, "block, warps, stages")])
+    def test_the_least_useful_columns_are_left_out(self, width, left_out, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", str(width))
+        *table, note, _, _, _ = self.lines(capsys)
+        assert note == f"no room for: {left_out}; --json shows everything"
+        assert all(len(line) <= width for line in table)
+        text = "\n".join(table)
+        assert all(word in text.split() for word in ("kernel", "for", "tuned", "regs", "spills", "shared", "tensor"))
+        assert "32 sites from 0 on, 1 or" in text and "32 sites from 0 on, prompts" in text  # folded, or not
+        assert "rope_append" in text and "118,432 B" in text and "HGMMA" in text
+
+    def test_the_name_and_what_it_is_for_stay(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "40")
+        heading, *table = self.lines(capsys)[1:-3]
+        assert heading.split() == ["kernel", "for"] and all(len(line) <= 40 for line in table)
+        assert "rope_append  32 sites from 0 on" in "\n".join(table)
+
+
+def test_warnings_of_dynamo_are_no_output(recwarn):
+    import warnings
+
+    inspection.quiet_torch()
+    for module in ("torch._dynamo.variables.functions", "treespec_compiler.capture"):
+        warnings.warn_explicit("a call to a `functools.lru_cache`-wrapped function", UserWarning, "file", 1, module)
+    assert len(recwarn) == 1
 
 
 class TestWithTriton:
@@ -76,8 +162,27 @@ class TestWithTriton:
         assert main(["kernels", MODEL, "--kernel", "nothing"]) == 2
         assert "expected one of append, attend, chance_walk, commit" in capsys.readouterr().err
 
-    def test_table(self, capsys, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "120")
-        assert main(["kernels", MODEL, "--kernel", "commit"]) == 0
+    @pytest.mark.parametrize("width", ["", "80"])
+    def test_table(self, width, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", width)
+        assert main(["kernels", MODEL, "--kernel", "attend"]) == 0
         shown = capsys.readouterr().out
-        assert "tensor cores" in shown and "all 2 sites" in shown and "kernels/commit.py" in shown.replace("\n", "")
+        assert re.findall(r"^attend +2 sites from 0 on, (\w+)", shown, re.MULTILINE) == ["1", "64", "prompts"]
+        assert ("stages" in shown.splitlines()[1]) == (not width) and "tree_attention-" in shown
+
+    def test_what_was_measured_is_said(self, capsys, monkeypatch, tmp_path):
+        monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path))
+        call = ["kernels", MODEL, "--dtype", "bfloat16", "--nodes", "64", "--json"]
+        assert main(call) == 0
+        assert {row["measured"] for row in json.loads(capsys.readouterr().out)["kernels"]} == {False, None}
+        spec = AttentionKernel(2, 2, 8, 8, torch.bfloat16, torch.bfloat16)
+        entry = tables.Entry(spec.tuning_key(64, 1, 4096), Config(32, 64, 4, 2).as_dict(), 1.0)
+        table = tables.Table("tree_attention", "sm_90", tables.kernel_hash("tree_attention"), (entry,))
+        tables.write(tables.user_path("tree_attention", "sm_90"), table)
+        assert main(call) == 0
+        rows = json.loads(capsys.readouterr().out)["kernels"]
+        trees, prompts = (row for row in rows if row["kernel"] == "attend")
+        assert trees["measured"] is True and trees["constants"]["BLOCK_M"] == 32
+        assert prompts["measured"] is False  # nothing is measured with prompts
+        assert {row["measured"] for row in rows if row["kernel"] != "attend"} == {None}
+        tables.forget()

@@ -12,6 +12,7 @@ import random
 from dataclasses import replace
 from unittest import mock
 
+import native_cache
 import pytest
 import torch
 import zoo
@@ -325,6 +326,17 @@ def test_indexing_waits_for_masks_only(op, dtype):
     graph.call_function(target, (x, [None, at], *more))
     why = cuda_graphs.obstacle(graph, torch.device("cuda"))
     assert why == (f"{target} waits for the device" if dtype is torch.bool else "")
+
+
+def test_a_rope_table_read_by_positions_does_not_wait(monkeypatch):
+    model = zoo.spread(native_cache.CachedDecoder())
+    example = (torch.arange(9)[None] % 5, torch.arange(9))
+    found = tree_program(model, example, roles={"input_pos": "positions"}, options=REFERENCE)
+    graph = found.graph_module.graph
+    assert any(node.target is aten.index.Tensor for node in graph.nodes)
+    capturable = replace(kernel_of(torch.ops.treespec_aten.tree_attention.default), capturable=True)
+    monkeypatch.setattr(cuda_graphs, "kernel_of", lambda target: capturable)
+    assert cuda_graphs.obstacle(graph, torch.device("cuda")) == ""
 
 
 class FakeGraph(contextlib.AbstractContextManager):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
+from pathlib import PurePath
 from typing import Any, ClassVar
 
 
@@ -284,15 +285,27 @@ class MissingPackage(TreespecError, ImportError):
 
 @dataclass(eq=False, kw_only=True)
 class CorruptTable(TreespecError, ValueError):
-    """A tuning table that does not parse or has the wrong schema."""
+    """A table of measurements that does not parse or has the wrong schema."""
 
     path: str
     problem: str
     expected: str = "a JSON object with schema, meta and entries"
-    template: ClassVar[str] = (
-        "Corrupt tuning table {e.path}: got {e.problem}, expected {e.expected}. "
-        "Delete the file; tables are made again by `treespec tune`."
-    )
+    template: ClassVar[str] = "Corrupt {e.kind} {e.path}: got {e.problem}, expected {e.expected}. {e.next_step}"
+
+    @property
+    def latency(self) -> bool:
+        """Whether it is one of forward passes, by the folder it lies in; else it is one of kernels."""
+        return PurePath(self.path).parent.name == "latency"
+
+    @property
+    def kind(self) -> str:
+        return "latency table" if self.latency else "tuning table"
+
+    @property
+    def next_step(self) -> str:
+        if self.latency:
+            return "It is made anew when it is needed; `treespec tune --latency --target MODEL` makes a thorough one."
+        return "Delete the file; `treespec tune MODEL --device cuda` makes it again."
 
 
 @dataclass(eq=False, kw_only=True)

@@ -156,8 +156,7 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
     wide = max(_padded(spec.key_dim), _padded(spec.value_dim))
     block_m = max(SMALLEST, power_of_two(rows))
     if torch.float32 in (spec.dtype, spec.pool_dtype):
-        block_m = min(block_m, 32 if wide <= 128 and not spec.bias else 16)
-        return Config(block_m, 32 if wide <= 128 else 16, 4, 1 if wide > 128 and arch.startswith("gfx") else 2)
+        return _exact_config(spec, block_m, wide, arch)
     block_m = min(block_m, 128 if wide <= 128 else 64 if wide <= 256 else 16)
     block_n = 64 if wide <= 128 else 32 if wide <= 256 else 16
     num_warps = 8 if block_m * wide >= 128 * 64 or wide > 128 else 4
@@ -192,6 +191,18 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
     if block_m >= 64:
         return Config(block_m, min(block_n, 32), num_warps, 2)
     return Config(block_m, block_n, 4, 2)
+
+
+def _exact_config(spec: AttentionKernel, block_m: int, wide: int, arch: str) -> Config:
+    """In float32, without tensor cores: few rows, as a thread holds whole products."""
+    block_m = min(block_m, 32 if wide <= 128 and not spec.bias else 16)
+    block_n = 32 if wide <= 128 else 16
+    if arch.startswith("gfx"):
+        return Config(block_m, block_n, 4, 1 if wide > 128 or spec.bias else 2)
+    ampere = arch.startswith("sm_8")
+    if block_m == 16 and ampere == (wide > 64):
+        block_n = 16  # 32 keys: 8 bytes are spilled
+    return Config(block_m, block_n, 8 if ampere and block_m == 32 and wide <= 64 else 4, 2)
 
 
 def search_space(spec: AttentionKernel) -> Iterator[Config]:

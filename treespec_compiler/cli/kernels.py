@@ -244,9 +244,9 @@ COLUMNS = (
     Column("shared", "shared", _shared),
     Column("tensor cores", "tensor\ncores", lambda one: one.tensor_cores or "-", "left"),
 )
-LEAST_USEFUL = ("stages", "warps", "block", "tuned", "tensor cores")
+LEAST_USEFUL = ("stages", "warps", "block", "tuned", "tensor cores", "shared", "registers", "spills")
 """Columns to leave out where a terminal is too narrow, in this order."""
-FOLDED = 24
+FOLDED = 26
 """Characters at which the column `for` may be folded, before another column is left out for it."""
 GAP = 2
 
@@ -262,7 +262,7 @@ def _print_table(out: Console, title: str, compiled: list[Compiled]) -> None:
     out.print(table)
     left_out = [column.heading for column in COLUMNS if column not in columns]
     if left_out:
-        out.print(f"no room for: {', '.join(left_out)} (a wider terminal, a pipe and --json have it)", style="dim")
+        out.print(f"no room for: {', '.join(left_out)}; --json shows everything", style="dim")
     files = sorted({str(one.launch.file) for one in compiled})
     out.print("\nsource (`--source` prints it):")
     for file in files:

@@ -69,16 +69,17 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    model = arguments.model or arguments.target or "demo"
-    passes, kernels = f"`treespec tune --latency --target {model}`", f"`treespec tune {model} --device cuda`"
+    kernels = f"`treespec tune {arguments.model or arguments.target or 'demo'} --device cuda`"
+    passes = f"`treespec tune --latency --target {arguments.target or arguments.model or 'demo'}`"
     if arguments.latency:
         if arguments.model is not None and arguments.target is None:
-            raise InvalidOption(name="MODEL", got=model, expected="--target with --latency", fix=f"Write {passes}.")
-        refuse(arguments, FOR_KERNELS, "with --latency", f"It belongs to kernels ({kernels}): leave it out.")
+            expected = "its name behind --target with --latency"
+            raise InvalidOption(name="MODEL", got=arguments.model, expected=expected, fix=f"Write {passes}.")
+        refuse(arguments, FOR_KERNELS, "with --latency", f"It is for kernels: {kernels}.")
         if arguments.target is None:
             raise InvalidOption(name="--target", got=None, expected="a model with --latency", fix=f"Write {passes}.")
         return measure_passes(arguments)
-    refuse(arguments, FOR_PASSES, "without --latency", f"It belongs to forward passes ({passes}): add --latency.")
+    refuse(arguments, FOR_PASSES, "without --latency", f"It is for forward passes: {passes}.")
     which = f"{kernels} measures its kernels, {passes} its forward passes."
     if arguments.model is None:
         raise InvalidOption(name="MODEL", got=None, expected="a model", fix=which)

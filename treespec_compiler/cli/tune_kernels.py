@@ -59,8 +59,7 @@ def tune_model(arguments: Namespace) -> int:
     used = tables.user_path(OP, arch)
     path = arguments.out or used
     check_place(path)
-    if arguments.out:
-        check_content(path, arch)
+    check_content(path, arch, named=arguments.out is not None)
     subject = read_subject(arguments, kernels="reference")
     try:
         with Console(stderr=True).status("converting"):
@@ -70,10 +69,9 @@ def tune_model(arguments: Namespace) -> int:
         return REFUSED
     specs = list(attention_kernels(state.sites))
     tune_kernels(specs, shapes, device, path, limit=limit or None, again=arguments.again)
-    if path.resolve() != used.resolve():
-        Console(stderr=True).print(
-            f"It is not read from there: copy it to {used} where it is to be used.", markup=False, soft_wrap=True
-        )
+    if path.resolve() not in {place.resolve() for place in (used, tables.shipped_path(OP, arch))}:
+        what = f"nothing is read from there: to use it, copy it to {used}"
+        Console(stderr=True, highlight=False).print(what, markup=False, soft_wrap=True)
     return 0
 
 
@@ -101,16 +99,19 @@ def check_place(path: Path) -> None:
         )
 
 
-def check_content(path: Path, arch: str) -> None:
-    """Raises InvalidOption where `path` holds something else than a table of this GPU."""
+def check_content(path: Path, arch: str, named: bool) -> None:
+    """Raises CorruptTable where `path` holds something else than a table of this GPU, InvalidOption if --out named it:
+    it may then be no table at all."""
     try:
         if path.is_file():
             tables.read(path, OP, arch)
     except CorruptTable as error:
+        if not named:
+            raise
         raise InvalidOption(
             name="--out",
             got=str(path),
-            expected=f"a new file or a tuning table of {OP} on {arch}, not {error.problem}",
+            expected=f"a new file or a tuning table of {OP} on {arch} (found: {error.problem})",
             fix="Name another one.",
         ) from error
 
@@ -171,8 +172,9 @@ def tune_kernels(
             )
             table = tune(tuner, shapes, table, lambda t: tables.write(path, t), again, finished)
     console.print(summary(done))
-    for why, shapes_of in unfit.items():
-        console.print(f"default left out, {why}; of {', '.join(shapes_of)}", markup=False, soft_wrap=True)
+    for why, names_of in unfit.items():
+        what = f"default configuration left out for {', '.join(names_of)}: {why}"
+        console.print(what, markup=False, soft_wrap=True)
     left_out = [outcome for outcome in done if outcome.why]
     if left_out and len(left_out) == len(done):
         raise InvalidOption(
@@ -189,12 +191,12 @@ def tune_kernels(
 
 
 def default_left_out(tuner: Tuner, outcome: Outcome) -> str:
-    """The default configuration and why it was not timed; empty: it was, or the shape was measured before."""
+    """Why the default configuration was not worth running; empty: it was, or the shape was measured before."""
     if outcome.entry is None and not outcome.why:
         return ""
     default = default_config(tuner.spec, outcome.shape.nodes * tuner.spec.group, tuner.target)
     why = tuner._pruned.rejected.get(default)
-    return f"{why}: {describe(default.as_dict())}" if why else ""
+    return f"{why} with {describe(default.as_dict())}" if why else ""
 
 
 def started(path: Path, empty: Table) -> Table:
