@@ -14,7 +14,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -182,6 +182,19 @@ def read(path: Path, op: str, arch: str) -> Table:
         raise CorruptTable(path=str(path), problem=f"entries of type {type(entries).__name__}", expected="a list")
     about = {name: value for name, value in meta.items() if name not in ("op", "arch", "source_hash")}
     return Table(op, arch, meta["source_hash"], tuple(_entry(path, e, OPS[op].parse) for e in entries), about)
+
+
+def resumed(path: Path, empty: Table) -> Table:
+    """The table to go on with: the one at `path` if it is of the kernel as it is, else `empty`.
+
+    Its `meta` names every device that entries come from, and the versions of the run that goes on.
+    """
+    table = read(path, empty.op, empty.arch) if path.is_file() else empty
+    if table.source_hash != empty.source_hash:
+        return empty
+    devices = [str(meta["device"]) for meta in (table.meta, empty.meta) if meta.get("device")]
+    names = dict.fromkeys(name for device in devices for name in device.split(", "))
+    return replace(table, meta={**empty.meta, **({"device": ", ".join(names)} if names else {})})
 
 
 def _entry(path: Path, data: Any, parse: Callable[[Mapping[str, int]], object]) -> Entry:

@@ -104,13 +104,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_deep_model_is_compared_quickly() -> None:
-    import time
-
+def test_a_deep_model_is_compared() -> None:
     found = graphs(deep)
-    started = time.perf_counter()
     between = compare(found["treeify"], found["insert state"])
-    assert time.perf_counter() - started < 5
     assert sum(between.b[n].short_target == "treespec.tree_attention" for n in between.added) == 32
 
 

@@ -243,13 +243,21 @@ def test_what_was_tuned_is_what_is_launched(tmp_path, monkeypatch):
 
 def test_a_table_of_another_kernel_is_begun_anew(tmp_path):
     path = tmp_path / "sm_90.json"
-    assert cli.started(path, EMPTY) is EMPTY
+    assert tables.resumed(path, EMPTY) == EMPTY
     table = tune(make(), [SHORT], EMPTY, lambda t: tables.write(path, t))
-    assert cli.started(path, EMPTY).entries == table.entries
-    assert cli.started(path, dataclasses.replace(EMPTY, source_hash="other")).entries == ()
+    assert tables.resumed(path, EMPTY).entries == table.entries
+    assert tables.resumed(path, dataclasses.replace(EMPTY, source_hash="other")).entries == ()
     path.write_text("{")
     with pytest.raises(CorruptTable, match="Delete the file"):
-        cli.started(path, EMPTY)
+        tables.resumed(path, EMPTY)
+
+
+def test_a_table_names_every_device_it_was_measured_on(tmp_path):
+    path, table = tmp_path / "sm_90.json", EMPTY
+    for device, shape in (("H100", SHORT), ("H200", LONG), ("H100", LONG)):
+        here = dataclasses.replace(EMPTY, meta={"device": device, "versions": {"triton": device}})
+        table = tune(make(), [shape], tables.resumed(path, here), lambda t: tables.write(path, t))
+    assert table.meta == {"device": "H100, H200", "versions": {"triton": "H100"}} and len(table.entries) == 2
 
 
 def test_corrupt_tables_name_the_command_that_makes_them_again():

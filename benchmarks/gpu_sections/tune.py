@@ -31,7 +31,7 @@ def run(context: Context) -> None:
     path = tables.user_path(OP, arch)
     bench = DeviceBench(SPEC, context.device)
     tuner = Tuner(SPEC, arch, bench.check, bench.measure, limit=LIMIT)
-    table = tables.read(path, OP, arch) if path.is_file() else empty_table(arch, context.device)
+    table = tables.resumed(path, empty_table(arch, context.device))
     for shape in SHAPES:
         if context.left() < 10:
             context.skipped(f"shape {shape}", "no time left")
@@ -49,7 +49,7 @@ def run(context: Context) -> None:
             "shapes", shape=str(shape), us=entry.us, default_us=default, config=dict(entry.config),
             runner_up=entry.runner_up, seconds=time.perf_counter() - began,
         )  # fmt: skip
-    context.keep("left_out", {str(c): why for c, why in tuner._pruned.rejected.items()})
+    context.keep("left_out", {str(c): why for c, why in tuner.rejected.items()})
     if path.is_file():
         shutil.copy(path, context.path.with_name(f"{OP}-{arch}.json"))
 

@@ -40,6 +40,8 @@ class Launch:
     divisible: tuple[str, ...] = field(repr=False, default=())
     num_warps: int = 4
     num_stages: int = 2
+    measured: bool | None = None
+    """Whether a tuning table holds its configuration; None where there is nothing to choose."""
 
     @property
     def file(self) -> Path:
@@ -123,33 +125,28 @@ def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[i
     from treespec_compiler.codegen.gpu import tree_attention
 
     module = tree_attention.module(spec)
-    by_config: dict[Config, list[int]] = {}
-    for count in nodes:
-        by_config.setdefault(chosen_config(spec, count, target)[0], []).append(count)
-    for config, counts in by_config.items():
-        yield Launch(
+
+    def attend(what: str, config: Config, measured: bool, **variant: bool) -> Launch:
+        return Launch(
             "tree_attention",
             "attend",
-            f"{where}, {' or '.join(map(str, counts))} nodes",
+            f"{where}, {what}",
             module.attend,
-            tree_attention.signature(spec, split=True),
-            tree_attention.constexprs(config, split=True),
+            tree_attention.signature(spec, split=variant.get("split", False)),
+            tree_attention.constexprs(config, **variant),
             tuple(tree_attention.divisible(spec)),
             config.num_warps,
             config.num_stages,
+            measured,
         )
-    config = chosen_config(spec, PROMPT_CHUNK, target, chain=True)[0]
-    yield Launch(
-        "tree_attention",
-        "attend",
-        f"{where}, prompts",
-        module.attend,
-        tree_attention.signature(spec),
-        tree_attention.constexprs(config, chain=True),
-        tuple(tree_attention.divisible(spec)),
-        config.num_warps,
-        config.num_stages,
-    )
+
+    by_config: dict[tuple[Config, bool], list[int]] = {}
+    for count in nodes:
+        by_config.setdefault(chosen_config(spec, count, target), []).append(count)
+    for (config, measured), counts in by_config.items():
+        what = f"{' or '.join(map(str, counts))} {'node' if counts == [1] else 'nodes'}"
+        yield attend(what, config, measured, split=True)
+    yield attend("prompts", *chosen_config(spec, PROMPT_CHUNK, target, chain=True), chain=True)
     pointers = {"partial": "*fp32", "lse": "*fp32", "out": f"*{DTYPES[spec.dtype]}", "node_offsets": "*i64"}
     pointers |= {"sinks": "*fp32"} if spec.sinks else {}
     sizes = dict.fromkeys(("requests", "rows", "parts"), "i32")

@@ -6,7 +6,7 @@ Compiling needs no GPU; checking and timing are the caller's functions (`tune_de
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -149,6 +149,11 @@ class Tuner:
     """Configurations a shape, of those nearest to the default."""
     say: Callable[[str], None] = lambda text: None
     _pruned: Pruned = field(default_factory=Pruned)
+
+    @property
+    def rejected(self) -> Mapping[Config, str]:
+        """Configurations that were compiled and not run, and why."""
+        return self._pruned.rejected
 
     def entry(self, shape: Shape) -> Entry:
         """The fastest configuration that is right, and the second; raises InvalidOption where none is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..codegen.gpu.inventory import Launch, attention_kernels, chosen_config, inventory
+from ..codegen.gpu.inventory import Launch, inventory
 from ..codegen.gpu.offline import TARGETS, Offline
 from ..errors import InvalidOption, Unsupported
 from ..ir.rope_attention import turns
-from ..ir.specs import AttentionSpec
 from ..pipeline import convert
 from ..semantics import lengths_check
 from .explain import refusal_fields, show_refusal
@@ -70,8 +69,6 @@ class Compiled:
 
     launch: Launch
     offline: Offline
-    measured: bool | None
-    """Whether its configuration was; None where no tuning table holds any for the kernel."""
 
     @property
     def tensor_cores(self) -> str:
@@ -87,7 +84,7 @@ class Compiled:
             "constants": {name: _plain(value) for name, value in launch.constexprs.items()},
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
-            "measured": self.measured,
+            "measured": launch.measured,
             "registers": used.registers,
             "stack_bytes": used.stack,
             "shared_bytes": used.shared,
@@ -124,10 +121,7 @@ def run(arguments: Namespace) -> int:
         if arguments.kernel not in names:
             raise InvalidOption(name="--kernel", got=arguments.kernel, expected=f"one of {', '.join(names)}")
         launches = [launch for launch in launches if launch.name == arguments.kernel]
-    measured = measured_attention(state.sites, arguments.target)
-    compiled = _with_progress(
-        launches, lambda launch: Compiled(launch, launch.compile(arguments.target), measured.get(_variant(launch)))
-    )
+    compiled = _with_progress(launches, lambda launch: Compiled(launch, launch.compile(arguments.target)))
     if arguments.json:
         rows = [c.as_json() | _text(arguments, c) for c in compiled]
         print(json.dumps({"model": subject.name, "target": arguments.target, "kernels": rows}, indent=2))
@@ -137,24 +131,6 @@ def run(arguments: Namespace) -> int:
         title = f"{subject.name}, {parameter_count(subject.loaded)} parameters, {arguments.dtype}, {arguments.target}"
         _print_table(console(), title, compiled)
     return CONVERTED
-
-
-def measured_attention(sites: Sequence[AttentionSpec], target: str) -> dict[tuple[int, bool], bool]:
-    """Whether a tuning table holds a configuration, for each kernel of attention, with trees and with prompts.
-
-    For all sizes at once: where something was measured, the nearest sizes' configuration is launched.
-    """
-    from ..codegen.gpu import tree_attention
-
-    found = {}
-    for spec in attention_kernels(sites):
-        for chain in (False, True):
-            found[id(tree_attention.module(spec).attend), chain] = chosen_config(spec, 1, target, chain=chain)[1]
-    return found
-
-
-def _variant(launch: Launch) -> tuple[int, bool]:
-    return id(launch.kernel), bool(launch.constexprs.get("CHAIN"))
 
 
 def _refuse(arguments: Namespace, subject: Any, error: Unsupported) -> None:
@@ -210,7 +186,7 @@ def _block(one: Compiled) -> str:
 
 
 def _tuned(one: Compiled) -> str:
-    return "-" if one.measured is None else "yes" if one.measured else "no"
+    return {None: "-", True: "yes", False: "no"}[one.launch.measured]
 
 
 def _spills(one: Compiled) -> Text:

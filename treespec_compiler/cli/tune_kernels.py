@@ -151,7 +151,7 @@ def tune_kernels(
     from ..codegen.gpu.tune_device import DeviceBench, empty_table
 
     arch = tables.architecture(device)
-    table = started(path, empty_table(arch, device))
+    table = tables.resumed(path, empty_table(arch, device))
     done: list[Outcome] = []
     unfit: dict[str, list[str]] = {}
     console = Console(stderr=True, highlight=False)
@@ -195,16 +195,8 @@ def default_left_out(tuner: Tuner, outcome: Outcome) -> str:
     if outcome.entry is None and not outcome.why:
         return ""
     default = default_config(tuner.spec, outcome.shape.nodes * tuner.spec.group, tuner.target)
-    why = tuner._pruned.rejected.get(default)
+    why = tuner.rejected.get(default)
     return f"{why} with {describe(default.as_dict())}" if why else ""
-
-
-def started(path: Path, empty: Table) -> Table:
-    """The table to go on with: the one at `path` if it is of the kernel as it is, else an empty one."""
-    if not path.is_file():
-        return empty
-    table = tables.read(path, empty.op, empty.arch)
-    return table if table.source_hash == empty.source_hash else empty
 
 
 def summary(done: Sequence[Outcome]) -> RichTable:
