@@ -97,7 +97,7 @@ def test_greedy_walk(target: str, nodes: int, splits: int) -> None:
 
 DRAWS = {
     **dict.fromkeys(("p", "q", "weights", "ratios", "totals", "lefts", "sums"), "*fp64"),
-    **dict.fromkeys(("first_weights", "last_weights"), "*fp64"),
+    **dict.fromkeys(("first_weights", "next_weights", "last_weights"), "*fp64"),
     **dict.fromkeys(("tokens", "draw_offsets", "draw_rows", "draw_q"), "*i64"),
 }
 

@@ -193,63 +193,20 @@ def attend_stored(
 
 
 def tree_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool_k: Tensor,
-    pool_v: Tensor,
-    positions: Tensor,
-    write_index: Tensor,
-    node_offsets: Tensor,
-    page_table: Tensor,
-    prefix_lens: Tensor,
-    tree_lens: Tensor,
-    ancestors: Tensor,
-    scale: float,
-    window: int,
+    q: Tensor, k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, positions: Tensor, write_index: Tensor, *rest: Any
 ) -> Tensor:
+    """`rest`: of the schema of the op, plain or scored."""
     append(k, v, pool_k, pool_v, write_index)
-    return attend_stored(
-        q, pool_k, pool_v, positions, write_index, node_offsets, page_table, prefix_lens, tree_lens, ancestors, scale,
-        window,
-    )  # fmt: skip
-
-
-def scored_tree_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool_k: Tensor,
-    pool_v: Tensor,
-    positions: Tensor,
-    write_index: Tensor,
-    node_offsets: Tensor,
-    page_table: Tensor,
-    prefix_lens: Tensor,
-    tree_lens: Tensor,
-    ancestors: Tensor,
-    scale: float,
-    window: int,
-    chunk: int,
-    softcap: float,
-    slopes: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    append(k, v, pool_k, pool_v, write_index)
-    return attend_stored(
-        q, pool_k, pool_v, positions, write_index, node_offsets, page_table, prefix_lens, tree_lens, ancestors, scale,
-        window, chunk, softcap, slopes, bias, sinks,
-    )  # fmt: skip
+    return attend_stored(q, pool_k, pool_v, positions, write_index, *rest)
 
 
 _library = torch.library.Library("treespec_triton", "FRAGMENT")
-for _name, _schema, _implementation in (
-    ("tree_attention", attention.SCHEMA, tree_attention),
-    ("scored_tree_attention", scored_attention.SCHEMA, scored_tree_attention),
+for _name, _schema in (
+    ("tree_attention", attention.SCHEMA),
+    ("scored_tree_attention", scored_attention.SCHEMA),
 ):
     _library.define(_name + _schema, tags=attention.TAGS)
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, tree_attention, "CompositeExplicitAutograd")
     torch.library.register_fake(f"treespec_triton::{_name}", attention.fake, lib=_library)
 
 TREE_ATTENTION: OpOverload = torch.ops.treespec_triton.tree_attention.default

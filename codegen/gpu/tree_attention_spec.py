@@ -175,6 +175,8 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
     if hopper:
         if block_m == 128 and wide > 64 and masked:
             block_n = 32  # comparing positions takes registers
+        if block_m == 32 and in_pieces and min(spec.key_dim, spec.value_dim) > 128:
+            block_m = 64  # 32 rows do not use warp groups' products, and spill
         return Config(block_m, block_n, num_warps, 3 if wide <= 128 else 2)
     # Without wgmma the products' operands lie in registers too.
     if ampere and wide > 128:
