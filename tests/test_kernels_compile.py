@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET makes no kernels to compile", allow_module_level=True)
 
 from treespec_compiler.codegen.gpu.accept import walk_warps
+from treespec_compiler.codegen.gpu.inventory import chance_pointers
 from treespec_compiler.codegen.gpu.kernels.accept import greedy_walk_kernel, row_best_kernel
 from treespec_compiler.codegen.gpu.kernels.append import append_kernel, rope_append_kernel
 from treespec_compiler.codegen.gpu.kernels.commit import commit_kernel
@@ -95,32 +96,23 @@ def test_greedy_walk(target: str, nodes: int, splits: int) -> None:
     assert done.resources.fits
 
 
-DRAWS = {
-    **dict.fromkeys(("p", "q", "weights", "ratios", "totals", "lefts", "sums"), "*fp64"),
-    **dict.fromkeys(("first_weights", "next_weights", "last_weights"), "*fp64"),
-    **dict.fromkeys(("tokens", "draw_offsets", "draw_rows", "draw_q"), "*i64"),
-}
-
-
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("replacement", "weighted"), [(True, False), (False, False), (False, True)])
 def test_residuals(target: str, replacement: bool, weighted: bool) -> None:
     constants = {"REPLACEMENT": replacement, "WEIGHTED": weighted, "BLOCK": 1024}
-    done = compiled(residual_kernel, DRAWS, constants, target)
+    done = compiled(residual_kernel, chance_pointers(residual_kernel), constants, target)
     assert done.resources.fits
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("naive", [True, False])
 def test_chance_walk(target: str, naive: bool) -> None:
-    pointers = DRAWS | dict.fromkeys(("parents", "node_offsets", "out"), "*i64") | {"uniforms": "*fp64"}
     blocks = {"FIELDS": 3, "BLOCK": 1024, "BLOCKS": 128, "BLOCK_N": 64}
     constants = {"NAIVE": naive, "REPLACEMENT": naive, **blocks}
-    assert compiled(chance_walk_kernel, pointers, constants, target).resources.fits
+    assert compiled(chance_walk_kernel, chance_pointers(chance_walk_kernel), constants, target).resources.fits
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_traversal(target: str) -> None:
-    pointers = DRAWS | dict.fromkeys(("parents", "node_offsets", "draw_of", "out"), "*i64") | {"uniforms": "*fp64"}
     blocks = {"FIELDS": 3, "BLOCK": 1024, "BLOCKS": 128, "BLOCK_N": 64}
-    assert compiled(traversal_kernel, pointers, blocks, target).resources.fits
+    assert compiled(traversal_kernel, chance_pointers(traversal_kernel), blocks, target).resources.fits

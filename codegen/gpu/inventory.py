@@ -202,15 +202,20 @@ def _accept(vocab_size: int, dtype: torch.dtype, nodes: int) -> Iterator[Launch]
     yield _launch("greedy_accept", greedy_walk_kernel, where, types, constants, num_warps=warps)
 
 
+def chance_pointers(kernel: Any) -> dict[str, str]:
+    """Types of the pointers that a kernel of `stochastic_accept` takes."""
+    floats = ["p", "q", "uniforms", "weights", "ratios", "totals", "lefts", "sums"]
+    floats += ["first_weights", "next_weights", "last_weights"]
+    integers = ["tokens", "parents", "node_offsets", "draw_offsets", "draw_rows", "draw_q", "draw_of", "out"]
+    types = dict.fromkeys(floats, "*fp64") | dict.fromkeys(integers, "*i64")
+    return {name: kind for name, kind in types.items() if name in kernel.arg_names}
+
+
 def _accept_by_chance(vocab_size: int, nodes: int) -> Iterator[Launch]:
     from treespec_compiler.codegen.gpu import stochastic_accept as by_chance
     from treespec_compiler.codegen.gpu.kernels import stochastic_accept as kernels
 
     block = min(by_chance.BLOCK, power_of_two(vocab_size))
-    floats = ["p", "q", "uniforms", "weights", "ratios", "totals", "lefts", "sums"]
-    floats += ["first_weights", "next_weights", "last_weights"]
-    integers = ("tokens", "parents", "node_offsets", "draw_offsets", "draw_rows", "draw_q", "draw_of", "out")
-    pointers = dict.fromkeys(floats, "*fp64") | dict.fromkeys(integers, "*i64")
     walk = {"FIELDS": stochastic_accept.FIELDS, "BLOCKS": power_of_two(-(-vocab_size // block))}
     walk["BLOCK_N"] = by_chance.walk_block(nodes)
     for kernel, rule, constants in (
@@ -219,12 +224,11 @@ def _accept_by_chance(vocab_size: int, nodes: int) -> Iterator[Launch]:
         (kernels.chance_walk_kernel, "recursive", {"NAIVE": False, "REPLACEMENT": False, **walk}),
         (kernels.traversal_kernel, "traversal", walk),
     ):
-        types = {name: kind for name, kind in pointers.items() if name in kernel.arg_names}
         yield _launch(
             "stochastic_accept",
             kernel,
             f"{rule}, {vocab_size} ids",
-            types,
+            chance_pointers(kernel),
             {**constants, "BLOCK": block},
             aligned=False,
         )
