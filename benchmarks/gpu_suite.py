@@ -1,7 +1,8 @@
 """Everything that only a GPU can tell, in one run of less than eight minutes.
 
     python benchmarks/gpu_suite.py                                # on the GPU at hand
-    python benchmarks/gpu_suite.py --only numerics attention      # some sections; `numerics`: both parts of it
+    python benchmarks/gpu_suite.py --only numerics attention      # some sections; `numerics`: all parts of it
+    python benchmarks/gpu_suite.py --all                          # and what could be the default
     python benchmarks/gpu_suite.py --show FILE --markdown         # the tables of a run
     python benchmarks/gpu_suite.py --device cpu --smoke           # whether the script runs at all; no figures
 
@@ -48,7 +49,7 @@ class Section:
     """Seconds, the start of the process included."""
     arguments: tuple[str, ...] = ()
     beside: bool = False
-    """Runs at the same time as the section before; only for sections that time nothing."""
+    """Runs at the same time as the section before; for sections that time nothing, or first compile for a minute."""
     caches: str = "all"
     """Sections that name the same ones share what compilers keep."""
 
@@ -59,18 +60,18 @@ class Section:
 
 # What does not fit into its time is left out and said so; together they fit into TOTAL.
 SECTIONS = (
-    Section("numerics 1", "numerics", 75, ("0", "2")),
-    Section("numerics 2", "numerics", 75, ("1", "2"), beside=True),
+    Section("numerics 1", "numerics", 75, ("0", "3")),
+    *(Section(f"numerics {i + 1}", "numerics", 75, (str(i), "3"), beside=True) for i in (1, 2)),
     *(Section(f"oracle {i + 1}", "oracle", 75, (str(i), "4"), beside=True) for i in range(4)),
-    Section("tune", "tune", 45),
+    Section("tune", "tune", 30),
     Section("attention", "attention", 70),
     Section("step 8B", "steps", 125, ("8B",), caches="8B"),
     Section("compile again", "compile_again", 40, ("8B",), caches="8B"),
     Section("step 1B", "steps", 70, ("1B",)),
     Section("decode", "decode", 40),
 )
-# Run where --only names them.
-MORE = (Section("variants", "variants", 300, ("8B",)),)
+# Run where --only names them, and with --all: beside the checks.
+MORE = (Section("variants", "variants", 115, ("8B",), beside=True, caches="variants"),)
 
 
 def main() -> None:
@@ -109,6 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--only", nargs="+", type=section_name, metavar="NAME", help=f"of {', '.join(bare_names())}")
+    parser.add_argument("--all", action="store_true", help="what could be the default as well")
     parser.add_argument("--budget", type=seconds, default=TOTAL, help=f"seconds in all (default: {TOTAL:.0f})")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--keep-caches", action="store_true", help="use the caches there are; compilation is warm then")
@@ -160,9 +162,7 @@ def run(arguments: argparse.Namespace, path: Path | None) -> dict[str, Any]:
     began = time.perf_counter()
     found = {"status": "smoke" if arguments.smoke else "measured", "run": about(arguments.device), "sections": {}}
     sections: dict[str, Any] = found["sections"]
-    only = arguments.only or ()
-    asked = [s for s in (*SECTIONS, *MORE) if any(map(s.is_named, only))] if only else list(SECTIONS)
-    waiting = groups(asked)
+    waiting = groups(asked(arguments.only or (), arguments.all))
     with tempfile.TemporaryDirectory(prefix="gpu-suite-") as name:
         folder = Path(name)
         while waiting:
@@ -183,6 +183,14 @@ def run(arguments: argparse.Namespace, path: Path | None) -> dict[str, Any]:
             if path:
                 write_json(path, found)
     return found
+
+
+def asked(only: Sequence[str], everything: bool) -> list[Section]:
+    """The sections of a run, in order."""
+    if only:
+        return [section for section in (*SECTIONS, *MORE) if any(map(section.is_named, only))]
+    checks, *rest = groups(SECTIONS)
+    return [*checks, *(MORE if everything else ()), *(section for group in rest for section in group)]
 
 
 def about(device: str) -> dict[str, Any]:

@@ -339,7 +339,7 @@ def asked(monkeypatch, *only):
 
 
 def test_a_bare_name_stands_for_all_parts(monkeypatch):
-    assert asked(monkeypatch, "attention", "numerics") == ["numerics 1", "numerics 2", "attention"]
+    assert asked(monkeypatch, "attention", "numerics") == ["numerics 1", "numerics 2", "numerics 3", "attention"]
     assert asked(monkeypatch, "oracle 3", "step") == ["oracle 3", "step 8B", "step 1B"]
     assert asked(monkeypatch, "step 8B", "compile again", "variants") == ["step 8B", "compile again", "variants"]
 

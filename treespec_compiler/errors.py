@@ -320,6 +320,21 @@ class CaptureFailed(TreespecError, RuntimeError):
 
 
 @dataclass(eq=False, kw_only=True)
+class WrongKernel(TreespecError, RuntimeError):
+    """A generated kernel that gives wrong numbers on this device: Triton compiled it wrongly."""
+
+    kernel: str
+    error: float
+    tolerance: float
+    versions: str
+    template: ClassVar[str] = (
+        "A generated kernel is wrong on this device: got an error of {e.error:.1e} against the reference for "
+        "{e.kernel}, expected at most {e.tolerance:.1e}. Nothing was computed with it. Please report it with "
+        '{e.versions}; until then, use the option kernels="aten", or another version of Triton.'
+    )
+
+
+@dataclass(eq=False, kw_only=True)
 class PassError(TreespecError, RuntimeError):
     """A pass broke its promise: the graph after it does not satisfy the level's rules. A bug in the pass."""
 

@@ -150,4 +150,5 @@ def copy_rate(context: Context) -> float:
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """‖found - expected‖ / ‖expected‖ in float64."""
+    found = found.to(expected.device)
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))

@@ -153,7 +153,7 @@ def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[i
     aligned = ("partial", "lse", "out")
     parts = {"PARTS": MAX_PARTS}
     yield Launch(
-        "tree_attention", "merge", where, module.merge, pointers | sizes, parts, aligned, merge_warps(MAX_PARTS)
+        "tree_attention", "merge", where, module.merge, pointers | sizes, parts, aligned, merge_warps(spec, MAX_PARTS)
     )
 
 

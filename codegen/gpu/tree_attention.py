@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from treespec_compiler.codegen import tables
-from treespec_compiler.codegen.gpu import prompt
+from treespec_compiler.codegen.gpu import prompt, self_check
 from treespec_compiler.codegen.gpu import source as files
 from treespec_compiler.codegen.gpu.append import append
 from treespec_compiler.codegen.gpu.sizes import power_of_two
@@ -98,7 +98,8 @@ def attend(
 
     Tensors of any strides; one whose last dimension is not contiguous is copied. A node comes after its ancestors,
     so no bit above its own is set. Launches depend on shapes only and nothing is read back: they can be captured in a
-    CUDA graph. `config` and `splits` default to what was measured or is sensible. Returns [1, Hq, T, Dv], laid out as
+    CUDA graph. `config` and `splits` default to what was measured or is sensible; what is chosen so is checked on the
+    device before its first use, and WrongKernel raised where it is wrong. Returns [1, Hq, T, Dv], laid out as
     [1, T, Hq, Dv].
     """
     spec = AttentionKernel(
@@ -115,12 +116,15 @@ def attend(
     if scale <= 0:
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)  # the kernel's maxima need it above 0
     device = _device_key(q.device)
-    config = config or _config(spec, nodes, requests, capacity, device, ancestors.shape[1] == 0)
+    chain, given_config = ancestors.shape[1] == 0, config
+    config = config or _config(spec, nodes, requests, capacity, device, chain)
     blocks = -(-nodes * spec.group // config.block_m) + requests - 1  # of ragged requests, at most
     if splits is None:
         reach = min(capacity, window + nodes if window else capacity, chunk + nodes if chunk else capacity)
         splits = split_count(spec, blocks * spec.kv_heads, reach, config, _processors(device))
     kernels, parts = module(spec), splits + 1 if splits > 1 else 1
+    if given_config is None and device >= 0:
+        self_check.confirm(spec, config, parts > 1, requests > 1, chain, q.device)
     partial, lse = out, out
     if parts > 1:
         partial = q.new_empty(parts, nodes, spec.heads, spec.value_dim, dtype=torch.float32)
@@ -136,17 +140,22 @@ def attend(
             pages=pages, page_size=pool_k.shape[2] if pages > 1 else UNUSED, q_head=q.stride(1), q_node=q.stride(2),
             k_page=pool_k.stride(0), k_head=pool_k.stride(1), k_token=pool_k.stride(2),
             v_page=pool_v.stride(0), v_head=pool_v.stride(1), v_token=pool_v.stride(2),
-            **constexprs(config, requests=power_of_two(requests), one_page=pages == 1, split=parts > 1,
-                         chain=ancestors.shape[1] == 0),
+            **constexprs(config, requests=_request_room(requests), one_page=pages == 1, split=parts > 1,
+                         chain=chain),
             **config.options(), enable_fp_fusion=True,
         )  # fmt: skip
         if parts > 1:
             kernels.merge[(nodes * spec.heads,)](
                 partial, lse, out, node_offsets, **({"sinks": sinks.contiguous()} if sinks is not None else {}),
                 requests=requests, rows=nodes * spec.heads, parts=parts, PARTS=power_of_two(parts),
-                num_warps=merge_warps(parts), enable_fp_fusion=True,
+                num_warps=merge_warps(spec, parts), enable_fp_fusion=True,
             )  # fmt: skip
     return out.transpose(1, 2)
+
+
+def _request_room(requests: int) -> int:
+    """What a kernel is compiled for: few different sizes, since each compilation takes seconds."""
+    return 1 if requests == 1 else max(8, power_of_two(requests))
 
 
 def _check_extents(q: Tensor, *pools: Tensor) -> None:

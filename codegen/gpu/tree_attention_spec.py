@@ -22,6 +22,8 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _CAUSAL = MaskSpec()
 SMALLEST, LARGEST = 16, 256
 """Of a block: tensor cores multiply along 16 numbers at least, and scores lie in registers."""
+SMALLEST_OF_SEVERAL = 64
+"""Numbers of a piece of a head's dimension where there is more than one: `pieces`."""
 
 
 @dataclass(frozen=True)
@@ -133,15 +135,20 @@ class Piece:
 
 
 def pieces(dim: int, largest: int = 512) -> tuple[Piece, ...]:
-    """A head dimension as powers of two up to `largest`, few of them smaller: 192 = 128 + 64; 256 would load zeros."""
+    """A head dimension as powers of two up to `largest`, the last one filled up: 192 = 128 + 64, 96 one piece of 128.
+
+    NOTE among several none is below 64 numbers, but for float32, which has no tensor cores. On an H200, Triton 3.6
+    multiplied smaller pieces of values wrongly where their loads were not pipelined (80 = 64 + 16, 96 = 64 + 32), or
+    read outside of shared memory (40 = 32 + 16).
+    """
     out: list[Piece] = []
-    start = small = 0
+    start, least = 0, SMALLEST_OF_SEVERAL if largest >= SMALLEST_OF_SEVERAL else SMALLEST
     while start < dim:
         rest = dim - start
-        size = min(max(SMALLEST, 1 << (rest.bit_length() - 1)), largest)
-        small += size < largest
-        if rest > size and size < largest and small == 3:
+        size = 1 << (rest.bit_length() - 1)
+        if size < rest and size <= least:  # what would be left is smaller
             size *= 2
+        size = min(max(size, least if out else SMALLEST), largest)
         out.append(Piece(start, size, min(size, rest)))
         start += size
     return tuple(out)
@@ -169,12 +176,16 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
     in_pieces = len(pieces(spec.key_dim)) > 1 or len(pieces(spec.value_dim)) > 1
     if block_m <= 32 and in_pieces:
         block_n = min(block_n, 32)
+    if hopper and block_m == 16 and wide == 128 and not in_pieces:
+        return Config(block_m, 128, 4, 3)
     if (hopper or ampere) and block_m == 16 and 64 < wide <= 128:
         return Config(block_m, 32, 4, 4)  # 64 keys: Triton 3.6 spills 8 bytes
     masked = bool(spec.mask.window or spec.mask.chunk)
-    if hopper:
-        if block_m == 128 and wide > 64 and masked:
+    if hopper and wide <= 128 and block_m >= 64:
+        if wide > 64 and masked:
             block_n = 32  # comparing positions takes registers
+        return Config(64, block_n, 4, 3)  # one warp group, so that a processor holds two programs
+    if hopper:
         if block_m == 32 and in_pieces and min(spec.key_dim, spec.value_dim) > 128:
             block_m = 64  # 32 rows do not use warp groups' products, and spill
         return Config(block_m, block_n, num_warps, 3 if wide <= 128 else 2)
@@ -218,26 +229,28 @@ def search_space(spec: AttentionKernel) -> Iterator[Config]:
                         yield Config(block_m, block_n, num_warps, num_stages)
 
 
-# What `split_count` estimates with. Estimates for an H100 (132 processors, 3.35 TB/s) that no GPU has confirmed yet: a
-# processor is a multiprocessor, or a compute unit of AMD's.
+# What `split_count` estimates with: an H200 (132 processors), fitted to 13 sweeps over split counts, of 1 to 256 nodes
+# behind 2048 to 131072 tokens. A processor is a multiprocessor, or a compute unit of AMD's.
 SHARED_BYTES = 227 * 1024
 """Shared memory of a processor, which its resident programs share."""
 REGISTER_FILE = 65536
 """Registers of a processor."""
 FEW_REGISTERS, MANY_REGISTERS = 128, 255
 """A thread's, as the default configurations compile with 16 rows a program and with more."""
-PROCESSOR_RATE = 24.0
-"""Bytes a nanosecond that a processor gets of the memory's when all of them read."""
-PROGRAM_RATE = 12.0
+MEMORY_RATE = 35.6
+"""Bytes a nanosecond and processor that memory gives when all of them read."""
+PROCESSOR_RATE = 40.0
+"""Bytes a nanosecond that one processor takes at most: of a few that have more to read than the others."""
+PROGRAM_RATE = 27.0
 """Bytes a nanosecond that one program reads: products and softmax leave gaps, which another resident one fills."""
-START = 3000.0
+START = 4500.0
 """Nanoseconds until a kernel's programs are at work: its launch, and first loads that wait for each other."""
-WAVE = 1000.0
-"""Nanoseconds until a program is at work that starts when another has ended: its first loads wait for each other."""
-MAX_WAVES = 4
-"""Of resident programs: tokens at hand are fewer than `capacity`, and shares without any cost their start as well."""
+MERGE = 3000.0
+"""Nanoseconds of `merge` with nothing to read."""
 PART = 100.0
 """Nanoseconds that one more part takes beside its bytes: its programs start later, and `merge` weights more."""
+MAX_WAVES = 4
+"""Of resident programs: tokens at hand are fewer than `capacity`, and shares without any cost their start as well."""
 
 
 @functools.lru_cache(4096)
@@ -268,25 +281,28 @@ def _attention_time(
 ) -> float:
     """Nanoseconds of `attend` and of `merge`. `blocks`: of keys, that each of `programs` is to read.
 
-    A program takes its share as fast as it can, those that are resident together not faster than memory gives it. The
-    trees are launched last, each taken for one block: they cost nothing where the last wave has room for them. A part's
-    rows are written in float32 by one kernel and read by the next.
+    The busiest processor takes its shares as fast as its resident programs can, all of them together not faster than
+    memory gives them. The trees are launched last, each taken for one block: they cost nothing where the last wave has
+    room for them. A part's rows are written in float32 by one kernel and read by the next.
     """
-    bandwidth = processors * PROCESSOR_RATE
-    held = resident_programs(spec, config) * processors
+    bandwidth = processors * MEMORY_RATE
+    resident = resident_programs(spec, config)
     block_bytes = _block_bytes(spec, config)
     share_bytes = math.ceil(blocks / splits) * block_bytes
-    full, rest = divmod(programs * splits, held)
-    attend = START + full * max(share_bytes / PROGRAM_RATE, held * share_bytes / bandwidth)
-    if rest:
-        attend += max(share_bytes / PROGRAM_RATE, rest * share_bytes / bandwidth)
-    waves = full + (rest > 0)
+
+    def rate(together: int) -> float:
+        return min(together * PROGRAM_RATE, PROCESSOR_RATE)
+
+    full, rest = divmod(math.ceil(programs * splits / processors), resident)
+    busiest = share_bytes * (full * resident / rate(resident) + (rest / rate(rest) if rest else 0.0))
+    memory = programs * splits * share_bytes / bandwidth
+    attend = START + (busiest**6 + memory**6) ** (1 / 6)  # the larger, and more where they are alike
     if splits == 1:
-        return attend + (waves - 1) * WAVE
-    late = math.ceil(programs * (splits + 1) / held) - waves
-    attend += late * block_bytes / PROGRAM_RATE + (waves + late - 1) * WAVE
+        return attend
+    late = math.ceil(math.ceil(programs * (splits + 1) / processors) / resident) - full - (rest > 0)
+    attend += late * block_bytes / PROGRAM_RATE
     part_bytes = config.block_m * spec.value_dim * 4
-    return attend + START + (splits + 1) * (PART + 2 * programs * part_bytes / bandwidth)
+    return attend + MERGE + (splits + 1) * (PART + 2 * programs * part_bytes / bandwidth)
 
 
 def _block_bytes(spec: AttentionKernel, config: Config) -> int:
@@ -294,9 +310,13 @@ def _block_bytes(spec: AttentionKernel, config: Config) -> int:
     return config.block_n * (_padded(spec.key_dim) + _padded(spec.value_dim)) * spec.pool_dtype.itemsize
 
 
-def merge_warps(parts: int) -> int:
-    """Warps of a program of `merge`: every thread holds numbers of some of the parts."""
-    return 8 if parts > 32 else 4
+def merge_warps(spec: AttentionKernel, parts: int) -> int:
+    """Warps of a program of `merge`: as few as hold the parts of a row, at most 64 numbers a thread.
+
+    More would exchange sums through shared memory, and 64 nodes make 2048 programs.
+    """
+    numbers = power_of_two(parts) * power_of_two(spec.value_dim)
+    return min(8, max(1, numbers // (64 * 32)))
 
 
 MAX_PARTS = 64

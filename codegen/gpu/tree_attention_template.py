@@ -222,17 +222,19 @@ def merge(
 ):
     """Program i: the parts of row i, weighted by log-sum-exp. Of a part that saw no key it is -inf."""
     row = tl.program_id(0).to(tl.int64)
-    node = row // HEADS
-    owned = (node >= tl.load(node_offsets)) & (node < tl.load(node_offsets + requests))
-    part = tl.arange(0, PARTS)
-    part_lse = tl.load(lse + part * rows + row, mask=part < tl.where(owned, parts, 0), other=float("-inf"))
-    best = tl.where(owned, tl.max(part_lse, 0), 0.0)
+    part, e = tl.arange(0, PARTS), tl.arange(0, {block})
+    # NOTE loads that wait for no other: one trip to memory instead of three. What nobody wrote is replaced below.
+    first, last = tl.load(node_offsets), tl.load(node_offsets + requests)
+    part_lse = tl.load(lse + part * rows + row, mask=part < parts, other=float("-inf"))
+    written = (part < parts)[:, None] & (e < VALUE)[None, :]
+    x = tl.load(partial + (part * rows + row)[:, None] * VALUE + e[None, :], mask=written, other=0.0)
+    best = tl.max(part_lse, 0)
     weight = tl.exp2(part_lse - best)
     total = tl.sum(weight, 0){sink}
-    e = tl.arange(0, {block})
-    some = (part_lse > float("-inf"))[:, None] & (e < VALUE)[None, :]
-    x = tl.load(partial + (part * rows + row)[:, None] * VALUE + e[None, :], mask=some, other=0.0)
-    mean = tl.sum(x * weight[:, None], 0) * (1.0 / total)
+    x = tl.where((part_lse > float("-inf"))[:, None], x * weight[:, None], 0.0)
+    mean = tl.sum(x, 0) * (1.0 / total)
+    node = row // HEADS
+    owned = (node >= first) & (node < last)
     tl.store(out + row * VALUE + e, tl.where(owned, mean, 0.0).to(out.dtype.element_ty), mask=e < VALUE)
 '''
 

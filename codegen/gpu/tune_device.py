@@ -22,9 +22,11 @@ CHECKED_NODES = 40
 
 
 class Inputs:
-    """A random forest behind random K/V: `requests` binary trees with `nodes` nodes each, all of them new."""
+    """A random forest behind random K/V: `requests` binary trees, or chains, of `nodes` nodes, all of them new."""
 
-    def __init__(self, spec: AttentionKernel, shape: Shape, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self, spec: AttentionKernel, shape: Shape, device: torch.device, seed: int = 0, chain: bool = False
+    ) -> None:
         self.spec, self.shape = spec, shape
         self.scale = 1 / math.sqrt(spec.key_dim)
         random = torch.Generator(device).manual_seed(seed)
@@ -39,7 +41,7 @@ class Inputs:
 
         self.q = normal(1, total, spec.heads, spec.key_dim, dtype=spec.dtype).transpose(1, 2)
         self.pool_k, self.pool_v = pool(spec.key_dim), pool(spec.value_dim)
-        rows, depths = binary_tree(nodes)
+        rows, depths = ([[]] * nodes, [*range(nodes)]) if chain else binary_tree(nodes)
 
         def integers(values: list[Any]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
@@ -66,20 +68,18 @@ class Inputs:
         )  # fmt: skip
 
     def expected(self) -> Tensor:
-        """The op's reference in float64."""
-        nodes, requests = self.shape.nodes, self.shape.requests
-        at = self.prefix_lens[:, None] + torch.arange(nodes, device=self.q.device)  # [R, nodes]
-        request = torch.arange(requests, device=self.q.device)[:, None]
-
-        def written(pool: Tensor) -> Tensor:  # what lies there is written there again
-            return pool[request, :, at].double().flatten(0, 1).transpose(0, 1).unsqueeze(0)
-
-        pools = self.pool_k.double(), self.pool_v.double()
-        return scored_attention.reference(
-            self.q.double(), written(self.pool_k), written(self.pool_v), *pools, self.positions, self.write_index,
-            self.node_offsets, self.page_table, self.prefix_lens, self.tree_lens, self.ancestors, self.scale,
-            *self.changes(),
-        )  # fmt: skip
+        """The op's reference in float64; on the CPU, since it reads every node's ancestors."""
+        at = self.prefix_lens[:, None].cpu() + torch.arange(self.shape.nodes)  # [R, nodes]
+        request = torch.arange(self.shape.requests)[:, None]
+        q, pool_k, pool_v = (x.cpu().double() for x in (self.q, self.pool_k, self.pool_v))
+        # What lies there is written there again.
+        k, v = (p[request, :, at].flatten(0, 1).transpose(0, 1).unsqueeze(0) for p in (pool_k, pool_v))
+        meta: list[Any] = [
+            self.positions, self.write_index, self.node_offsets, self.page_table, self.prefix_lens, self.tree_lens,
+            self.ancestors, self.scale, *self.changes(),
+        ]  # fmt: skip
+        meta = [x.cpu() if isinstance(x, Tensor) else x for x in meta]
+        return scored_attention.reference(q, k, v, pool_k, pool_v, *meta)
 
     @property
     def bytes(self) -> int:
@@ -110,8 +110,8 @@ def binary_tree(nodes: int) -> tuple[list[list[int]], list[int]]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖ in float64; NaN where `found` has one."""
-    return float((found.double() - expected).norm() / expected.norm())
+    """‖found - expected‖ / ‖expected‖ in float64, on the CPU; NaN where `found` has one."""
+    return float((found.cpu().double() - expected).norm() / expected.norm())
 
 
 class DeviceBench:

@@ -282,4 +282,5 @@ def test_pieces_cover_a_dimension(dim, largest):
     assert parts[0].start == 0 and parts[-1].start + parts[-1].valid == dim
     assert all(a.start + a.size == b.start and a.valid == a.size for a, b in itertools.pairwise(parts))
     assert all(p.size & (p.size - 1) == 0 and 16 <= p.size <= largest for p in parts)
+    assert len(parts) == 1 or largest < 64 or all(p.size >= 64 for p in parts)
     assert len([p for p in parts if p.size < largest]) <= 3

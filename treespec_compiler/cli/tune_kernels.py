@@ -27,7 +27,7 @@ from .explain import show_refusal
 from .inspection import REFUSED, need_triton, read_subject
 from .inspection import console as standard_output
 
-# Configurations a shape, those nearest to the default: all shapes of a kernel then have 14 to 24 together instead of
+# Configurations a shape, those nearest to the default: all shapes of a kernel then have 14 to 20 together instead of
 # 93. Each is compiled about seven times: once to be judged, then split or not, for one request or several, as checks
 # and timings launch it. At 0.5 to 1.5 s a compilation that is one to four minutes a kernel instead of 5 to 16.
 LIMIT = 8

@@ -1,0 +1,55 @@
+"""Checks every variant of tree attention on the device before its first use.
+
+What Triton makes of a kernel is sometimes wrong: 3.6 multiplied parts of heads of 80 and 96 numbers wrongly on an
+H200, with no error and on some configurations only. No test elsewhere shows that, so each process compares what it is
+about to launch with the reference in float64, on small cases, beside the compilation that is needed anyway.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+
+import torch
+
+from treespec_compiler.codegen.gpu.source import versions
+from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config
+from treespec_compiler.codegen.gpu.tune import TOLERANCE, Shape
+from treespec_compiler.errors import WrongKernel
+
+log = logging.getLogger(__name__)
+
+NODES = 20
+CONTEXTS = 173, 128
+"""Tokens behind: blocks of keys and a rest, and whole blocks."""
+
+
+@functools.cache
+def confirm(
+    spec: AttentionKernel, config: Config, split: bool, several: bool, chain: bool, device: torch.device
+) -> None:
+    """Raise WrongKernel unless the kernel gives the reference's numbers. `several`: requests in a launch."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a kernel is recorded that has never been launched")  # `Graphs` launches every size first
+    began = time.perf_counter()
+    with torch.inference_mode(False), torch.no_grad():
+        error = max(_error(spec, config, split, several, chain, context, device) for context in CONTEXTS)
+    # NOTE written so that NaN is wrong too
+    if not error <= TOLERANCE[spec.dtype]:
+        raise WrongKernel(
+            kernel=f"tree attention of {spec.heads} heads over {spec.kv_heads} of {spec.key_dim} numbers, {config}",
+            error=error,
+            tolerance=TOLERANCE[spec.dtype],
+            versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+        )
+    log.debug("%s of %s: an error of %.1e, in %.2f s", config, spec.key(), error, time.perf_counter() - began)
+
+
+def _error(
+    spec: AttentionKernel, config: Config, split: bool, several: bool, chain: bool, context: int, device: torch.device
+) -> float:
+    from treespec_compiler.codegen.gpu.tune_device import Inputs, relative_error
+
+    inputs = Inputs(spec, Shape(NODES, 1 + several, context), device, seed=1, chain=chain)
+    return relative_error(inputs.attend(config, 3 if split else 1), inputs.expected())
