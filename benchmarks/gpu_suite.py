@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_suite.py                                # on the GPU at hand
     python benchmarks/gpu_suite.py --only numerics attention      # some sections; `numerics`: all parts of it
-    python benchmarks/gpu_suite.py --all                          # and what could be the default
+    python benchmarks/gpu_suite.py --all                          # and linears joined or apart
     python benchmarks/gpu_suite.py --show FILE --markdown         # the tables of a run
     python benchmarks/gpu_suite.py --device cpu --smoke           # whether the script runs at all; no figures
 
@@ -70,8 +70,9 @@ SECTIONS = (
     Section("step 1B", "steps", 70, ("1B",)),
     Section("decode", "decode", 40),
 )
-# Run where --only names them, and with --all: beside the checks.
-MORE = (Section("variants", "variants", 115, ("8B",), beside=True, caches="variants"),)
+# Run where --only names them; with --all, `variants` runs beside the checks.
+VARIANTS = Section("variants", "variants", 115, ("8B",), beside=True, caches="variants")
+MORE = (VARIANTS, Section("splits", "splits", 60))
 
 
 def main() -> None:
@@ -110,7 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--only", nargs="+", type=section_name, metavar="NAME", help=f"of {', '.join(bare_names())}")
-    parser.add_argument("--all", action="store_true", help="what could be the default as well")
+    parser.add_argument("--all", action="store_true", help="linears joined or apart as well")
     parser.add_argument("--budget", type=seconds, default=TOTAL, help=f"seconds in all (default: {TOTAL:.0f})")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--keep-caches", action="store_true", help="use the caches there are; compilation is warm then")
@@ -174,7 +175,7 @@ def run(arguments: argparse.Namespace, path: Path | None) -> dict[str, Any]:
             spare = max(0.0, left - sum(max(s.budget for s in later) for later in (group, *waiting)))
             names = ", ".join(section.name for section in group)
             print(f"{names} ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
-            started = [Running(arguments, s, min(s.budget + spare, left), folder) for s in group]
+            started = [Running(arguments, s, min(s.budget + spare, left), folder, len(group)) for s in group]
             sections |= {one.section.name: one.results() for one in started}
             tables = folder.glob("tree_attention-*.json")
             found["tuning_tables"] = {t.stem.partition("-")[2]: json.loads(t.read_text()) for t in tables}
@@ -190,7 +191,7 @@ def asked(only: Sequence[str], everything: bool) -> list[Section]:
     if only:
         return [section for section in (*SECTIONS, *MORE) if any(map(section.is_named, only))]
     checks, *rest = groups(SECTIONS)
-    return [*checks, *(MORE if everything else ()), *(section for group in rest for section in group)]
+    return [*checks, *([VARIANTS] if everything else []), *(section for group in rest for section in group)]
 
 
 def about(device: str) -> dict[str, Any]:
@@ -222,17 +223,23 @@ def nvidia_smi(*names: str) -> dict[str, str]:
     return dict(zip(names, values)) if done.returncode == 0 and len(values) == len(names) else {}
 
 
-def environment(arguments: argparse.Namespace, section: Section, folder: Path) -> dict[str, str]:
-    """Of a section's process: where every compiler keeps what it made."""
+def environment(arguments: argparse.Namespace, section: Section, folder: Path, together: int) -> dict[str, str]:
+    """Of a section's process, one of those that run `together`: threads, and where compilers keep what they made."""
+    # NOTE the references run on the CPU: eight processes with a thread for every core each take minutes for seconds.
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // together))} if together > 1 else {}
     if arguments.keep_caches or arguments.smoke:
-        return os.environ | {"TREESPEC_SUITE_CACHES": "as they were"}
+        return os.environ | threads | {"TREESPEC_SUITE_CACHES": "as they were"}
     compiled = folder / f"caches-{section.caches}"
-    return os.environ | {
-        "TREESPEC_CACHE_DIR": str(folder / "treespec"),  # tuning tables are for all sections
-        "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
-        "TRITON_CACHE_DIR": str(compiled / "triton"),
-        "TREESPEC_SUITE_CACHES": "new",
-    }
+    return (
+        os.environ
+        | threads
+        | {
+            "TREESPEC_CACHE_DIR": str(folder / "treespec"),  # tuning tables are for all sections
+            "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
+            "TRITON_CACHE_DIR": str(compiled / "triton"),
+            "TREESPEC_SUITE_CACHES": "new",
+        }
+    )
 
 
 def groups(sections: Sequence[Section]) -> list[list[Section]]:
@@ -249,7 +256,9 @@ def groups(sections: Sequence[Section]) -> list[list[Section]]:
 class Running:
     """A section in a process of its own."""
 
-    def __init__(self, arguments: argparse.Namespace, section: Section, budget: float, folder: Path) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, section: Section, budget: float, folder: Path, together: int = 1
+    ) -> None:
         self.section, self.budget, self.began = section, budget, time.perf_counter()
         self.path, self.log = (folder / f"{slug(section.name)}.{kind}" for kind in ("json", "txt"))
         command = [sys.executable, __file__, "--device", arguments.device, "--run-section", section.name]
@@ -261,7 +270,7 @@ class Running:
             *(["--smoke"] * arguments.smoke),
         ]
         with self.log.open("w") as output:
-            variables = environment(arguments, section, folder)
+            variables = environment(arguments, section, folder, together)
             self.process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
 
     def results(self) -> dict[str, Any]:

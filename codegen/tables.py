@@ -74,9 +74,19 @@ class Table:
     """Device and versions, for readers."""
 
     def nearest(self, key: Key) -> Entry | None:
-        """The entry whose sizes are nearest by ratio, of those that are otherwise equal; of two as near the smaller."""
+        """The entry whose sizes are nearest by ratio, of those that are otherwise equal; of two as near the smaller.
+
+        One that was measured with fewer rows comes last: its blocks may be too small for all rows, and those of two
+        blocks read K/V twice. 16 rows fit into the smallest block there is.
+        """
         fitting = [e for e in self.entries if _exact(e.key) == _exact(key) and e.key.keys() == key.keys()]
-        return min(fitting, key=lambda e: (_distance(e.key, key), sorted(_sizes(e.key).items())), default=None)
+
+        def order(entry: Entry) -> tuple[bool, float, list[tuple[str, float]]]:
+            sizes, asked = _sizes(entry.key), _sizes(key)
+            short = max(16.0, sizes.get("rows", 0.0)) < asked.get("rows", 0.0)
+            return short, _distance(entry.key, key), sorted(sizes.items())
+
+        return min(fitting, key=order, default=None)
 
 
 def _sizes(key: Key) -> dict[str, float]:

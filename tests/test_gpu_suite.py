@@ -325,7 +325,7 @@ def asked(monkeypatch, *only):
     started = []
 
     class Running:
-        def __init__(self, arguments, section, budget, folder):
+        def __init__(self, arguments, section, budget, folder, together):
             self.section = section
             started.append(section.name)
 
@@ -342,6 +342,25 @@ def test_a_bare_name_stands_for_all_parts(monkeypatch):
     assert asked(monkeypatch, "attention", "numerics") == ["numerics 1", "numerics 2", "numerics 3", "attention"]
     assert asked(monkeypatch, "oracle 3", "step") == ["oracle 3", "step 8B", "step 1B"]
     assert asked(monkeypatch, "step 8B", "compile again", "variants") == ["step 8B", "compile again", "variants"]
+
+
+def test_all_adds_what_compiles_to_the_checks():
+    plain, everything = gpu_suite.asked((), False), gpu_suite.asked((), True)
+    assert plain == list(gpu_suite.SECTIONS) and {*everything} - {*plain} == {gpu_suite.VARIANTS}
+    checks, *timed = gpu_suite.groups(everything)
+    assert gpu_suite.VARIANTS in checks and all(len(group) == 1 for group in timed)
+
+
+def test_processes_that_run_together_share_the_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py"])
+    arguments = gpu_suite.parse()
+
+    def threads(together):
+        return gpu_suite.environment(arguments, gpu_suite.SECTIONS[0], tmp_path, together).get("OMP_NUM_THREADS")
+
+    assert [threads(n) for n in (1, 7, 32)] == [None, "2", "1"]
 
 
 @pytest.mark.parametrize(

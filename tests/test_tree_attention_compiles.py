@@ -23,7 +23,6 @@ from treespec_compiler.codegen.gpu.tree_attention_spec import (
     Config,
     default_config,
     merge_warps,
-    pieces,
     resident_programs,
     search_space,
     split_count,
@@ -202,12 +201,18 @@ def test_split_count() -> None:
 
 
 def test_pieces() -> None:
-    def sizes(dim: int, largest: int = 512) -> list[int]:
-        return [piece.size for piece in pieces(dim, largest)]
+    def sizes(key: int, value: int, dtype: torch.dtype = BRAIN) -> list[list[int]]:
+        spec = AttentionKernel(8, 2, key, value, dtype, dtype)
+        return [[piece.size for piece in parts] for parts in (spec.key_pieces, spec.value_pieces)]
 
-    assert [sizes(dim) for dim in (8, 64, 80, 96, 128)] == [[16], [64], [128], [128], [128]]
-    assert [sizes(dim) for dim in (136, 160, 192, 576)] == [[128, 64], [128, 64], [128, 64], [512, 64]]
-    assert [sizes(dim, 32) for dim in (20, 40, 80)] == [[32], [32, 16], [32, 32, 16]]
+    for dim in (136, 160, 192):
+        assert sizes(dim, dim) == [[128, 64]] * 2
+    for dim in (80, 96, 112, 128):
+        assert sizes(dim, dim) == [[128]] * 2
+    assert sizes(576, 512) == [[512, 64], [512]]
+    assert [sizes(dim, dim)[0] for dim in (8, 16, 32, 40, 64)] == [[64], [16], [32], [64], [64]]
+    assert sizes(64, 32) == sizes(32, 64) == [[64], [64]]
+    assert [sizes(dim, dim, FLOAT)[0] for dim in (20, 40, 80)] == [[32], [32, 16], [32, 32, 16]]
 
 
 @settings(max_examples=300)

@@ -42,6 +42,7 @@ FAMILIES = {
     "dim 136": spec(8, 2, 136),
     "dim 160": spec(8, 2, 160),
     "dim 256": spec(8, 4, 256),
+    "keys 64, values 32": spec(8, 2, 64, value=32),
     "keys 128, values 96": spec(8, 2, 128, value=96),
     "MLA 192 + 128": spec(16, 16, 192, value=128),
     "window": spec(32, 8, 128, mask=MaskSpec(128)),

@@ -61,7 +61,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     sections = found["sections"]
     made = [_status(sections), *([_aims(sections)] if found["status"] == "measured" else [])]
     made += [t for t in (_checks(sections), _attention(sections), *_steps(sections)) if t]
-    made += [t for t in (_programs(sections), _variants(sections), _decode(sections)) if t]
+    made += [t for t in (_programs(sections), _variants(sections), _splits(sections), _decode(sections)) if t]
     return made + ([_projection(found["projection"])] if found.get("projection") else [])
 
 
@@ -187,6 +187,19 @@ def _variants(sections: dict[str, Any]) -> Table | None:
         for name, ms in row["prefill_ms"].items():
             table.add(f"a prompt of {row['tokens']}", name, f"{ms:.2f}")
     return table if section.get("steps") or section.get("prompts") else None
+
+
+def _splits(sections: dict[str, Any]) -> Table | None:
+    sweeps = sections.get("splits", {}).get("sweeps", [])
+    headings = ("context, nodes", "best", "us", "chosen", "us", "not shared, us")
+    table = Table("How many programs share the committed tokens", headings)
+    for sweep in sweeps:
+        us = sweep["us"]
+        best = min(us, key=us.__getitem__)
+        chosen = str(sweep["chosen"])
+        name = f"{sweep['context']}, {sweep['nodes']}"
+        table.add(name, best, f"{us[best]:.1f}", chosen, f"{us[chosen]:.1f}", f"{us['1']:.1f}")
+    return table if sweeps else None
 
 
 def _decode(sections: dict[str, Any]) -> Table | None:

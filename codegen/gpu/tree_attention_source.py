@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Piece, pieces
+from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Piece
 from treespec_compiler.codegen.gpu.tree_attention_template import (
     ATTEND,
     DENSE_PREFIX,
@@ -47,12 +47,12 @@ def source(spec: AttentionKernel) -> str:
         text += ONES
     text += ATTEND.format(
         tables=_tables(spec),
-        load_q=_lines(_load_q(spec, i, p) for i, p in enumerate(_key(spec))),
+        load_q=_lines(_load_q(spec, i, p) for i, p in enumerate(spec.key_pieces)),
         load_tables=_load_tables(spec),
         begin=_begin(spec),
         tree_begin="0" if _is_dense(spec) else TREE_BEGIN,
         dims=_dims(spec),
-        sums=_lines(f"acc{i} = tl.zeros([BLOCK_M, {p.size}], tl.float32)" for i, p in enumerate(_value(spec))),
+        sums=_lines(f"acc{i} = tl.zeros([BLOCK_M, {p.size}], tl.float32)" for i, p in enumerate(spec.value_pieces)),
         prefix=_prefix(spec, score),
         path_length="\n    length = q_pos - prefix + 1  # nodes of the path, itself included" * _needs_distance(spec),
         unit="LOG2E" if spec.scored else "scale * LOG2E",
@@ -75,14 +75,6 @@ def source(spec: AttentionKernel) -> str:
 
 def _lines(lines: Iterable[str], spaces: int = 4) -> str:
     return "".join(f"\n{' ' * spaces}{line}" for line in lines)
-
-
-def _key(spec: AttentionKernel) -> tuple[Piece, ...]:
-    return pieces(spec.key_dim, spec.largest_piece)
-
-
-def _value(spec: AttentionKernel) -> tuple[Piece, ...]:
-    return pieces(spec.value_dim, spec.largest_piece)
 
 
 def _where(*conditions: str) -> str:
@@ -158,7 +150,9 @@ def _begin(spec: AttentionKernel) -> str:
 
 
 def _dims(spec: AttentionKernel) -> str:
-    named = [("d", i, p) for i, p in enumerate(_key(spec))] + [("e", i, p) for i, p in enumerate(_value(spec))]
+    named = [("d", i, p) for i, p in enumerate(spec.key_pieces)] + [
+        ("e", i, p) for i, p in enumerate(spec.value_pieces)
+    ]
     return _lines(f"{name}{i} = {f'{p.start} + ' * bool(p.start)}tl.arange(0, {p.size})" for name, i, p in named)
 
 
@@ -192,10 +186,10 @@ def _tile(spec: AttentionKernel, score: str, part: str) -> str:
         out.append(f"inside = {name} < {'tree_end' if tree else 'end'}")
     page_mask = inside or f"{name} >= 0"
     out.append(f"k_at = places({token}, {page_mask}, table, page_size, k_page, k_token, ONE_PAGE)")
-    out += [f"k{i} = {_load_k(spec, i, p, inside)}" for i, p in enumerate(_key(spec))]
+    out += [f"k{i} = {_load_k(spec, i, p, inside)}" for i, p in enumerate(spec.key_pieces)]
     precise = ', input_precision="ieee"' if spec.dtype == torch.float32 else ""
     out.append(f"s = tl.dot(q0, {_cast('k0', 'q0', spec)}{precise})")
-    out += [f"s = tl.dot(q{i}, {_cast(f'k{i}', 'q0', spec)}, s{precise})" for i in range(1, len(_key(spec)))]
+    out += [f"s = tl.dot(q{i}, {_cast(f'k{i}', 'q0', spec)}, s{precise})" for i in range(1, len(spec.key_pieces))]
     out += _seen(spec, part)
     if spec.scored:
         out += ["s = s * scale", f"s = {score}"]
@@ -203,7 +197,7 @@ def _tile(spec: AttentionKernel, score: str, part: str) -> str:
         out.append('s = tl.where(seen, s, float("-inf"))')
     out.append(f"p, rescale, top, total = online_softmax(s, unit, top, total, {part in ('masked', 'tree')})")
     out.append(f"v_at = places({token}, {page_mask}, table, page_size, v_page, v_token, ONE_PAGE)")
-    for i, piece in enumerate(_value(spec)):
+    for i, piece in enumerate(spec.value_pieces):
         out.append(f"v{i} = {_load_v(spec, i, piece, inside)}")
         out.append(f"acc{i} = tl.dot(p.to(q0.dtype), {_cast(f'v{i}', 'q0', spec)}, acc{i} * rescale[:, None]{precise})")
     if tree and _needs_distance(spec):
@@ -257,7 +251,7 @@ def _load_v(spec: AttentionKernel, i: int, piece: Piece, inside: str) -> str:
 
 def _value_masks(spec: AttentionKernel, rows: str) -> list[tuple[int, Piece, str]]:
     padded = f" & (e{{}} < {spec.value_dim})[None, :]"
-    return [(i, p, rows + (padded.format(i) if p.valid < p.size else "")) for i, p in enumerate(_value(spec))]
+    return [(i, p, rows + (padded.format(i) if p.valid < p.size else "")) for i, p in enumerate(spec.value_pieces)]
 
 
 def _place(row: str, i: int, piece: Piece) -> str:

@@ -22,8 +22,6 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _CAUSAL = MaskSpec()
 SMALLEST, LARGEST = 16, 256
 """Of a block: tensor cores multiply along 16 numbers at least, and scores lie in registers."""
-SMALLEST_OF_SEVERAL = 64
-"""Numbers of a piece of a head's dimension where there is more than one: `pieces`."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,25 @@ class AttentionKernel:
         return bool(self.softcap) or self.slopes or self.bias
 
     @property
-    def largest_piece(self) -> int:
-        """Of a dimension: float32 products without tensor cores keep a whole piece in registers."""
-        return 32 if self.dtype == torch.float32 else 512
+    def key_pieces(self) -> tuple[Piece, ...]:
+        return pieces(self.key_dim, *self._piece_sizes)
+
+    @property
+    def value_pieces(self) -> tuple[Piece, ...]:
+        return pieces(self.value_dim, *self._piece_sizes)
+
+    @property
+    def _piece_sizes(self) -> tuple[int, int]:
+        """The smallest and the largest.
+
+        NOTE pieces of a head of 16 bits have 64 numbers at least, unless keys and values have the same 16 or 32. On an
+        H200, Triton 3.6 multiplied smaller pieces of values wrongly where their loads were not pipelined (80 = 64 + 16,
+        96 = 64 + 32, values of 32 with keys of 64), or read outside of shared memory (40 = 32 + 16).
+        """
+        if self.dtype == torch.float32:
+            return SMALLEST, 32  # products without tensor cores keep a whole piece in registers
+        small = self.key_dim == self.value_dim and self.key_dim in (16, 32)
+        return (SMALLEST if small else 64), 512
 
     def key(self) -> dict[str, str | int | float]:
         """As headers of generated source show it."""
@@ -134,21 +148,16 @@ class Piece:
     valid: int
 
 
-def pieces(dim: int, largest: int = 512) -> tuple[Piece, ...]:
-    """A head dimension as powers of two up to `largest`, the last one filled up: 192 = 128 + 64, 96 one piece of 128.
-
-    NOTE among several none is below 64 numbers, but for float32, which has no tensor cores. On an H200, Triton 3.6
-    multiplied smaller pieces of values wrongly where their loads were not pipelined (80 = 64 + 16, 96 = 64 + 32), or
-    read outside of shared memory (40 = 32 + 16).
-    """
+def pieces(dim: int, smallest: int = SMALLEST, largest: int = 512) -> tuple[Piece, ...]:
+    """A head dimension as powers of two from `smallest` to `largest`, the last one filled up: 192 = 128 + 64."""
     out: list[Piece] = []
-    start, least = 0, SMALLEST_OF_SEVERAL if largest >= SMALLEST_OF_SEVERAL else SMALLEST
+    start = 0
     while start < dim:
         rest = dim - start
         size = 1 << (rest.bit_length() - 1)
-        if size < rest and size <= least:  # what would be left is smaller
+        if size < rest and size <= smallest:  # what would be left is smaller
             size *= 2
-        size = min(max(size, least if out else SMALLEST), largest)
+        size = min(max(size, smallest), largest)
         out.append(Piece(start, size, min(size, rest)))
         start += size
     return tuple(out)
@@ -160,7 +169,7 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
     In 16 bits the model families of tests/test_tree_attention_compiles.py compile without spills on every target, with
     Triton 3.6 and 3.9.
     """
-    wide = max(_padded(spec.key_dim), _padded(spec.value_dim))
+    wide = max(_padded(spec.key_pieces), _padded(spec.value_pieces))
     block_m = max(SMALLEST, power_of_two(rows))
     if torch.float32 in (spec.dtype, spec.pool_dtype):
         return _exact_config(spec, block_m, wide, arch)
@@ -173,7 +182,7 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
     if arch.startswith("gfx"):
         return Config(block_m, min(block_n, 32), num_warps, 2) if block_m >= 64 else Config(block_m, block_n, 4, 2)
     hopper, ampere = arch.startswith("sm_9"), arch.startswith("sm_8")
-    in_pieces = len(pieces(spec.key_dim)) > 1 or len(pieces(spec.value_dim)) > 1
+    in_pieces = len(spec.key_pieces) > 1 or len(spec.value_pieces) > 1
     if block_m <= 32 and in_pieces:
         block_n = min(block_n, 32)
     if hopper and block_m == 16 and wide == 128 and not in_pieces:
@@ -220,7 +229,7 @@ def _exact_config(spec: AttentionKernel, block_m: int, wide: int, arch: str) -> 
 
 def search_space(spec: AttentionKernel) -> Iterator[Config]:
     """Every configuration worth compiling; which ones fit and use tensor cores is known after that."""
-    wide = max(_padded(spec.key_dim), _padded(spec.value_dim))
+    wide = max(_padded(spec.key_pieces), _padded(spec.value_pieces))
     for block_m in (16, 32, 64, 128):
         for block_n in (16, 32, 64, 128):
             for num_warps in (4, 8):
@@ -271,7 +280,7 @@ def split_count(spec: AttentionKernel, programs: int, capacity: int, config: Con
 def resident_programs(spec: AttentionKernel, config: Config) -> int:
     """Programs of `attend` that a processor holds at once: by registers, and by shared memory for q and buffers."""
     registers = FEW_REGISTERS if config.block_m <= SMALLEST else MANY_REGISTERS
-    q_bytes = config.block_m * _padded(spec.key_dim) * spec.dtype.itemsize
+    q_bytes = config.block_m * _padded(spec.key_pieces) * spec.dtype.itemsize
     shared = q_bytes + config.num_stages * _block_bytes(spec, config)
     return max(1, min(REGISTER_FILE // (registers * config.num_warps * 32), SHARED_BYTES // shared))
 
@@ -307,7 +316,7 @@ def _attention_time(
 
 def _block_bytes(spec: AttentionKernel, config: Config) -> int:
     """Of a block of keys and their values."""
-    return config.block_n * (_padded(spec.key_dim) + _padded(spec.value_dim)) * spec.pool_dtype.itemsize
+    return config.block_n * (_padded(spec.key_pieces) + _padded(spec.value_pieces)) * spec.pool_dtype.itemsize
 
 
 def merge_warps(spec: AttentionKernel, parts: int) -> int:
@@ -335,5 +344,5 @@ tables.OPS["tree_attention"] = tables.Tuned(
 )
 
 
-def _padded(dim: int) -> int:
-    return sum(piece.size for piece in pieces(dim))
+def _padded(parts: tuple[Piece, ...]) -> int:
+    return sum(piece.size for piece in parts)
