@@ -482,7 +482,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
     given = parser.parse_args()
     if given.show:
-        report = read_report(given.show, "run", "settings", "loops", "runs")
+        report = read_report(given.show, "run", "settings", "loops", "runs", benchmark="decode")
         report["summary"] = summarize(report)
     else:
         report = measure(given)

@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
     given = parser.parse_args(arguments)
     if given.show:
-        report = read_report(given.show, "run", "settings", "models")
+        report = read_report(given.show, "run", "settings", "models", benchmark="verify")
         report["summary"] = summarize(report)
     else:
         report = measure(given)

@@ -78,8 +78,8 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def read_report(path: Path, *keys: str) -> dict[str, Any]:
-    """A report with these keys; ends the program in one line where the file holds none."""
+def read_report(path: Path, *keys: str, benchmark: str | None = None) -> dict[str, Any]:
+    """A report of this benchmark with these keys; ends the program in one line where the file holds none."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -88,9 +88,10 @@ def read_report(path: Path, *keys: str) -> dict[str, Any]:
         why = f"not JSON: {error}"
     else:
         missing = [key for key in keys if key not in report] if isinstance(report, dict) else list(keys)
-        if not missing:
+        other = isinstance(report, dict) and report.get("benchmark") != benchmark
+        if not missing and not other:
             return report
-        why = f"it has no {missing[0]!r}"
+        why = f"it has no {missing[0]!r}" if missing else f"it is of the benchmark {report.get('benchmark')!r}"
     sys.exit(f"got {str(path)!r}, expected a file that this script wrote: {why}")
 
 
@@ -99,6 +100,9 @@ def load_pair(target: Path | None, draft: Path | None, count: int) -> tuple[Any,
 
     The demo's, or those of two folders; their heldout.json lies beside the target's.
     """
+    if (target is None) != (draft is None):
+        given, other = ("target", "draft") if draft is None else ("draft", "target")
+        sys.exit(f"got --{given} alone, expected --{other} as well, or neither: the shipped pair.")
     if target is None or draft is None:
         models = demo.load_target(), demo.load_draft()
         tokenizer, texts = demo.load_tokenizer(), [prompt.text for prompt in demo.heldout_prompts()]

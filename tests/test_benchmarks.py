@@ -161,3 +161,18 @@ def test_showing_a_file_of_something_else(script: str, tmp_path: Path) -> None:
     done = start(script, "--show", path)
     assert done.returncode == 1 and "expected a file that this script wrote: it has no" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, arguments, text",
+    [
+        ("bench_verify.py", ("--show", ROOT / "benchmarks/results/cpu/decode.json"), "it is of the benchmark 'decode'"),
+        ("bench_decode.py", ("--show", ROOT / "benchmarks/results/cpu/verify.json"), "it has no 'loops'"),
+        ("bench_policies.py", ("--target", "x"), "got --target alone, expected --draft as well"),
+        ("bench_verifiers.py", ("--draft", "x"), "got --draft alone, expected --target as well"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(script, arguments, text):
+    done = start(script, *arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    assert text in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

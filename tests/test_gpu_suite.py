@@ -416,6 +416,18 @@ def test_variants(sections):
     assert any("what could be the default" in title for title in titles)
 
 
+def test_splits(sections):
+    (sweep,) = sections["splits"]["sweeps"]
+    assert sweep["us"].keys() >= {"1", "2", str(sweep["chosen"])} and min(sweep["us"].values()) > 0
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*/gpu_suite*.json")), ids=lambda path: path.stem)
+def test_committed_runs_can_be_shown(path, capsys):
+    gpu_suite.print_report(json.loads(path.read_text()), markdown=True)
+    shown = capsys.readouterr().out
+    assert "NVIDIA" in shown and "| what | aim | measured | met |" in shown
+
+
 def test_without_a_gpu(tmp_path):
     done = suite("--out", tmp_path / "out.json")
     assert done.returncode == 1 and "not measured: torch" in done.stderr

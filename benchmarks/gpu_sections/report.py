@@ -197,8 +197,9 @@ def _splits(sections: dict[str, Any]) -> Table | None:
         us = sweep["us"]
         best = min(us, key=us.__getitem__)
         chosen = str(sweep["chosen"])
+        alone = f"{us['1']:.1f}" if "1" in us else "-"
         name = f"{sweep['context']}, {sweep['nodes']}"
-        table.add(name, best, f"{us[best]:.1f}", chosen, f"{us[chosen]:.1f}", f"{us['1']:.1f}")
+        table.add(name, best, f"{us[best]:.1f}", chosen, f"{us[chosen]:.1f}", alone)
     return table if sweeps else None
 
 

@@ -203,7 +203,9 @@ def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Con
         if block_m == 16:
             return Config(16, block_n, 8, 2)
         # With a mask there is one pipeline instead of two, which takes fewer registers.
-        return Config(32, 32, 4, 2) if masked or wide <= 192 else Config(32, 16, 8, 2)
+        if masked or wide <= 192:
+            return Config(32, 32, 8 if len(spec.value_pieces) > 1 else 4, 2)
+        return Config(32, 16, 8, 2)
     if ampere:
         block_m = min(block_m, 64 if wide <= 64 else 32)
         block_n = block_n if block_m == 16 else 32
