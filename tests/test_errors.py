@@ -31,6 +31,9 @@ EXAMPLES: list[TreespecError] = [
     errors.MissingPackage(package="triton", purpose="generated kernels", fix="Install it: pip install triton."),
     errors.CorruptTable(path="tree_attention/cpu.json", problem="no key 'schema'"),
     errors.CaptureFailed(problem="RuntimeError (operation not permitted when stream is capturing)"),
+    errors.WrongKernel(
+        kernel="tree attention of 8 heads over 2 of 96 numbers", error=0.16, tolerance=0.015, versions="triton 3.6.0"
+    ),
     errors.PassError(pass_name="treeify", problem="an arange over the sequence is left"),
     errors.PassError(pass_name="probe", problem="a changed graph", user=True),
     errors.InvalidPipeline(got="no pass 'fuze'", expected="a known pass"),
