@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
 from treespec_compiler.codegen.gpu.tune import TOLERANCE, Shape
-from treespec_compiler.codegen.gpu.tune_device import Inputs, binary_tree
+from treespec_compiler.codegen.gpu.tune_device import Inputs, binary_tree, relative_error
 
-from .base import Context, copy_rate, milliseconds, reason, relative_error
+from .base import Context, copy_rate, milliseconds, reason
 from .numerics import eager_attention
 
 SPEC = AttentionKernel(32, 8, 128, 128, torch.bfloat16, torch.bfloat16)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks, where a section is started by itself
 
@@ -146,9 +145,3 @@ def copy_rate(context: Context) -> float:
     source = torch.empty(1 << 20, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * source.numel() / (1e-3 * milliseconds(context, {"copy": lambda: target.copy_(source)}, 0.1)["copy"])
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖ in float64."""
-    found = found.to(expected.device)
-    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))

@@ -11,14 +11,14 @@ import torch
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
 from treespec_compiler.codegen.gpu.tune import TOLERANCE, Shape
-from treespec_compiler.codegen.gpu.tune_device import Inputs
+from treespec_compiler.codegen.gpu.tune_device import Inputs, relative_error
 from treespec_compiler.ir import accept, commit, ops
 from treespec_compiler.ir import attention as reference
 from treespec_compiler.ir import stochastic_accept as stochastic
 from treespec_compiler.ir.registry import best_kernel
 from treespec_compiler.ir.specs import MaskSpec
 
-from .base import Context, reason, relative_error
+from .base import Context, reason
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

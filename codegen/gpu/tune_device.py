@@ -111,7 +111,8 @@ def binary_tree(nodes: int) -> tuple[list[list[int]], list[int]]:
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """‖found - expected‖ / ‖expected‖ in float64, on the CPU; NaN where `found` has one."""
-    return float((found.cpu().double() - expected).norm() / expected.norm())
+    found, expected = found.cpu().double(), expected.cpu().double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 class DeviceBench:
