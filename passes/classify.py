@@ -14,7 +14,7 @@ from .biases import NotAMask
 from .closed_form import ClosedForms, broadcast, shape_of
 from .evaluate import evaluate_for_length
 from .manager import Pass
-from .masks import Scoring, classify
+from .masks import BIDIRECTIONAL, Scoring, classify
 from .mixers import content_mask
 from .provenance import layer_path, source_line
 from .score_pack import ScorePack, cone
@@ -62,7 +62,7 @@ def _scoring(
     """What the mask is, and the input that holds its slopes or biases."""
     if mask is None:
         if not is_causal:
-            raise refuse("bidirectional attention: every query sees every key, so this is not a causal decoder", node)
+            raise refuse(BIDIRECTIONAL, node)
         return Scoring(MaskSpec()), None
     form = forms.of(mask)
     if form is None:

@@ -22,6 +22,7 @@ from treespec_compiler.ir.specs import MaskSpec
 from .biases import NotAMask, bias_kind
 from .closed_form import Form, axis
 
+BIDIRECTIONAL = "bidirectional attention: every query sees every key, so this is not a causal decoder"
 # An additive mask value at or below this hides a key: exp(-1e4) is 0 in float32, and models use -1e4 and lower.
 HIDDEN = -1e4
 # A hiding value that a bias is added to (ALiBi on top of the lowest float) is at or below this.
@@ -210,6 +211,8 @@ def _visible_distances(points: list[int], hidden: set[int], text: str) -> _Visib
 
 
 def _spec(seen: _Visible, limit: int | None, text: str) -> MaskSpec:
+    if seen.low is None and seen.high is None:
+        raise NotAMask(f"{BIDIRECTIONAL}: {text}")
     if seen.low is None or seen.low < 0:
         reach = "every later token" if seen.low is None else f"{-seen.low} later token(s)"
         raise NotAMask(f"a query sees {reach}, so this is not a causal decoder: {text}")

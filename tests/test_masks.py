@@ -58,7 +58,8 @@ def test_window(name: str) -> None:
 
 
 REFUSED: dict[str, tuple[Mask, str]] = {
-    "everything": (lambda q, k: k + q >= 0, "later token"),
+    "everything": (lambda q, k: k + q >= 0, "bidirectional attention: every query sees every key"),
+    "all later": (lambda q, k: k >= q, "every later token"),
     "one later": (lambda q, k: k <= q + 1, "1 later token"),
     "not itself": (lambda q, k: k < q, "off-by-one"),
     "nothing": (lambda q, k: (k < q) & (k > q), "hides everything"),

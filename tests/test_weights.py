@@ -127,7 +127,7 @@ def test_a_mask_buffer_is_proved_again() -> None:
     assert program.sites[0].mask.window == 3
     assert wrong(program, model) <= TOLERANCE
     model.seen.fill_(True)
-    with pytest.raises(treespec.Unsupported, match="later token"):
+    with pytest.raises(treespec.Unsupported, match="bidirectional"):
         program.new_cache(16)
 
 

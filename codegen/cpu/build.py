@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 from treespec_compiler.codegen.user_cache import cache_dir
 
@@ -41,9 +40,17 @@ def flags() -> list[str]:
     return ["-std=c++20", "-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", abi]
 
 
+def folders() -> tuple[list[str], list[str]]:
+    """Of torch's headers, and of its libraries."""
+    # NOTE imported where something is built only: a CUDA build of torch logs there that a machine has no GPU.
+    from torch.utils import cpp_extension
+
+    return cpp_extension.include_paths(), cpp_extension.library_paths()
+
+
 def openmp() -> list[str]:
     """torch's own OpenMP runtime where it brings one: two runtimes in a process would be two pools of threads."""
-    found = [p for lib in cpp_extension.library_paths() for p in sorted(Path(lib).glob("libgomp*.so*"))]
+    found = [p for folder in folders()[1] for p in sorted(Path(folder).glob("libgomp*.so*"))]
     return [str(p) for p in found[:1]]
 
 
@@ -57,9 +64,9 @@ def cpu_flags() -> str:
 
 
 def command(cxx: str, output: Path) -> list[str]:
-    includes = [f"-isystem{p}" for p in cpp_extension.include_paths()]
-    libraries = [f"-L{p}" for p in cpp_extension.library_paths()]
-    return [cxx, *flags(), *includes, str(SOURCE), "-o", str(output), *openmp(), *libraries, "-lc10", "-ltorch_cpu"]
+    headers, libraries = folders()
+    includes, links = [f"-isystem{p}" for p in headers], [f"-L{p}" for p in libraries]
+    return [cxx, *flags(), *includes, str(SOURCE), "-o", str(output), *openmp(), *links, "-lc10", "-ltorch_cpu"]
 
 
 def key(cxx: str) -> str:
