@@ -231,6 +231,13 @@ def test_without_a_compiler_one_warning_and_the_reference(tmp_path):
     assert out.count("no C++ compiler found") == 1, out
 
 
+def test_torchs_extension_builder_is_imported_to_build_only():
+    """A CUDA build of torch logs there that the machine has no GPU; every command would print it."""
+    code = "import sys, treespec_compiler.codegen.cpu; print('builder', 'torch.utils.cpp_extension' in sys.modules)"
+    out, _ = in_a_process(code).communicate(timeout=300)
+    assert "builder False" in out, out
+
+
 def test_a_failing_build_gives_its_reason(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(build, "flags", lambda: ["-no-such-flag"])
