@@ -82,8 +82,8 @@ def rows(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return found
 
 
-# deepseek_v3 fills a new tensor through its views, mixtral divides in place, falcon adds to what another module gave,
-# gemma2's layers alternate between two masks
+# deepseek_v3 fills a new tensor through its views, mixtral divides in place, falcon adds to what a part of its layer
+# gave, gemma2's layers alternate between two masks
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gemma2", "mixtral", "deepseek_v3"])
 def test_as_a_trace_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
@@ -204,71 +204,107 @@ def test_one_tensor_given_twice_is_not_two_alike(monkeypatch: pytest.MonkeyPatch
     assert made.traces == 3  # the embedding, a layer of one tensor, a layer of two
 
 
-class Adds(nn.Module):
-    """Adds to the stream in place."""
+class Carried(nn.Module):
+    """Layers are also given something that the one before them made."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: Callable[[Tensor], Tensor], step: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x += self.norm(x)
-        return x
-
-
-class AddsToAView(Adds):
-    def forward(self, x: Tensor) -> Tensor:
-        x[..., : DIM // 2].mul_(2)
-        return x
-
-
-class Kept(Stack):
-    """A view of the stream is taken before the layers write it, and read after them."""
+        self.start, self.embed = start, nn.Embedding(23, 2 * DIM)
+        self.layers = nn.ModuleList(Step(step) for _ in range(3))
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
-        first = x[..., :1]
+        other = self.start(x)
         for layer in self.layers:
-            x = layer(x)
-        return x + first
+            x, other = layer(x, other)
+        return x + other.sum()
 
 
-@pytest.mark.parametrize("layer", [Adds, AddsToAView])
-def test_a_stream_that_layers_write(layer: type[Adds], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Stack(layer(), layer(), layer()).eval()
-    made = both(monkeypatch, model)
+class Step(nn.Module):
+    def __init__(self, step: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        return self.step(x, other)
+
+
+def adds(x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+    other += 1
+    return x * 2, other
+
+
+def adds_to_a_view(x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+    other[..., :3].mul_(2)
+    return x * 2, other
+
+
+def copies_if_it_must(x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+    """Whether `contiguous` gives `other` itself depends on its strides, which those of its base decide."""
+    other.mul_(2)
+    other.contiguous().add_(1)
+    return x * 2, other
+
+
+def takes_the_place(x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+    other.set_(x * 2)
+    return x * 2, other
+
+
+def itself(x: Tensor) -> Tensor:
+    return x
+
+
+def half(x: Tensor) -> Tensor:
+    return x[..., :DIM]
+
+
+@pytest.mark.parametrize(
+    ("start", "step"),
+    [
+        (itself, adds),
+        (half, adds),
+        (half, adds_to_a_view),
+        (half, copies_if_it_must),
+        (torch.ones_like, takes_the_place),
+    ],
+)
+def test_what_another_layer_made_is_written(start: Any, step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = both(monkeypatch, Carried(start, step).eval())
+    assert made.layers is None and "is written by a layer that did not make it" in made.reason
+
+
+def sums(x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+    copy = other.contiguous()
+    copy.add_(1)
+    fresh = torch.ones_like(x.mT)
+    fresh.cumsum_(1)  # eagerly with the strides of `x.mT`; the functional sum has others
+    return x * other.mT, fresh
+
+
+def test_what_a_layer_gives_has_other_strides_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = both(monkeypatch, Carried(lambda x: torch.ones_like(x.mT), sums).eval())
+    assert made.layers is None and "has other strides in the graph" in made.reason
+
+
+def keeps_its_own(x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+    fresh = x * 3
+    view = fresh[..., :3]
+    view += 1
+    return fresh, other + view.sum()
+
+
+def test_what_a_layer_made_itself_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = both(monkeypatch, Carried(itself, keeps_its_own).eval())
     assert made.layers is not None, made.reason
-    assert made.traces == 2
-    ids = torch.arange(7)[None]
-    weights = [model.embed.weight, *(p for layer in model.layers for p in layer.parameters())]
-    assert torch.allclose(outputs(made.layers, ids, weights), model(ids))
-    assert torch.allclose(outputs(made.whole, ids, weights), model(ids))
-
-
-def outputs(gm: fx.GraphModule, ids: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """What a graph gives; its inputs are told apart by shape and dtype, equal ones being in the order of `weights`."""
-    left, given = list(weights), list[Any]()
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            value = node.meta["val"]
-            if isinstance(value, torch.SymInt):
-                given.append(ids.shape[1])
-            elif value.dtype == torch.int64:
-                given.append(ids)
-            else:
-                given.append(left.pop(next(i for i, w in enumerate(left) if w.shape == value.shape)))
-    return gm(*given)[0]
-
-
-def test_a_view_taken_before_layers_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = both(monkeypatch, Kept(Adds(), Adds()).eval())
-    assert made.layers is None and "is written, and not by itself in its memory" in made.reason
+    assert rows(made.layers.graph) == rows(made.whole.graph)
+    assert made.traces == 4  # the embedding, a layer with one tensor given twice, one with two, one with the end
 
 
 def test_a_state_that_layers_write(monkeypatch: pytest.MonkeyPatch) -> None:
     example = (torch.arange(9)[None], torch.arange(9)), {"input_pos": "positions"}
     made = both(monkeypatch, CachedDecoder().eval(), *example)
-    assert made.layers is None and "is written, and not by itself in its memory" in made.reason
+    assert made.layers is None and "is written by a layer that did not make it" in made.reason
 
 
 def test_less_than_two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +338,46 @@ def test_functions_of_the_users_are_called_each_time(monkeypatch: pytest.MonkeyP
     assert made.layers is not None and made.traces == 5
     waves = [str(n.target) for n in made.layers.graph.nodes if "sin" in str(n.target) or "cos" in str(n.target)]
     assert len(set(waves)) == 2 and all(a != b for a, b in itertools.pairwise(waves))
+
+
+class Rows(nn.Module):
+    """One row of ones for each token, in the default dtype of the moment."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.ones(x.shape[1], 1).sum().to(x.dtype)
+
+
+@torch._dynamo.allow_in_graph
+def in_other_dtype(x: Tensor) -> Tensor:
+    torch.set_default_dtype(torch.float32 if torch.get_default_dtype() == torch.float64 else torch.float64)
+    return x + 0
+
+
+def test_a_setting_that_a_function_of_the_users_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        made = both(monkeypatch, Stack(Rows(), Rows(), Layer(in_other_dtype), Rows(), Rows()).eval())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.layers is not None and made.traces == 4  # the embedding, a layer, the function, a layer again
+    ones = [n.meta["val"].dtype for n in made.layers.graph.nodes if "ones" in str(n.target)]
+    assert ones[0] == ones[1] != ones[2] == ones[3]
+
+
+inner = fx.symbolic_trace(lambda x: x * 2 + 1)
+for traced in inner.graph.nodes:
+    traced.stack_trace = "somewhere else"
+
+
+@torch._dynamo.allow_in_graph
+def with_places_of_its_own(x: Tensor) -> Tensor:
+    with fx.traceback.preserve_node_meta():
+        return fx.Interpreter(inner).run(x)
+
+
+def test_a_function_that_sets_stack_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = both(monkeypatch, Stack(Layer(with_places_of_its_own), Layer(with_places_of_its_own)).eval())
+    assert made.layers is not None
+    assert [r[:3] for r in rows(made.layers.graph)] == [r[:3] for r in rows(made.whole.graph)]
 
 
 def numbered(x: Tensor, number: float) -> Tensor:

@@ -24,8 +24,8 @@ class Trace:
     """Which arguments those are."""
     results: pytree.TreeSpec
     """The structure of the results."""
-    memory: list[int | None]
-    """For each argument and each flat result the number of its memory; None: no tensor."""
+    restrided: bool
+    """Whether a result has other strides in the graph than `call` gave it: a functional operator may lay out anew."""
 
 
 def functional_trace(call: Callable[..., Any], fakes: Sequence[Any], mode: Any) -> Trace:
@@ -34,7 +34,7 @@ def functional_trace(call: Callable[..., Any], fakes: Sequence[Any], mode: Any) 
     from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 
-    found: list[tuple[list[int], pytree.TreeSpec, list[int | None]]] = []
+    found: list[tuple[list[int], pytree.TreeSpec, bool]] = []
     above = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
 
     def plain(value: Any) -> Any:
@@ -49,8 +49,10 @@ def functional_trace(call: Callable[..., Any], fakes: Sequence[Any], mode: Any) 
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, Tensor) else a for a in args]
             results, structure = pytree.tree_flatten(call(*wrapped))
             written = [i for i, a in enumerate(wrapped) if isinstance(a, FunctionalTensor) and _is_written(a)]
-            found.append((written, structure, [_memory(value) for value in (*wrapped, *results)]))
-            return tuple(plain(value) for value in (*(wrapped[i] for i in written), *results))
+            flat = [plain(value) for value in (*(wrapped[i] for i in written), *results)]
+            restrided = any(_layout(a) != _layout(b) for a, b in zip(results, flat[len(written) :], strict=True))
+            found.append((written, structure, restrided))
+            return tuple(flat)
 
     functional = FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True)
     with mode, enable_python_dispatcher(), functional:
@@ -59,9 +61,17 @@ def functional_trace(call: Callable[..., Any], fakes: Sequence[Any], mode: Any) 
 
 
 def _is_written(value: Any) -> bool:
-    data, metadata = torch._functionalize_has_data_mutation, torch._functionalize_has_metadata_mutation  # type: ignore
-    return bool(data(value.elem) or metadata(value.elem))
+    changed = (
+        torch._functionalize_has_data_mutation,  # type: ignore[attr-defined]
+        torch._functionalize_has_metadata_mutation,
+        torch._functionalize_was_storage_changed,
+    )
+    return any(test(value.elem) for test in changed)
 
 
-def _memory(value: Any) -> int | None:
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+def _layout(value: Any) -> Any:
+    """Sizes, strides and offset, compared without asking a question that would become a guard."""
+    if not isinstance(value, Tensor):
+        return None
+    numbers = (*value.shape, *value.stride(), value.storage_offset())
+    return [n.node.expr if isinstance(n, torch.SymInt) else n for n in numbers]

@@ -1,10 +1,10 @@
 """Functional ATen of a graph whose layers repeat: each distinct layer is traced once and copied wherever it recurs.
 
 A trace through fake and functional tensors takes some 10 ms a call, a copy of its nodes 0.2 ms. A layer's ATen follows
-from its calls, their constants and the metadata of the tensors that come from outside of it: as long as it writes to
-no tensor from outside that is seen through another one, it matters neither which of them are views of which, nor what
-ran before. So writing to an input or to memory that several tensors share, and whatever else makes a call more than a
-function of its arguments, raises `NotSeparable`, and the graph is traced as a whole.
+from its calls, their constants and the metadata of the tensors that come from outside of it, as long as it writes to
+none of those: then it matters neither which of them are views of which, nor what ran before. Writing to a tensor from
+outside, and whatever else makes a layer more than a function of its arguments, raises `NotSeparable`, and the graph is
+traced as a whole.
 """
 
 from __future__ import annotations
@@ -101,8 +101,6 @@ class _Copies:
         self.constants: dict[str, Tensor] = {}
         self.constant_names: dict[int, str] = {}
         self.values: dict[fx.Node, Any] = {}  # of Dynamo's nodes: structures of nodes of `graph` and constants
-        self.now: dict[fx.Node, fx.Node] = {}  # a node that was written -> its new contents
-        self.memory: dict[fx.Node, set[fx.Node]] = {}  # the nodes that may share a node's memory, itself included
         self.sizes: dict[Hashable, fx.Node] = {}  # one node for each expression
         self.traces: dict[Hashable, Trace] = {}
 
@@ -116,19 +114,9 @@ class _Copies:
             self.values[node] = self._one_size(new)
         for nodes in layers:
             self._append(self._layer(nodes))
-        self.graph.output(tuple(pytree.tree_leaves(self._resolved(gm.graph.output_node().args[0]))))
+        self.graph.output(tuple(pytree.tree_leaves(map_arg(gm.graph.output_node().args[0], self.values.__getitem__))))
         self.graph.eliminate_dead_code()
         return fx.GraphModule(self.constants, self.graph)
-
-    def _resolved(self, arguments: Any) -> Any:
-        """Arguments among Dynamo's nodes as what they are by now in `graph`."""
-
-        def latest(value: Any) -> Any:
-            while isinstance(value, fx.Node) and value in self.now:
-                value = self.now[value]
-            return value
-
-        return map_aggregate(map_arg(arguments, self.values.__getitem__), latest)
 
     def _layer(self, nodes: list[fx.Node]) -> _Layer:
         inside = {node: _Inner(i) for i, node in enumerate(nodes)}
@@ -138,7 +126,7 @@ class _Copies:
             if node in inside:
                 return inside[node]
             return map_aggregate(
-                self._resolved(node),
+                self.values[node],
                 lambda a: outer.setdefault(a, _Outer(len(outer))) if isinstance(a, fx.Node) else a,
             )
 
@@ -148,18 +136,13 @@ class _Copies:
 
     def _append(self, layer: _Layer) -> None:
         key = _key(layer)
-        trace = self.traces.get(key) if key is not None else None
-        if trace is None:
-            trace = self._traced(layer)
-            if key is not None:
-                self.traces[key] = trace
-        flat = self._copy(trace, layer)
-        contents, results = flat[: len(trace.written)], flat[len(trace.written) :]
-        for i, content in zip(trace.written, contents, strict=True):
-            self._write(layer.outer[i], content)
-        self._note_memory(trace, [self.now.get(node, node) for node in layer.outer] + results)
-        for i, value in zip(layer.results, pytree.tree_unflatten(results, trace.results), strict=True):
-            self.values[layer.nodes[i]] = value
+        if key is None:
+            self.traces.clear()  # a function of the user's may have changed what calls do
+        trace = self.traces.get(key) or self._traced(layer)
+        if key is not None:
+            self.traces[key] = trace
+        results = pytree.tree_unflatten(self._copy(trace, layer), trace.results)
+        self.values |= {layer.nodes[i]: value for i, value in zip(layer.results, results, strict=True)}
 
     def _traced(self, layer: _Layer) -> Trace:
         graph = _graph_of(layer)
@@ -172,6 +155,10 @@ class _Copies:
             trace = functional_trace(run, self._fakes(layer.outer), self.mode)
         except Exception as error:  # a trace of the whole fails as well, in its own words
             raise NotSeparable(f"{layer.nodes[0].name} and what follows cannot be traced apart") from error
+        if trace.written:
+            raise NotSeparable(f"{layer.outer[trace.written[0]].name} is written by a layer that did not make it")
+        if trace.restrided:
+            raise NotSeparable(f"a result of {layer.nodes[0].name} and what follows has other strides in the graph")
         _refuse_effects(trace.graph)
         return trace
 
@@ -193,7 +180,8 @@ class _Copies:
             if node.op == "placeholder":
                 made[node] = next(placeholders)
             elif node.op != "output":
-                call = int(node.stack_trace or call)  # as numbered by `_graph_of`
+                number = node.stack_trace or ""  # as numbered by `_graph_of`, unless a call set traces of its own
+                call = int(number) if number.isdigit() else call
                 made[node] = self._copy_node(trace.graph, node, made, layer.nodes[call])
         return list(map_arg(trace.graph.graph.output_node().args[0], made.__getitem__))
 
@@ -217,22 +205,6 @@ class _Copies:
         name = self.constant_names.setdefault(id(tensor), f"_tensor_constant{len(self.constant_names)}")
         self.constants[name] = tensor
         return name
-
-    def _write(self, node: fx.Node, content: fx.Node) -> None:
-        if node.op != "call_function" or len(self.memory.get(node, {node})) > 1:
-            raise NotSeparable(f"{node.name} is written, and not by itself in its memory")
-        self.now[node] = content
-
-    def _note_memory(self, trace: Trace, nodes: Sequence[Any]) -> None:
-        """Remember which of a layer's arguments and results share memory."""
-        together: dict[int, set[fx.Node]] = {}
-        for number, node in zip(trace.memory, nodes, strict=True):
-            if number is not None:
-                together.setdefault(number, set()).add(node)
-        for group in together.values():
-            if len(group) > 1:
-                whole = set[fx.Node]().union(*(self.memory.get(node, {node}) for node in group))
-                self.memory.update(dict.fromkeys(whole, whole))
 
 
 def _key(layer: _Layer) -> Hashable | None:
