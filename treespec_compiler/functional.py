@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from .errors import Unsupported
 from .functional_trace import functional_trace
+from .hidden_aliases import Interpreter
 from .repeated_layers import NotSeparable, copied
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def whole_graph(
 
     def run(*args: Any) -> Any:
         with fx.traceback.preserve_node_meta():
-            return fx.Interpreter(gm).run(*args)
+            return Interpreter(gm).run(*args)
 
     trace = functional_trace(run, fakes, mode)
     traced = trace.graph

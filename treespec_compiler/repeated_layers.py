@@ -20,6 +20,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from .functional_trace import Trace, functional_trace
+from .hidden_aliases import Interpreter
 from .passes.layers import group_of
 from .passes.provenance import layer_path
 
@@ -149,7 +150,7 @@ class _Copies:
 
         def run(*values: Any) -> Any:
             with fx.traceback.preserve_node_meta():
-                return fx.Interpreter(nn.Module(), graph=graph).run(*values)
+                return Interpreter(nn.Module(), graph).run(*values)
 
         try:
             trace = functional_trace(run, self._fakes(layer.outer), self.mode)
