@@ -225,3 +225,24 @@ def test_unusable_logits_end_the_request(device: list[str], kind: type[FakeProgr
         treespec.generate(
             kind(broken, VOCAB), [1, 2, 3], draft=kind(draft_row(), VOCAB), max_new_tokens=30, temperature=1.0, seed=0
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("verifier", "sampler"), PAIRS)
+def test_a_gpu_draws_as_the_cpu_does(verifier: str, sampler: str) -> None:
+    pytest.importorskip("transformers")
+    same_sample_of_the_shipped_pair(torch.device("cuda"), verifier, sampler)
+
+
+def same_sample_of_the_shipped_pair(device: torch.device, verifier: str, sampler: str) -> None:
+    from treespec_compiler import demo
+
+    prompt = demo.load_tokenizer().encode("def mean(values):\n    total = 0\n    for value in")
+    arguments = {"max_new_tokens": 48, "seed": 1, "eos_token_id": (), "verifier": verifier, "sampler": sampler}
+    arguments |= {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "policy": "1,1,1" if verifier == "block" else "2,2,1"}
+    outputs = []
+    for place in (CPU, device):
+        target, draft = demo.load_target().to(place), demo.load_draft().to(place)
+        out = treespec.generate(target, prompt, draft=draft, options={"lowering": "eager"}, **arguments)
+        outputs.append((out.sequences.tolist(), out.stats.steps, out.stats.accepted))
+    assert outputs[0] == outputs[1] and outputs[0][2] > 0
