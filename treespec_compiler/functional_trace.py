@@ -50,7 +50,8 @@ def functional_trace(call: Callable[..., Any], fakes: Sequence[Any], mode: Any) 
             results, structure = pytree.tree_flatten(call(*wrapped))
             written = [i for i, a in enumerate(wrapped) if isinstance(a, FunctionalTensor) and _is_written(a)]
             flat = [plain(value) for value in (*(wrapped[i] for i in written), *results)]
-            restrided = any(_layout(a) != _layout(b) for a, b in zip(results, flat[len(written) :], strict=True))
+            pairs = zip(results, flat[len(written) :], strict=True)
+            restrided = any(layout(a) != layout(b) for a, b in pairs if isinstance(a, Tensor))
             found.append((written, structure, restrided))
             return tuple(flat)
 
@@ -69,9 +70,7 @@ def _is_written(value: Any) -> bool:
     return any(test(value.elem) for test in changed)
 
 
-def _layout(value: Any) -> Any:
-    """Sizes, strides and offset, compared without asking a question that would become a guard."""
-    if not isinstance(value, Tensor):
-        return None
+def layout(value: Tensor) -> tuple[Any, ...]:
+    """Sizes, strides and offset as expressions: comparing symbolic integers would add guards."""
     numbers = (*value.shape, *value.stride(), value.storage_offset())
-    return [n.node.expr if isinstance(n, torch.SymInt) else n for n in numbers]
+    return tuple(n.node.expr if isinstance(n, torch.SymInt) else n for n in numbers)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
-from .functional_trace import Trace, functional_trace
+from .functional_trace import Trace, functional_trace, layout
 from .hidden_aliases import Interpreter
 from .passes.layers import group_of
 from .passes.provenance import layer_path
@@ -30,7 +30,6 @@ _NUMBER = re.compile(r"_\d+$")
 _SETTER = re.compile(r"^_?(set|enter|exit)_")
 _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _CONSTANTS = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-_PURE_MODULES = ("torch", "_operator", "builtins", "math")
 
 
 class NotSeparable(Exception):
@@ -212,8 +211,7 @@ def _key(layer: _Layer) -> Hashable | None:
     """Equal for layers with the same ATen; None where that cannot be told."""
     calls = []
     for node, arguments in zip(layer.nodes, layer.arguments, strict=True):
-        module = str(getattr(node.target, "__module__", None)).partition(".")[0]
-        if node.op == "call_function" and module not in _PURE_MODULES:
+        if node.op == "call_function" and not _of_torch(node.target):
             return None  # a function of the user's may do something else each time
         calls.append((node.op, node.target, _frozen(arguments)))
     key = tuple(calls), tuple(layer.results), tuple(_metadata(node.meta["val"]) for node in layer.outer)
@@ -222,6 +220,11 @@ def _key(layer: _Layer) -> Hashable | None:
     except TypeError:
         return None
     return key
+
+
+def _of_torch(target: Any) -> bool:
+    """Whether a function, custom operators included, is torch's or Python's own."""
+    return str(getattr(target, "__module__", None)).partition(".")[0] in ("torch", "_operator", "builtins", "math")
 
 
 def _graph_of(layer: _Layer) -> fx.Graph:
@@ -250,13 +253,11 @@ def _size(value: Any) -> Hashable:
 def _metadata(value: Any) -> Hashable:
     if isinstance(value, _SIZES):
         return _size(value)
-    numbers = [*value.shape, *value.stride(), value.storage_offset()]
-    exact = tuple(n.node.expr if isinstance(n, torch.SymInt) else n for n in numbers)
     flags = value.requires_grad, value.is_conj(), value.is_neg(), value.is_inference()
     # A fake tensor made of a number knows it, and `.item()` gives it.
     known = getattr(value, "constant", None)
     number = None if known is None else (known.dtype, repr(known.tolist()))
-    return type(value), value.dtype, value.device, value.layout, value.dim(), exact, flags, number
+    return type(value), value.dtype, value.device, value.layout, value.dim(), layout(value), flags, number
 
 
 def _frozen(value: Any) -> Hashable:
@@ -275,9 +276,8 @@ def _refuse_effects(graph: fx.GraphModule) -> None:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     for node in graph.graph.nodes:
-        module = str(getattr(node.target, "__module__", None)).partition(".")[0]
-        pure = module in _PURE_MODULES and not isinstance(node.target, torch._ops.HigherOrderOperator)
-        if node.op == "call_function" and not pure and not isinstance(node.target, torch._ops.OpOverload):
+        plain = _of_torch(node.target) and not isinstance(node.target, torch._ops.HigherOrderOperator)
+        if node.op == "call_function" and not plain:
             raise NotSeparable(f"{node.target} is no plain operator")
         if node.op == "get_attr" and not isinstance(getattr(graph, str(node.target)), Tensor):
             raise NotSeparable(f"{node.name} is a graph")
