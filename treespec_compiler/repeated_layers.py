@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
@@ -116,7 +117,8 @@ class _Copies:
             self._append(self._layer(nodes))
         self.graph.output(tuple(pytree.tree_leaves(map_arg(gm.graph.output_node().args[0], self.values.__getitem__))))
         self.graph.eliminate_dead_code()
-        return fx.GraphModule(self.constants, self.graph)
+        # NOTE code for 32 layers takes 0.1 s to make, and every pass asks for it; a lazy module waits until it is run.
+        return _LazyGraphModule(self.constants, self.graph)
 
     def _layer(self, nodes: list[fx.Node]) -> _Layer:
         inside = {node: _Inner(i) for i, node in enumerate(nodes)}
