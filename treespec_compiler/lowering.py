@@ -16,7 +16,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 log = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
     env = ShapeEnv(specialize_zero_one=False, duck_shape=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     fakes = [_fake(mode, name, tensor) for name, tensor in zip(names, examples, strict=True)]
-    module = _LazyGraphModule(gm, _without_values(gm.graph))
+    module = fx.GraphModule(gm, _without_values(gm.graph))
     settings = _settings(examples[0].device)
     with torch.no_grad(), config.patch(settings), tracing(TracingContext(mode)), _compiled_graphs() as graphs:
         compiled = compile_fx(module, fakes)
