@@ -40,10 +40,10 @@ def measure(layers: int) -> dict[str, Any]:
     """Convert once; clock and CPU seconds of the capture and of each pass (with the checks after it)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from treespec_compiler.capture import call_spec
+    from treespec_compiler.capture.capture import call_spec
     from treespec_compiler.options import Options
-    from treespec_compiler.passes.manager import Instrument, Pass, PassRecord, run_passes
-    from treespec_compiler.passes.state import GraphState
+    from treespec_compiler.passes.framework.manager import Instrument, Pass, PassRecord, run_passes
+    from treespec_compiler.passes.framework.state import GraphState
     from treespec_compiler.pipeline import prepare
 
     class Clock(Instrument):

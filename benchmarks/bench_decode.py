@@ -50,7 +50,7 @@ from torch import Tensor
 import treespec_compiler as treespec
 from treespec_compiler import demo
 from treespec_compiler.cli.models import load
-from treespec_compiler.speculation.ranking import likeliest
+from treespec_compiler.speculation.sampling.ranking import likeliest
 
 # Trees of 6 to 9 nodes: about what one pass over the weights serves on a CPU. `auto` is the default of `generate`.
 POLICIES = ("auto", "auto+ngram", "1,1,1,1,1,1,1", "2,1,1", "1,2,1,1", "1,1,3")

@@ -24,7 +24,7 @@ from loops import STATIC, StaticVariant
 
 import treespec_compiler as treespec
 from treespec_compiler.cli.models import load
-from treespec_compiler.speculation.ranking import likeliest
+from treespec_compiler.speculation.sampling.ranking import likeliest
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 PADDED = (1, 2, 4)

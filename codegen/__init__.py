@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from treespec_compiler.codegen import aten, aten_scored, cpu
-from treespec_compiler.codegen.gpu import (
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.registry import register_kernel
+
+from . import aten, aten_scored, cpu
+from .gpu import (
     accept,
     commit,
     grouped_linear,
@@ -15,8 +18,6 @@ from treespec_compiler.codegen.gpu import (
     tree_attention_spec,
     triton_installed,
 )
-from treespec_compiler.ir import ops
-from treespec_compiler.ir.registry import register_kernel
 
 _FLOAT32 = frozenset({torch.float32})
 

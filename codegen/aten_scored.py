@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.codegen.aten import tokens, topology, visible, write
 from treespec_compiler.ir import attention, scored_attention
 from treespec_compiler.ir.scored_attention import changed_scores, softmax_with_sinks
+
+from .aten import tokens, topology, visible, write
 
 
 def key_positions(ancestors: Tensor, prefix: int, nodes: int) -> Tensor:

@@ -20,8 +20,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from treespec_compiler.codegen.user_cache import cache_dir, read_table, write_whole
 from treespec_compiler.errors import CorruptTable
+from treespec_compiler.user_cache import cache_dir, read_table, write_whole
 
 log = logging.getLogger(__name__)
 

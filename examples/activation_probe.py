@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import treespec_compiler as treespec
-from treespec_compiler.passes.state import GraphState
+from treespec_compiler.passes.framework.state import GraphState
 
 SEEN: dict[str, list[float]] = {}
 

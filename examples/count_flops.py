@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import treespec_compiler as treespec
-from treespec_compiler.passes.closed_form import shape_of
-from treespec_compiler.passes.provenance import layer_path, op_name
-from treespec_compiler.passes.state import GraphState
+from treespec_compiler.passes.forms.closed_form import shape_of
+from treespec_compiler.passes.framework.provenance import layer_path, op_name
+from treespec_compiler.passes.framework.state import GraphState
 
 PRODUCTS = {"aten.linear", "aten.matmul", "aten.mm", "aten.bmm"}
 

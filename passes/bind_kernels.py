@@ -10,8 +10,8 @@ from torch import Tensor
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import best_kernel
 
-from .manager import Pass
-from .state import GraphState
+from .framework.manager import Pass
+from .framework.state import GraphState
 
 log = logging.getLogger("treespec.passes")
 

@@ -10,15 +10,15 @@ from torch import Tensor, fx
 
 from treespec_compiler.ir.specs import AttentionSpec, Limit, MaskSpec
 
-from .biases import NotAMask
-from .closed_form import ClosedForms, broadcast, shape_of
-from .evaluate import evaluate_for_length
-from .manager import Pass
-from .masks import BIDIRECTIONAL, Scoring, classify
-from .mixers import content_mask
-from .provenance import layer_path, source_line
-from .score_pack import ScorePack, cone
-from .state import GraphState, refuse
+from .attention.score_pack import ScorePack, cone
+from .forms.biases import NotAMask
+from .forms.closed_form import ClosedForms, broadcast, shape_of
+from .forms.evaluate import evaluate_for_length
+from .forms.masks import BIDIRECTIONAL, Scoring, classify
+from .framework.manager import Pass
+from .framework.provenance import layer_path, source_line
+from .framework.state import GraphState, refuse
+from .locality.mixers import content_mask
 
 
 def classify_masks(state: GraphState) -> int:

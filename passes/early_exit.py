@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .closed_form import shape_of
-from .manager import Pass
-from .provenance import op_name
-from .state import GraphState, refuse
+from .forms.closed_form import shape_of
+from .framework.manager import Pass
+from .framework.provenance import op_name
+from .framework.state import GraphState, refuse
 
 aten = torch.ops.aten
 

@@ -14,10 +14,10 @@ from torch import fx
 
 from treespec_compiler.ir import ops
 
-from .form import shape_of
-from .manager import Pass
-from .rope_form import Rotation, rotation
-from .state import GraphState
+from .forms.form import shape_of
+from .framework.manager import Pass
+from .framework.state import GraphState
+from .rope.rotation import Rotation, rotation
 
 log = logging.getLogger("treespec.passes")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from treespec_compiler.ir import ops  # noqa: F401  (defines treespec::tree_attention)
 from treespec_compiler.ir.specs import AttentionSpec
 
-from .manager import Pass
-from .state import GraphState
+from .framework.manager import Pass
+from .framework.state import GraphState
 
 # Metadata inputs of tree attention in schema order; `positions` exists already.
 META_INPUTS = ("write_index", "node_offsets", "page_table", "prefix_lens", "tree_lens", "ancestors")

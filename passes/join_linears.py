@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from .manager import Pass
-from .products import JoinSpec, bias_pieces, built_input, products, replace_by_slices, weight_pieces
-from .state import GraphState
+from .framework.manager import Pass
+from .framework.state import GraphState
+from .spellings.products import JoinSpec, bias_pieces, built_input, products, replace_by_slices, weight_pieces
 
 aten = torch.ops.aten
 

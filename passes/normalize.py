@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from .assembled import spell_assembled
-from .grouped_experts import spell_counts, spell_grouped
-from .inverse_permutation import spell_inverse
-from .manager import Pass
-from .provenance import op_name
-from .state import GraphState, refuse
+from .framework.manager import Pass
+from .framework.provenance import op_name
+from .framework.state import GraphState, refuse
+from .spellings.assembled import spell_assembled
+from .spellings.grouped_experts import spell_counts, spell_grouped
+from .spellings.inverse_permutation import spell_inverse
 
 aten = torch.ops.aten
 

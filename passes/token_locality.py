@@ -14,15 +14,15 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from .closed_form import SHAPE_ONLY, ClosedForms, shape_of
-from .form import packet
-from .manager import Pass
-from .positions import position_cut
-from .provenance import op_name
-from .routing import Routing
-from .rows import GroupSizes, Place, Rows, Uniform
-from .state import GraphState, refuse
-from .token_rules import Mixes, rank_of
+from .forms.closed_form import SHAPE_ONLY, ClosedForms, shape_of
+from .forms.form import packet
+from .forms.positions import position_cut
+from .framework.manager import Pass
+from .framework.provenance import op_name
+from .framework.state import GraphState, refuse
+from .locality.routing import Routing
+from .locality.rows import GroupSizes, Place, Rows, Uniform
+from .locality.token_rules import Mixes, rank_of
 
 ABOVE = -1  # index arithmetic above the cut; only other such arithmetic and cut nodes may read it
 

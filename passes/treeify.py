@@ -9,11 +9,11 @@ from torch import fx
 
 from treespec_compiler.ir.specs import Limit, PositionSpec
 
-from .closed_form import shape_of
-from .manager import Pass
-from .positions import Cut, position_cut, table_limits
-from .provenance import op_name, source_line
-from .state import GraphState
+from .forms.closed_form import shape_of
+from .forms.positions import Cut, position_cut, table_limits
+from .framework.manager import Pass
+from .framework.provenance import op_name, source_line
+from .framework.state import GraphState
 
 aten = torch.ops.aten
 

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _latency_tables(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tables measured by tests stay out of the user's cache."""
-    from treespec_compiler.speculation import cost
+    from treespec_compiler.speculation.cost import latency as cost
 
     folder = tmp_path_factory.mktemp("latency")
     cost.table_path = lambda key: folder / f"{key}.json"

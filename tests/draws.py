@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treespec_compiler.speculation.chance import Row
 from treespec_compiler.speculation.proposal import Draws, Proposal
+from treespec_compiler.speculation.sampling.chance import Row
 
 
 class Listed:

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from treespec_compiler.speculation.chance import Chance, Row
 from treespec_compiler.speculation.proposal import Draws, Proposal
-from treespec_compiler.speculation.samplers import ChildSampler
+from treespec_compiler.speculation.sampling.chance import Chance, Row
+from treespec_compiler.speculation.sampling.samplers import ChildSampler
 from treespec_compiler.speculation.verifiers import StochasticVerifier
 
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from treespec_compiler.capture import call_spec
+from treespec_compiler.capture.capture import call_spec
 from treespec_compiler.options import Options
-from treespec_compiler.passes.instruments import Recorder
-from treespec_compiler.passes.snapshot import Snapshot
+from treespec_compiler.passes.framework.instruments import Recorder
+from treespec_compiler.passes.show.snapshot import Snapshot
 from treespec_compiler.pipeline import convert
 
 EAGER = {"lowering": "eager", "kernels": "aten"}

@@ -14,30 +14,30 @@ if TYPE_CHECKING:
     from .errors import TreespecError, Unsupported
     from .ir.grouped_linear import grouped_linear
     from .options import Options
-    from .passes.custom_ops import register_op
-    from .passes.registry import register_pass
-    from .program import TreeProgram, tree_program
+    from .passes.framework.registry import register_pass
+    from .passes.locality.custom_ops import register_op
+    from .program.tree_program import TreeProgram, tree_program
     from .runtime.generate import GenerationOutput, Step, Stream, generate, stream
-    from .speculation.policy import StaticExpansion
+    from .speculation.policies.policy import StaticExpansion
     from .tree import Forest, TokenTree
 
 _HOME = {
     "Forest": ".tree",
     "GenerationOutput": ".runtime.generate",
     "Options": ".options",
-    "StaticExpansion": ".speculation.policy",
+    "StaticExpansion": ".speculation.policies.policy",
     "Step": ".runtime.generate",
     "Stream": ".runtime.generate",
     "TokenTree": ".tree",
-    "TreeProgram": ".program",
+    "TreeProgram": ".program.tree_program",
     "TreespecError": ".errors",
     "Unsupported": ".errors",
     "generate": ".runtime.generate",
     "grouped_linear": ".ir.grouped_linear",
-    "register_op": ".passes.custom_ops",
-    "register_pass": ".passes.registry",
+    "register_op": ".passes.locality.custom_ops",
+    "register_pass": ".passes.framework.registry",
     "stream": ".runtime.generate",
-    "tree_program": ".program",
+    "tree_program": ".program.tree_program",
 }
 
 __all__ = [

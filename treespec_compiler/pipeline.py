@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import codegen, guard_pass  # noqa: F401  (codegen enters the kernels into the registry)
-from .capture import CallSpec, Capture, WeightRef, capture
+from .capture.capture import CallSpec, Capture, WeightRef, capture
 from .errors import InvalidPipeline, PassError, Unsupported
 from .ir import ops, verify
 from .ir.registry import best_kernel
@@ -26,20 +25,21 @@ from .passes import (
     insert_state,
     join_linears,
     normalize,
-    pack_linears,
-    recognize,
-    regimes,
     select_rows,
-    strip_cache,
     token_locality,
     treeify,
 )
-from .passes.instruments import always
-from .passes.manager import Check, History, Instrument, Pass, run_passes
-from .passes.plan import plan
-from .passes.registry import registered_passes
-from .passes.state import GraphState
-from .reproducer import Reproducer
+from .passes import choose_regime as regimes
+from .passes import discharge_guards as guard_pass
+from .passes import fuse as pack_linears
+from .passes import recognize_attention as recognize
+from .passes import strip_native_cache as strip_cache
+from .passes.framework.instruments import always
+from .passes.framework.manager import Check, History, Instrument, Pass, run_passes
+from .passes.framework.plan import plan
+from .passes.framework.registry import registered_passes
+from .passes.framework.reproducer import Reproducer
+from .passes.framework.state import GraphState
 
 log = logging.getLogger("treespec.pipeline")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import treespec_compiler as treespec
-from treespec_compiler.lowering import compile_calls
+from treespec_compiler.program.lowering import compile_calls
 
 from . import llama
 from .base import Context, copy_rate, milliseconds, wall_milliseconds

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch._ops import OpOverload
 
-from treespec_compiler.codegen.cpu.build import load, loaded
 from treespec_compiler.ir import attention, commit, linear
+
+from .build import load, loaded
 
 _library = torch.library.Library("treespec_cpu", "FRAGMENT")
 for _name, _module in (("tree_attention", attention), ("packed_linear", linear), ("commit_path", commit)):

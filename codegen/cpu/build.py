@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from treespec_compiler.codegen.user_cache import cache_dir
+from treespec_compiler.user_cache import cache_dir
 
 log = logging.getLogger(__name__)
 

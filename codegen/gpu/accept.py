@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.codegen.gpu.sizes import power_of_two
 from treespec_compiler.ir import accept
+
+from .sizes import power_of_two
 
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 

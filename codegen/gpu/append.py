@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from treespec_compiler.codegen.gpu.sizes import power_of_two
 from treespec_compiler.ir.rope_attention import check
+
+from .sizes import power_of_two
 
 # Elements of a block: 8 numbers for each thread of 4 warps.
 BLOCK = 1024

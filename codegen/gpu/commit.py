@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.codegen.gpu.sizes import power_of_two
 from treespec_compiler.ir import commit
+
+from .sizes import power_of_two
 
 MAX_MOVES = 16  # of a block: a longer path goes in several
 WORDS = 2048  # of a block: 16 for each thread of 4 warps

@@ -9,21 +9,15 @@ from typing import Any
 
 import torch
 
-from treespec_compiler.codegen import tables
-from treespec_compiler.codegen.gpu.append import BLOCK
-from treespec_compiler.codegen.gpu.offline import Offline, compile_offline
-from treespec_compiler.codegen.gpu.sizes import PROMPT_CHUNK, power_of_two
-from treespec_compiler.codegen.gpu.tree_attention_spec import (
-    DTYPES,
-    MAX_PARTS,
-    AttentionKernel,
-    Config,
-    default_config,
-    merge_warps,
-)
 from treespec_compiler.ir import accept, stochastic_accept
 from treespec_compiler.ir.rope_attention import Turn
 from treespec_compiler.ir.specs import AttentionSpec, MaskSpec
+
+from .. import tables
+from .append import BLOCK
+from .offline import Offline, compile_offline
+from .sizes import PROMPT_CHUNK, power_of_two
+from .tree_attention_spec import DTYPES, MAX_PARTS, AttentionKernel, Config, default_config, merge_warps
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,7 @@ def chosen_config(
 
 
 def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[int]) -> Iterator[Launch]:
-    from treespec_compiler.codegen.gpu import tree_attention
+    from . import tree_attention
 
     module = tree_attention.module(spec)
 
@@ -158,7 +152,7 @@ def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[i
 
 
 def _append(spec: AttentionKernel, turn: Turn | None, where: str) -> Launch:
-    from treespec_compiler.codegen.gpu.kernels.append import append_kernel, rope_append_kernel
+    from .kernels.append import append_kernel, rope_append_kernel
 
     kind, pool = DTYPES[spec.dtype], DTYPES[spec.pool_dtype]
     block_k, block_v = power_of_two(spec.key_dim), power_of_two(spec.value_dim)
@@ -177,8 +171,8 @@ def _append(spec: AttentionKernel, turn: Turn | None, where: str) -> Launch:
 def _commit(sites: Sequence[AttentionSpec]) -> Launch:
     import triton.language as tl
 
-    from treespec_compiler.codegen.gpu.commit import MAX_MOVES, WORDS
-    from treespec_compiler.codegen.gpu.kernels.commit import commit_kernel
+    from .commit import MAX_MOVES, WORDS
+    from .kernels.commit import commit_kernel
 
     width = power_of_two(max(max(s.key_dim, s.value_dim) * s.dtype.itemsize // 4 for s in sites))
     constants = {"WORD": tl.int32, "BLOCK_J": min(MAX_MOVES, max(1, WORDS // width)), "BLOCK_W": width}
@@ -187,8 +181,8 @@ def _commit(sites: Sequence[AttentionSpec]) -> Launch:
 
 
 def _accept(vocab_size: int, dtype: torch.dtype, nodes: int) -> Iterator[Launch]:
-    from treespec_compiler.codegen.gpu import accept as launcher
-    from treespec_compiler.codegen.gpu.kernels.accept import greedy_walk_kernel, row_best_kernel
+    from . import accept as launcher
+    from .kernels.accept import greedy_walk_kernel, row_best_kernel
 
     size = launcher.split_size(nodes, vocab_size)
     constants: dict[str, Any] = {"id_stride": 1, "SPLIT": size, "BLOCK": launcher.BLOCK}
@@ -212,8 +206,8 @@ def chance_pointers(kernel: Any) -> dict[str, str]:
 
 
 def _accept_by_chance(vocab_size: int, nodes: int) -> Iterator[Launch]:
-    from treespec_compiler.codegen.gpu import stochastic_accept as by_chance
-    from treespec_compiler.codegen.gpu.kernels import stochastic_accept as kernels
+    from . import stochastic_accept as by_chance
+    from .kernels import stochastic_accept as kernels
 
     block = min(by_chance.BLOCK, power_of_two(vocab_size))
     walk = {"FIELDS": stochastic_accept.FIELDS, "BLOCKS": power_of_two(-(-vocab_size // block))}

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.codegen.gpu.append import rope_append
-from treespec_compiler.codegen.gpu.tree_attention import attend_stored
 from treespec_compiler.ir import attention, rope_attention
+
+from .append import rope_append
+from .tree_attention import attend_stored
 
 
 def rope_tree_attention(

@@ -13,10 +13,11 @@ import time
 
 import torch
 
-from treespec_compiler.codegen.gpu.source import versions
-from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config
-from treespec_compiler.codegen.gpu.tune import TOLERANCE, Shape
 from treespec_compiler.errors import WrongKernel
+
+from .source import versions
+from .tree_attention_spec import AttentionKernel, Config
+from .tune import TOLERANCE, Shape
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def confirm(
 def _error(
     spec: AttentionKernel, config: Config, split: bool, several: bool, chain: bool, context: int, device: torch.device
 ) -> float:
-    from treespec_compiler.codegen.gpu.tune_device import Inputs, relative_error
+    from .tune_device import Inputs, relative_error
 
     inputs = Inputs(spec, Shape(NODES, 1 + several, context), device, seed=1, chain=chain)
     return relative_error(inputs.attend(config, 3 if split else 1), inputs.expected())

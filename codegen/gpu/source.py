@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from treespec_compiler.codegen.user_cache import cache_dir, write_whole
+from treespec_compiler.user_cache import cache_dir, write_whole
 
 log = logging.getLogger(__name__)
 

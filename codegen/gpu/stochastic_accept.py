@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.codegen.gpu.sizes import power_of_two
 from treespec_compiler.ir import stochastic_accept as definition
+
+from .sizes import power_of_two
 
 BLOCK = 1024
 

@@ -11,28 +11,22 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.codegen import tables
-from treespec_compiler.codegen.gpu import prompt, self_check
-from treespec_compiler.codegen.gpu import source as files
-from treespec_compiler.codegen.gpu.append import append
-from treespec_compiler.codegen.gpu.sizes import power_of_two
-from treespec_compiler.codegen.gpu.tree_attention_spec import (
-    DTYPES,
-    AttentionKernel,
-    Config,
-    default_config,
-    merge_warps,
-    split_count,
-)
 from treespec_compiler.ir import attention, scored_attention
 from treespec_compiler.ir.specs import MaskSpec
+
+from .. import tables
+from . import prompt, self_check
+from . import source as files
+from .append import append
+from .sizes import power_of_two
+from .tree_attention_spec import DTYPES, AttentionKernel, Config, default_config, merge_warps, split_count
 
 OP = "tree_attention"
 
 
 def module(spec: AttentionKernel) -> ModuleType:
     """The generated module with the kernels `attend` and `merge`."""
-    from treespec_compiler.codegen.gpu.tree_attention_source import source
+    from .tree_attention_source import source
 
     return files.load(OP, spec.key(), source(spec))
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
-from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Piece
-from treespec_compiler.codegen.gpu.tree_attention_template import (
+from treespec_compiler.ir import formulas
+
+from ..printer import HELPERS, TRITON, Printer
+from .tree_attention_spec import AttentionKernel, Piece
+from .tree_attention_template import (
     ATTEND,
     DENSE_PREFIX,
     HEAD,
@@ -22,8 +25,6 @@ from treespec_compiler.codegen.gpu.tree_attention_template import (
     SINK,
     WORDS,
 )
-from treespec_compiler.codegen.printer import HELPERS, TRITON, Printer
-from treespec_compiler.ir import formulas
 
 # Of a chain, keys below the window can be skipped; in a tree, depth and place differ.
 TREE_BEGIN = "(begin - tl.minimum(begin, prefix)) // 64 * 64 if CHAIN else 0"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from treespec_compiler.codegen import tables
-from treespec_compiler.codegen.gpu.sizes import power_of_two
 from treespec_compiler.ir import specs
 from treespec_compiler.ir.specs import MaskSpec
+
+from .. import tables
+from .sizes import power_of_two
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """The dtypes there are kernels for, as Triton spells them."""
@@ -166,8 +167,8 @@ def pieces(dim: int, smallest: int = SMALLEST, largest: int = 512) -> tuple[Piec
 def default_config(spec: AttentionKernel, rows: int, arch: str = "sm_90") -> Config:
     """A configuration for `rows` rows of a request.
 
-    In 16 bits the model families of tests/test_tree_attention_compiles.py compile without spills on every target, with
-    Triton 3.6 and 3.9.
+    In 16 bits the model families of tests/codegen/test_tree_attention_compiles.py compile without spills on every
+    target, with Triton 3.6 and 3.9.
     """
     wide = max(_padded(spec.key_pieces), _padded(spec.value_pieces))
     block_m = max(SMALLEST, power_of_two(rows))

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from treespec_compiler.codegen.gpu.offline import Offline, compile_offline
-from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config, default_config, search_space
-from treespec_compiler.codegen.tables import Entry, Table, identity, merge
 from treespec_compiler.errors import InvalidOption
+
+from ..tables import Entry, Table, identity, merge
+from .offline import Offline, compile_offline
+from .tree_attention_spec import AttentionKernel, Config, default_config, search_space
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def objection(spec: AttentionKernel, config: Config, target: str, made: Offline)
 
 def compile_config(spec: AttentionKernel, config: Config, target: str) -> Offline:
     """The kernel that shares keys out, which needs the most registers."""
-    from treespec_compiler.codegen.gpu import tree_attention
+    from . import tree_attention
 
     return compile_offline(
         tree_attention.module(spec).attend,

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treespec_compiler.codegen import tables
-from treespec_compiler.codegen.gpu.source import versions
-from treespec_compiler.codegen.gpu.tree_attention import attend
-from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config
-from treespec_compiler.codegen.gpu.tune import OP, Shape
 from treespec_compiler.ir import scored_attention
+
+from .. import tables
+from .source import versions
+from .tree_attention import attend
+from .tree_attention_spec import AttentionKernel, Config
+from .tune import OP, Shape
 
 CHECKED_CONTEXT = 301
 """Tokens of a check: several blocks of keys and a rest."""
@@ -134,7 +135,7 @@ class DeviceBench:
         return math.nan if any(map(math.isnan, errors)) else max(errors)
 
     def measure(self, config: Config, shape: Shape) -> float:
-        from treespec_compiler.codegen.gpu.timing import microseconds
+        from .timing import microseconds
 
         if self._inputs is None or self._inputs[0] != shape:
             self._inputs = None  # two of them may not fit

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import InvalidOption
-from ..passes.compare import Difference, compare
-from ..passes.instruments import Recorder
-from ..passes.layers import group_of
-from ..passes.manager import run_passes, slug
-from ..passes.printing import line
-from ..passes.snapshot import NodeData, Snapshot, short_source
+from ..passes.framework.instruments import Recorder
+from ..passes.framework.manager import run_passes, slug
+from ..passes.show.compare import Difference, compare
+from ..passes.show.layers import group_of
+from ..passes.show.printing import line
+from ..passes.show.snapshot import NodeData, Snapshot, short_source
 from ..pipeline import prepare
 from .inspection import add_model_arguments, console, read_subject
 

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import Unsupported
-from ..explain import Explanation, explain
-from ..passes.snapshot import short_source
+from ..inspection.explain import Explanation, explain
+from ..passes.show.snapshot import short_source
 from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, console, parameter_count, read_subject
 
 EPILOG = f"""\

@@ -13,8 +13,8 @@ from rich.text import Text
 from ..errors import InvalidOption
 from ..options import Options
 from ..runtime.generate import Step, stream
-from ..speculation.named import is_named
-from ..speculation.policy import StaticExpansion, as_policy
+from ..speculation.drafts.named import is_named
+from ..speculation.policies.policy import StaticExpansion, as_policy
 from .models import DTYPES, LoadedModel, load
 from .text import TextStream, add_prompt_arguments, read_prompt
 

@@ -17,7 +17,7 @@ from ..codegen.gpu.offline import TARGETS, Offline
 from ..errors import InvalidOption, Unsupported
 from ..ir.rope_attention import turns
 from ..pipeline import convert
-from ..semantics import lengths_check
+from ..program.semantics import lengths_check
 from .explain import refusal_fields, show_refusal
 from .inspection import (
     CONVERTED,

@@ -44,10 +44,12 @@ still failing), 2 error (--debug shows the traceback), 130 interrupted.
 class Command:
     name: str
     summary: str
+    home: str = ""
+    """The module, where it is not called as the command is."""
 
     @property
     def module(self) -> str:
-        return f"{__package__}.{self.name}"
+        return f"{__package__}.{self.home or self.name}"
 
 
 COMMANDS = (
@@ -62,7 +64,7 @@ COMMANDS = (
     Command("diff", "compare two graphs by structure"),
     Command("reproduce", "run a failed conversion again"),
     Command("completion", "print a completion script for bash, zsh or fish"),
-    Command("coverage", "convert and check a tiny model of every type in transformers"),
+    Command("coverage", "convert and check a tiny model of every type in transformers", "coverage.command"),
 )
 
 

@@ -12,14 +12,14 @@ from rich.table import Table
 
 from ..errors import InvalidPipeline, Unsupported
 from ..options import VerifyEach
-from ..passes.instruments import Dumper, Printer, Recorder, always
-from ..passes.manager import History, Instrument, Pass, run_passes, slug
-from ..passes.plan import plan
-from ..passes.printing import FORMATS, View, render
-from ..passes.snapshot import Snapshot
+from ..passes.framework.instruments import Dumper, Printer, Recorder, always
+from ..passes.framework.manager import History, Instrument, Pass, run_passes, slug
+from ..passes.framework.plan import plan
+from ..passes.framework.reproducer import Reproducer
+from ..passes.show.printing import FORMATS, View, render
+from ..passes.show.snapshot import Snapshot
 from ..pipeline import DEFAULT, known_passes, prepare
-from ..reproducer import Reproducer
-from ..semantics import semantic_check
+from ..program.semantics import semantic_check
 from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, console, read_subject
 
 EPILOG = f"""\

@@ -9,8 +9,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..passes.manager import Pass
-from ..passes.plan import needed_level, plan
+from ..passes.framework.manager import Pass
+from ..passes.framework.plan import needed_level, plan
 from ..pipeline import DEFAULT, known_passes
 from .inspection import console
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..report.collect import collect
-from ..report.page import page
+from ..inspection.report.collect import collect
+from ..inspection.report.page import page
 from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, read_subject
 
 EPILOG = f"""\

@@ -7,8 +7,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from ..reproduce import Failure, bisect, read, run_again, same_failure
-from ..reproducer import FAILED, versions
+from ..inspection.reproduce import Failure, bisect, read, run_again, same_failure
+from ..passes.framework.reproducer import FAILED, versions
 from .inspection import console, quiet_torch
 
 EPILOG = """\

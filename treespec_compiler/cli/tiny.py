@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .coverage_models import OVERRIDES, merge, shrunk
+from .coverage.models import OVERRIDES, merge, shrunk
 
 
 def shrink(config: Any) -> Any:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InvalidOption, Unsupported
-from ..program import tree_program
-from ..speculation.cost import LatencyTable, fingerprint, latency, table_path
+from ..program.tree_program import tree_program
+from ..speculation.cost.latency import LatencyTable, fingerprint, latency, table_path
 from .explain import show_refusal
 from .generate import parse_options
 from .inspection import REFUSED, quiet_torch

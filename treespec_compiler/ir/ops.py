@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from treespec_compiler.ir.accept import greedy_accept
-from treespec_compiler.ir.attention import tree_attention
-from treespec_compiler.ir.commit import commit_path
-from treespec_compiler.ir.grouped_linear import grouped_linear
-from treespec_compiler.ir.linear import pack_weight, packed_bytes, packed_linear, unpack_weight
-from treespec_compiler.ir.rope_attention import rope_scored_tree_attention, rope_tree_attention
-from treespec_compiler.ir.scored_attention import scored_tree_attention
-from treespec_compiler.ir.stochastic_accept import stochastic_accept
+from .accept import greedy_accept
+from .attention import tree_attention
+from .commit import commit_path
+from .grouped_linear import grouped_linear
+from .linear import pack_weight, packed_bytes, packed_linear, unpack_weight
+from .rope_attention import rope_scored_tree_attention, rope_tree_attention
+from .scored_attention import scored_tree_attention
+from .stochastic_accept import stochastic_accept
 
 __all__ = [
     "commit_path",

@@ -41,7 +41,7 @@ class MaskSpec:
 
     def _repr_svg_(self) -> str:
         """What a notebook shows: 24 tokens, enough to see a short window."""
-        from treespec_compiler.ir.drawing import mask_svg
+        from .drawing import mask_svg
 
         index = torch.arange(24)
         return mask_svg(self.visible(index[:, None], index[None, :]).tolist(), self.formula)

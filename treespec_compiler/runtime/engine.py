@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..speculation import caches
-from ..speculation.chance import Chance
-from ..speculation.draft import Draft, DraftRequest, DraftSession
-from ..speculation.judge import Judge
-from ..speculation.near_ties import TOLERANCE, near_tie
-from ..speculation.policy import Limits, TreePolicy
+from ..speculation.drafts import caches
+from ..speculation.drafts.model import Draft, DraftRequest, DraftSession
+from ..speculation.policies.policy import Limits, TreePolicy
 from ..speculation.proposal import Proposal
-from ..speculation.samplers import ChildSampler
-from ..speculation.sampling import Sampling
+from ..speculation.sampling.chance import Chance
+from ..speculation.sampling.samplers import ChildSampler
+from ..speculation.sampling.settings import Sampling
+from ..speculation.verifiers.judge import Judge
+from ..speculation.verifiers.near_ties import TOLERANCE, near_tie
 from ..tree import TokenTree
 from .stats import FinishReason, Stats
 
 if TYPE_CHECKING:
-    from ..program import TreeProgram
+    from ..program.tree_program import TreeProgram
     from ..speculation.policies.auto import Controller
 
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..capture import original_module
+from ..capture.capture import original_module
 from ..errors import InvalidOption, Unsupported
 from ..options import OnUnsupported, Options
-from ..speculation.draft import Draft, ModelDraft
-from ..speculation.named import named_draft
+from ..speculation.drafts.model import Draft, ModelDraft
+from ..speculation.drafts.named import named_draft
+from ..speculation.drafts.tokenizers import check_tokenizers
 from ..speculation.policies.auto import Auto
-from ..speculation.policy import TreePolicy, as_policy
-from ..speculation.samplers import ChildSampler
-from ..speculation.sampling import Sampling
-from ..speculation.tokenizers import check_tokenizers
+from ..speculation.policies.policy import TreePolicy, as_policy
+from ..speculation.sampling.samplers import ChildSampler
+from ..speculation.sampling.settings import Sampling
 from .engine import Ending, Engine, Step
 from .judging import AnyVerifier, appoint
 from .plain import PlainLoop
@@ -28,7 +28,7 @@ from .prompt import end_ids, parse_prompt
 from .stats import Stats
 
 if TYPE_CHECKING:
-    from ..program import TreeProgram
+    from ..program.tree_program import TreeProgram
 
 __all__ = ["GenerationOutput", "Step", "Stream", "generate", "stream"]
 
@@ -252,7 +252,7 @@ def _program(model: Model, options: Options, stats: Stats) -> TreeProgram:
         program = cast("TreeProgram", model)
         program.check_weights(contents=True)  # the caches in use may have been made by an earlier call
         return program
-    from ..program import tree_program
+    from ..program.tree_program import tree_program
 
     began = perf_counter()
     program = tree_program(model, options=options)

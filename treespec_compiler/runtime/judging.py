@@ -7,14 +7,14 @@ from typing import TypeAlias
 
 import torch
 
-from ..speculation.chance import SeededChance
-from ..speculation.judge import GreedyJudge, Judge, SamplingJudge
-from ..speculation.pairs import as_pair, as_stochastic_verifier, check_shape
-from ..speculation.policy import TreePolicy
-from ..speculation.samplers import SAMPLERS, ChildSampler, as_sampler
-from ..speculation.sampling import Sampling
-from ..speculation.verifier import GreedyVerifier, Verifier, as_verifier
+from ..speculation.policies.policy import TreePolicy
+from ..speculation.sampling.chance import SeededChance
+from ..speculation.sampling.samplers import SAMPLERS, ChildSampler, as_sampler
+from ..speculation.sampling.settings import Sampling
 from ..speculation.verifiers import VERIFIERS, StochasticVerifier
+from ..speculation.verifiers.greedy import GreedyVerifier, Verifier, as_verifier
+from ..speculation.verifiers.judge import GreedyJudge, Judge, SamplingJudge
+from ..speculation.verifiers.pairs import as_pair, as_stochastic_verifier, check_shape
 from .engine import Drawing
 
 AnyVerifier: TypeAlias = Verifier | StochasticVerifier | str

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..speculation.judge import Judge
+from ..speculation.verifiers.judge import Judge
 from .engine import Ending, Step
 from .stats import FinishReason, Stats
 

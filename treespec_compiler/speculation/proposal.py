@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..tree import TokenTree
-from .chance import Row
+from .sampling.chance import Row
 
 
 @dataclass(slots=True, eq=False)

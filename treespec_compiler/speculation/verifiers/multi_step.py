@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..chance import Chance
 from ..proposal import Proposal
-from ..samplers import Kind
-from ..verifier import Verdict
+from ..sampling.chance import Chance
+from ..sampling.samplers import Kind
+from .greedy import Verdict
 from .rule import Target, ratio, residual
 
 

@@ -7,10 +7,10 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from ..chance import Chance, Row
 from ..proposal import Proposal
-from ..samplers import Kind
-from ..verifier import Verdict
+from ..sampling.chance import Chance, Row
+from ..sampling.samplers import Kind
+from .greedy import Verdict
 
 Target: TypeAlias = Callable[[int], Row]
 """Node -> the target's processed distribution after the path to it [V], computed when asked for."""

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..chance import Chance, Row
 from ..proposal import Draws, Proposal
-from ..samplers import Kind
-from ..verifier import Verdict
+from ..sampling.chance import Chance, Row
+from ..sampling.samplers import Kind
+from .greedy import Verdict
 from .rule import Target, ratio
 
 

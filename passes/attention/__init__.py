@@ -1,0 +1,1 @@
+"""Attention in other spellings, and what its scores and caches are."""

@@ -1,0 +1,355 @@
+"""recognize attention, spelled out: matmul, softmax, matmul becomes one `treespec::attention`.
+
+Read backwards from the softmax, the scores are a chain of operations on one product q k^T. Each is folded into what is
+known so far: a factor on the product, a softcap, an additive mask or bias (any value that does not depend on token
+content), a condition that overrides scores, a sink column. An operation that fits nowhere ends the attempt; the softmax
+is then left alone, and token locality judges it. What is constant along a row is left out, since a softmax does not see
+it; one with sinks does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..forms.closed_form import ClosedForms, shape_of
+from ..forms.masks import HIDDEN
+from ..framework.provenance import op_name
+from ..framework.state import GraphState
+from .key_bias import Splitter
+from .sink_gate import sink_gate
+
+aten = torch.ops.aten
+
+SOFTMAXES = ("aten.softmax", "aten._softmax", "aten._safe_softmax")
+_PRODUCTS = ("aten.matmul", "aten.bmm")
+_LOWEST = -1e30
+
+
+@dataclass(frozen=True)
+class Scores:
+    """softcap(scale * q k^T) + mask, before the softmax; `inner` is the scale inside a tanh that is still open, and
+    `shifted` says that something constant along each row was left out."""
+
+    q: fx.Node
+    k_transposed: fx.Node
+    scale: float = 1.0
+    inner: float | None = None
+    softcap: float = 0.0
+    mask: fx.Node | None = None
+    sinks: fx.Node | None = None
+    shifted: bool = False
+    replaced: tuple[fx.Node, ...] = ()
+    """Where scores were replaced by a value that hides nothing by itself: the mask must hide it there."""
+    key_bias: fx.Node | None = None
+    """[.., heads, 1, T], computed from the keys' tokens."""
+
+
+@dataclass(frozen=True)
+class EagerSite:
+    """One attention: its scores, the softmax, and the product with V that ends it."""
+
+    scores: Scores
+    softmax: fx.Node
+    values: fx.Node
+    output: fx.Node
+
+
+class Reader:
+    """Parses the scores of one softmax. Nodes it makes (combined masks) are dead code if the attempt fails."""
+
+    def __init__(self, state: GraphState, forms: ClosedForms, repeated: Callable[[fx.Node], fx.Node | None]) -> None:
+        self.state, self.forms, self.repeated = state, forms, repeated
+
+    def site(self, softmax: fx.Node) -> EagerSite | None:
+        dim: Any = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
+        if dim not in (-1, _rank(softmax) - 1):
+            return None
+        found = self._values(softmax)
+        if found is None:
+            return None
+        values, output, dropped = found
+        self.at = softmax
+        scores = self.read(softmax.args[0])
+        if scores is None or scores.inner is not None or (scores.sinks is not None) != dropped:
+            return None
+        gate = sink_gate(softmax, output, self.forms, self.state.length)
+        if gate is not None and scores.sinks is None and not scores.shifted:
+            scores, output = replace(scores, sinks=gate[0]), gate[1]
+        return EagerSite(scores, softmax, values, output)
+
+    def _values(self, softmax: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+        """(V, output, whether a last column was dropped) of the product that the weights go into."""
+        node, dropped = softmax, False
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            name = op_name(user)
+            if name in _PRODUCTS and user.args[0] is node and self._depends(user.args[1]):
+                return user.args[1], user, dropped
+            if name == "aten.slice" and not dropped and _drops_last(user):
+                dropped = True
+            elif name not in ("aten._to_copy", "aten.reshape", "aten.expand") or not _same_matrix(node, user):
+                return None
+            node = user
+        return None
+
+    at: fx.Node  # new nodes are inserted before this one
+
+    def _depends(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and node in self.forms.tainted
+
+    def read(self, node: Any) -> Scores | None:
+        """The scores computed by `node`, or None."""
+        if not isinstance(node, fx.Node) or not self._depends(node):
+            return None
+        name = op_name(node)
+        if name in _PRODUCTS:
+            a, b = node.args[:2]
+            both = self._depends(a) and self._depends(b)
+            return Scores(a, b) if both else None
+        rule = _RULES.get(name)
+        return rule(self, node) if rule is not None else None
+
+    def number(self, value: Any) -> float | None:
+        """A Python number, or the value of a 0-d or one-element constant."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        form = self.forms.of(value) if isinstance(value, fx.Node) and value not in self.forms.tainted else None
+        if form is not None and all(s == 1 for s in form.shape) and form.expr.is_number:
+            return float(form.expr)
+        return None
+
+    def add(self, scores: Scores, extra: Any, sign: int = 1) -> Scores | None:
+        """scores + sign * extra, for an addend that does not depend on token content, but for a bias by key."""
+        if scores.inner is not None or scores.sinks is not None:
+            return None
+        if isinstance(extra, (int, float)):
+            return replace(scores, shifted=True)
+        if self._depends(extra):
+            found = Splitter(self.state, self.forms, self.at, self.repeated).split(extra)
+            if found is None or scores.key_bias is not None or sign < 0:
+                return None
+            scores = replace(scores, key_bias=found.bias)
+            if found.mask is None:
+                return scores
+            extra = found.mask
+        if sign < 0:
+            extra = self.emit(aten.neg.default, extra)
+        mask = extra if scores.mask is None else self.emit(aten.add.Tensor, scores.mask, extra)
+        return replace(scores, mask=mask)
+
+    def override(self, scores: Scores, condition: Any, value: Any, *, when: bool) -> Scores | None:
+        """Scores replaced by `value` where `condition == when`."""
+        if scores.inner is not None or scores.sinks is not None or self._depends(condition) or self._depends(value):
+            return None
+        fixed = self.number(value)
+        if fixed is None or fixed > HIDDEN:
+            where = condition if when else self.emit(aten.logical_not.default, condition)
+            scores = replace(scores, replaced=(*scores.replaced, where))
+        if isinstance(value, (int, float)):
+            value = self.emit(aten.full.default, [], value, dtype=scores.q.meta["val"].dtype, device=self._device)
+        kept = scores.mask
+        if kept is None:
+            kept = self.emit(aten.full.default, [], 0.0, dtype=value.meta["val"].dtype, device=self._device)
+        pair = (value, kept) if when else (kept, value)
+        return replace(scores, mask=self.emit(aten.where.self, condition, *pair))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.state.node(self.state.tokens).meta["val"].device
+
+    def emit(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.state.call(op, args, kwargs, like=self.at)
+
+
+def _rank(node: Any) -> int:
+    return node.meta["val"].dim()
+
+
+def _drops_last(node: fx.Node) -> bool:
+    """`x[..., :-1]`."""
+    args: Any = node.args
+    rank = _rank(node)
+    return args[1] in (-1, rank - 1) and args[2] in (0, None) and args[3] == -1 and len(args) < 5
+
+
+def _same_matrix(before: fx.Node, after: fx.Node) -> bool:
+    return shape_of(before)[-2:] == shape_of(after)[-2:]
+
+
+def _scaled(reader: Reader, node: fx.Node, factor: Callable[[float], float]) -> Scores | None:
+    a, b = node.args[0], node.args[1]
+    number = reader.number(b)
+    if number is None and op_name(node) == "aten.mul" and reader.number(a) is not None:
+        a, b, number = b, a, reader.number(a)
+    if number is None and op_name(node) == "aten.mul":
+        return _zeroed(reader, a, b) or _zeroed(reader, b, a)
+    scores = reader.read(a)
+    if scores is None or number is None or number == 0 or scores.sinks is not None:
+        return None
+    by = factor(number)
+    if scores.inner is not None:  # c * tanh(inner * q k): a softcap of c
+        return replace(scores, inner=None, softcap=by, scale=scores.inner * by)
+    if scores.softcap or scores.key_bias is not None:
+        return None
+    mask = None if scores.mask is None else reader.emit(aten.mul.Tensor, scores.mask, by)
+    return replace(scores, scale=scores.scale * by, mask=mask)
+
+
+def _zeroed(reader: Reader, a: Any, b: Any) -> Scores | None:
+    """scores * m for a mask m of zeros and ones: hidden scores become 0 (something below adds a large negative)."""
+    form = reader.forms.of(b) if isinstance(b, fx.Node) and not reader._depends(b) else None
+    if form is None or not reader._depends(a):
+        return None
+    if not form.is_bool and not _zeros_and_ones(reader, form):
+        return None
+    scores = reader.read(a)
+    return None if scores is None else reader.override(scores, reader.emit(aten.eq.Scalar, b, 0), 0.0, when=True)
+
+
+def _zeros_and_ones(reader: Reader, form: Any) -> bool:
+    if form.expr.is_Piecewise:
+        return all(value in (0, 1) for value, _ in form.expr.args)
+    if len(form.tables) != 1 or form.expr not in form.tables:
+        return False
+    table = reader.forms.tables[str(form.expr.func)]
+    return bool(((table == 0) | (table == 1)).all())
+
+
+def _tanh(reader: Reader, node: fx.Node) -> Scores | None:
+    scores = reader.read(node.args[0])
+    if scores is None or scores.mask is not None or scores.softcap or scores.inner is not None or scores.shifted:
+        return None
+    if scores.key_bias is not None:
+        return None
+    return replace(scores, inner=scores.scale)
+
+
+def _add(reader: Reader, node: fx.Node) -> Scores | None:
+    a, b = node.args[0], node.args[1]
+    if node.kwargs.get("alpha", 1) != 1:
+        return None
+    if reader._depends(a) and not reader._depends(b):
+        scores, extra = reader.read(a), b
+    elif reader._depends(b) and not reader._depends(a) and op_name(node) == "aten.add":
+        scores, extra = reader.read(b), a
+    elif isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        scores, extra = reader.read(a), b
+        if scores is None:
+            scores, extra = reader.read(b), a
+    else:
+        return None
+    return None if scores is None else reader.add(scores, extra)
+
+
+def _sub(reader: Reader, node: fx.Node) -> Scores | None:
+    a, b = node.args[0], node.args[1]
+    scores = reader.read(a)
+    if scores is None:
+        return None
+    if _is_row_maximum(b, a):
+        # With the sinks among them, scores and sinks are shifted alike.
+        return scores if scores.sinks is not None else replace(scores, shifted=True)
+    return None if reader._depends(b) or node.kwargs.get("alpha", 1) != 1 else reader.add(scores, b, -1)
+
+
+def _is_row_maximum(node: Any, of: Any) -> bool:
+    if isinstance(node, fx.Node) and op_name(node) == "getitem":
+        inner: Any = node.args[0]
+        return op_name(inner) == "aten.max" and inner.args[0] is of and inner.args[1] == -1 and node.args[1] == 0
+    if not isinstance(node, fx.Node) or op_name(node) != "aten.amax" or node.args[0] is not of:
+        return False
+    dims: Any = node.args[1]
+    return list(dims) == [-1] and len(node.args) > 2 and bool(node.args[2])
+
+
+def _where(reader: Reader, node: fx.Node) -> Scores | None:
+    if len(node.args) != 3:
+        return None
+    condition, yes, no = node.args
+    if reader._depends(yes):
+        scores = reader.read(yes)
+        return None if scores is None else reader.override(scores, condition, no, when=False)
+    scores = reader.read(no)
+    return None if scores is None else reader.override(scores, condition, yes, when=True)
+
+
+def _masked_fill(reader: Reader, node: fx.Node) -> Scores | None:
+    scores = reader.read(node.args[0])
+    return None if scores is None else reader.override(scores, node.args[1], node.args[2], when=True)
+
+
+def _cast(reader: Reader, node: fx.Node) -> Scores | None:
+    before: Any = node.args[0]
+    if not node.meta["val"].dtype.is_floating_point:
+        return None
+    return reader.read(before)
+
+
+def _reshape(reader: Reader, node: fx.Node) -> Scores | None:
+    """[1, H, T, T] <-> [H, T, T]: heads keep their order, so masks must broadcast the same way on both sides."""
+    before: Any = node.args[0]
+    a, b = [s for s in shape_of(before) if s != 1], [s for s in shape_of(node) if s != 1]
+    if a != b or not _same_matrix(before, node):
+        return None
+    scores = reader.read(before)
+    if scores is None or scores.mask is None or len(shape_of(scores.mask)) <= _rank(node):
+        return scores  # broadcasting is from the right, so [H, q, k] serves for [1, H, q, k]
+    if shape_of(scores.mask)[0] != 1 or len(shape_of(scores.mask)) != _rank(node) + 1:
+        return None
+    return replace(scores, mask=reader.emit(aten.squeeze.dim, scores.mask, 0))
+
+
+def _baddbmm(reader: Reader, node: fx.Node) -> Scores | None:
+    extra, a, b = node.args[:3]
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    if reader._depends(extra) or not (reader._depends(a) and reader._depends(b)):
+        return None
+    if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
+        return None
+    scores = Scores(a, b, scale=float(alpha))
+    if beta == 0:
+        return scores
+    added = extra if beta == 1 else reader.emit(aten.mul.Tensor, extra, beta)
+    return reader.add(scores, added)
+
+
+def _floor(reader: Reader, node: fx.Node) -> Scores | None:
+    """maximum(scores, lowest float): the mask's own values, kept from running over."""
+    bound = reader.number(node.args[1]) if len(node.args) == 2 else None
+    return reader.read(node.args[0]) if bound is not None and bound <= _LOWEST else None
+
+
+def _cat(reader: Reader, node: fx.Node) -> Scores | None:
+    """[scores, sink]: one more column, the same for every query."""
+    parts: Any = node.args[0]
+    dim: Any = node.args[1] if len(node.args) > 1 else 0
+    if len(parts) != 2 or dim not in (-1, _rank(node) - 1) or reader._depends(parts[1]) or shape_of(parts[1])[-1] != 1:
+        return None
+    scores = reader.read(parts[0])
+    if scores is None or scores.sinks is not None or scores.inner is not None or scores.shifted:
+        return None
+    return replace(scores, sinks=parts[1])
+
+
+_RULES: dict[str, Callable[[Reader, fx.Node], Scores | None]] = {
+    "aten.mul": lambda reader, node: _scaled(reader, node, lambda x: x),
+    "aten.div": lambda reader, node: _scaled(reader, node, lambda x: 1.0 / x),
+    "aten.tanh": _tanh,
+    "aten.add": _add,
+    "aten.sub": _sub,
+    "aten.where": _where,
+    "aten.masked_fill": _masked_fill,
+    "aten._to_copy": _cast,
+    "aten.reshape": _reshape,
+    "aten.baddbmm": _baddbmm,
+    "aten.maximum": _floor,
+    "aten.max": _floor,
+    "aten.clamp_min": _floor,
+    "aten.clamp": _floor,
+    "aten.cat": _cat,
+}

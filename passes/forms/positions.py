@@ -1,0 +1,184 @@
+"""Where positions enter the data: the cut between index arithmetic and everything else.
+
+A cut node is one whose value at token t is known in closed form and whose users are not. Each is either a plain
+position (`i + c`, replaced by the tree's positions), a slice of a table (`table[c : c + T]`, replaced by reading the
+table at the tree's positions), or the same for every token (left alone). Any other dependence on the position, and any
+use of the number of tokens as a number, is refused with its formula.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from ..framework.provenance import op_name
+from ..framework.state import GraphState, refuse
+from .closed_form import ClosedForms, Form, axis, shape_of
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`kind`: "position" (i + offset in dimension `at`), "table" (a slice from `offset` along `at`) or "constant"."""
+
+    kind: str
+    at: int | None
+    offset: int = 0
+
+
+# Arguments that are sizes: here the number of tokens is a shape, which the tree program reads as the number of nodes.
+_SIZE_OPS = {
+    "aten.reshape", "aten.expand", "aten.arange", "aten.full", "aten.ones", "aten.zeros", "aten.new_ones",
+    "aten.new_zeros", "aten.new_full", "aten.slice", "aten.sym_size", "aten.unflatten", "aten.empty", "aten.new_empty",
+}  # fmt: skip
+
+
+def position_cut(state: GraphState) -> dict[fx.Node, Cut]:
+    """The cut of a classified graph; raises the refusal for positions of any other form."""
+    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    cut: dict[fx.Node, Cut] = {}
+    for node in state.graph.nodes:
+        _refuse_length_as_number(state, node)
+        if node.op == "output" or not _follows(state, forms, node):
+            continue
+        if any(forms.of(user) is None for user in node.users):
+            _descend(state, forms, node, cut)
+    state.proved_from |= forms.numbers
+    return cut
+
+
+def _follows(state: GraphState, forms: ClosedForms, node: fx.Node) -> bool:
+    """Whether the node is a tensor with a closed form that depends on the number of tokens in value or shape."""
+    if not isinstance(node.meta.get("val"), Tensor):
+        return False
+    form = forms.of(node)
+    return form is not None and (bool(_token_dims(state, form)) or state.length in form.expr.free_symbols)
+
+
+def _token_dims(state: GraphState, form: Form) -> list[int]:
+    return [i for i, s in enumerate(form.shape) if state.length in s.free_symbols]
+
+
+def _descend(state: GraphState, forms: ClosedForms, node: fx.Node, cut: dict[fx.Node, Cut]) -> None:
+    if node in cut:
+        return
+    form = forms.of(node)
+    assert form is not None
+    dims = _token_dims(state, form)
+    text = f"{form.expr}".replace(f"a{dims[0]}", "i") if len(dims) == 1 else str(form.expr)
+    if state.length in form.expr.free_symbols:
+        raise refuse(f"a value depends on the total number of tokens T = {state.length}: {text}", node)
+    if len(dims) > 1:
+        user = next((u for u in node.users if forms.of(u) is None), node)
+        raise refuse("a table over pairs of tokens is used outside an attention mask", user)
+    at = dims[0]
+    if axis(at) not in form.expr.free_symbols:
+        cut[node] = Cut("constant", at)
+        return
+    offset = _offset(form.expr, axis(at))
+    if offset is not None and not form.is_bool:
+        if offset < 0:
+            raise refuse(f"positions start below zero: {text}", node)
+        cut[node] = Cut("position", at, offset)
+        return
+    sliced = _table_slice(state, forms, node, at)
+    if sliced is not None:
+        cut[node] = Cut("table", at, sliced)
+        return
+    if not _may_descend(form, at):
+        raise refuse(f"positions are not i + constant but {text}", node, "positions must count the tokens one by one")
+    sources = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor) and _follows(state, forms, a)]
+    if not sources:
+        raise refuse(f"positions are not i + constant but {text}", node, "positions must count the tokens one by one")
+    for source in sources:
+        _descend(state, forms, source, cut)
+
+
+def _offset(expr: Any, symbol: sympy.Symbol) -> int | None:
+    gap = sympy.expand(expr - symbol) if not isinstance(expr, sympy.logic.boolalg.BooleanAtom) else None
+    return int(gap) if gap is not None and gap.is_Integer else None
+
+
+def _may_descend(form: Form, at: int) -> bool:
+    """A function of the position that no bound cuts off, or a read of a table at `position + constant`.
+
+    The operands then decide, and the function itself is applied to the tree's positions.
+    """
+    symbol, expr = axis(at), form.expr
+    if form.is_bool:
+        return False
+    return symbol not in expr.free_symbols or not expr.has(sympy.Min, sympy.Max, sympy.Piecewise, sympy.Mod)
+
+
+def _table_slice(state: GraphState, forms: ClosedForms, node: fx.Node, at: int) -> int | None:
+    """The start of `slice(table, at, start, start + T)` for a table that does not depend on the number of tokens."""
+    if op_name(node) != "aten.slice":
+        return None
+    source: Any = node.args[0]
+    dim = int(node.args[1] if len(node.args) > 1 else 0) % len(shape_of(source))
+    if dim != at or any(state.length in s.free_symbols for s in shape_of(source)):
+        return None
+    step = node.args[4] if len(node.args) > 4 else 1
+    start = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
+    return start if isinstance(start, int) and start >= 0 and step == 1 else None
+
+
+def _refuse_length_as_number(state: GraphState, node: fx.Node) -> None:
+    if node.op != "call_function" or op_name(node) in _SIZE_OPS:
+        return
+    value = node.meta.get("val")
+    if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
+        return  # size arithmetic
+    for operand in node.all_input_nodes:
+        size = operand.meta.get("val")
+        if (
+            isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool))
+            and state.length in size.node.expr.free_symbols
+        ):
+            chunk = chunk_of(size.node.expr)
+            cut = f", as where tokens are cut into chunks of {chunk} to be mixed without attention" if chunk else ""
+            raise refuse(
+                f"the number of tokens is used as a number: {size.node.expr}{cut}",
+                node,
+                "a tree's nodes lie on paths of different lengths, so the total has no meaning there",
+            )
+
+
+def chunk_of(size: sympy.Expr) -> int | None:
+    """The length of the chunks that tokens are padded to, in an expression such as Mod(64 - Mod(T, 64), 64)."""
+    mods = [f for f in size.atoms(sympy.Function) if f.func.__name__.endswith("Mod")]
+    return max((int(a) for f in mods for a in f.args if a.is_Integer), default=None)
+
+
+def table_limits(state: GraphState) -> list[tuple[fx.Node, int, int]]:
+    """(node, offset, limit) for every read of a table at a position: context lengths above `limit` leave the table."""
+    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    found = []
+    for node in state.graph.nodes:
+        for table, dim, index in _reads(node):
+            form = forms.of(index) if isinstance(index, fx.Node) else None
+            dims = _token_dims(state, form) if form is not None else []
+            if form is None or len(dims) != 1 or form.is_bool:
+                continue
+            offset = _offset(form.expr, axis(dims[0]))
+            size = shape_of(table)[dim]
+            if offset is not None and size.is_Integer:
+                found.append((node, offset, int(size) - offset))
+    return found
+
+
+def _reads(node: fx.Node) -> list[tuple[fx.Node, int, Any]]:
+    name = op_name(node)
+    args: Any = node.args
+    if name == "aten.embedding":
+        return [(args[0], 0, args[1])]
+    if name == "aten.index_select":
+        return [(args[0], int(args[1]) % len(shape_of(args[0])), args[2])]
+    if name == "aten.gather":
+        return [(args[0], int(args[1]) % len(shape_of(args[0])), args[2])]
+    if name == "aten.index":
+        return [(args[0], i, x) for i, x in enumerate(args[1]) if x is not None]
+    return []

@@ -1,0 +1,1 @@
+"""What runs passes: the manager, pipeline strings, the state that travels, instruments."""

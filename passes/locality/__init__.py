@@ -1,0 +1,1 @@
+"""Proving that an op acts on each token alone."""

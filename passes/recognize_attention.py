@@ -1,0 +1,209 @@
+"""recognize attention: every scaled_dot_product_attention becomes one `treespec::attention` with unrepeated K/V."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from treespec_compiler.ir import sequence_attention  # noqa: F401  (defines the ops)
+
+from .attention.key_bias import Splitter, with_key_bias
+from .attention.spelled_out import SOFTMAXES, EagerSite, Reader, Scores
+from .forms.closed_form import ClosedForms, broadcast, shape_of
+from .forms.evaluate import evaluate_for_length
+from .forms.masks import hides_all
+from .framework.manager import Pass
+from .framework.provenance import op_name
+from .framework.state import GraphState, refuse
+from .locality.mixers import no_attention
+
+aten = torch.ops.aten
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def recognize_attention(state: GraphState) -> int:
+    matches = 0
+    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    for node in list(state.graph.nodes):
+        if op_name(node) == "aten.scaled_dot_product_attention":
+            _rewrite(state, forms, node)
+            matches += 1
+    matches += recognize_eager(state)
+    if not matches:
+        raise no_attention(state)
+    return matches
+
+
+def _bound(node: fx.Node) -> dict[str, Any]:
+    values = dict(zip(_ARGUMENTS, node.args, strict=False))
+    return values | dict(node.kwargs)
+
+
+def _rewrite(state: GraphState, forms: ClosedForms, node: fx.Node) -> None:
+    call = _bound(node)
+    if call.get("dropout_p"):
+        raise refuse(f"attention dropout is active (p = {call['dropout_p']})", node, "call model.eval() first")
+    q, k, v = call["query"], call["key"], call["value"]
+    scale = call.get("scale")
+    if scale is None:
+        scale = 1.0 / math.sqrt(int(shape_of(q)[-1]))
+    if not isinstance(scale, (int, float)):
+        raise refuse(f"the attention scale is computed in the graph: {scale}", node)
+    mask: Any = call.get("attn_mask")
+    found = Splitter(state, forms, node, _repeated).split(mask) if isinstance(mask, fx.Node) else None
+    mask, bias = (mask, None) if found is None else (found.mask, found.bias)
+    rest = (mask, bool(call.get("is_causal", False)), float(scale))
+    site = make_site(state, node, q, k, v, rest, bias)
+    node.replace_all_uses_with(site)
+    state.graph.erase_node(node)
+
+
+def make_site(
+    state: GraphState,
+    at: fx.Node,
+    q: fx.Node,
+    k: fx.Node,
+    v: fx.Node,
+    rest: tuple[Any, ...],
+    key_bias: fx.Node | None = None,
+) -> fx.Node:
+    """Insert `treespec::attention(q, k, v, *rest)` before `at`, with K/V heads unrepeated; rest[2] is the scale."""
+    _check_axes(state, at, q, k, v)
+    k, v = _unrepeat(k, v)
+    if key_bias is not None:
+        q, k = with_key_bias(state, at, q, k, key_bias, rest[2])
+    heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
+    if shape_of(v)[1] != kv_heads or not heads.is_Integer or heads % kv_heads != 0:
+        raise refuse(f"got {heads} query heads, {kv_heads} key heads and {shape_of(v)[1]} value heads", at)
+    return state.call(torch.ops.treespec.attention.default, (q, k, v, *rest), like=at)
+
+
+def recognize_eager(state: GraphState) -> int:
+    """Attention spelled as matmul, softmax, matmul."""
+    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    matches = 0
+    for node in list(state.graph.nodes):
+        if op_name(node) not in SOFTMAXES or node not in forms.tainted:
+            continue
+        found = Reader(state, forms, _repeated).site(node)
+        if found is None or not _attends_over_tokens(state, found):
+            continue
+        scores, output = found.scores, found.output
+        _check_replaced(state, output, scores)
+        q, v = _four_dimensional(state, output, scores.q), _four_dimensional(state, output, found.values)
+        k = _four_dimensional(state, output, _untransposed(state, output, scores.k_transposed))
+        rest: tuple[Any, ...] = (scores.mask, False, scores.scale)
+        if scores.softcap or scores.sinks is not None:
+            rest += (scores.softcap, _sink_vector(state, output, scores.sinks))
+        site = make_site(state, output, q, k, v, rest, scores.key_bias)
+        if len(shape_of(output)) == 3:
+            site = state.call(aten.squeeze.dim, (site, 0), like=output)
+        output.replace_all_uses_with(site)
+        state.graph.erase_node(output)
+        matches += 1
+    return matches
+
+
+def _check_replaced(state: GraphState, at: fx.Node, scores: Scores) -> None:
+    """Scores that were replaced by an ordinary number must be hidden: what is seen must come from q k^T."""
+    for where in scores.replaced:
+        hiding = state.call(aten.full.default, ([], -math.inf), {"device": where.meta["val"].device}, like=at)
+        mask = hiding if scores.mask is None else state.call(aten.where.self, (where, scores.mask, hiding), like=at)
+        forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+        form = forms.of(mask)
+        shape = (sympy.Integer(1), shape_of(scores.q)[-3], state.length, state.length)
+
+        def evaluate(n: int, mask: fx.Node = mask) -> Tensor:
+            return evaluate_for_length(mask, state.tokens, state.constants, state.gm, n).cpu()
+
+        if form is None or not hides_all(broadcast(form, shape), evaluate, forms.tables):
+            raise refuse("attention scores are replaced by another value for keys that are not hidden", where)
+
+
+def _attends_over_tokens(state: GraphState, found: EagerSite) -> bool:
+    """Whether the softmax is over a [.., T, T] matrix; any other softmax is not token attention."""
+    shape = shape_of(found.scores.q), shape_of(found.scores.k_transposed)
+    return all(len(s) in (3, 4) for s in shape) and shape[0][-2] == shape[1][-1] == state.length
+
+
+def _untransposed(state: GraphState, at: fx.Node, node: fx.Node) -> fx.Node:
+    """K [.., T, D] of K^T [.., D, T]."""
+    rank = len(shape_of(node))
+    if op_name(node) == "aten.transpose" and {int(d) % rank for d in node.args[1:3]} == {rank - 2, rank - 1}:
+        return node.args[0]
+    return state.call(aten.transpose.int, (node, -1, -2), like=at)
+
+
+def _four_dimensional(state: GraphState, at: fx.Node, node: fx.Node) -> fx.Node:
+    """[H, T, D] -> [1, H, T, D]."""
+    return node if len(shape_of(node)) == 4 else state.call(aten.unsqueeze.default, (node, 0), like=at)
+
+
+def _sink_vector(state: GraphState, at: fx.Node, sinks: fx.Node | None) -> fx.Node | None:
+    """[1, H, T, 1] sinks that are the same for every query -> [H]."""
+    if sinks is None:
+        return None
+    while op_name(sinks) in ("aten.expand", "aten._to_copy"):
+        sinks = sinks.args[0]
+    if any(state.length in s.free_symbols for s in shape_of(sinks)):
+        raise refuse("attention sinks differ between queries", at)
+    return state.call(aten.reshape.default, (sinks, [-1]), like=at)
+
+
+def _check_axes(state: GraphState, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
+    for name, operand in (("query", q), ("key", k), ("value", v)):
+        shape = shape_of(operand)
+        if len(shape) != 4 or shape[0] != 1:
+            raise refuse(f"attention over a {name} of shape {_show(shape)}, expected [1, heads, tokens, dim]", node)
+        if shape[2] != state.length:
+            raise refuse(
+                f"attention over a dimension that is not the tokens: {name} has shape {_show(shape)}, "
+                f"expected {state.length} (the number of tokens) in dimension 2",
+                node,
+            )
+
+
+def _show(shape: tuple[sympy.Expr, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _unrepeat(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """K and V before `repeat_kv`, when both are repeated alike; attention shares the heads itself."""
+    k_source, v_source = _repeated(k), _repeated(v)
+    if k_source is None or v_source is None or shape_of(k_source)[1] != shape_of(v_source)[1]:
+        return k, v
+    return k_source, v_source
+
+
+def _repeated(node: fx.Node) -> fx.Node | None:
+    """x of `x[:, :, None].expand(1, Hkv, G, T, D).reshape(1, Hkv * G, T, D)` or of `repeat_interleave(x, G, 1)`."""
+    if op_name(node) == "aten.repeat_interleave" and len(node.args) > 2 and node.args[2] in (1, -3):
+        return node.args[0] if isinstance(node.args[1], int) else None
+    if op_name(node) != "aten.reshape" or op_name(node.args[0]) != "aten.expand":
+        return None
+    expand: Any = node.args[0]
+    insert: Any = expand.args[0]
+    if op_name(insert) != "aten.unsqueeze":
+        return None
+    source: Any = insert.args[0]
+    shape = shape_of(source)
+    if len(shape) != 4 or insert.args[1] not in (2, -3):
+        return None
+    wide = shape_of(expand)
+    if wide[:2] != shape[:2] or wide[3:] != shape[2:]:
+        return None
+    return source if shape_of(node) == (shape[0], shape[1] * wide[2], shape[2], shape[3]) else None
+
+
+PASS = Pass(
+    "recognize attention",
+    recognize_attention,
+    before="normalized graph",
+    after="each attention over the tokens is one treespec::attention; K/V heads are not repeated",
+    level="recognized",
+)

@@ -1,0 +1,1 @@
+"""Rotations of queries and keys, proved from their numbers."""

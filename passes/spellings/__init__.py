@@ -1,0 +1,1 @@
+"""One spelling of what models write in many ways."""

@@ -1,0 +1,119 @@
+"""A sample of the zoo of `treespec coverage`, and the page it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from treespec_compiler.cli.coverage.check import Result, check_type
+from treespec_compiler.cli.coverage.models import (
+    CLASS_OF,
+    CLASSES,
+    has_window,
+    model_types,
+    tiny_config,
+    tiny_model,
+)
+from treespec_compiler.cli.coverage.report import page
+from treespec_compiler.cli.main import main
+
+EXACT = ("qwen3", "codegen", "mistral", "qwen2_moe", "deepseek_v3", "doge", "jetmoe")
+REFUSED = {"bert": "bidirectional"}
+MIXERS = {
+    "qwen3_next": "Qwen3NextGatedDeltaNet",
+    "lfm2": "Lfm2ShortConv",
+    "deepseek_v32": "DeepseekV32Indexer",
+    "minimax": "MiniMaxLightningAttention",
+}
+
+
+def test_the_survey_names_each_type_once() -> None:
+    names = [name for names in CLASSES.values() for name in names.split()]
+    assert len(names) == len(set(names)) == len(CLASS_OF)
+    assert set(names) <= set(model_types())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma3", "deepseek_v2", "llama4_text", "gpt_neo"])
+def test_configurations_are_shrunk(name: str) -> None:
+    config = tiny_config(name, window=4).get_text_config()
+    assert config.hidden_size == 64
+    assert config.num_hidden_layers <= 4
+    assert has_window(config) == (name not in ("mixtral", "deepseek_v2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_a_sample_is_exact(name: str) -> None:
+    result = check_type(name)
+    assert result.verdict == "exact", result
+    assert result.error is not None and result.error <= 1e-4
+    assert result.packing is not None and result.packing <= 1e-5  # a forest is what each slot alone is
+    assert result.variants == (["window 4", "window 24"] if name == "mistral" else ["default"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "phimoe"])
+def test_batched_experts_are_exact(name: str) -> None:
+    assert tiny_model(name, experts="batched_mm").config._experts_implementation == "batched_mm"
+    result = check_type(name, experts="batched_mm")
+    assert result.verdict == "exact", result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_sample_is_refused_by_name(name: str) -> None:
+    result = check_type(name)
+    assert result.verdict == "refused", result
+    assert REFUSED[name] in f"{result.reason} {result.layer} {result.source}".lower()
+    assert result.source and result.layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXERS)
+def test_another_token_mixer_is_refused_by_its_class(name: str) -> None:
+    result = check_type(name)
+    assert result.verdict == "refused", result
+    assert result.module == MIXERS[name] and result.layer and result.source
+
+
+def test_the_page_counts_by_class_and_says_why_not() -> None:
+    results = [
+        Result("llama", "A", "exact", 5e-7, 0.0, 2, ["k <= q"]),
+        Result(
+            "mamba",
+            "E",
+            "refused",
+            reason="a | b",
+            source="/x/y.py:12, in forward: f(x)",
+            layer="layers.0.mixer",
+            module="Mixer",
+        ),
+        Result("mistral", "D", "wrong", 0.5, reason="far away", variant="window 24"),
+    ]
+    text = page(results, ["opt", "bloom"])
+    assert "Not run (2): opt, bloom." in text
+    assert "| all | 3 | 1 | 1 | 1 | 0 |" in text
+    assert "| llama | exact | 5.0e-07 | 0.0e+00 | 2 | `k <= q` |  |" in text
+    assert "a \\| b at `y.py:12` in `layers.0.mixer` (Mixer)" in text
+    assert "far away (window 24)" in text
+
+
+@pytest.mark.slow
+def test_the_command_resumes_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, output, data = tmp_path / "lines.jsonl", tmp_path / "docs" / "coverage.md", tmp_path / "coverage.json"
+    lines.write_text(json.dumps(Result("gpt2", "A", "exact", 1e-7, 1e-8, 2, ["k <= q"]).__dict__) + "\n")
+    arguments = ["--only", "gpt2,bert", "--resume", "--lines", lines, "--output", output, "--json", data]
+    assert main(["coverage", *map(str, arguments)]) == 0
+    assert [r["verdict"] for r in json.loads(data.read_text())] == ["exact", "refused"]
+    assert "| gpt2 | exact | 1.0e-07 |" in output.read_text()
+    assert len(lines.read_text().splitlines()) == 2
+    assert "exact: 1" in capsys.readouterr().out
+
+
+def test_an_unknown_type_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["coverage", "--only", "llama,lama"]) == 2
+    assert "'lama'" in capsys.readouterr().err

@@ -1,0 +1,178 @@
+"""The benchmark scripts run on a tiny pair, and write what docs/benchmarks.md says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_cli import pair  # noqa: F401  (a fixture)
+
+import treespec_compiler
+from treespec_compiler.codegen import cpu
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def start(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def run(script: str, *arguments: object) -> str:
+    done = start(script, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def check_run(about: dict[str, Any], threads: object = 2) -> None:
+    assert about["threads"] == threads and about["commit"] and about["device"] and about["date"]
+    assert about["versions"]["torch"] and about["versions"]["transformers"]
+    assert about["versions"]["treespec"] == treespec_compiler.__version__
+
+
+@pytest.fixture(scope="module")
+def decode(pair: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:  # noqa: F811
+    folder = tmp_path_factory.mktemp("decode")
+    lines = [{"module": "m", "line": i, "text": f"def f{i}(x):\n    return x"} for i in range(3)]
+    (folder / "prompts.json").write_text(json.dumps(lines))
+    options = [
+        "--prompts",
+        2,
+        "--calibration",
+        1,
+        "--max-new-tokens",
+        8,
+        "--static",
+        "--lowering",
+        "eager",
+        "--rounds",
+        2,
+    ]
+    options += ["--policies", "1,1,3", "auto", "--candidates", "1,1", "2,1+ngram", "--output", folder / "decode.json"]
+    models = ["--target", pair.target, "--draft", pair.draft, "--prompts-file", folder / "prompts.json"]
+    shown = run("bench_decode.py", *models, *options)
+    return SimpleNamespace(shown=shown, path=folder / "decode.json")
+
+
+def test_bench_decode(decode: SimpleNamespace) -> None:
+    report = json.loads(decode.path.read_text())
+    check_run(report["run"])
+    names = [loop["name"] for loop in report["loops"]]
+    assert {loop["kind"] for loop in report["loops"]} == {"generate", "assisted", "plain", "treespec"}
+    assert names[-1] == report["settings"]["headline"] and "chosen on other prompts" in names[-1]
+    assert all(len(report["runs"][name]) == 2 for name in names)
+    assert [len(ids) for ids in report["ids"]] == [8, 8]
+    measured = {prompt["line"] for prompt in report["prompts"]}
+    assert measured.isdisjoint(prompt["line"] for prompt in report["calibration"]["prompts"])
+    assert report["identity"]["identical"] and not report["identity"]["parted"]
+    speculating = {loop["name"] for loop in report["loops"] if loop["kind"] == "treespec"}
+    assert len(speculating) == 3 and set(report["alone"]["seconds"]) == {"decode", "draft"} | speculating
+    summary = report["summary"]
+    assert set(summary["best"]) == {"generate", "assisted", "plain"}
+    steps = summary["steps"][names[-1]]
+    assert steps["tokens_per_step"] >= 1 and steps["expected_speedup"] > 0
+    assert sum(steps["share_of_wall"].values()) == pytest.approx(1, abs=0.02)
+    assert "identical: yes" in decode.shown and "speed identity:" in decode.shown
+
+
+def test_tables_from_a_file(decode: SimpleNamespace) -> None:
+    shown = run("bench_decode.py", "--show", decode.path, "--markdown")
+    assert "| --- | ---: |" in shown and "treespec without a draft" in shown and "identical: yes" in shown
+
+
+def test_bench_verify(pair: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+    path = tmp_path / "verify.json"
+    options = ["--nodes", 1, 2, 4, "--prefix", 16, "--static", "--lowering", "eager", "--rounds", 2, "--output", path]
+    shown = run("bench_verify.py", "--models", pair.target, *options)
+    report = json.loads(path.read_text())
+    check_run(report["run"])
+    (model,) = report["models"]
+    assert set(model["verify"]) == {"1", "2", "4"} and set(model["plain"]) == set(model["seconds"])
+    assert all(len(values) == 16 for values in model["seconds"].values())
+    (figures,) = report["summary"]
+    assert min(figures["verify_over_decode"].values()) == 1.0  # decode is the fastest of them
+    assert "verify(N) / decode" in shown
+    assert "verify(N) / decode" in run("bench_verify.py", "--show", path, "--markdown")
+
+
+def test_bench_compile(tmp_path: Path) -> None:
+    path = tmp_path / "compile.json"
+    shown = run("bench_compile.py", "--layers", 1, 2, "--output", path)
+    report = json.loads(path.read_text())
+    assert [r["layers"] for r in report["runs"]] == [1, 2] and report["run"]["commit"]
+    first, second = report["runs"]
+    assert list(first["passes"]) == list(second["passes"]) and "token locality" in first["passes"]
+    assert second["passes"]["recognize attention"]["matches"] == 2 and second["nodes"] > first["nodes"]
+    assert 0 < report["summary"]["share_of_passes"]["2"] < 1
+    assert "CPU seconds =" in shown and "CPU seconds =" in run("bench_compile.py", "--show", path, "--markdown")
+
+
+@pytest.fixture(scope="module")
+def folders(pair: SimpleNamespace) -> list[object]:  # noqa: F811
+    """Arguments that name the tiny pair, with its own held-out prompts, and as little work as there is."""
+    lines = [{"text": f"def f{i}(x):\n    return x"} for i in range(5)]
+    (pair.folder / "heldout.json").write_text(json.dumps(lines))
+    models = ["--target", pair.folder / "target", "--draft", pair.folder / "draft"]
+    return [*models, "--prompts", 2, "--max-new-tokens", 8]
+
+
+def test_bench_policies(folders: list[object], tmp_path: Path) -> None:
+    path = tmp_path / "policies.json"
+    few = ["--quick", "--repeats", 1, "--temperatures", 0, "--lowering", "eager"]
+    shown = run("bench_policies.py", *folders, *few, "--output", path)
+    report = json.loads(path.read_text())
+    check_run(report["meta"], report["meta"]["threads"])
+    assert {e["tokens"] for e in report["entries"]} == {16}  # two prompts of eight tokens
+    assert {"plain", "auto", "<1,1,3>"} <= {e["policy"] for e in report["entries"]}
+    assert path.with_suffix(".svg").read_text().startswith("<svg") and "x plain" in shown
+
+
+def test_bench_verifiers(folders: list[object], tmp_path: Path) -> None:
+    path = tmp_path / "verifiers.json"
+    shown = run("bench_verifiers.py", *folders, "--seeds", 1, "--verifiers", "naive", "--output", path)
+    report = json.loads(path.read_text())
+    check_run(report["meta"], report["meta"]["threads"])
+    assert [e["verifier"] for e in report["entries"]] == ["naive"] * 5
+    assert all(e["tokens_per_step"] >= 1 for e in report["entries"]) and "tokens/step" in shown
+
+
+def test_bench_linear(tmp_path: Path) -> None:
+    if not cpu.load():
+        pytest.skip("no C++ compiler")
+    path = tmp_path / "linear.json"
+    run("bench_linear.py", "--threads", 1, "--repeats", 3, "--inductor", 0, "--output", path)
+    report = json.loads(path.read_text())
+    check_run(report["meta"], [1])
+    assert {e["name"] for e in report["entries"]} == {"treespec", "aten"}
+
+
+@pytest.mark.parametrize("script", ["bench_decode.py", "bench_verify.py", "bench_compile.py"])
+def test_showing_a_file_of_something_else(script: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text('{"run": {}}')
+    done = start(script, "--show", path)
+    assert done.returncode == 1 and "expected a file that this script wrote: it has no" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, arguments, text",
+    [
+        ("bench_verify.py", ("--show", ROOT / "benchmarks/results/cpu/decode.json"), "it is of the benchmark 'decode'"),
+        ("bench_decode.py", ("--show", ROOT / "benchmarks/results/cpu/verify.json"), "it has no 'loops'"),
+        ("bench_policies.py", ("--target", "x"), "got --target alone, expected --draft as well"),
+        ("bench_verifiers.py", ("--draft", "x"), "got --draft alone, expected --target as well"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(script, arguments, text):
+    done = start(script, *arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    assert text in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

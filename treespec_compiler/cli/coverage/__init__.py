@@ -1,0 +1,1 @@
+"""`treespec coverage`: every decoder type that a library knows, converted and compared."""

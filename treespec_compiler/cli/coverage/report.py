@@ -1,0 +1,87 @@
+"""The page that `treespec coverage` writes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from .check import NODES, ROUNDS, TOLERANCE, Result
+from .models import CLASS_TEXT
+
+VERDICTS = ("exact", "refused", "wrong", "error")
+
+
+def page(results: list[Result], missing: Sequence[str] = ()) -> str:
+    """Markdown: what was checked, counts by class, the types that were not run, and a table of types for each class."""
+    parts = [_head(), _counts(results)]
+    if missing:
+        parts.append(f"Not run ({len(missing)}): {', '.join(missing)}.")
+    for label, text in CLASS_TEXT.items():
+        chosen = [r for r in results if r.cls == label]
+        if chosen:
+            parts.append(f"## Class {label}: {text}\n\n{_table(chosen)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _head() -> str:
+    made_with = f"transformers {version('transformers')}, torch {version('torch')}"
+    return f"""# Coverage of the decoders of transformers
+
+Written by `treespec coverage --output docs/coverage.md` with {made_with}.
+
+Each type is a model of a few small layers with random float32 weights, default attention and experts settings.
+*exact*: each of {ROUNDS} rounds of verify and commit on trees of {NODES} nodes after a committed prefix, and a forest
+over three slots with prefixes of different lengths, gave the eager model's logits within {TOLERANCE:.0e} of their
+largest magnitude; *packing* is how far the forest was from each slot alone. Types with a window were run with one
+shorter and one longer than the traced prompt, and some types with variants of their configuration. *refused*: treespec
+says why, nothing was converted. *wrong* must never appear. *error*: the tiny model could not be built or run, or
+treespec failed otherwise.
+
+Classes: A plain attention, B eager attention, C mixture of experts, D a variation of mask or score, E a token mixer
+other than attention (to be refused), F no full graph, N not a decoder alone (to be refused)."""
+
+
+def _counts(results: list[Result]) -> str:
+    rows = ["| class | types | " + " | ".join(VERDICTS) + " |", "|---" * (2 + len(VERDICTS)) + "|"]
+    for label in [*CLASS_TEXT, "all"]:
+        chosen = [r for r in results if label in (r.cls, "all")]
+        if chosen:
+            count = Counter(r.verdict for r in chosen)
+            rows.append(f"| {label} | {len(chosen)} | " + " | ".join(str(count[v]) for v in VERDICTS) + " |")
+    return "\n".join(rows)
+
+
+def _table(results: list[Result]) -> str:
+    rows = ["| type | verdict | worst error | packing | sites | masks | why not |", "|---|---|---|---|---|---|---|"]
+    for r in sorted(results, key=lambda r: (VERDICTS.index(r.verdict), r.type)):
+        error = f"{r.error:.1e}" if r.error is not None else ""
+        packing = f"{r.packing:.1e}" if r.packing is not None else ""
+        cells = [r.type, r.verdict, error, packing, str(r.sites or ""), "; ".join(f"`{m}`" for m in r.masks), _why(r)]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def _why(result: Result) -> str:
+    if result.verdict == "exact" or not result.reason:
+        return ""
+    parts = [_shorten(result.reason)]
+    if result.variant not in (None, "default"):
+        parts.append(f"({result.variant})")
+    if result.source:
+        parts.append(f"at `{_place(result.source)}`")
+    if result.layer:
+        parts.append(f"in `{result.layer}`" + (f" ({result.module})" if result.module else ""))
+    return " ".join(parts)
+
+
+def _place(source: str) -> str:
+    """`file.py:line` of a full source line."""
+    found = re.match(r"(?:.*/)?([^/]+:\d+)", source.split(", in ")[0])
+    return found[1] if found else source
+
+
+def _shorten(text: str, limit: int = 240) -> str:
+    text = " ".join(text.split()).replace("<", "&lt;")
+    return text if len(text) <= limit else text[: limit - 3] + "..."

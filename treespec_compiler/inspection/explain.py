@@ -1,0 +1,200 @@
+"""What was proved about a model, as plain values: the content of `treespec explain`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ..capture.capture import CallSpec
+from ..options import Options
+from ..passes.framework.instruments import Recorder
+from ..passes.show.snapshot import NodeData, Snapshot, short_paths, short_source
+from ..pipeline import Converted, convert
+from ..program.semantics import lengths_check
+
+MEANINGS = {
+    "tokens": "the new nodes of all trees, side by side",
+    "positions": "committed tokens of the request + depth of the node",
+    "write_index": "where the node's K/V goes in the pools",
+    "node_offsets": "where each request's nodes start",
+    "page_table": "pages of each request's slot",
+    "prefix_lens": "committed tokens of each request",
+    "tree_lens": "uncommitted nodes of each request",
+    "ancestors": "a row a node, a bit an ancestor",
+    "rows": "nodes whose logits are wanted",
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention site, as it is shown."""
+
+    index: int
+    module: str
+    source: str
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    mask: str
+    bias: str
+    softcap: float
+    sinks: bool
+    positions: str
+    scale: float
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    sites: list[Site]
+    positions: list[tuple[str, str]]  # (formula, source line)
+    context: str
+    max_context: int | None
+    local_values: int
+    local_ops: dict[str, int]
+    signature: list[tuple[str, str, str]]  # (name, type, meaning)
+    result: str
+    bytes_per_token: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def explain(model: nn.Module, call: CallSpec, options: Options) -> Explanation:
+    """Convert the model and say what was found; raises `Unsupported` as `tree_program` does."""
+    recorder = Recorder()
+    converted = convert(model, call, options, instruments=[recorder])
+    lengths_check(model, call, converted.state)
+    return describe(converted, recorder.graphs)
+
+
+def describe(converted: Converted, graphs: list[Snapshot]) -> Explanation:
+    state = converted.state
+    proved = next(g for g in graphs if g.after == "token locality")
+    treeified = next(g for g in graphs if g.after == "insert state")
+    rotated = _positions_of_sites(treeified)
+    sites = [
+        Site(
+            spec.index,
+            spec.layer or spec.name,
+            short_source(spec.source),
+            spec.heads,
+            spec.kv_heads,
+            spec.key_dim,
+            spec.value_dim,
+            spec.mask.formula,
+            spec.bias,
+            spec.softcap,
+            spec.sinks,
+            rotated.get(spec.index, ""),
+            spec.scale,
+            spec.bytes_per_token(),
+        )
+        for spec in state.sites
+    ]
+    positions = list(dict.fromkeys((p.formula, short_source(p.reader)) for p in state.positions))
+    signature, result = _signature(graphs[-1])
+    record = converted.history["token locality"]
+    return Explanation(
+        sites,
+        positions,
+        _context(converted),
+        converted.max_context,
+        record.matches,
+        _local_ops(proved),
+        signature,
+        result,
+        sum(s.bytes_per_token for s in sites),
+    )
+
+
+def _context(converted: Converted) -> str:
+    if converted.max_context is None:
+        return "unlimited: nothing in the graph ends at a number of tokens"
+    return f"{converted.max_context} tokens at most ({short_paths(converted.limits[0].reason)})"
+
+
+def _readers(graph: Snapshot, start: str) -> set[str]:
+    """Nodes that depend on the input `start`."""
+    found = {start}
+    for node in graph.nodes:
+        if found.intersection(node.inputs):
+            found.add(node.name)
+    return found
+
+
+def _local_ops(graph: Snapshot) -> dict[str, int]:
+    """How many calls of each op carry tokens, attention aside."""
+    readers = _readers(graph, graph.tokens)
+    calls = [n for n in graph.nodes if n.op == "call_function" and n.name in readers and n.type and "[" in n.type]
+    counted = Counter(n.short_target.removeprefix("aten.").removeprefix("_operator.") for n in calls if n.site is None)
+    return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _positions_of_sites(graph: Snapshot) -> dict[int, str]:
+    """site -> "rope" or "i" where the queries read positions inside the attention module."""
+    content = _readers(graph, graph.tokens)
+    nodes = {n.name: n for n in graph.nodes}
+    found: dict[int, str] = {}
+    for site in graph.nodes:
+        if site.site is None:
+            continue
+        seen: set[str] = set()
+        stack = [site.args[0]["node"]]
+        while stack:
+            node = nodes[stack.pop()]
+            if node.name in seen:
+                continue
+            seen.add(node.name)
+            stack += [i for i in node.inputs if _stays_inside(nodes[i], site, content)]
+        if "positions" in seen:
+            waves = {"aten.cos", "aten.sin", "aten.index_select", "aten.index", "aten.embedding"}
+            found[site.site] = "rope" if any(nodes[n].short_target in waves for n in seen) else "i"
+    return found
+
+
+def _stays_inside(node: NodeData, site: NodeData, content: set[str]) -> bool:
+    return node.name not in content or (bool(node.layer) and node.layer.startswith(site.layer))
+
+
+def _signature(graph: Snapshot) -> tuple[list[tuple[str, str, str]], str]:
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and not n.label]
+    rows: list[tuple[str, str, str]] = []
+    pools = [n for n in inputs if n.name.startswith("pool_")]
+    packs = [n for n in inputs if n.name.startswith("packed_")]
+    for node in inputs:
+        name = "tokens" if node.name == graph.tokens else node.name
+        if name in MEANINGS:
+            rows.append((name, _with_symbols(name, node.type), MEANINGS[name]))
+    if pools:
+        kinds = ", ".join(dict.fromkeys(_pool_type(n.type) for n in pools))
+        rows.append((f"{pools[0].name} .. {pools[-1].name}", kinds, "K and V of each site, written in place"))
+    if packs:
+        rows.append((f"{packs[0].name} .. {packs[-1].name}", f"{len(packs)} tensors", "weights packed for the kernels"))
+    output = next(n for n in graph.nodes if n.op == "output")
+    logits = graph[output.inputs[0]].type
+    last = logits.rstrip("]").split(", ")[-1]
+    return rows, f"{logits.split('[')[0]}[rows, {last}] logits"
+
+
+def _with_symbols(name: str, text: str) -> str:
+    """Sizes that stand for any number, by their names."""
+    shapes = {
+        "node_offsets": "[requests + 1]",
+        "page_table": "[requests, pages]",
+        "prefix_lens": "[requests]",
+        "tree_lens": "[requests]",
+        "ancestors": "[T, words]",
+        "rows": "[rows]",
+    }
+    return text.split("[")[0] + shapes[name] if name in shapes else text
+
+
+def _pool_type(text: str) -> str:
+    kind, sizes = text.rstrip("]").split("[")
+    heads, dim = sizes.split(", ")[1], sizes.split(", ")[3]
+    return f"{kind}[pages, {heads}, page_size, {dim}]"

@@ -1,0 +1,171 @@
+"""Does the graph still mean what the model means? Oracles that can run after any pass.
+
+The reference is the eager model itself, on each root path of a random tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.capture import CallSpec, call_module, logits_of
+from ..errors import PassError, Unsupported
+from ..ir import ops
+from ..passes.framework.manager import Check
+from ..passes.framework.state import GraphState
+from ..passes.insert_state import META_INPUTS
+from ..tree import TokenTree
+from .batch import Batch, Part, pack
+from .cache import TreeCache
+
+log = logging.getLogger("treespec.semantics")
+
+# Largest difference to the eager logits, relative to their largest magnitude.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+LOOSE = 5e-2  # float16 and bfloat16
+STATEFUL = ("stateful", "rows", "bound")
+
+# Logits [S, V] of a chain of tokens.
+Reference = Callable[[list[int]], Tensor]
+
+
+def eager_logits(model: nn.Module, call: CallSpec, ids: list[int], device: torch.device) -> Tensor:
+    """Logits [S, V] of the model itself, called as it was captured."""
+    tokens = torch.tensor([ids], device=device)
+    there = call.with_tokens(tokens)
+    with torch.no_grad():
+        return logits_of(call_module(model, *there.args, **there.kwargs))[0]
+
+
+@contextlib.contextmanager
+def kept(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Runs of the model write copies of these buffers (its own K/V caches); the user's stay as they are."""
+    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        table = module._buffers if key in module._buffers else vars(module)
+        held.append((table, key, table[key]))  # type: ignore[arg-type]
+    try:
+        for table, key, tensor in held:
+            table[key] = tensor.clone()
+        yield
+    finally:
+        for table, key, tensor in held:
+            table[key] = tensor
+
+
+def run_graph(state: GraphState, tree: TokenTree, prefix: list[int]) -> Tensor:
+    """Logits [N, V] of the state's graph for a tree after a committed prefix, op by op."""
+    value: Any = state.logits.meta["val"]
+    cache = TreeCache(state.sites, len(prefix) + len(tree), 1, value.device, ops.commit_path)
+    if prefix:
+        chain = TokenTree.chain(prefix)
+        _interpret(state, pack([Part(0, chain)], cache, value.device), cache)
+        cache._lengths[0] = len(prefix)
+    return _interpret(state, pack([Part(0, tree)], cache, value.device), cache)
+
+
+def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
+    dynamic: dict[str, Any] = {state.tokens: batch.tokens, "positions": batch.meta.positions, "rows": batch.meta.rows}
+    dynamic |= {name: getattr(batch.meta, name) for name in META_INPUTS}
+    pools = iter(cache.pools)
+    inputs = []
+    for node in state.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name in dynamic:
+            inputs.append(dynamic[node.name])
+        elif node.name.startswith("pool_"):
+            inputs.append(next(pools))
+        elif node.name in state.packs:
+            inputs.append(state.packs[node.name].build(state.constants))
+        elif node.name in state.constants:
+            inputs.append(state.constants[node.name].detach())
+        else:
+            rank: int = node.meta["val"].dim()
+            inputs.append(batch.meta.positions.view([1] * (rank - 1) + [-1]))  # a positions argument of the model
+    with torch.no_grad():
+        return state.gm(*inputs)[0][0]
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    scale = expected.abs().max().clamp_min(1e-30)
+    return float(((got - expected).abs().max() / scale).item())
+
+
+def random_tree(size: int, vocab: int, seed: int) -> TokenTree:
+    """A random tree of `size` nodes."""
+    rng = random.Random(seed)
+    return TokenTree(
+        [rng.randrange(vocab) for _ in range(size)], [rng.randrange(-1, i) if i else -1 for i in range(size)]
+    )
+
+
+def semantic_check(model: nn.Module, call: CallSpec) -> Check:
+    """The path oracle (chain oracle before state is inserted) as a check after each pass, against the model itself."""
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    compare = path_check(lambda ids: eager_logits(model, call, ids, device))
+
+    def check(state: GraphState, name: str) -> None:
+        with kept(model, state.caches):
+            compare(state, name)
+
+    return check
+
+
+def path_check(reference: Reference) -> Check:
+    """Compares every node's logits in a random tree with the reference's on the node's path."""
+
+    def check(state: GraphState, name: str) -> None:
+        value: Any = state.logits.meta["val"]
+        if any(t.is_meta for t in state.constants.values()):
+            log.warning("weights on meta: the meaning of the graph after %s cannot be checked", name)
+            return
+        vocab = int(value.shape[-1])
+        stateful = state.level in STATEFUL
+        tree = random_tree(9, vocab, 1) if stateful else TokenTree.chain([i % vocab for i in range(2, 11)])
+        prefix = [i % vocab for i in range(1, 8)] if stateful else []
+        got = run_graph(state, tree, prefix)
+        for node in range(len(tree)):
+            path = prefix + tree.path_tokens(node)
+            error = _error(got[node], reference(path)[-1])
+            if not error <= TOLERANCE.get(value.dtype, LOOSE):
+                raise PassError(
+                    pass_name=name,
+                    problem=f"logits {error:.2e} away from the model's on the path {path}",
+                    expected=f"at most {TOLERANCE.get(value.dtype, LOOSE):.0e} of the largest logit",
+                )
+
+    return check
+
+
+def lengths_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
+    """What the trace does not show, compared by running it: a prompt of one token, a second call, and any length that
+    the guards single out.
+
+    A forward pass that sets attributes may do something else when it is called again.
+    """
+    value: Any = state.logits.meta["val"]
+    if any(t.is_meta for t in state.constants.values()):
+        log.info("weights on meta: a branch on a single length cannot be looked for")
+        return
+    vocab = int(value.shape[-1])
+    for length in (1, 2, *state.lone_lengths):
+        ids = [(7 * i + 1) % vocab for i in range(length)]
+        with kept(model, state.caches):
+            expected = eager_logits(model, call, ids, value.device)
+        got = run_graph(state, TokenTree.chain(ids), [])
+        if not _error(got, expected) <= 10 * TOLERANCE.get(value.dtype, LOOSE):
+            many = "one token takes" if length == 1 else f"{length} tokens, or a second call, takes"
+            raise Unsupported(
+                f"a prompt of {many} another branch: its logits differ by {_error(got, expected):.2e} of the largest "
+                "from those of the traced graph",
+                way_out="make the forward pass the same for every number of tokens",
+            )

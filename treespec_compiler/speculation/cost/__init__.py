@@ -1,0 +1,1 @@
+"""What steps take on this machine, and how often drafts were right."""

@@ -1,0 +1,94 @@
+"""Tree policies: how wide and how deep a draft's tree grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from ...errors import InvalidOption
+from ..proposal import Proposal
+from .static import StaticExpansion as StaticExpansion
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the tree of one step may have at most: the cache and the tokens still wanted decide."""
+
+    depth: int
+    """Levels below the root; 0 means plain decoding."""
+    nodes: int
+    """Nodes in all, the root included."""
+
+
+@runtime_checkable
+class TreePolicy(Protocol):
+    """Decides, level by level, how many children the newest nodes get."""
+
+    @property
+    def max_nodes(self) -> int:
+        """Upper bound on the nodes of one tree, the root included; caches are sized by it."""
+        ...
+
+    @property
+    def max_depth(self) -> int:
+        """Upper bound on the levels below the root."""
+        ...
+
+    @property
+    def needs_q(self) -> bool:
+        """Whether `widths` reads `proposal.q`."""
+        ...
+
+    def widths(self, depth: int, proposal: Proposal) -> int | Sequence[int]:
+        """Children of the nodes at `depth`: one number for all, or one each in node order; 0 or an empty list stops."""
+        ...
+
+
+DEFAULT_POLICY = "auto"
+
+
+def as_policy(policy: TreePolicy | str | Sequence[int] | None) -> TreePolicy:
+    """A policy from what `generate(policy=...)` takes."""
+    if policy is None:
+        policy = DEFAULT_POLICY
+    if isinstance(policy, str):
+        return _parse(policy)
+    if isinstance(policy, (tuple, list)):
+        return StaticExpansion(tuple(policy))
+    if isinstance(policy, TreePolicy) and not isinstance(policy, type):
+        return policy
+    expected = f"a TreePolicy, such as StaticExpansion((1, 1, 3)), or {NAMES}"
+    raise InvalidOption(name="policy", got=policy, expected=expected)
+
+
+NAMES = '"auto", "1,1,3", "chain:4", "best-first:12" (nodes) or "equal-growth:2,4" (width, steps)'
+
+
+def _parse(text: str) -> TreePolicy:
+    """A policy from its text."""
+    from .auto import Auto
+    from .best_first import BestFirst
+    from .equal_growth import EqualGrowth
+    from .fixed import FixedTree
+
+    name, _, rest = text.strip().partition(":")
+    if name.replace(",", "").replace(" ", "").strip("<>").isdecimal() or not name or name[0] in "<-,0123456789":
+        return StaticExpansion.parse(text)
+    numbers = [int(part) for part in rest.split(",") if part.strip().isdecimal()]
+    if rest and len(numbers) == rest.count(",") + 1:
+        if name == "chain" and len(numbers) == 1 and numbers[0] > 0:
+            return FixedTree.chain(numbers[0])
+        if name == "best-first" and len(numbers) == 1:
+            return BestFirst(numbers[0])
+        if name == "equal-growth" and len(numbers) == 2:
+            return EqualGrowth(*numbers)
+    elif not rest and name == "auto":
+        return Auto()
+    elif not rest and name == "best-first":
+        return BestFirst()
+    elif not rest and name == "equal-growth":
+        return EqualGrowth()
+    if not rest:
+        return StaticExpansion.parse(text)
+    raise InvalidOption(name="policy", got=text, expected=NAMES)

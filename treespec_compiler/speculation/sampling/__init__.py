@@ -1,0 +1,1 @@
+"""How tokens and children are drawn: distributions, samplers, chance."""
