@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 from hypothesis import settings
+from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401  hooks
 
 settings.register_profile("treespec", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("treespec")

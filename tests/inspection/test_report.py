@@ -1,6 +1,6 @@
 """The report in a real browser: it opens, finds nodes, unfolds passes, shows sources, and uses no network.
 
-Needs chromium (Debian: `apt-get install chromium`) and the package playwright; skips without them.
+Needs chromium (Debian: `apt-get install chromium`) and the package playwright; skips without them, except in CI.
 """
 
 from __future__ import annotations
@@ -133,7 +133,16 @@ def test_a_refusal_gets_a_page(tab: Any, tmp_path: Path) -> None:
     assert tab.inner_text("#verdict") == "refused"
     assert "aten.cumsum mixes tokens" in tab.inner_text("#failure")
     assert tab.locator("#timeline .bar.failed").inner_text().startswith("token locality")
-    assert tab.locator("details.pass").count() == 4
+    # every pass that ran, the one that refused last
+    names = tab.locator("details.pass > summary > b").all_inner_texts()
+    assert names == [
+        "normalize",
+        "choose regime",
+        "strip native cache",
+        "recognize attention",
+        "classify",
+        "token locality",
+    ]
 
 
 def test_source_lines_cannot_end_the_script() -> None:
