@@ -2,8 +2,8 @@
 
 A table is `<op>/<arch>.json`: {schema, meta: {op, arch, source_hash, device, versions}, entries: [{key, config, us,
 runner_up}]}. The package may ship some in `codegen/tables`; what `treespec tune` measures goes to the user's cache and
-lies over them. The identity of a kernel is the hash of the files its text comes from: entries made with others are
-ignored.
+lies over them. The identity of a kernel is the hash of its text, generated for a few specs that show all of it: entries
+made with another text are ignored, and how the text comes about may change.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ Key: TypeAlias = Mapping[str, Scalar]
 
 @dataclass(frozen=True)
 class Tuned:
-    """An op that there are tables for: the files that its kernels' text comes from, and what makes a configuration of
-    an entry's numbers, or raises ValueError."""
+    """An op that there are tables for: the text of its kernels, for specs in which every line occurs, and what makes a
+    configuration of an entry's numbers, or raises ValueError."""
 
-    sources: tuple[Path, ...]
+    texts: Callable[[], Iterable[str]]
     parse: Callable[[Mapping[str, int]], object]
 
 
@@ -163,10 +163,10 @@ def user_path(op: str, arch: str) -> Path:
 
 @functools.cache
 def kernel_hash(op: str) -> str:
-    """Of the files that the op's kernels are made of."""
+    """Of the text of the op's kernels."""
     digest = hashlib.sha256()
-    for path in OPS[op].sources:
-        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    for text in OPS[op].texts():
+        digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:16]
 
 

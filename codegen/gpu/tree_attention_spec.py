@@ -6,11 +6,10 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from treespec_compiler.ir import specs
 from treespec_compiler.ir.specs import MaskSpec
 
 from .. import tables
@@ -335,16 +334,32 @@ MAX_PARTS = 64
 MAX_SPLITS = MAX_PARTS - 1  # the tree is one more part
 
 
-_HERE = Path(__file__)
-tables.OPS["tree_attention"] = tables.Tuned(
-    (
-        _HERE.with_name("tree_attention_source.py"),
-        _HERE.with_name("tree_attention_template.py"),
-        _HERE.parent.with_name("printer.py"),
-        Path(specs.__file__).with_name("formulas.py"),
-    ),
-    Config.parse,
+def _shown(
+    dims: tuple[int, int], dtype: torch.dtype, pool_dtype: torch.dtype, *mask: int, **scores: Any
+) -> AttentionKernel:
+    window, chunk = mask or (0, 0)
+    return AttentionKernel(4, 2, *dims, dtype, pool_dtype, MaskSpec(window, None, chunk), **scores)
+
+
+SHOWN = (
+    _shown((128, 128), torch.bfloat16, torch.bfloat16),
+    _shown((80, 48), torch.float32, torch.float32),
+    _shown((192, 20), torch.float16, torch.float32, 6, 0, sinks=True),
+    _shown((64, 64), torch.bfloat16, torch.bfloat16, 0, 8, softcap=30.0),
+    _shown((64, 64), torch.float32, torch.float32, 9, 5, softcap=3.0, slopes=True, bias=True, sinks=True),
+    _shown((96, 96), torch.bfloat16, torch.bfloat16, slopes=True),
+    _shown((96, 96), torch.bfloat16, torch.bfloat16, bias=True),
 )
+"""Specs whose text shows every line that a kernel can have: what a tuning table's hash is made of."""
+
+
+def _texts() -> Iterator[str]:
+    from .tree_attention_source import source
+
+    return map(source, SHOWN)
+
+
+tables.OPS["tree_attention"] = tables.Tuned(_texts, Config.parse)
 
 
 def _padded(parts: tuple[Piece, ...]) -> int:

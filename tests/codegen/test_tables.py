@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import re
 import threading
 from pathlib import Path
 
 import pytest
 
 from treespec_compiler.codegen import tables
-from treespec_compiler.codegen.gpu.tree_attention_spec import Config
+from treespec_compiler.codegen.gpu.tree_attention_source import source
+from treespec_compiler.codegen.gpu.tree_attention_spec import DTYPES, SHOWN, AttentionKernel, Config
 from treespec_compiler.codegen.tables import Entry, Table
 from treespec_compiler.errors import CorruptTable
+from treespec_compiler.ir.specs import MaskSpec
 
+KERNELS = ("attend.txt", "merge.txt")
 KEY = {"dtype": "bf16", "key_dim": 128, "rows": 16, "capacity": 1024}
 
 
@@ -26,10 +31,12 @@ def parse(config):
 def _places(tmp_path, monkeypatch):
     """Shipped tables, user tables and a kernel in folders of the test's own."""
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setitem(tables.OPS, "toy", tables.Tuned((tmp_path / "toy.py", tmp_path / "printer.py"), parse))
+    monkeypatch.setitem(
+        tables.OPS, "toy", tables.Tuned(lambda: [(tmp_path / name).read_text() for name in KERNELS], parse)
+    )
     monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("toy", "printer"):
-        (tmp_path / f"{name}.py").write_text("first version")
+    for name in KERNELS:
+        (tmp_path / name).write_text("first version")
     tables.forget()
     yield
     tables.forget()
@@ -96,7 +103,7 @@ def test_the_users_table_lies_over_the_shipped_one():
 def test_another_source_of_the_kernel_makes_the_table_void(tmp_path, caplog):
     path = write([entry(16)])
     assert found() == 16
-    (tmp_path / "printer.py").write_text("prints scores in another way")
+    (tmp_path / KERNELS[1]).write_text("scores in another way")
     tables.forget()
     assert found() is None and found(rows=3) is None
     assert len(caplog.records) == 1 and str(path) in caplog.text and "treespec tune" in caplog.text
@@ -181,9 +188,30 @@ def test_shipped_tables_fit_the_shipped_kernels(tmp_path):
     assert not shipped
 
 
-def test_what_a_kernel_s_text_comes_from_is_there():
-    for op, tuned in tables.OPS.items():
-        assert op == "toy" or (len(tuned.sources) > 1 and all(path.is_file() for path in tuned.sources))
+def test_the_identity_is_the_text_and_not_how_it_is_made(tmp_path):
+    before = tables.kernel_hash("toy")
+    (tmp_path / "note.txt").write_text("a file that no kernel's text comes from")
+    tables.forget()
+    assert tables.kernel_hash("toy") == before
+    (tmp_path / KERNELS[0]).write_text("second version")
+    tables.forget()
+    assert tables.kernel_hash("toy") != before
+
+
+def test_every_line_a_kernel_can_have_is_in_its_identity():
+    """A line without its numbers: of any spec it occurs in those that the hash is made of."""
+
+    def lines(spec):
+        return {re.sub(r"\d+(\.\d+)?", "#", line) for line in source(spec).splitlines()}
+
+    shown = set().union(*map(lines, SHOWN))
+    masks, scores = (
+        [(0, 0), (7, 0), (0, 16), (7, 16)],
+        [{}, {"softcap": 2.0}, {"slopes": True}, {"bias": True}, {"sinks": True}],
+    )
+    for mask, score, dtype, dims in itertools.product(masks, scores, DTYPES, [(64, 64), (80, 128)]):
+        spec = AttentionKernel(4, 2, *dims, dtype, dtype, MaskSpec(mask[0], None, mask[1]), **score)
+        assert {line for line in lines(spec) - shown if not line.startswith(("mask:", "score:"))} == set()
 
 
 GOOD_CONFIG = Config(16, 32, 4, 2).as_dict()
