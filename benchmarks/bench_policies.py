@@ -24,9 +24,10 @@ from policy_pictures import picture
 
 import treespec_compiler as treespec
 from treespec_compiler import demo
+from treespec_compiler.program.early_exit import ExitHead
 from treespec_compiler.speculation.cost import acceptance
 from treespec_compiler.speculation.cost.latency import latency
-from treespec_compiler.speculation.drafts.early_exit import EarlyExitDraft, ExitHead
+from treespec_compiler.speculation.drafts.early_exit import EarlyExitDraft
 from treespec_compiler.speculation.policies.sequoia import fastest_tree, sequoia_trees
 
 RANKS, DEPTHS = 5, 4

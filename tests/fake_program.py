@@ -45,7 +45,7 @@ class FakeProgram:
     """`rows` holds the tokens of every row computed, `calls` the kind and node count of every call."""
 
     def __init__(self, row: Row, vocab_size: int, max_context: int | None = None) -> None:
-        self.row, self.vocab_size, self._input_vocab, self.max_context = row, vocab_size, vocab_size, max_context
+        self.row, self.vocab_size, self.input_vocab, self.max_context = row, vocab_size, vocab_size, max_context
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.compile_seconds, self.compile_count, self.packed_bytes = 0.0, 0, 0
         self.checks = 0

@@ -85,13 +85,13 @@ def measure(context: Context, program: Any, batch: int, length: int, floor: floa
 
 def on_device(context: Context, program: Any, calls: dict[str, Any]) -> dict[str, float]:
     """The recorded step alone, without the host's part; empty where nothing was recorded."""
-    if program._graphs is None:
+    if program._executor._graphs is None:
         return {}
     found = {}
     for name, call in calls.items():
         replays = program.graph_stats.replays
         call()
-        entry = next(reversed(program._graphs._entries.values()), None)
+        entry = next(reversed(program._executor._graphs._entries.values()), None)
         if program.graph_stats.replays > replays and entry is not None:
             # Cold: reading that buffer also hides the launch of the replay.
             found[name] = milliseconds(context, {name: entry.replay}, 0.2, graph=False)[name]

@@ -98,8 +98,8 @@ def generated(module: torch.nn.Module) -> tuple[list[str], str]:
 
     program = converted(module)
     move_to_cuda(program.graph_module)
-    placeholders = [n for n in program.graph_module.graph.nodes if n.op == "placeholder"]
-    examples = [program._example(n, fixed) for n, fixed in zip(placeholders, program._template, strict=True)]
+    executor = program._executor
+    examples = executor.examples()
     settings = lowering._settings(torch.device("cuda"))
     with (
         pretended_gpu(),
@@ -110,7 +110,7 @@ def generated(module: torch.nn.Module) -> tuple[list[str], str]:
         contextlib.suppress(_Written),
     ):
         obstacle = cuda_graphs.obstacle(program.graph_module.graph, torch.device("cuda", 0))
-        lowering.lower_inductor(program.graph_module, program._roles, examples)
+        lowering.lower_inductor(program.graph_module, executor.roles, examples)
     return codes, obstacle
 
 

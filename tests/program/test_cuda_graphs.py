@@ -27,7 +27,8 @@ from treespec_compiler.options import Options
 from treespec_compiler.program import cuda_graphs
 from treespec_compiler.program.batch import Part, Shape, lay_out
 from treespec_compiler.program.cuda_graphs import Graphs, bucket, power_of_two
-from treespec_compiler.speculation.drafts.early_exit import EarlyExitProgram
+from treespec_compiler.program.early_exit import EarlyExitProgram, exit_graph
+from treespec_compiler.program.executor import Bound, Executor
 
 VOCAB = zoo.VOCAB
 aten = torch.ops.aten
@@ -41,18 +42,20 @@ class FakeRecorder:
 
     def __call__(self, run):
         self.recorded += 1
-        output = run().clone()
+        outputs = [output.clone() for output in run()]
 
         def replay() -> None:
-            output.copy_(run())
+            for kept, new in zip(outputs, run(), strict=True):
+                kept.copy_(new)
 
-        return replay, output
+        return replay, outputs
 
 
 def graphs_of(program, **settings):
     """Make a program on the CPU believe that it can be recorded."""
-    program._graphs = Graphs(program._place, program._launch, FakeRecorder(), program.device, **settings)
-    return program._graphs
+    executor = program._executor
+    executor._graphs = Graphs(executor._place, executor._launch, FakeRecorder(), executor.device, **settings)
+    return executor._graphs
 
 
 REFERENCE = {**EAGER, "kernels": "reference"}
@@ -67,7 +70,7 @@ def model():
 def program(model, monkeypatch):
     """Converted once, with fresh recordings for each test."""
     found = tree_program(model, options=REFERENCE)
-    monkeypatch.setattr(found, "options", found.options)
+    monkeypatch.setattr(found._executor, "options", found.options)
     graphs_of(found)
     return found
 
@@ -132,7 +135,7 @@ def test_replays_read_the_present_call(model, program):
         for slot, path in paths.items():
             prefixes[slot] += [trees[slot].tokens[i] for i in path]
     stats = program.graph_stats
-    assert stats.replays > 0 and stats.captures == program._graphs.record.recorded == stats.held
+    assert stats.replays > 0 and stats.captures == program._executor._graphs.record.recorded == stats.held
     assert stats.replays + stats.launches == 8
     # Padding wrote no K/V: what is behind every slot's tokens is what was there.
     last = cache.max_tokens - 1
@@ -212,10 +215,10 @@ def test_other_weights_end_every_recording_and_another_dtype_the_program_s_graph
         assert_rows(model, program.verify(tree(3), cache), tree(3), [1, 2, 3])
     stats = program.graph_stats
     assert (stats.captures, stats.dropped, stats.held) == (2, 1, 1)
-    before = program._graphs
+    before = program._executor._graphs
     model.double()
     program.refresh()
-    assert program._graphs is not before
+    assert program._executor._graphs is not before
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
@@ -230,7 +233,7 @@ def test_generation_through_recordings(model, program, sampling):
         "options": REFERENCE,
     }
     drafting = tree_program(draft, options=REFERENCE)
-    program._graphs = drafting._graphs = None
+    program._executor._graphs = drafting._executor._graphs = None
     expected = generate(model, [5, 6, 7, 8], **settings, **sampling).sequences
     for each in (program, drafting):
         graphs_of(each)
@@ -244,13 +247,13 @@ def model_of_one_layer():
 
 
 def test_the_early_exit_is_recorded_as_well(program):
-    exit = EarlyExitProgram(program, 1)
-    plain = EarlyExitProgram(program, 1)
-    exit._graphs = Graphs(exit._place, exit._launch, FakeRecorder(), exit.device)
+    exit, plain = EarlyExitProgram(program, 1), program.executor(exit_graph(1))
+    own = exit._executor()
+    own._graphs = Graphs(own._place, own._launch, FakeRecorder(), exit.device)
     cache = program.new_cache()
     program.prefill([1, 2, 3], cache)
     for seed in range(4):
-        expected = plain.verify(tree(5, seed), cache).clone()
+        expected = program.call(lambda: plain, tree(5, seed), cache)[0].clone()
         assert error(exit.verify(tree(5, seed), cache), expected) <= TOLERANCE
     assert exit.graph_stats.captures == 1 and exit.graph_stats.replays == 3
 
@@ -260,7 +263,7 @@ def failing(run):
 
 
 def test_what_cannot_be_recorded_runs_kernel_by_kernel(model, program, caplog):
-    program._graphs.record = failing
+    program._executor._graphs.record = failing
     cache = program.new_cache()
     program.prefill([1, 2, 3], cache)
     for _ in range(4):
@@ -270,8 +273,8 @@ def test_what_cannot_be_recorded_runs_kernel_by_kernel(model, program, caplog):
 
 
 def test_what_cannot_be_recorded_is_an_error_where_it_was_asked_for(program):
-    program.options = Options(cuda_graphs=True)
-    program._graphs.record = failing
+    program._executor.options = Options(cuda_graphs=True)
+    program._executor._graphs.record = failing
     cache = program.new_cache()
     program.verify(tree(3), cache)
     with pytest.raises(CaptureFailed, match="not permitted"):
@@ -281,11 +284,10 @@ def test_what_cannot_be_recorded_is_an_error_where_it_was_asked_for(program):
 def test_the_option(program, monkeypatch):
     program._build(program._model())
     assert program.graph_stats.off == "the model is on cpu"
-    program.options = Options(cuda_graphs=False)
-    assert program._recording(program._place, program._launch) == (None, "option cuda_graphs=False")
-    program.options = Options(cuda_graphs=True)
+    without = Executor(program.state, Bound({}), Options(cuda_graphs=False))
+    assert without.graph_stats.off == "option cuda_graphs=False"
     with pytest.raises(InvalidOption, match=r"cuda_graphs: got True.*the model is on cpu"):
-        program._recording(program._place, program._launch)
+        Executor(program.state, Bound({}), Options(cuda_graphs=True))
 
 
 def test_kernels_that_wait_for_the_device_are_not_recorded(program, monkeypatch):

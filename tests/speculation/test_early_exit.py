@@ -14,7 +14,8 @@ from test_generate_llama import EAGER, PROMPT, llama
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidOption, UnreadableModel, Unsupported
 from treespec_compiler.passes.early_exit import copy_state, cuts, early_exit
-from treespec_compiler.speculation.drafts.early_exit import EarlyExitDraft, EarlyExitProgram, ExitHead, choose_layers
+from treespec_compiler.program.early_exit import EarlyExitProgram, ExitHead
+from treespec_compiler.speculation.drafts.early_exit import EarlyExitDraft, choose_layers
 from treespec_compiler.speculation.drafts.named import named_draft
 
 transformers = pytest.importorskip("transformers")
@@ -82,13 +83,13 @@ def test_only_uncommitted_nodes_of_the_first_sites_are_written(program):
 
 def test_nothing_is_held_twice(program):
     exit_ = EarlyExitProgram(program, 2)
-    assert exit_.own_bytes == 0
-    assert all(isinstance(place, int) for place in exit_._inputs)
-    assert exit_.weight_bytes < sum(x.numel() * x.element_size() for x in program._template if x is not None)
+    held = {x.data_ptr() for x in program._bound.tensors.values()}
+    assert all(x is None or x.data_ptr() in held for x in exit_._executor()._fixed())
+    assert exit_.weight_bytes < program.weight_bytes
 
 
 def test_the_pass_drops_the_later_sites_and_leaves_the_original_alone(program):
-    state = program._converted.state
+    state = program.state
     code = state.gm.code
     cut = copy_state(state)
     assert early_exit(cut, 1) == 3
@@ -99,7 +100,7 @@ def test_the_pass_drops_the_later_sites_and_leaves_the_original_alone(program):
 
 
 def test_the_residual_stream_is_found_by_structure(program):
-    groups = cuts(program._converted.state)
+    groups = cuts(program.state)
     # In every layer the values after attention and after the feed-forward block; then the final norm's parts too.
     assert [len(group) for group in groups[1:4]] == [2, 2, 2] and len(groups[4]) > 2
 
@@ -224,7 +225,8 @@ def test_a_trained_head_is_named_by_its_file(target, tmp_path):
     (tmp_path / "head.json").write_text(json.dumps({"layer": 2, "eps": target.config.rms_norm_eps}))
     program = treespec.tree_program(target, options=EAGER)
     draft = named_draft(f"early-exit:{path}", program)
-    assert draft.name == "early-exit:2" and draft.program.own_bytes == 4 * (width * width + width)
+    own = draft.program._executor()._own
+    assert draft.name == "early-exit:2" and [x.numel() for x in own.values()] == [width, width * width]
     truth = greedy(module_row(target), PROMPT, 24)
     out = treespec.generate(program, PROMPT, draft=f"early-exit:{path}", max_new_tokens=24, policy="chain:2")
     assert out.sequences.tolist() == [truth]

@@ -68,12 +68,12 @@ def test_kept_with_the_program_and_in_a_file(tmp_path, monkeypatch, caplog):
     assert json.loads(path.read_text())["draft_factor"] == 1.5
     monkeypatch.setattr(interleaving, "measure_factor", None)
     assert interleaving.draft_factor(target, draft) == 1.5
-    draft.program.__dict__.pop("_draft_factors")
+    interleaving._KEPT.pop(draft.program)
     assert interleaving.draft_factor(target, draft) == 1.5  # from the file
     assert interleaving.draft_factor(target, NGramDraft()) == 1.0
 
     path.write_text("nonsense")
-    draft.program.__dict__.pop("_draft_factors")
+    interleaving._KEPT.pop(draft.program)
     monkeypatch.setattr(interleaving, "measure_factor", lambda *_: 2.5)
     with caplog.at_level(logging.WARNING):
         assert interleaving.draft_factor(target, draft) == 2.5

@@ -32,8 +32,8 @@ class TreeCache:
     ) -> None:
         self.max_tokens, self.slots = max_tokens, slots
         self.stale: str | None = None
-        self.prepared: dict[tuple[int, int, int, int, int], Any] = {}
-        """Inputs of calls of a shape, kept by the program."""
+        self.prepared: dict[Any, Any] = {}
+        """Inputs of calls of a shape, kept by executors."""
         self._commit = commit_kernel
         self._lengths = [0] * slots
         self._trees: list[TokenTree | None] = [None] * slots

@@ -3,7 +3,7 @@
 A replay launches every kernel of a step at once, but with the addresses and sizes it was recorded with. So a call is
 padded to the next bucket of (nodes, requests, words), and its integers are written into the bucket's own buffer before
 each replay: nothing that was recorded holds a number of a call. Padding nodes belong to no request, so they attend to
-nothing, and write their K/V nowhere; their logits are cut off.
+nothing, and write their K/V nowhere; their outputs are cut off.
 
 Weights and pools are recorded by address. Recordings end with the cache whose pools they read, and all of them when the
 program's weights are bound again.
@@ -43,10 +43,10 @@ MAX_BUCKETS = 64
 
 Place: TypeAlias = Callable[[Batch, TreeCache], list[Tensor]]
 """The program's inputs for a batch on a cache, in placeholder order."""
-Launch: TypeAlias = Callable[[list[Tensor]], Tensor]
-"""Inputs in placeholder order -> logits [rows, V]; may empty the list."""
-Recorder: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Callable[[], Any], Tensor]]
-"""Records a call: gives what replays it, and its output, which every replay writes again."""
+Launch: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor]]
+"""Inputs in placeholder order -> outputs [rows or nodes, ...]; may empty the list."""
+Recorder: TypeAlias = Callable[[Callable[[], Sequence[Tensor]]], tuple[Callable[[], Any], Sequence[Tensor]]]
+"""Records a call: gives what replays it, and its outputs, which every replay writes again."""
 
 
 aten = torch.ops.aten
@@ -129,7 +129,7 @@ class _Entry:
     inputs: list[Tensor]
     uses: int = 0
     replay: Callable[[], Any] | None = None
-    logits: Tensor | None = None
+    outputs: Sequence[Tensor] = ()
 
     def fill(self, numbers: array[int]) -> None:
         # NOTE pageable memory on purpose: the copy has left it when this returns, so the next call may be laid out
@@ -152,8 +152,8 @@ class Graphs:
     _counts: Counter[str] = field(default_factory=Counter)
     _seconds: float = 0.0
 
-    def run(self, parts: Sequence[Part], cache: TreeCache, template: object) -> Tensor | None:
-        """Logits [nodes, V], valid until the next call of this size; None where the call is larger than every bucket.
+    def run(self, parts: Sequence[Part], cache: TreeCache, template: object) -> Sequence[Tensor] | None:
+        """Outputs [nodes, ...], valid until the next call of this size; None: the call is larger than every bucket.
 
         `template` is the identity of the bound weights: with another one, every recording ends.
         """
@@ -170,13 +170,13 @@ class Graphs:
         entry.uses += 1
         if entry.replay is None and entry.uses <= USES_BEFORE_CAPTURE:
             self._counts["launches"] += 1
-            return self.launch(entry.inputs.copy())[:nodes]
+            return [output[:nodes] for output in self.launch(entry.inputs.copy())]
         if entry.replay is None:
             self._capture(entry)
-        assert entry.replay is not None and entry.logits is not None
+        assert entry.replay is not None
         entry.replay()
         self._counts["replays"] += 1
-        return entry.logits[:nodes]
+        return [output[:nodes] for output in entry.outputs]
 
     def clear(self) -> None:
         """End every recording."""
@@ -216,12 +216,12 @@ class Graphs:
 
     def _capture(self, entry: _Entry) -> None:
         began = time.perf_counter()
-        # The logits outlive the mode that the first caller happens to be in: they are inference tensors only if they
+        # The outputs outlive the mode that the first caller happens to be in: they are inference tensors only if they
         # must be, because the pools that are written are.
         must = any(x.is_inference() for x in entry.inputs)
         try:
             with torch.inference_mode(must):
-                entry.replay, entry.logits = self.record(lambda: self.launch(entry.inputs.copy()))
+                entry.replay, entry.outputs = self.record(lambda: self.launch(entry.inputs.copy()))
         except RuntimeError as error:
             problem = str(error).strip().partition("\n")[0]
             raise CaptureFailed(problem=f"{type(error).__name__} ({problem})") from error
@@ -240,7 +240,7 @@ class Graphs:
 
 def run_or_explain(
     graphs: Graphs, parts: Sequence[Part], cache: TreeCache, template: object, options: Options
-) -> tuple[Tensor | None, str]:
+) -> tuple[Sequence[Tensor] | None, str]:
     """`graphs.run`; and where recording failed under `cuda_graphs="auto"`, why, with one warning."""
     try:
         return graphs.run(parts, cache, template), ""
@@ -270,7 +270,7 @@ class CudaRecorder:
         self._side: Any = None
         self._anchor: Any = None
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+    def __call__(self, run: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], Any], Sequence[Tensor]]:
         with torch.cuda.device(self.device):
             if self._pool is None:
                 self._start()
@@ -282,18 +282,18 @@ class CudaRecorder:
             graph = torch.cuda.CUDAGraph()
             try:
                 with self._recording(graph):
-                    logits = run()
+                    outputs = run()
             except BaseException:
                 # NOTE leaving a recording that became invalid raises before the stream is put back, and leaves its
                 # pool in use.
                 torch.cuda.set_stream(here)
                 self._pool = self._side = self._anchor = None
                 raise
-        return graph.replay, logits
+        return graph.replay, outputs
 
     def _start(self) -> None:
         """A pool and a stream. An empty recording keeps the pool: one whose last recording has ended takes no new ones
-        as long as anybody holds a tensor in it, such as logits."""
+        as long as anybody holds a tensor in it, such as outputs."""
         self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self._anchor = torch.cuda.CUDAGraph()
         with warnings.catch_warnings():

@@ -33,12 +33,12 @@ def compile_calls() -> int:
 
 @dataclass
 class Lowered:
-    """`run(inputs)` takes the graph's inputs in placeholder order and returns the logits [1, rows, V].
+    """`run(inputs)` takes the graph's inputs in placeholder order and returns its outputs, first logits [1, rows, V].
 
     It may empty the list it is given.
     """
 
-    run: Callable[[list[Tensor]], Tensor]
+    run: Callable[[list[Tensor]], Sequence[Tensor]]
     seconds: float
 
 
@@ -62,8 +62,8 @@ def dynamic_sizes(name: str) -> dict[int, str]:
 def lower_eager(gm: fx.GraphModule) -> Lowered:
     """Run the graph op by op."""
 
-    def run(inputs: list[Tensor]) -> Tensor:
-        return gm(*inputs)[0]
+    def run(inputs: list[Tensor]) -> Sequence[Tensor]:
+        return gm(*inputs)
 
     return Lowered(run, 0.0)
 
@@ -88,8 +88,8 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
         compiled = compile_fx(module, fakes)
     _compile_calls += 1
 
-    def run(inputs: list[Tensor]) -> Tensor:
-        return compiled(*inputs)[0]
+    def run(inputs: list[Tensor]) -> Sequence[Tensor]:
+        return compiled(*inputs)
 
     lowered = Lowered(run, time.perf_counter() - started)
     if len(graphs) == 1 and examples[0].device.type == "cpu":
@@ -121,19 +121,16 @@ def _shorten(lowered: Lowered, call: Callable[[list[Tensor]], Sequence[Tensor]])
     """
     wrapped = lowered.run
 
-    def direct(inputs: list[Tensor]) -> Tensor:
-        return call(inputs)[0]
-
-    def first(inputs: list[Tensor]) -> Tensor:
-        logits = wrapped(inputs)
+    def first(inputs: list[Tensor]) -> Sequence[Tensor]:
+        outputs = wrapped(inputs)
         try:
             again = call(inputs.copy())  # writes the same keys and values to the same places
-            same = len(again) == 1 and torch.equal(again[0], logits)
+            same = len(again) == len(outputs) and all(map(torch.equal, again, outputs))
         except Exception:
             log.debug("the compiled graph cannot be called directly", exc_info=True)
             same = False
-        lowered.run = direct if same else wrapped
-        return logits
+        lowered.run = call if same else wrapped
+        return outputs
 
     lowered.run = first
 

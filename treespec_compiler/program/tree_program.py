@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,14 @@ from ..ir import ops
 from ..ir.registry import best_kernel
 from ..ir.specs import AttentionSpec, Limit
 from ..options import Options
-from ..passes.insert_state import META_INPUTS
+from ..passes.framework.state import GraphState
 from ..pipeline import Converted, convert
 from ..tree import Forest, TokenTree
 from .arguments import check_tokens, new_part, prompt_ids_of
-from .batch import Batch, Buffer, Part, Shape, lay_out, pack
+from .batch import Part
 from .cache import TreeCache
-from .cuda_graphs import CudaRecorder, Graphs, GraphStats, Launch, Place, obstacle, run_or_explain
-from .lowering import Lowered, lower_eager, lower_inductor
+from .cuda_graphs import GraphStats
+from .executor import Bound, Executor, Tally
 from .semantics import lengths_check, semantic_check
 from .weights import WeightWatch
 
@@ -33,8 +33,9 @@ log = logging.getLogger("treespec.program")
 
 # Prompt tokens of a call: a CPU computes at its peak from some dozens of rows on, and more are more scores at a time.
 CHUNK_CPU = 256
-# Shapes of calls whose inputs a cache keeps: a loop has a few, and each is a few hundred bytes.
-MAX_PREPARED = 256
+
+Derive: TypeAlias = Callable[[GraphState], tuple[GraphState, Mapping[str, Tensor]]]
+"""Makes another graph of a program's, which it leaves as it is, and the tensors of inputs that it adds."""
 
 
 def tree_program(
@@ -92,8 +93,9 @@ class TreeProgram:
 
     def __init__(self, model: nn.Module, call: CallSpec, options: Options) -> None:
         self.options = options
-        self.compile_seconds = 0.0
-        self.compile_count = 0
+        self._bound = Bound({})
+        self._tally = Tally()
+        self._tallies: dict[Hashable, Tally] = {}  # of variants, through rebuilds
         self._call = call
         self._model = weakref.ref(model)
         self._caches: weakref.WeakSet[TreeCache] = weakref.WeakSet()
@@ -114,38 +116,68 @@ class TreeProgram:
         lengths_check(model, self._call, state)
         logits: Any = state.logits.meta["val"]
         self.dtype, self.device, self.vocab_size = logits.dtype, logits.device, int(logits.shape[-1])
-        self._names = [n.name for n in state.graph.nodes if n.op == "placeholder"]
-        self._roles = ["tokens" if n == state.tokens else n for n in self._names]
-        self._slots = {role: i for i, role in enumerate(self._roles)}
         self._bind_weights()
-        self._lowered: Lowered | None = None
-        self._graphs, self._no_graphs = self._recording(self._place, self._launch)
+        self._executor = Executor(state, self._bound, self.options, tally=self._tally)
+        self._variants: dict[Hashable, Executor] = {}
         kernel = best_kernel(ops.commit_path, self.device, self.dtype) if self.options.kernels == "auto" else None
         self._commit = kernel.target if kernel is not None else ops.commit_path
-        self.compile_seconds += time.perf_counter() - started
-
-    def _recording(self, place: Place, launch: Launch) -> tuple[Graphs | None, str]:
-        """What records calls as CUDA graphs, or why nothing does."""
-        wanted = self.options.cuda_graphs
-        reason = "option cuda_graphs=False" if wanted is False else obstacle(self.graph_module.graph, self.device)
-        if not reason:
-            return Graphs(place, launch, CudaRecorder(self.device), self.device), ""
-        if wanted is True:
-            fix = f"This one cannot: {reason}."
-            raise InvalidOption(name="cuda_graphs", got=True, expected="a program that can be recorded", fix=fix)
-        return None, reason
+        self._tally.seconds += time.perf_counter() - started
 
     def _bind_weights(self) -> None:
-        """Put weights and packed weights into the template of inputs."""
+        """The module's present weights, and the packed ones made of them."""
         state = self._converted.state
         for name, ref in self._converted.weights.items():
             ref.tensor = self._watch.current(ref)
             state.constants[name] = ref.tensor
         packed = {name: spec.build(state.constants) for name, spec in state.packs.items()}
         self.packed_bytes = sum(t.numel() * t.element_size() for t in packed.values())
-        fixed = {n: t.detach() for n, t in state.constants.items()} | packed
-        self._template: list[Any] = [fixed.get(name) for name in self._names]
+        self._bound.tensors = {n: t.detach() for n, t in state.constants.items()} | packed
         self._watch.renew()
+
+    def executor(self, derive: Derive, options: Options | None = None, tally: Tally | None = None) -> Executor:
+        """What runs another graph made of this program's, over the same weights and on the same caches; see `call`.
+
+        It serves until the program is rebuilt. Raises what `derive` raises.
+        """
+        began = time.perf_counter()
+        tally = tally or Tally()
+        state, own = derive(self.state)
+        made = Executor(state, self._bound, options or self.options, own, tally)
+        tally.seconds += time.perf_counter() - began
+        return made
+
+    def variant(self, key: Hashable, derive: Derive, options: Options | None = None) -> Executor:
+        """As `executor`, kept under `key`: made at its first use, and anew after the program was rebuilt."""
+        found = self._variants.get(key)
+        if found is None:
+            tally = self._tallies.setdefault(key, Tally())
+            found = self._variants[key] = self.executor(derive, options, tally)
+        return found
+
+    @property
+    def compile_seconds(self) -> float:
+        """Spent on capture, passes and compilation so far."""
+        return self._tally.seconds
+
+    @property
+    def compile_count(self) -> int:
+        """How often a graph was compiled."""
+        return self._tally.count
+
+    @property
+    def state(self) -> GraphState:
+        """The rewritten graph and what was proved about it; not to be changed."""
+        return self._converted.state
+
+    @property
+    def input_vocab(self) -> int:
+        """Rows of the table that token ids are looked up in."""
+        return self._converted.input_vocab or self.vocab_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights, packed ones included, that one pass reads."""
+        return self._executor.weight_bytes
 
     @property
     def sites(self) -> list[AttentionSpec]:
@@ -175,7 +207,7 @@ class TreeProgram:
     @property
     def graph_stats(self) -> GraphStats:
         """What was recorded as CUDA graphs, or why nothing is."""
-        return self._graphs.stats() if self._graphs is not None else GraphStats(off=self._no_graphs)
+        return self._executor.graph_stats
 
     @property
     def graph_module(self) -> torch.fx.GraphModule:
@@ -201,7 +233,7 @@ class TreeProgram:
         ids = prompt_ids_of(prompt_ids)
         self._ready(cache)
         cache._check_slot(slot)
-        check_tokens(ids, self._input_vocab, "the prompt")
+        check_tokens(ids, self.input_vocab, "the prompt")
         self._check_context(cache.length(slot) + len(ids))
         cache._reserve(slot, len(ids))
         chunk = self.options.prefill_chunk or (CHUNK_CPU if self.device.type == "cpu" else PROMPT_CHUNK)
@@ -211,7 +243,8 @@ class TreeProgram:
             tree = TokenTree._trusted(piece, range(-1, len(piece) - 1))
             # NOTE the CPU's kernels look at every page number; others take the slot's emptiness from the shape
             pages = 1 if cache._lengths[slot] or self.device.type == "cpu" else 0
-            logits = self._run([Part(slot, tree, prompt=True, pages=pages)], cache, rows=[len(piece) - 1])
+            part = Part(slot, tree, prompt=True, pages=pages)
+            logits = self._executor.run([part], cache, rows=[len(piece) - 1])[0]
             cache._trees[slot] = None
             cache._lengths[slot] += len(piece)
         assert logits is not None
@@ -226,17 +259,33 @@ class TreeProgram:
 
     def extend(self, tree: TokenTree | Forest, cache: TreeCache, start: int | Mapping[int, int] = 0) -> Tensor:
         """As `verify` for nodes >= `start` only; nodes < start are in the cache, uncommitted. [new nodes, V]."""
+        return self.call(self._main, tree, cache, start)[0]
+
+    def call(
+        self,
+        executor: Callable[[], Executor],
+        tree: TokenTree | Forest,
+        cache: TreeCache,
+        start: int | Mapping[int, int] = 0,
+    ) -> Sequence[Tensor]:
+        """`extend` by another graph of this program (see `variant`): its outputs.
+
+        `executor` is asked for after weights were looked at, since other ones may need other graphs.
+        """
         items: Sequence[tuple[int, TokenTree]] = tree.items if isinstance(tree, Forest) else ((0, tree),)
         self._ready(cache)
         parts = [new_part(cache, s, t, start.get(s, 0) if isinstance(start, Mapping) else start) for s, t in items]
         for part in parts:
-            check_tokens(part.tree.tokens, self._input_vocab, f"the tree of slot {part.slot}")
+            check_tokens(part.tree.tokens, self.input_vocab, f"the tree of slot {part.slot}")
             self._check_context(cache.length(part.slot) + max(part.tree.depths) + 1)
             cache._reserve(part.slot, len(part.tree))
-        logits = self._run(parts, cache)
+        outputs = executor().run(parts, cache)
         for part in parts:
             cache._trees[part.slot] = part.tree
-        return logits
+        return outputs
+
+    def _main(self) -> Executor:
+        return self._executor
 
     def refresh(self) -> None:
         """Take the module's present weights, whatever was noticed; rebuild when dtype, device or shape changed."""
@@ -277,70 +326,6 @@ class TreeProgram:
         if cache not in self._caches:
             raise StaleCache(reason="this program (it belongs to another one)")
 
-    def _run(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None) -> Tensor:
-        if self._graphs is not None and rows is None:
-            logits, self._no_graphs = run_or_explain(self._graphs, parts, cache, self._template, self.options)
-            if logits is not None:
-                return logits
-            if self._no_graphs:
-                self._graphs = None
-        return self._launch(self._inputs(parts, cache, rows))
-
-    def _launch(self, inputs: list[Tensor]) -> Tensor:
-        lowered = self._lowered or self._lower()
-        if not torch.is_grad_enabled():  # entering no_grad again would cost 1 us
-            return lowered.run(inputs)[0]
-        with torch.no_grad():
-            return lowered.run(inputs)[0]
-
-    def _inputs(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None) -> list[Tensor]:
-        if self.device.type != "cpu":
-            return self._place(pack(parts, cache, self.device, rows), cache)
-        shape, numbers = lay_out(parts, cache, rows)
-        held = cache.prepared.get(shape)
-        if held is None or held[0] is not self._template:
-            if len(cache.prepared) >= MAX_PREPARED:
-                cache.prepared.clear()
-            buffer = Buffer(Shape(*shape), len(numbers))
-            held = cache.prepared[shape] = (self._template, buffer, self._place(buffer.batch, cache))
-        held[1].fill(numbers)
-        return held[2].copy()  # compiled code empties the list it is given
-
-    def _place(self, batch: Batch, cache: TreeCache) -> list[Tensor]:
-        inputs = list(self._template)
-        place, meta = self._slots, batch.meta
-        inputs[place["tokens"]] = batch.tokens
-        inputs[place["positions"]] = meta.positions
-        for name in META_INPUTS:
-            inputs[place[name]] = getattr(meta, name)
-        inputs[place["rows"]] = meta.rows
-        first = place["pool_k_0"]
-        inputs[first : first + len(cache.pools)] = cache.pools
-        return inputs
-
-    def _lower(self) -> Lowered:
-        gm = self._converted.state.gm
-        if self.options.lowering == "eager":
-            self._lowered = lower_eager(gm)
-            return self._lowered
-        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        examples = [self._example(n, fixed) for n, fixed in zip(placeholders, self._template, strict=True)]
-        self._lowered = lower_inductor(gm, self._roles, examples)
-        self.compile_count += 1
-        self.compile_seconds += self._lowered.seconds
-        return self._lowered
-
-    def _example(self, node: Any, fixed: Tensor | None) -> Tensor:
-        if fixed is not None:
-            return fixed
-        value = node.meta["val"]
-        sizes = [s if isinstance(s, int) else 2 for s in value.shape]
-        return torch.zeros(sizes, dtype=value.dtype, device=value.device)
-
-    @property
-    def _input_vocab(self) -> int:
-        return self._converted.input_vocab or self.vocab_size
-
     def _check_context(self, length: int) -> None:
         limit = self.max_context
         if limit is not None and length > limit:
@@ -351,7 +336,8 @@ class TreeProgram:
         name = type(model).__name__ if model is not None else "a deleted module"
         masks = ", ".join(sorted({s.mask.formula for s in self.sites}))
         context = self.max_context or "unlimited"
-        graphs = f", {self._graphs.stats()}" if self._graphs is not None else ""
+        stats = self.graph_stats
+        graphs = "" if stats.off else f", {stats}"
         return f"TreeProgram({name}: {len(self.sites)} attention sites, mask {masks}, context {context}{graphs})"
 
     def _repr_html_(self) -> str:

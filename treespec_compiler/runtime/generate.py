@@ -213,7 +213,7 @@ def stream(
         logger.warning("treespec runs the plain loop instead: %s", refusal)
         stats.fallback = str(refusal)
         return Stream(PlainLoop(module, prompt, ending, judge, stats), prompt, device, stats)
-    parse_prompt(prompt, vocab_size=program._input_vocab, max_context=program.max_context)
+    parse_prompt(prompt, vocab_size=program.input_vocab, max_context=program.max_context)
     drafts = _drafts(draft, parsed, stats, program)
     engine = Engine(program, prompt, ending, drafts, tree_policy, judge, stats, drawing)
     return Stream(engine, prompt, device, stats)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,7 @@ BUDGET = 0.15
 LEAST_ROUNDS, MOST_ROUNDS = 2, 40
 LARGEST = 4.0
 """A larger factor was a stall."""
+_KEPT: weakref.WeakKeyDictionary[Any, dict[str, float]] = weakref.WeakKeyDictionary()
 
 
 def draft_factor(target: Any, draft: Any) -> float:
@@ -48,7 +50,7 @@ def draft_factor(target: Any, draft: Any) -> float:
     if None in keys:
         return 1.0
     key = hashlib.sha256(" ".join(map(str, keys)).encode()).hexdigest()[:24]
-    kept: dict[str, float] = draft.program.__dict__.setdefault("_draft_factors", {})
+    kept = _KEPT.setdefault(draft.program, {})
     if key not in kept:
         kept[key] = _stored(cost.table_path(f"pair-{key}"), target, draft)
     return kept[key]

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -281,9 +282,12 @@ def _time(call: Callable[[], Any], budget: float, clock: Clock) -> float:
     return min(seconds)
 
 
+_KEPT: weakref.WeakKeyDictionary[Any, LatencyTable] = weakref.WeakKeyDictionary()
+
+
 def latency(program: Any, thorough: bool = False) -> LatencyTable:
     """The program's table: kept with it, from the user's cache, or measured now and stored."""
-    kept: LatencyTable | None = program.__dict__.get("_latency")
+    kept = _KEPT.get(program)
     if kept is not None and not thorough:
         return kept
     key = fingerprint(program)
@@ -305,5 +309,5 @@ def latency(program: Any, thorough: bool = False) -> LatencyTable:
             write_table(path, table, meta(program))
         except OSError as error:
             log.warning("the latency table %s cannot be written (%s)", path, error)
-    program.__dict__["_latency"] = table
+    _KEPT[program] = table
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,12 +12,12 @@ if TYPE_CHECKING:
 # Capacities are rounded up so that requests of similar lengths find a cache that fits.
 GRANULE = 256
 MAX_IDLE = 2
-_SLOT = "_idle_caches"
+_IDLE: weakref.WeakKeyDictionary[TreeProgram, list[TreeCache]] = weakref.WeakKeyDictionary()
 
 
 def take(program: TreeProgram, max_tokens: int) -> TreeCache:
     """An empty one-slot cache for at least `max_tokens`, exclusively the caller's until given back."""
-    idle: list[TreeCache] = program.__dict__.setdefault(_SLOT, [])
+    idle = _IDLE.setdefault(program, [])
     while idle:
         cache = idle.pop()
         if cache.max_tokens >= max_tokens and not cache.stale:
@@ -27,6 +28,6 @@ def take(program: TreeProgram, max_tokens: int) -> TreeCache:
 def give_back(program: TreeProgram, cache: TreeCache) -> None:
     """Free the slot; the cache waits for the next `take`."""
     cache.free(0)
-    idle: list[TreeCache] = program.__dict__.setdefault(_SLOT, [])
+    idle = _IDLE.setdefault(program, [])
     if len(idle) < MAX_IDLE:
         idle.append(cache)

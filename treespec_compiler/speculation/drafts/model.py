@@ -121,7 +121,7 @@ class ModelDraftSession:
         self.program = draft.program
         self._shared = min(self.program.vocab_size, request.vocab_size)
         self._truncate = self.program.vocab_size > self._shared
-        self._input_vocab = self.program._input_vocab
+        self._input_vocab = self.program.input_vocab
         self._needs_q = request.needs_q
         limit = self.program.max_context
         tokens = request.max_tokens if limit is None else min(request.max_tokens, limit)

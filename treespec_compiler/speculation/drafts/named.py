@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import InvalidOption
-from .early_exit import EarlyExitDraft, ExitHead
+from ...program.early_exit import ExitHead
+from .early_exit import EarlyExitDraft
 from .model import Draft
 from .ngram import NGramDraft
 

@@ -1,0 +1,174 @@
+"""Executor: one place that lowers a tree graph, binds its inputs, records its calls and launches them.
+
+A program, its early exits and its graphs with further outputs are each an executor over a graph of their own; they
+share weights, packed weights and caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidOption
+from ..options import Options
+from ..passes.framework.state import GraphState
+from ..passes.insert_state import META_INPUTS
+from .batch import Batch, Buffer, Part, Shape, lay_out, pack
+from .cache import TreeCache
+from .cuda_graphs import CudaRecorder, Graphs, GraphStats, obstacle, run_or_explain
+from .lowering import Lowered, lower_eager, lower_inductor
+
+# Shapes of calls whose inputs a cache keeps: a loop has a few, and each is a few hundred bytes.
+MAX_PREPARED = 256
+
+
+@dataclass
+class Bound:
+    """The tensors of inputs that stay from call to call, by input name."""
+
+    tensors: Mapping[str, Tensor]
+    """Another mapping as soon as one of them is another tensor."""
+
+
+@dataclass
+class Tally:
+    """What making and compiling graphs took so far."""
+
+    count: int = 0
+    """Calls of the compiler."""
+    seconds: float = 0.0
+
+
+class Executor:
+    """Runs one tree graph on tree caches. Outputs are valid until the next call.
+
+    `bound` has the tensors of the graph's weights; `own` are those of inputs that this graph alone has. Raises
+    `InvalidOption` where `options.cuda_graphs` is True and calls of the graph cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        state: GraphState,
+        bound: Bound,
+        options: Options,
+        own: Mapping[str, Tensor] | None = None,
+        tally: Tally | None = None,
+    ) -> None:
+        self.state, self.options = state, options
+        self.tally = tally or Tally()
+        logits: Any = state.logits.meta["val"]
+        self.device: torch.device = logits.device
+        self._weights, self._own = bound, dict(own or {})
+        self._placeholders = [n for n in state.graph.nodes if n.op == "placeholder"]
+        self.roles = ["tokens" if n.name == state.tokens else n.name for n in self._placeholders]
+        """What each input is, in placeholder order: the name of a program's input, or of a weight."""
+        places = {role: i for i, role in enumerate(self.roles)}
+        self._tokens = places["tokens"]
+        self._meta = [(places[name], name) for name in ("positions", *META_INPUTS, "rows") if name in places]
+        self._pools = [
+            (places[f"pool_{kind}_{site.index}"], 2 * site.index + at)
+            for site in state.sites
+            for at, kind in enumerate("kv")
+        ]
+        self._lowered: Lowered | None = None
+        self._bound: Mapping[str, Tensor] | None = None
+        self._template: list[Any] = []
+        self._graphs, self._no_graphs = self._recording()
+
+    def _recording(self) -> tuple[Graphs | None, str]:
+        """What records calls as CUDA graphs, or why nothing does."""
+        wanted = self.options.cuda_graphs
+        reason = "option cuda_graphs=False" if wanted is False else obstacle(self.state.graph, self.device)
+        if not reason:
+            return Graphs(self._place, self._launch, CudaRecorder(self.device), self.device), ""
+        if wanted is True:
+            fix = f"This one cannot: {reason}."
+            raise InvalidOption(name="cuda_graphs", got=True, expected="a program that can be recorded", fix=fix)
+        return None, reason
+
+    @property
+    def graph_stats(self) -> GraphStats:
+        """What was recorded as CUDA graphs, or why nothing is."""
+        return self._graphs.stats() if self._graphs is not None else GraphStats(off=self._no_graphs)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one pass reads."""
+        return sum(x.numel() * x.element_size() for x in self._fixed() if x is not None)
+
+    def run(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None) -> Sequence[Tensor]:
+        """The graph's outputs for these new nodes: first the logits [rows, V], whose `rows` default to every new node.
+
+        Writes the nodes' K/V, and nothing else of the cache.
+        """
+        template = self._fixed()
+        if self._graphs is not None and rows is None:
+            outputs, self._no_graphs = run_or_explain(self._graphs, parts, cache, template, self.options)
+            if outputs is not None:
+                return outputs
+            if self._no_graphs:
+                self._graphs = None
+        return self._launch(self._inputs(parts, cache, rows))
+
+    def examples(self) -> list[Tensor]:
+        """A tensor for every input, in placeholder order: the weights themselves, and zeros of any size."""
+        pairs = zip(self._placeholders, self._fixed(), strict=True)
+        return [_zeros_like(node) if fixed is None else fixed for node, fixed in pairs]
+
+    def _fixed(self) -> list[Any]:
+        """The inputs in placeholder order, None for those of a call; another list when weights were bound again."""
+        bound = self._weights.tensors
+        if bound is not self._bound:
+            self._bound = bound
+            self._template = [self._own.get(n.name, bound.get(n.name)) for n in self._placeholders]
+        return self._template
+
+    def _inputs(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None) -> list[Tensor]:
+        if self.device.type != "cpu":
+            return self._place(pack(parts, cache, self.device, rows), cache)
+        shape, numbers = lay_out(parts, cache, rows)
+        # NOTE an id may be that of a graph that is gone; its template cannot be this one's.
+        key = (id(self), shape)
+        held = cache.prepared.get(key)
+        if held is None or held[0] is not self._template:
+            if len(cache.prepared) >= MAX_PREPARED:
+                cache.prepared.clear()
+            buffer = Buffer(Shape(*shape), len(numbers))
+            held = cache.prepared[key] = (self._template, buffer, self._place(buffer.batch, cache))
+        held[1].fill(numbers)
+        return held[2].copy()  # compiled code empties the list it is given
+
+    def _place(self, batch: Batch, cache: TreeCache) -> list[Tensor]:
+        inputs = list(self._template)
+        inputs[self._tokens] = batch.tokens
+        for place, name in self._meta:
+            inputs[place] = getattr(batch.meta, name)
+        for place, pool in self._pools:
+            inputs[place] = cache.pools[pool]
+        return inputs
+
+    def _launch(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        lowered = self._lowered or self._lower()
+        if not torch.is_grad_enabled():  # entering no_grad again would cost 1 us
+            return [output[0] for output in lowered.run(inputs)]
+        with torch.no_grad():
+            return [output[0] for output in lowered.run(inputs)]
+
+    def _lower(self) -> Lowered:
+        if self.options.lowering == "eager":
+            self._lowered = lower_eager(self.state.gm)
+            return self._lowered
+        self._lowered = lower_inductor(self.state.gm, self.roles, self.examples())
+        self.tally.count += 1
+        self.tally.seconds += self._lowered.seconds
+        return self._lowered
+
+
+def _zeros_like(node: Any) -> Tensor:
+    value = node.meta["val"]
+    sizes = [s if isinstance(s, int) else 2 for s in value.shape]
+    return torch.zeros(sizes, dtype=value.dtype, device=value.device)
