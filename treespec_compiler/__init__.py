@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from .passes.locality.custom_ops import register_op
     from .program.tree_program import TreeProgram, tree_program
     from .runtime.generate import GenerationOutput, Step, Stream, generate, stream
-    from .speculation.policies.policy import StaticExpansion
+    from .speculation.policies.static import StaticExpansion
     from .tree import Forest, TokenTree
 
 _HOME = {
     "Forest": ".tree",
     "GenerationOutput": ".runtime.generate",
     "Options": ".options",
-    "StaticExpansion": ".speculation.policies.policy",
+    "StaticExpansion": ".speculation.policies.static",
     "Step": ".runtime.generate",
     "Stream": ".runtime.generate",
     "TokenTree": ".tree",

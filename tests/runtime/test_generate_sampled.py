@@ -17,7 +17,7 @@ from torch import nn
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidLogits, InvalidOption, LossyPair, TreespecError
-from treespec_compiler.runtime import judging
+from treespec_compiler.runtime import decoding
 from treespec_compiler.speculation.cost import acceptance
 from treespec_compiler.speculation.sampling.settings import Processor, Sampling
 from treespec_compiler.speculation.verifiers.greedy import GreedyVerifier
@@ -59,7 +59,7 @@ def generated_law(monkeypatch, tokens: int, make_draft, vocab: int = VOCAB, **ar
     """The exact law of the new tokens of `generate`."""
 
     def run(chance):
-        monkeypatch.setattr(judging, "SeededChance", lambda seed: chance)
+        monkeypatch.setattr(decoding, "SeededChance", lambda seed: chance)
         out = treespec.generate(
             program(1, vocab), PROMPT, draft=make_draft(), max_new_tokens=tokens, seed=0, **{**HOT, **arguments}
         )
@@ -297,9 +297,9 @@ def test_the_plain_loop_samples_too(monkeypatch):
             return torch.stack([rows(VOCAB, 1)(tuple(ids[0].tolist()))])[None]
 
     def plain(chance):
-        monkeypatch.setattr(judging, "SeededChance", lambda seed: chance)
+        monkeypatch.setattr(decoding, "SeededChance", lambda seed: chance)
         sampling = Sampling(temperature=0.8, repetition_penalty=1.4, seed=0)
-        judge, _ = judging.appoint(sampling, None, None, treespec.StaticExpansion((1,)), drafts=0)
+        judge, _ = decoding.appoint(sampling, None, None, treespec.StaticExpansion((1,)), drafts=0)
         ending = treespec.runtime.engine.Ending(2, frozenset(), frozenset())
         loop = PlainLoop(Model(), PROMPT, ending, judge, treespec.runtime.stats.Stats())
         return (*loop.prefill().tokens, *loop.step().tokens)

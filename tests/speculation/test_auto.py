@@ -16,7 +16,7 @@ from treespec_compiler.speculation.drafts.model import ModelDraft
 from treespec_compiler.speculation.drafts.ngram import NGramDraft
 from treespec_compiler.speculation.policies.auto import Auto, Controller
 from treespec_compiler.speculation.policies.fixed import FixedTree
-from treespec_compiler.speculation.policies.policy import as_policy
+from treespec_compiler.speculation.policies.named import as_policy
 from treespec_compiler.speculation.policies.sequoia import fastest_tree
 from treespec_compiler.speculation.proposal import Proposal
 

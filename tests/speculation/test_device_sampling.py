@@ -19,11 +19,11 @@ from torch import Tensor
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidLogits
 from treespec_compiler.ir import ops
-from treespec_compiler.speculation.drafts.row_sampler import HostRows
 from treespec_compiler.speculation.proposal import Draws, Proposal
 from treespec_compiler.speculation.sampling import device_rows
 from treespec_compiler.speculation.sampling.chance import SeededChance
 from treespec_compiler.speculation.sampling.device_rows import DeviceProcessor, DeviceRows
+from treespec_compiler.speculation.sampling.rows import HostRows
 from treespec_compiler.speculation.sampling.samplers import SAMPLERS
 from treespec_compiler.speculation.sampling.settings import Processor, Sampling
 from treespec_compiler.speculation.verifiers import judge, on_device

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import treespec_compiler as treespec
-from treespec_compiler.speculation.drafts.model import Draft, DraftRequest
 from treespec_compiler.speculation.drafts.ngram import NGramDraft, SuffixAutomaton
+from treespec_compiler.speculation.drafts.protocol import Draft, DraftRequest
 from treespec_compiler.speculation.policies.best_first import BestFirst
-from treespec_compiler.speculation.policies.policy import Limits, StaticExpansion
+from treespec_compiler.speculation.policies.protocol import Limits
+from treespec_compiler.speculation.policies.static import StaticExpansion
 
 WIDE = Limits(100, 1000)
 

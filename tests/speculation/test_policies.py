@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidOption
-from treespec_compiler.speculation.drafts.model import DraftRequest, ModelDraft
+from treespec_compiler.speculation.drafts.model import ModelDraft
+from treespec_compiler.speculation.drafts.protocol import DraftRequest
 from treespec_compiler.speculation.policies.best_first import BestFirst, values
 from treespec_compiler.speculation.policies.equal_growth import EqualGrowth
 from treespec_compiler.speculation.policies.fixed import FixedTree
-from treespec_compiler.speculation.policies.policy import Limits, StaticExpansion, TreePolicy, as_policy
+from treespec_compiler.speculation.policies.named import as_policy
+from treespec_compiler.speculation.policies.protocol import Limits, TreePolicy
 from treespec_compiler.speculation.policies.sequoia import fastest_tree, greedy_nodes, sequoia_trees
+from treespec_compiler.speculation.policies.static import StaticExpansion
 
 VOCAB = 40
 TARGET = table_row(VOCAB, seed=1)

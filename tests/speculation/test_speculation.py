@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 
 from treespec_compiler.errors import InvalidOption, InvalidTree, TokenizerMismatch
 from treespec_compiler.runtime.stats import Count, Stats
-from treespec_compiler.speculation.drafts.model import MAX_CHAIN, DraftRequest, ModelDraft
+from treespec_compiler.speculation.drafts.model import ModelDraft
+from treespec_compiler.speculation.drafts.protocol import DraftRequest
+from treespec_compiler.speculation.drafts.session import MAX_CHAIN
 from treespec_compiler.speculation.drafts.tokenizers import check_tokenizers
-from treespec_compiler.speculation.policies.policy import Limits, StaticExpansion, TreePolicy, as_policy
+from treespec_compiler.speculation.policies.named import as_policy
+from treespec_compiler.speculation.policies.protocol import Limits, TreePolicy
+from treespec_compiler.speculation.policies.static import StaticExpansion
 from treespec_compiler.speculation.proposal import Proposal
 from treespec_compiler.speculation.sampling.ranking import likeliest
 from treespec_compiler.speculation.verifiers.greedy import GreedyVerifier, Verdict, Verifier

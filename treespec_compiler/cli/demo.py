@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import demo
 from ..options import Options
 from ..runtime.generate import Step, Stream, stream
-from ..speculation.policies.policy import StaticExpansion
+from ..speculation.policies.static import StaticExpansion
 from .baselines import HuggingFaceGenerate, StaticCacheLoop
 from .generate import parse_options, positive
 from .models import load

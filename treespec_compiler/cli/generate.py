@@ -14,7 +14,8 @@ from ..errors import InvalidOption
 from ..options import Options
 from ..runtime.generate import Step, stream
 from ..speculation.drafts.named import is_named
-from ..speculation.policies.policy import StaticExpansion, as_policy
+from ..speculation.policies.named import as_policy
+from ..speculation.policies.static import StaticExpansion
 from .models import DTYPES, LoadedModel, load
 from .text import TextStream, add_prompt_arguments, read_prompt
 

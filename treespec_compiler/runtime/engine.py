@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..speculation.drafts import caches
-from ..speculation.drafts.model import Draft, DraftRequest, DraftSession
-from ..speculation.policies.policy import Limits, TreePolicy
+from ..speculation.drafts.protocol import Draft, DraftRequest, DraftSession
+from ..speculation.policies.protocol import Limits, TreePolicy
 from ..speculation.proposal import Proposal
 from ..speculation.sampling.chance import Chance
 from ..speculation.sampling.samplers import ChildSampler

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from ..capture.capture import original_module
 from ..errors import InvalidOption, Unsupported
 from ..options import OnUnsupported, Options
-from ..speculation.drafts.model import Draft, ModelDraft
+from ..speculation.drafts.model import ModelDraft
 from ..speculation.drafts.named import named_draft
+from ..speculation.drafts.protocol import Draft
 from ..speculation.drafts.tokenizers import check_tokenizers
 from ..speculation.policies.auto import Auto
-from ..speculation.policies.policy import TreePolicy, as_policy
+from ..speculation.policies.named import as_policy
+from ..speculation.policies.protocol import TreePolicy
 from ..speculation.sampling.samplers import ChildSampler
 from ..speculation.sampling.settings import Sampling
+from .decoding import AnyVerifier, appoint
 from .engine import Ending, Engine, Step
-from .judging import AnyVerifier, appoint
 from .plain import PlainLoop
 from .prompt import end_ids, parse_prompt
 from .stats import Stats

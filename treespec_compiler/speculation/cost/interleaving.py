@@ -22,8 +22,9 @@ import torch
 from ...errors import CorruptTable
 from ...tree import TokenTree
 from ...user_cache import read_table, write_whole
-from ..drafts.model import DraftRequest, ModelDraft
-from ..policies.policy import Limits
+from ..drafts.model import ModelDraft
+from ..drafts.protocol import DraftRequest
+from ..policies.protocol import Limits
 from ..policies.static import StaticExpansion
 from . import latency as cost
 

@@ -28,10 +28,9 @@ from ... import user_cache
 from ...errors import CorruptTable
 from ...tree import Forest, TokenTree
 from ..sampling.chance import SeededChance
-from ..sampling.device_rows import row_sampler
+from ..sampling.device_rows import row_sampler, stays_on_device
 from ..sampling.samplers import SAMPLERS
 from ..sampling.settings import Sampling
-from ..verifiers.on_device import stays_on_device
 
 if TYPE_CHECKING:
     from ...program.tree_program import TreeProgram

@@ -17,8 +17,10 @@ from ...program.early_exit import EarlyExitProgram, ExitHead, exit_graph
 from ...program.executor import Executor
 from ...program.tree_program import TreeProgram
 from ...tree import TokenTree
-from .model import DraftRequest, ModelDraft, ModelDraftSession
+from .model import ModelDraft
+from .protocol import DraftRequest, ProgramDraft
 from .sampled import SampledDraftSession
+from .session import ModelDraftSession
 
 CALIBRATION_TOKENS = 48
 LONGEST_CHAIN = 6
@@ -65,7 +67,7 @@ class EarlyExitDraft(ModelDraft):
 class _OnTargetsCache(ModelDraftSession):
     """No cache of its own, nothing to catch up, nothing to commit: the target does all that."""
 
-    def __init__(self, draft: ModelDraft, request: DraftRequest) -> None:
+    def __init__(self, draft: ProgramDraft, request: DraftRequest) -> None:
         super().__init__(draft, request)
         assert request.cache is not None
         self._cache = request.cache

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..policies.policy import TreePolicy
+from ..policies.protocol import ChoosingPolicy
 from ..proposal import Proposal
 
 Run = Callable[[list[int], list[int], int], Tensor]
 """(tokens, parents, start) of the draft's own tree -> logits of the nodes from `start` on."""
 Candidates = Callable[[Tensor, int], tuple[list[int], list[float]]]
 """(logits, k) -> the k likeliest ids of every row, flat and best first, and their probabilities."""
-
-
-@runtime_checkable
-class ChoosingPolicy(TreePolicy, Protocol):
-    """A policy that picks which nodes to run, at any depth, and which to verify."""
-
-    def expand(self, depth: int, proposal: Proposal, value: Sequence[float]) -> list[tuple[int, int]]:
-        """(node, children) to run in call number `depth`, in index order; empty: the tree is ready."""
-        ...
-
-    def select(self, proposal: Proposal, value: Sequence[float]) -> list[int]:
-        """Nodes to verify: in index order, the root first, parents with their children."""
-        ...
 
 
 def grow(

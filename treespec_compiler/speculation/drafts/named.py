@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from ...errors import InvalidOption
 from ...program.early_exit import ExitHead
 from .early_exit import EarlyExitDraft
-from .model import Draft
 from .ngram import NGramDraft
+from .protocol import Draft
 
 if TYPE_CHECKING:
     from ...program.tree_program import TreeProgram

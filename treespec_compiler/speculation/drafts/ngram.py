@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import perf_counter
 
-from ..policies.policy import Limits, TreePolicy
+from ..policies.protocol import Limits, TreePolicy
 from ..proposal import Proposal
-from .model import DraftRequest
+from .protocol import DraftRequest
 
 # Suffixes of one token whose counts are kept exactly; deeper link chains occur in monotonous text only.
 MAX_COUNTED = 64

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...tree import TokenTree
-from ..policies.policy import TreePolicy
+from ..policies.protocol import TreePolicy
 from ..proposal import Draws, Proposal
 from ..sampling.device_rows import row_sampler
+from ..sampling.rows import Drawn
 from ..sampling.settings import Sampling
-from .model import DraftRequest, ModelDraft, ModelDraftSession, _fit
-from .row_sampler import Drawn
+from .protocol import DraftRequest, ProgramDraft
+from .session import ModelDraftSession, _fit
 
 if TYPE_CHECKING:
     from ...program.cache import TreeCache
@@ -25,7 +26,7 @@ class SampledDraftSession(ModelDraftSession):
     would leave children that are no longer draws from q.
     """
 
-    def __init__(self, draft: ModelDraft, request: DraftRequest) -> None:
+    def __init__(self, draft: ProgramDraft, request: DraftRequest) -> None:
         super().__init__(draft, request)
         assert request.sampler is not None and request.chance is not None and request.sampling is not None
         sampling = _draft_sampling(request.sampling)

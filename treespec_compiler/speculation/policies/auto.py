@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..cost import interleaving
 from ..cost.acceptance import GREEDY, Acceptance, remembered, split
 from ..cost.latency import CONTEXT_GRAIN, CostModel, LatencyTable, latency
 from ..proposal import Proposal
 from .fixed import FixedTree
-from .policy import TreePolicy
+from .protocol import TreePolicy
 from .sequoia import Planned, fastest_tree
 
 HYSTERESIS = 0.04
@@ -104,9 +105,9 @@ def cost_model(target: Any, drafts: Sequence[Any], sampled: bool = False) -> Cos
     if not table.measured:  # stand-ins, whose drafts are taken to be small
         tables = [None if t is None else LatencyTable.assumed(0.1, 0.002) for t in tables]
     else:
-        from ..cost.interleaving import draft_factor
-
-        tables = [t and t.scaled(draft_factor(target, draft)) for t, draft in zip(tables, drafts, strict=True)]
+        tables = [
+            t and t.scaled(interleaving.draft_factor(target, draft)) for t, draft in zip(tables, drafts, strict=True)
+        ]
     return CostModel(table, tables, ASSUMED_OVERHEAD * table.seconds(1), table.sampled_row if sampled else 0.0)
 
 

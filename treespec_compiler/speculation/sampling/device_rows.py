@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..drafts.row_sampler import NONE, Drawn, HostRows, RowSampler
-from ..verifiers.on_device import stays_on_device
 from .chance import REPEATS, Chance, SeededChance, without_repeats
+from .rows import NONE, Drawn, HostRows, RowSampler
 from .samplers import SAMPLERS, ChildSampler, Kind
 from .settings import Sampling
 
@@ -169,6 +168,11 @@ class DeviceRows:
 
     def _padded(self, q: Tensor) -> Tensor:
         return torch.nn.functional.pad(q, (0, self._vocab_size - len(q))) if len(q) < self._vocab_size else q
+
+
+def stays_on_device(program: TreeProgram) -> bool:
+    """Whether rows of the program's logits are used where they are: on a CPU, reading them costs nothing."""
+    return program.device.type != "cpu"
 
 
 def row_sampler(

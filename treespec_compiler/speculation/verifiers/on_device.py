@@ -15,16 +15,12 @@ from ...ir.stochastic_accept import FIELDS as CHANCE_FIELDS
 from ...ir.stochastic_accept import RULES
 from ..proposal import Proposal
 from ..sampling.chance import SeededChance
+from ..sampling.device_rows import stays_on_device
 from .greedy import Verdict, check_one_root
 from .near_ties import TOLERANCE
 
 if TYPE_CHECKING:
     from ...program.tree_program import TreeProgram
-
-
-def stays_on_device(program: TreeProgram) -> bool:
-    """Whether rows of the program's logits are used where they are: on a CPU, reading them costs nothing."""
-    return program.device.type != "cpu"
 
 
 def accept_kernel(program: TreeProgram, op: OpOverload, dtype: torch.dtype) -> OpOverload | None:

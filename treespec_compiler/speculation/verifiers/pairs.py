@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ...errors import InvalidOption, LossyPair
-from ..policies.policy import TreePolicy
+from ..policies.protocol import TreePolicy
 from ..sampling.samplers import SAMPLERS, ChildSampler, Kind, as_sampler
 from . import VERIFIERS, BlockVerification, StochasticVerifier
 from .greedy import GreedyVerifier, Verifier

@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from ..sampling.chance import Chance, Row
-from ..sampling.samplers import ChildSampler
-from ..sampling.settings import Processor, Sampling
+from .chance import Chance, Row
+from .samplers import ChildSampler
+from .settings import Processor, Sampling
 
 
 @dataclass(frozen=True, slots=True, eq=False)

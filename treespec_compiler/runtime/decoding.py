@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 
-from ..speculation.policies.policy import TreePolicy
+from ..speculation.policies.protocol import TreePolicy
 from ..speculation.sampling.chance import SeededChance
 from ..speculation.sampling.samplers import SAMPLERS, ChildSampler, as_sampler
 from ..speculation.sampling.settings import Sampling

@@ -1,49 +1,16 @@
-"""Tree policies: how wide and how deep a draft's tree grows."""
+"""Tree policies by what a user types: `policy="auto"`, `"1,1,3"`, `"chain:4"`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from ...errors import InvalidOption
-from ..proposal import Proposal
-from .static import StaticExpansion as StaticExpansion
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the tree of one step may have at most: the cache and the tokens still wanted decide."""
-
-    depth: int
-    """Levels below the root; 0 means plain decoding."""
-    nodes: int
-    """Nodes in all, the root included."""
-
-
-@runtime_checkable
-class TreePolicy(Protocol):
-    """Decides, level by level, how many children the newest nodes get."""
-
-    @property
-    def max_nodes(self) -> int:
-        """Upper bound on the nodes of one tree, the root included; caches are sized by it."""
-        ...
-
-    @property
-    def max_depth(self) -> int:
-        """Upper bound on the levels below the root."""
-        ...
-
-    @property
-    def needs_q(self) -> bool:
-        """Whether `widths` reads `proposal.q`."""
-        ...
-
-    def widths(self, depth: int, proposal: Proposal) -> int | Sequence[int]:
-        """Children of the nodes at `depth`: one number for all, or one each in node order; 0 or an empty list stops."""
-        ...
-
+from .auto import Auto
+from .best_first import BestFirst
+from .equal_growth import EqualGrowth
+from .fixed import FixedTree
+from .protocol import TreePolicy
+from .static import StaticExpansion
 
 DEFAULT_POLICY = "auto"
 
@@ -67,11 +34,6 @@ NAMES = '"auto", "1,1,3", "chain:4", "best-first:12" (nodes) or "equal-growth:2,
 
 def _parse(text: str) -> TreePolicy:
     """A policy from its text."""
-    from .auto import Auto
-    from .best_first import BestFirst
-    from .equal_growth import EqualGrowth
-    from .fixed import FixedTree
-
     name, _, rest = text.strip().partition(":")
     if name.replace(",", "").replace(" ", "").strip("<>").isdecimal() or not name or name[0] in "<-,0123456789":
         return StaticExpansion.parse(text)

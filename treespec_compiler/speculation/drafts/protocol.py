@@ -1,0 +1,90 @@
+"""What a draft is: where proposals come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from ..policies.protocol import Limits, TreePolicy
+from ..proposal import Proposal
+from ..sampling.chance import Chance
+from ..sampling.samplers import ChildSampler
+from ..sampling.settings import Sampling
+
+if TYPE_CHECKING:
+    from ...program.cache import TreeCache
+    from ...program.tree_program import TreeProgram
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """What a draft must know before a request begins."""
+
+    vocab_size: int
+    """The target's: ids from here on must not be proposed."""
+    max_tokens: int
+    """Prompt and new tokens together."""
+    max_nodes: int
+    """Nodes of the largest tree."""
+    needs_q: bool = False
+    sampling: Sampling | None = None
+    """How the target is sampled; None: greedily, by its own logits. Drafts are free to guess by it or not."""
+    sampler: ChildSampler | None = None
+    """How children are to be chosen from the draft's processed distribution. A draft that chooses them without chance
+    leaves `proposal.draws` empty, and every verifier stays lossless."""
+    chance: Chance | None = None
+    """Whom to ask for randomness."""
+    prompt: Sequence[int] = ()
+    target: TreeProgram | None = None
+    """The target's program and cache, for drafts that run on them."""
+    cache: TreeCache | None = None
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether the children wanted are those with the largest logits: temperature and its like keep the order."""
+        if self.sampling is None or self.sampler is None:
+            return True
+        return self.sampler.kind == "top-k" and not self.sampling.reorders
+
+
+class DraftSession(Protocol):
+    """One request's drafting."""
+
+    def propose(self, policy: TreePolicy, limits: Limits) -> Proposal:
+        """A tree whose node 0 is the newest accepted token."""
+        ...
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """These tokens are final (the prompt first); the last one is the next tree's root."""
+        ...
+
+    def close(self) -> None:
+        """The request is over; free what it held."""
+        ...
+
+
+@runtime_checkable
+class Draft(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Seconds spent on running prompts so far, in all sessions."""
+        ...
+
+    @property
+    def compile_seconds(self) -> float: ...
+
+    def open(self, request: DraftRequest) -> DraftSession: ...
+
+
+class ProgramDraft(Protocol):
+    """A draft that runs a tree program."""
+
+    name: str
+    prefill_seconds: float
+
+    @property
+    def program(self) -> TreeProgram: ...
