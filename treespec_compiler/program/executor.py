@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..capture.alone import alone
 from ..errors import InvalidOption
 from ..options import Options
 from ..passes.framework.state import GraphState
@@ -159,6 +160,10 @@ class Executor:
             return [output[0] for output in lowered.run(inputs)]
 
     def _lower(self) -> Lowered:
+        with alone():  # another thread may have lowered it while this one waited
+            return self._lowered or self._lower_now()
+
+    def _lower_now(self) -> Lowered:
         if self.options.lowering == "eager":
             self._lowered = lower_eager(self.state.gm)
             return self._lowered

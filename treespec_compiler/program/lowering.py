@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from ..capture.alone import alone
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
     fakes = [_fake(mode, name, tensor) for name, tensor in zip(names, examples, strict=True)]
     module = fx.GraphModule(gm, _without_values(gm.graph))
     settings = _settings(examples[0].device)
-    with torch.no_grad(), config.patch(settings), tracing(TracingContext(mode)), _compiled_graphs() as graphs:
+    with alone(), torch.no_grad(), config.patch(settings), tracing(TracingContext(mode)):
         compiled = compile_fx(module, fakes)
     _compile_calls += 1
 
@@ -92,25 +92,19 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
         return compiled(*inputs)
 
     lowered = Lowered(run, time.perf_counter() - started)
-    if len(graphs) == 1 and examples[0].device.type == "cpu":
-        _shorten(lowered, graphs[0].current_callable)
+    found = _compiled_graph(compiled) if examples[0].device.type == "cpu" else None
+    if found is not None:
+        _shorten(lowered, found.current_callable)
     return lowered
 
 
-@contextmanager
-def _compiled_graphs() -> Iterator[list[Any]]:
-    """The graphs that Inductor compiles, or loads from its caches, meanwhile."""
+def _compiled_graph(compiled: Any) -> Any | None:
+    """The one graph of Inductor under the wrappers of AOTAutograd, compiled or loaded from a cache; None: not found."""
     from torch._inductor.output_code import CompiledFxGraph
 
-    graphs: list[Any] = []
-    original = CompiledFxGraph.post_compile
-
-    def post_compile(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        graphs.append(self)
-
-    with mock.patch.object(CompiledFxGraph, "post_compile", post_compile):
-        yield graphs
+    while compiled is not None and not isinstance(compiled, CompiledFxGraph):
+        compiled = getattr(compiled, "__wrapped__", None)
+    return compiled
 
 
 def _shorten(lowered: Lowered, call: Callable[[list[Tensor]], Sequence[Tensor]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..capture.alone import alone
 from ..capture.capture import CallSpec, call_spec, original_module
 from ..codegen.gpu.sizes import PROMPT_CHUNK
 from ..errors import ContextOverflow, InvalidOption, StaleCache
@@ -26,6 +27,7 @@ from .batch import Part
 from .cache import TreeCache
 from .cuda_graphs import GraphStats
 from .executor import Bound, Executor, Tally
+from .keys import example_key
 from .semantics import lengths_check, semantic_check
 from .weights import WeightWatch
 
@@ -56,33 +58,18 @@ def tree_program(
         raise InvalidOption(
             name="model", got=type(model).__name__, expected="a torch.nn.Module", fix="Pass the module itself."
         )
-    key = (parsed, _example_key(example), tuple(sorted((roles or {}).items())))
-    programs = _PROGRAMS.setdefault(module, {})
-    program = programs.get(key)
-    if program is None:
-        program = programs[key] = TreeProgram(module, call_spec(module, example, roles), parsed)
-    else:
-        program.check_weights(contents=True)
+    key = (parsed, example_key(example), tuple(sorted((roles or {}).items())))
+    with alone():  # two threads that meet here make one program
+        programs = _PROGRAMS.setdefault(module, {})
+        program = programs.get(key)
+        if program is None:
+            program = programs[key] = TreeProgram(module, call_spec(module, example, roles), parsed)
+            return program
+    program.check_weights(contents=True)
     return program
 
 
 _PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[Any, TreeProgram]] = weakref.WeakKeyDictionary()
-
-
-def _example_key(example: Any) -> Any:
-    if example is None:
-        return None
-    items = (
-        example.items()
-        if isinstance(example, Mapping)
-        else enumerate(example if isinstance(example, tuple) else (example,))
-    )
-    return tuple((k, _tensor_key(v) if isinstance(v, Tensor) else repr(v)) for k, v in items)
-
-
-def _tensor_key(value: Tensor) -> Any:
-    """A constant argument is part of the program, so its values are part of the key."""
-    return str(value.dtype), str(value.device), tuple(value.shape), tuple(value.flatten().tolist())
 
 
 class TreeProgram:
@@ -102,6 +89,10 @@ class TreeProgram:
         self._build(model)
 
     def _build(self, model: nn.Module) -> None:
+        with alone():
+            self._convert(model)
+
+    def _convert(self, model: nn.Module) -> None:
         started = time.perf_counter()
         meaning = [semantic_check(model, self._call)]
         self._converted: Converted = convert(
