@@ -167,6 +167,16 @@ class StaleCache(TreespecError, RuntimeError):
 
 
 @dataclass(eq=False, kw_only=True)
+class InvalidWeight(TreespecError, ValueError):
+    """A weight that is not what a weight expression was made for, or an expression that cannot be made."""
+
+    got: str
+    expected: str
+    fix: str = "Weights of one model belong together; a size that does not divide stays whole (replicate it)."
+    template: ClassVar[str] = "Invalid weight: got {e.got}, expected {e.expected}. {e.fix}"
+
+
+@dataclass(eq=False, kw_only=True)
 class InvalidPath(TreespecError, ValueError):
     """A path given to `cache.commit` that does not run down the tree from a root."""
 

@@ -20,6 +20,7 @@ EXAMPLES: list[TreespecError] = [
     errors.CacheOverflow(slot=0, length=60, new=8, capacity=64),
     errors.ContextOverflow(position=64, max_context=64),
     errors.StaleCache(reason="the model moved to another device"),
+    errors.InvalidWeight(got="head.weight as float32 [7, 4]", expected="a size that 2 units divide"),
     errors.InvalidPath(got="[0, 2]", expected="every parent to be its predecessor"),
     errors.UnknownSlot(slot=4, slots=2),
     errors.UnknownOption(name="lowring", known=["lowering", "kernels"]),
