@@ -47,4 +47,6 @@ PASS = Pass(
     after="each treespec op is a kernel of the registry, or its reference",
     level="bound",
     optional=True,
+    needs=("select rows",),
+    wanted=lambda state, options: options.kernels != "reference",
 )

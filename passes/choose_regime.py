@@ -17,6 +17,7 @@ from torch import fx
 from treespec_compiler.ir.specs import Limit
 
 from .forms.closed_form import ClosedForms, shape_of
+from .forms.turning_point import turning_point
 from .framework.manager import Pass
 from .framework.provenance import op_name, source_line
 from .framework.state import GraphState
@@ -66,10 +67,9 @@ def _regime(condition: Any, length: sympy.Symbol) -> tuple[bool, int | None] | N
         return None
     if isinstance(condition, (sympy.Eq, sympy.Ne)):
         return None
-    gap = sympy.expand(condition.lhs - condition.rhs)
-    if not gap.is_polynomial(length) or sympy.degree(gap, length) != 1 or not gap.coeff(length, 1).is_Rational:
+    at = turning_point(condition, length)
+    if at is None or not at.is_Rational:
         return None
-    at = -gap.coeff(length, 0) / gap.coeff(length, 1)
 
     def holds(n: Any) -> bool:
         return bool(condition.xreplace({length: sympy.Integer(n)}))
@@ -99,4 +99,5 @@ PASS = Pass(
     choose_regime,
     before="normalized graph",
     after="no value is chosen by the number of tokens; a buffer that is overwritten whole is no state",
+    needs=("normalize",),
 )

@@ -127,4 +127,5 @@ PASS = Pass(
     before="recognized attention",
     after="each mask is a proved MaskSpec; treespec::causal_attention has no mask input",
     level="classified",
+    needs=("recognize attention",),
 )

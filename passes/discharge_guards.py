@@ -1,30 +1,127 @@
-"""discharge guards, as a pass of the pipeline: see `guards` for what it decides and how."""
+"""discharge guards: conditions on the number of tokens that the trace took one side of.
+
+In the tree program T counts nodes, not context, so no branch on T may be left undecided. Lengths are cut into regions
+by the guards; for every region but the trace's own the model is analysed once more. If that raises an error (an
+assertion, a table that ends) or cannot be converted, the region's start bounds the context; if it proves to be the same
+program, the branch means nothing; otherwise the model is refused, since the trace was too short, or too long, to show
+what it does. Programs are compared where both are asked: with at most n tokens no distance reaches n, so a window of n
+or more is no window. A trace that is shown to be right where the first one was made takes its place.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+
+from treespec_compiler.errors import PassError, TreespecError, Unsupported
+from treespec_compiler.ir.specs import Limit
 
 from .framework.manager import Pass
 from .framework.state import GraphState
-from .guards import discharge_guards
+from .guards.meaning import same_program
+from .guards.regions import DECIDED, LONGEST, Guards, about_length, decided, holds, is_lone, reach, uncovered
 
 log = logging.getLogger("treespec.guards")
 
+# Analyses of other regions; each takes as long as the first.
+MOST_REGIONS = 8
 
-def run(state: GraphState) -> int:
+
+def discharge_guards(state: GraphState) -> int:
     if state.other_length is None:
         log.info("the model is not at hand: %d guards on the number of tokens stay as they are", len(state.guards))
         return 0
     guards = len(state.guards)
-    limits = discharge_guards(state, state.other_length, state.max_context)
-    state.limits += limits
+    state.limits += decide_guards(state, functools.partial(state.other_length, before=PASS.slug), state.max_context)
     return guards
+
+
+def decide_guards(state: GraphState, analyse: Callable[[int], GraphState], max_context: int | None) -> list[Limit]:
+    """Decide every guard on the number of tokens; returns the capacity limits found. Raises `Unsupported`."""
+    limits: list[Limit] = []
+    regions: list[Guards] = [about_length(state.guards, state.length)]
+    ceiling = max_context or LONGEST
+    for _ in range(MOST_REGIONS):
+        if (limit := decided(regions, state.length)) is not None and limit not in limits:
+            limits.append(limit)
+            ceiling = min(ceiling, DECIDED)
+        other = uncovered(regions, state.length, ceiling)
+        if other is None:
+            return limits
+        guard = next(g for g in regions[0] if not holds(g, state.length, other))
+        try:
+            there = analyse(other)
+        except PassError:  # a bug of ours says nothing about the model
+            raise
+        except (TreespecError, AssertionError, RuntimeError, IndexError, ValueError) as error:
+            if other < _example(state):
+                raise Unsupported(
+                    f"the model takes another branch unless {guard} (T = {state.length} tokens), and with {other} "
+                    f"tokens it cannot be analysed: {str(error).splitlines()[0]}",
+                    way_out="make the forward pass the same for every number of tokens",
+                ) from error
+            if is_lone(regions[0], state.length, other) and isinstance(error, Unsupported) and _specialised(error):
+                state.lone_lengths.append(other)  # compared with the model itself once there is something to run
+                regions.append([sympy.Eq(state.length, other)])
+                continue
+            what = "stops"
+            if isinstance(error, Unsupported) and not _ends_there(error):
+                what = f"cannot be converted ({error.reason})"
+            limits.append(Limit(other - 1, f"from {other} tokens on the model {what}: {guard}"))
+            ceiling = other - 1
+            continue
+        if same_program(there, state, reach(there.guards, there.length)):
+            regions.append(about_length(there.guards, there.length, state.length))
+        elif same_program(there, state, reach(state.guards, state.length)):
+            regions = [
+                about_length(there.guards, there.length),
+                about_length(state.guards, state.length, there.length),
+            ]
+            state.become(there)
+        else:
+            raise _too_short(guard, state, other, "does something else there")
+    raise Unsupported(
+        f"the model branches on the number of tokens in more than {MOST_REGIONS} ways: "
+        f"{', '.join(map(str, regions[0]))}",
+        way_out="make the forward pass the same for every number of tokens",
+    )
+
+
+def _example(state: GraphState) -> int:
+    """The number of tokens that the trace was made with."""
+    return int(state.node(state.tokens).meta["val"].shape[1].node.hint)
+
+
+def _too_short(guard: Any, state: GraphState, other: int, what: str) -> Unsupported:
+    return Unsupported(
+        f"the model branches on the number of tokens: the trace was made under {guard} (T = {state.length}), and with "
+        f"{other} tokens it {what}, so the trace does not show what the model means",
+        way_out=f"options={{'max_context': {other - 1}}} stays on this side of the branch" if other > 2 else None,
+    )
+
+
+def _specialised(error: Unsupported) -> bool:
+    return "specialised it" in error.reason
+
+
+def _ends_there(error: Unsupported) -> bool:
+    """Whether the model has no graph of its own there: it raises, shapes do not fit, or T is a constant.
+
+    The context then ends before that length, which is sound whatever the model would do beyond.
+    """
+    text = error.reason.lower()
+    return any(sign in text for sign in ("assert", "raise", "observed exception", "cannot capture", "specialised it"))
 
 
 PASS = Pass(
     "discharge guards",
-    run,
+    discharge_guards,
     before="classified graph with guards on the number of tokens",
     after="every guard is a capacity of the context or proved to mean nothing; where the first trace was too short to "
     "show what a longer one does, the longer one's graph",
+    needs=("token locality",),
 )

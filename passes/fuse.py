@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from treespec_compiler.ir import ops  # noqa: F401  (defines treespec::packed_linear)
+from treespec_compiler.ir import ops
 from treespec_compiler.ir.linear import pack_weight
+from treespec_compiler.ir.registry import best_kernel
+from treespec_compiler.options import Options
 
 from .framework.manager import Pass
 from .framework.state import GraphState
@@ -45,10 +47,18 @@ def _pack(state: GraphState, members: Sequence[Product]) -> None:
     replace_by_slices(state, members, joined)
 
 
+def _has_kernel(state: GraphState, options: Options) -> bool:
+    kernel = best_kernel(ops.packed_linear, state.device, state.dtype)
+    return options.kernels == "auto" and kernel is not None
+
+
 PASS = Pass(
     "fuse",
     pack_linears,
     before="any level from stateful on",
     after="same level; products with constant weights are treespec::packed_linear, one per shared input",
     optional=True,
+    needs=("select rows",),
+    place_before=("bind kernels",),
+    wanted=_has_kernel,
 )

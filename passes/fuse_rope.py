@@ -13,6 +13,8 @@ import torch
 from torch import fx
 
 from treespec_compiler.ir import ops
+from treespec_compiler.ir.registry import best_kernel
+from treespec_compiler.options import Options
 
 from .forms.form import shape_of
 from .framework.manager import Pass
@@ -77,11 +79,19 @@ def _columns(state: GraphState, factor: fx.Node, width: int, node: fx.Node, made
     return made[factor]
 
 
+def _has_kernel(state: GraphState, options: Options) -> bool:
+    kernel = best_kernel(ops.rope_tree_attention, state.device, state.dtype)
+    return options.kernels == "auto" and kernel is not None
+
+
 PASS = Pass(
     "fuse rope",
     fuse_rope,
     before="rows are selected",
     after="same level; attention of q and k that are proved to be rotated rotates them itself",
     optional=True,
-    place_after=("select rows",),
+    needs=("select rows",),
+    place_before=("bind kernels",),
+    standard=False,
+    wanted=_has_kernel,
 )

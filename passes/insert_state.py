@@ -69,4 +69,5 @@ PASS = Pass(
     before="treeified graph",
     after="every attention is a treespec::tree_attention on its own pools, which are inputs in site order",
     level="stateful",
+    needs=("treeify",),
 )

@@ -33,5 +33,7 @@ PASS = Pass(
     before="rows are selected",
     after="same level; products of one input with constant weights are one product",
     optional=True,
+    needs=("select rows",),
     place_before=("bind kernels",),
+    standard=False,
 )

@@ -206,4 +206,5 @@ PASS = Pass(
     before="normalized graph",
     after="each attention over the tokens is one treespec::attention; K/V heads are not repeated",
     level="recognized",
+    needs=("strip native cache",),
 )

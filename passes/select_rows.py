@@ -90,4 +90,5 @@ PASS = Pass(
     before="stateful graph",
     after="logits are computed for the rows in input `rows` only",
     level="rows",
+    needs=("insert state",),
 )

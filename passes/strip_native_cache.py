@@ -168,4 +168,5 @@ PASS = Pass(
     strip_cache,
     before="normalized graph; outputs behind the logits are new contents of buffers",
     after="the logits are the only output; K and V are the new tokens' own",
+    needs=("choose regime",),
 )

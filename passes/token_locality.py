@@ -138,4 +138,5 @@ PASS = Pass(
     before="classified graph",
     after="unchanged; every op but attention is proved to act on each token alone",
     changes=False,
+    needs=("classify",),
 )

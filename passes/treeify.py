@@ -82,4 +82,5 @@ PASS = Pass(
     before="classified, token-local graph",
     after="positions are an input; no value counts the tokens of the sequence",
     level="treeified",
+    needs=("discharge guards",),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -13,27 +14,11 @@ from torch import nn
 
 from .capture.capture import CallSpec, Capture, WeightRef, capture
 from .errors import InvalidPipeline, PassError, Unsupported
-from .ir import ops, verify
-from .ir.registry import best_kernel
+from .ir import verify
 from .ir.specs import Limit
 from .logs import set_logs_from_environment
 from .options import Options
-from .passes import (
-    bind_kernels,
-    classify,
-    fuse_rope,
-    insert_state,
-    join_linears,
-    normalize,
-    select_rows,
-    token_locality,
-    treeify,
-)
-from .passes import choose_regime as regimes
-from .passes import discharge_guards as guard_pass
-from .passes import fuse as pack_linears
-from .passes import recognize_attention as recognize
-from .passes import strip_native_cache as strip_cache
+from .passes.framework.found import built_in
 from .passes.framework.instruments import always
 from .passes.framework.manager import Check, History, Instrument, Pass, run_passes
 from .passes.framework.plan import plan
@@ -44,26 +29,6 @@ from .passes.framework.state import GraphState
 log = logging.getLogger("treespec.pipeline")
 
 set_logs_from_environment()
-
-# What is proved about the captured graph, what is rewritten, and what makes it fast.
-ANALYSIS: tuple[Pass, ...] = (
-    normalize.PASS,
-    regimes.PASS,
-    strip_cache.PASS,
-    recognize.PASS,
-    classify.PASS,
-    token_locality.PASS,
-)
-REWRITES: tuple[Pass, ...] = (treeify.PASS, insert_state.PASS, select_rows.PASS)
-KERNELS: tuple[Pass, ...] = (pack_linears.PASS, bind_kernels.PASS)
-DEFAULT: tuple[Pass, ...] = (*ANALYSIS, guard_pass.PASS, *REWRITES, *KERNELS)
-# Run where there is a kernel for what they make, or where a pipeline names them.
-EXTRA: tuple[Pass, ...] = (fuse_rope.PASS, join_linears.PASS)
-
-
-def known_passes() -> dict[str, Pass]:
-    """By slug: passes that are not in every pipeline, and those of users."""
-    return {p.slug: p for p in EXTRA} | registered_passes()
 
 
 @dataclass
@@ -92,20 +57,18 @@ class Prepared:
 def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
     """Capture a model and plan its pipeline; nothing has run yet."""
     refuse_subclasses(model)
-    others = known_passes() if options.pipeline else {}
-    plan(options.pipeline, DEFAULT, others)  # a wrong string is refused before the capture, which takes seconds
+    others = registered_passes() if options.pipeline else {}
+    plan(options.pipeline, built_in(), others)  # a wrong string is refused before the capture, which takes seconds
     started = time.perf_counter()
     captured = capture(model, call)
     seconds = time.perf_counter() - started
     state = _state(captured, options)
-    passes = plan(options.pipeline, _available(state, options), others | {p.slug: p for p in KERNELS})
+    passes = plan(options.pipeline, built_in(), others, lambda step: step.is_wanted(state, options))
     checks: list[Check] = [] if options.verify_each == "none" else [check_level]
-    proofs = passes[: passes.index(guard_pass.PASS)] if guard_pass.PASS in passes else []
 
-    def other_length(tokens: int) -> GraphState:
-        """The proofs for an example prompt of another length; nothing of it is kept."""
+    def other_length(tokens: int, before: str) -> GraphState:
         there = _state(capture(model, call.with_length(tokens)), options)
-        run_passes(there, proofs, checks)
+        run_passes(there, list(itertools.takewhile(lambda step: step.slug != before, passes)), checks)
         return there
 
     state.other_length = other_length
@@ -141,26 +104,13 @@ def _watching(options: Options, instruments: Sequence[Instrument]) -> list[Instr
 
 def check_complete(passes: Sequence[Pass]) -> None:
     """A program is made by every pass that is part of the proof."""
-    missing = next((p for p in DEFAULT if not p.optional and p not in passes), None)
+    missing = next((p for p in built_in() if not p.optional and p not in passes), None)
     if missing is not None:
         raise InvalidPipeline(
             got=f"a pipeline without {missing.name!r}",
             expected="every pass that is not optional",
             fix="Only `treespec opt`, which makes no program, runs a part of the pipeline.",
         )
-
-
-def _available(state: GraphState, options: Options) -> list[Pass]:
-    """The default pipeline for this device, dtype and choice of kernels."""
-    value: Any = state.logits.meta["val"]
-    passes = list(DEFAULT)
-    if options.kernels != "auto" or best_kernel(ops.packed_linear, value.device, value.dtype) is None:
-        passes.remove(pack_linears.PASS)
-    if options.kernels == "auto" and best_kernel(ops.rope_tree_attention, value.device, value.dtype) is not None:
-        passes.insert(passes.index(bind_kernels.PASS), fuse_rope.PASS)
-    if options.kernels == "reference":
-        passes.remove(bind_kernels.PASS)
-    return passes
 
 
 def _state(captured: Capture, options: Options) -> GraphState:

@@ -6,15 +6,11 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import InvalidForest, InvalidTree
-
-if TYPE_CHECKING:
-    import networkx
 
 WORD_BITS = 64
 
@@ -138,16 +134,6 @@ class TokenTree:
             packed = torch.frombuffer(bytearray(rows), dtype=torch.int64).view(len(self), words)
             self._packed[words] = packed
         return packed
-
-    def to_networkx(self) -> networkx.DiGraph:
-        """Edges parent -> child; nodes carry `token` and `depth`."""
-        import networkx
-
-        graph = networkx.DiGraph()
-        for node, (token, depth) in enumerate(zip(self.tokens, self.depths, strict=True)):
-            graph.add_node(node, token=token, depth=depth)
-        graph.add_edges_from((parent, node) for node, parent in enumerate(self.parents) if parent >= 0)
-        return graph
 
     def _repr_svg_(self) -> str:
         """What a notebook shows."""

@@ -21,6 +21,7 @@ from treespec_compiler.ir.specs import MaskSpec
 
 from .biases import NotAMask, bias_kind
 from .closed_form import Form, axis
+from .turning_point import root
 
 BIDIRECTIONAL = "bidirectional attention: every query sees every key, so this is not a causal decoder"
 # An additive mask value at or below this hides a key: exp(-1e4) is 0 in float32, and models use -1e4 and lower.
@@ -172,7 +173,7 @@ def _cells(expr: Any, q: sympy.Symbol, k: sympy.Symbol, text: str) -> dict[int, 
             raise NotAMask(f"the mask compares fractions, which floating point rounds: {text}")
         atoms[atom] = atom.func(gap, 0)
         if gap.free_symbols:
-            at = -gap.coeff(_DISTANCE, 0) / gap.coeff(_DISTANCE, 1)
+            at = root(gap, _DISTANCE)
             breakpoints |= {int(sympy.floor(at)), int(sympy.ceiling(at))}
     points = sorted({p + e for p in breakpoints for e in (-1, 0, 1)})
     here = {p: {a: sympy.sympify(g).xreplace({_DISTANCE: sympy.Integer(p)}) for a, g in atoms.items()} for p in points}

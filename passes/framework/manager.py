@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from treespec_compiler.errors import PassError, TreespecError
+from treespec_compiler.options import Options
 
 from .state import GraphState
 
 log = logging.getLogger("treespec.passes")
 
 Check = Callable[[GraphState, str], None]
+Wanted = Callable[[GraphState, Options], bool]
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,11 @@ class Pass:
     """One step of the pipeline: `run` changes the graph (or only proves) and returns how many places it matched.
 
     `before` and `after` say what holds of the input and of the output. A pass with `changes=False` is held to it. A
-    pass that is not `optional` is part of the proof: only `treespec opt` runs without it. `place_after` and
-    `place_before` name the passes that a user's pass stands behind or in front of.
+    pass that is not `optional` is part of the proof: only `treespec opt` runs without it.
+
+    `needs` names the passes whose results it reads: it stands behind them. `place_after` and `place_before` name passes
+    that it stands behind or in front of wherever a pipeline names it. `standard` says whether the word `default` stands
+    for it; `wanted` decides that by what was captured and the options, once those are known.
     """
 
     name: str
@@ -38,6 +43,13 @@ class Pass:
     place_after: tuple[str, ...] = ()
     place_before: tuple[str, ...] = ()
     user: bool = False
+    needs: tuple[str, ...] = ()
+    standard: bool = True
+    wanted: Wanted | None = None
+
+    def is_wanted(self, state: GraphState, options: Options) -> bool:
+        """Whether the default pipeline of this model holds the pass."""
+        return self.standard if self.wanted is None else self.wanted(state, options)
 
     @property
     def source_hash(self) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -15,6 +14,12 @@ from treespec_compiler.errors import Unsupported
 from treespec_compiler.ir.specs import AttentionSpec, Limit, PositionSpec
 
 from .provenance import layer_path, module_class, op_name, source_line
+
+
+class OtherLength(Protocol):
+    """The same model for another number of tokens, after every pass that stands in front of the one named `before`."""
+
+    def __call__(self, tokens: int, before: str) -> GraphState: ...
 
 
 @dataclass
@@ -47,7 +52,7 @@ class GraphState:
     weights: dict[str, Any] = field(default_factory=dict)  # weight placeholder -> where the module keeps it
     max_context: int | None = None  # the context that was asked for
     portable: bool = False  # whether ops are bound to kernels for any device (ATen) only
-    other_length: Callable[[int], GraphState] | None = None  # the same model analysed for another number of tokens
+    other_length: OtherLength | None = None  # the model analysed for another length
 
     @property
     def graph(self) -> fx.Graph:
@@ -59,6 +64,14 @@ class GraphState:
     @property
     def output(self) -> fx.Node:
         return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.meta["val"].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logits.meta["val"].dtype
 
     @property
     def logits(self) -> fx.Node:

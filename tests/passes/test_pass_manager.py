@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +16,23 @@ from graph_cases import EAGER, decoder, summing
 from torch import fx
 
 import treespec_compiler as treespec
+from treespec_compiler import passes
 from treespec_compiler.capture.capture import call_spec
 from treespec_compiler.cli.main import main
 from treespec_compiler.errors import InvalidPipeline, PassError, Unsupported
 from treespec_compiler.inspection.reproduce import bisect, read, run_again, same_failure
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.registry import best_kernel
 from treespec_compiler.options import Options
+from treespec_compiler.passes.framework.found import built_in, in_order
 from treespec_compiler.passes.framework.instruments import Dumper, Printer
 from treespec_compiler.passes.framework.manager import Pass, run_passes
 from treespec_compiler.passes.framework.plan import plan
 from treespec_compiler.passes.framework.registry import register_pass, registered_passes, unregister_pass
 from treespec_compiler.passes.framework.state import GraphState
-from treespec_compiler.pipeline import DEFAULT, convert, prepare
+from treespec_compiler.pipeline import convert, prepare
 
-NAMES = [p.slug for p in DEFAULT]
+NAMES = [p.slug for p in built_in() if p.standard]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +49,69 @@ def own(name: str, after: tuple[str, ...] = (), before: tuple[str, ...] = ()) ->
 
 
 def slugs(text: str | None, **others: Pass) -> list[str]:
-    return [p.slug for p in plan(text, DEFAULT, others)]
+    return [p.slug for p in plan(text, built_in(), others)]
+
+
+def test_every_file_of_the_folder_is_the_pass_it_is_named_by() -> None:
+    folder = Path(passes.__path__[0])
+    files = {p.stem.replace("_", "-") for p in folder.glob("*.py")} - {"--init--"}
+    assert files == {p.slug for p in built_in()}
+    for step in built_in():
+        assert Path(sys.modules[inspect.unwrap(step.run).__module__].__file__ or "").stem == step.slug.replace("-", "_")
+
+
+def test_the_order_of_the_passes() -> None:
+    assert [p.slug for p in built_in()] == [
+        "normalize",
+        "choose-regime",
+        "strip-native-cache",
+        "recognize-attention",
+        "classify",
+        "token-locality",
+        "discharge-guards",
+        "treeify",
+        "insert-state",
+        "select-rows",
+        "fuse",
+        "fuse-rope",
+        "join-linears",
+        "bind-kernels",
+    ]
+    # What `default` stands for is placed in the same order.
+    assert plan(None, built_in(), wanted=lambda step: True) == list(built_in())
+    assert not {"fuse-rope", "join-linears"} & set(NAMES)
+
+
+def test_a_pass_is_put_in_order_by_what_it_needs() -> None:
+    steps = [own("c", after=("b",)), own("b", before=("a",)), own("a")]
+    assert [p.name for p in in_order([*steps, replace(own("d"), needs=("c",))])] == ["b", "c", "a", "d"]
+    with pytest.raises(InvalidPipeline, match="passes that wait for each other: "):
+        in_order([own("a", after=("b",)), own("b", after=("a",))])
+    with pytest.raises(InvalidPipeline, match="no pass 'gone', which 'a' names"):
+        in_order([own("a", after=("gone",))])
+
+
+def test_a_pass_that_is_not_wanted_can_still_be_named() -> None:
+    without = [p.slug for p in plan("default", built_in(), wanted=lambda step: step.slug != "fuse")]
+    assert without == [p.slug for p in built_in() if p.slug != "fuse"]
+    named = plan("default,fuse", built_in(), wanted=lambda step: step.standard and step.slug != "fuse")
+    assert [p.slug for p in named] == NAMES
+    assert slugs("default,fuse-rope,join-linears") == [p.slug for p in built_in()]
+
+
+@pytest.mark.parametrize(
+    ("options", "absent"),
+    [
+        ({}, {"fuse-rope", "join-linears"}),
+        ({"kernels": "aten"}, {"fuse", "fuse-rope", "join-linears"}),
+        ({"kernels": "reference"}, {"fuse", "fuse-rope", "join-linears", "bind-kernels"}),
+    ],
+)
+def test_what_is_wanted_depends_on_the_options(options: dict[str, str], absent: set[str]) -> None:
+    prepared = prepare(decoder(), call_spec(decoder()), Options.parse({"lowering": "eager"} | options))
+    if best_kernel(ops.packed_linear, torch.device("cpu"), torch.float32) is None:
+        absent = absent | {"fuse"}
+    assert {p.slug for p in built_in()} - {p.slug for p in prepared.passes} == absent
 
 
 def test_pipeline_strings() -> None:
@@ -60,7 +129,7 @@ def test_after_and_before_place_a_pass() -> None:
     found = slugs("default,b,a", **both)
     assert found[found.index("treeify") :][:4] == ["treeify", "a", "b", "insert-state"]
     # A pass this device has no kernels for is not run; the place is the one it would have had.
-    found = [p.slug for p in plan("-fuse,mine", DEFAULT, {"mine": own("mine", after=("fuse",))})]
+    found = [p.slug for p in plan("-fuse,mine", built_in(), {"mine": own("mine", after=("fuse",))})]
     assert found[-2:] == ["mine", "bind-kernels"]
 
 

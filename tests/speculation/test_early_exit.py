@@ -13,7 +13,7 @@ from test_generate_llama import EAGER, PROMPT, llama
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidOption, UnreadableModel, Unsupported
-from treespec_compiler.passes.early_exit import copy_state, cuts, early_exit
+from treespec_compiler.passes.residual.early_exit import copy_state, cuts, early_exit
 from treespec_compiler.program.early_exit import EarlyExitProgram, ExitHead
 from treespec_compiler.speculation.drafts.early_exit import EarlyExitDraft, choose_layers
 from treespec_compiler.speculation.drafts.named import named_draft

@@ -12,13 +12,15 @@ from rich.table import Table
 
 from ..errors import InvalidPipeline, Unsupported
 from ..options import VerifyEach
+from ..passes.framework.found import built_in
 from ..passes.framework.instruments import Dumper, Printer, Recorder, always
 from ..passes.framework.manager import History, Instrument, Pass, run_passes, slug
 from ..passes.framework.plan import plan
+from ..passes.framework.registry import registered_passes
 from ..passes.framework.reproducer import Reproducer
 from ..passes.show.printing import FORMATS, View, render
 from ..passes.show.snapshot import Snapshot
-from ..pipeline import DEFAULT, known_passes, prepare
+from ..pipeline import prepare
 from ..program.semantics import semantic_check
 from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, console, read_subject
 
@@ -66,7 +68,7 @@ def configure(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     verify: VerifyEach | None = arguments.verify_each
     subject = read_subject(arguments, pipeline=arguments.pipeline, verify_each=verify)
-    passes = _cut(plan(subject.options.pipeline, DEFAULT, known_passes()), arguments.stop_after)
+    passes = _cut(plan(subject.options.pipeline, built_in(), registered_passes()), arguments.stop_after)
     view = View(arguments.layer, arguments.site, not arguments.all_layers)
     out = console()
 

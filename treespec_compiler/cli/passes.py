@@ -9,9 +9,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ..passes.framework.found import built_in
 from ..passes.framework.manager import Pass
 from ..passes.framework.plan import needed_level, plan
-from ..pipeline import DEFAULT, known_passes
+from ..passes.framework.registry import registered_passes
 from .inspection import console
 
 EPILOG = """\
@@ -31,9 +32,9 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    others = known_passes()
-    passes = plan(arguments.pipeline, DEFAULT, others)
-    idle = [p for p in others.values() if p not in passes]
+    others = registered_passes()
+    passes = plan(arguments.pipeline, built_in(), others)
+    idle = [p for p in (*built_in(), *others.values()) if p not in passes]
     rows = [describe(p) for p in passes]
     if arguments.json:
         print(json.dumps({"pipeline": rows, "registered": [describe(p) for p in idle]}, indent=2))
@@ -62,7 +63,7 @@ def describe(step: Pass) -> dict[str, Any]:
         "name": step.slug,
         "before": step.before,
         "after": step.after,
-        "needs": needed_level(step, DEFAULT),
+        "needs": needed_level(step, built_in()),
         "level": step.level,
         "source_hash": step.source_hash,
         "optional": step.optional,

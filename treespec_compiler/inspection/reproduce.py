@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ..errors import InvalidOption, InvalidPipeline, PassError
 from ..options import Options
+from ..passes.framework.found import built_in
 from ..passes.framework.manager import Instrument, Pass, run_passes
 from ..passes.framework.registry import registered_passes
 from ..passes.framework.reproducer import GRAPH, INFO, WEIGHTS
 from ..passes.framework.state import GraphState
 from ..passes.show.restore import restore
 from ..passes.show.snapshot import Snapshot
-from ..pipeline import DEFAULT, check_level, known_passes
+from ..pipeline import check_level
 from ..program.semantics import Reference, path_check, run_graph
 from ..tree import TokenTree
 
@@ -76,7 +77,7 @@ def read(folder: Path, run_saved_passes: bool = False) -> Failure:
 
 
 def _passes(folder: Path, info: dict[str, Any], run_saved_passes: bool) -> list[Pass]:
-    known = {p.slug: p for p in DEFAULT} | known_passes()
+    known = {p.slug: p for p in built_in()} | registered_passes()
     for name in info["user_passes"]:
         if name in known:
             continue

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import InvalidOption, UnreadableModel
 from ..options import Lowering, Options
-from ..passes.early_exit import HEAD_NORM, HEAD_PROJECTION, copy_state, early_exit
+from ..passes.residual.early_exit import HEAD_NORM, HEAD_PROJECTION, copy_state, early_exit
 from ..passes.framework.state import GraphState
 from ..tree import Forest, TokenTree
 from .cache import TreeCache

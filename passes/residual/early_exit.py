@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .forms.closed_form import shape_of
-from .framework.manager import Pass
-from .framework.provenance import op_name
-from .framework.state import GraphState, refuse
+from ..forms.closed_form import shape_of
+from ..framework.provenance import op_name
+from ..framework.state import GraphState, refuse
 
 aten = torch.ops.aten
 
@@ -61,16 +60,6 @@ def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = 
     state.packs = {name: spec for name, spec in state.packs.items() if any(n.name == name for n in state.graph.nodes)}
     state.gm.recompile()
     return total - layers
-
-
-def early_exit_pass(layers: int, head: Mapping[str, Any] | None = None) -> Pass:
-    """The pass for one k, with its contract."""
-    return Pass(
-        f"early exit {layers}",
-        lambda state: early_exit(state, layers, head),
-        before="rows are selected; any kernels",
-        after=f"logits of the final norm and head on the residual stream after {layers} attention sites",
-    )
 
 
 def cuts(state: GraphState) -> list[list[fx.Node]]:

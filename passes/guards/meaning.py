@@ -1,0 +1,78 @@
+"""When two analyses of a model are the same program: its sites, its masks, and its data graph op by op."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from treespec_compiler.ir.sequence_attention import causal_attention
+from treespec_compiler.ir.specs import MaskSpec
+
+from ..framework.state import GraphState
+
+
+def same_program(a: GraphState, b: GraphState, reach: int | None) -> bool:
+    """Whether both are the same program of at most `reach` tokens (None: any number)."""
+    return meaning(a, reach) == meaning(b, reach)
+
+
+def meaning(state: GraphState, reach: int | None = None) -> tuple[Any, ...]:
+    """What must agree for two analyses to be the same program of at most `reach` tokens: sites, masks, and the data
+    graph op by op."""
+    names: dict[Any, int] = {}
+
+    def key(value: Any) -> Any:
+        if hasattr(value, "op"):
+            return ("%", names[value])
+        if isinstance(value, (list, tuple)):
+            return tuple(map(key, value))
+        if isinstance(value, dict):
+            return tuple((k, key(v)) for k, v in sorted(value.items()))
+        return str(value)
+
+    rows: list[Any] = []
+    for node in state.graph.nodes:
+        names[node] = len(names)
+        what: Any = str(node.target) if node.op == "call_function" else node.op
+        if node.op == "placeholder":
+            what = id(state.constants[node.name]) if node.name in state.constants else "input"
+        elif node.op == "get_attr":
+            what = _contents(getattr(state.gm, str(node.target)))
+        args = _attention_args(node, reach) if node.target is _ATTENTION else node.args
+        rows.append((node.op, what, key(args), key(node.kwargs)))
+    masks = tuple(
+        (_within(s.mask, reach), s.scale, s.heads, s.kv_heads, s.softcap, s.bias, s.sinks) for s in state.sites
+    )
+    return masks, tuple(rows), tuple(_contents(pack.build(state.constants)) for pack in state.packs.values())
+
+
+_ATTENTION = causal_attention._opoverload
+# What classify leaves out of a call: chunk, softcap, slopes, bias and sinks.
+_NO_CHANGES = (0, 0.0, None, None, None)
+
+
+def _attention_args(node: Any, reach: int | None) -> tuple[Any, ...]:
+    """All arguments of a `treespec::causal_attention`, with its mask as it is for at most `reach` tokens."""
+    q, k, v, scale, window, *changes = node.args
+    chunk, *rest = changes or _NO_CHANGES
+    mask = _within(MaskSpec(window, chunk=chunk), reach)
+    return (q, k, v, scale, mask.window, mask.chunk, *rest)
+
+
+def _within(mask: MaskSpec, reach: int | None) -> MaskSpec:
+    """The mask on the first `reach` tokens: a window or chunk that holds them all hides nothing."""
+    if reach is None:
+        return mask
+    return replace(
+        mask, window=0 if mask.window >= reach else mask.window, chunk=0 if mask.chunk >= reach else mask.chunk
+    )
+
+
+def _contents(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return id(value)
+    data = repr((value.dtype, value.tolist())).encode()
+    return hashlib.sha256(data).hexdigest()
