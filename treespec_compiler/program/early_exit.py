@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..errors import InvalidOption, UnreadableModel
 from ..options import Lowering, Options
-from ..passes.residual.early_exit import HEAD_NORM, HEAD_PROJECTION, copy_state, early_exit
 from ..passes.framework.state import GraphState
+from ..passes.residual.early_exit import HEAD_NORM, HEAD_PROJECTION, copy_state, early_exit
 from ..tree import Forest, TokenTree
 from .cache import TreeCache
 from .cuda_graphs import GraphStats
