@@ -40,7 +40,7 @@ def measure(layers: int) -> dict[str, Any]:
     """Convert once; clock and CPU seconds of the capture and of each pass (with the checks after it)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from treespec_compiler.capture.capture import call_spec
+    from treespec_compiler.capture.call import call_spec
     from treespec_compiler.options import Options
     from treespec_compiler.passes.framework.manager import Instrument, Pass, PassRecord, run_passes
     from treespec_compiler.passes.framework.state import GraphState

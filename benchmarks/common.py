@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from treespec_compiler import __version__, demo
+from treespec_compiler import demo
+from treespec_compiler.versions import versions
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 
@@ -42,11 +42,7 @@ def describe_run(threads: int | Sequence[int]) -> dict[str, Any]:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        # treespec's own is not asked for by name: a checkout that is not installed has no metadata
-        "versions": {
-            "treespec": __version__,
-            **{name: _version(name) for name in ("torch", "triton", "transformers", "numpy")},
-        },
+        "versions": versions("torch", "triton", "transformers", "numpy"),
     }
 
 
@@ -56,13 +52,6 @@ def _git(*arguments: str) -> str:
     except OSError:
         return ""
     return result.stdout.strip()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def cpu_name() -> str:

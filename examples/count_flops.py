@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import treespec_compiler as treespec
+from treespec_compiler.ir.provenance import layer_path, op_name
 from treespec_compiler.passes.forms.closed_form import shape_of
-from treespec_compiler.passes.framework.provenance import layer_path, op_name
 from treespec_compiler.passes.framework.state import GraphState
 
 PRODUCTS = {"aten.linear", "aten.matmul", "aten.mm", "aten.bmm"}

@@ -14,12 +14,12 @@ import sympy
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name, source_line
 from treespec_compiler.ir.specs import Limit
 
 from .forms.closed_form import ClosedForms, shape_of
 from .forms.turning_point import turning_point
 from .framework.manager import Pass
-from .framework.provenance import op_name, source_line
 from .framework.state import GraphState
 
 aten = torch.ops.aten

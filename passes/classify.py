@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.ir.provenance import layer_path, source_line
 from treespec_compiler.ir.specs import AttentionSpec, Limit, MaskSpec
 
 from .attention.score_pack import ScorePack, cone
@@ -16,7 +17,6 @@ from .forms.closed_form import ClosedForms, broadcast, shape_of
 from .forms.evaluate import evaluate_for_length
 from .forms.masks import BIDIRECTIONAL, Scoring, classify
 from .framework.manager import Pass
-from .framework.provenance import layer_path, source_line
 from .framework.state import GraphState, refuse
 from .locality.mixers import content_mask
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from .framework.manager import Pass
-from .framework.provenance import op_name
 from .framework.state import GraphState, refuse
 from .spellings.assembled import spell_assembled
 from .spellings.grouped_experts import spell_counts, spell_grouped

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from treespec_compiler.ir import sequence_attention  # noqa: F401  (defines the ops)
+from treespec_compiler.ir.provenance import op_name
 
 from .attention.key_bias import Splitter, with_key_bias
 from .attention.spelled_out import SOFTMAXES, EagerSite, Reader, Scores
@@ -17,7 +18,6 @@ from .forms.closed_form import ClosedForms, broadcast, shape_of
 from .forms.evaluate import evaluate_for_length
 from .forms.masks import hides_all
 from .framework.manager import Pass
-from .framework.provenance import op_name
 from .framework.state import GraphState, refuse
 from .locality.mixers import no_attention
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from .forms.closed_form import shape_of
 from .framework.manager import Pass
-from .framework.provenance import op_name
 from .framework.state import GraphState
 
 aten = torch.ops.aten

@@ -18,12 +18,12 @@ import torch
 from torch import fx
 
 from treespec_compiler.errors import Unsupported
+from treespec_compiler.ir.provenance import layer_path, op_name, source_line
 from treespec_compiler.ir.specs import Limit
 
 from .attention.slots import Slots
 from .forms.closed_form import ClosedForms, axis, shape_of
 from .framework.manager import Pass
-from .framework.provenance import layer_path, op_name, source_line
 from .framework.state import GraphState, refuse
 
 aten = torch.ops.aten

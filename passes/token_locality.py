@@ -14,11 +14,12 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from .forms.closed_form import SHAPE_ONLY, ClosedForms, shape_of
 from .forms.form import packet
 from .forms.positions import position_cut
 from .framework.manager import Pass
-from .framework.provenance import op_name
 from .framework.state import GraphState, refuse
 from .locality.routing import Routing
 from .locality.rows import GroupSizes, Place, Rows, Uniform

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name, source_line
 from treespec_compiler.ir.specs import Limit, PositionSpec
 
 from .forms.closed_form import shape_of
 from .forms.positions import Cut, position_cut, table_limits
 from .framework.manager import Pass
-from .framework.provenance import op_name, source_line
 from .framework.state import GraphState
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from treespec_compiler.capture.capture import call_spec
+from treespec_compiler.capture.call import call_spec
 from treespec_compiler.options import Options
 from treespec_compiler.passes.framework.instruments import Recorder
 from treespec_compiler.passes.show.snapshot import Snapshot

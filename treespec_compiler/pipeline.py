@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture.capture import CallSpec, Capture, WeightRef, capture
+from .capture.call import CallSpec
+from .capture.capture import Capture, capture
+from .capture.weight_ref import WeightRef
 from .errors import InvalidPipeline, PassError, Unsupported
 from .ir import verify
 from .ir.specs import Limit

@@ -15,7 +15,7 @@ import torch
 
 from treespec_compiler.errors import WrongKernel
 
-from .source import versions
+from .source import kernel_versions
 from .tree_attention_spec import AttentionKernel, Config
 from .tune import TOLERANCE, Shape
 
@@ -42,7 +42,7 @@ def confirm(
             kernel=f"tree attention of {spec.heads} heads over {spec.kv_heads} of {spec.key_dim} numbers, {config}",
             error=error,
             tolerance=TOLERANCE[spec.dtype],
-            versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+            versions=", ".join(f"{name} {version}" for name, version in kernel_versions().items()),
         )
     log.debug("%s of %s: an error of %.1e, in %.2f s", config, spec.key(), error, time.perf_counter() - began)
 

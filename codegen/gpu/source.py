@@ -7,7 +7,6 @@ treespec, torch and triton, so every file has one right content, and one that ho
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import logging
 import sys
@@ -17,9 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from treespec_compiler.user_cache import cache_dir, write_whole
+from treespec_compiler.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -32,21 +30,15 @@ def source_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
+def kernel_versions() -> dict[str, str]:
     """What a compiled kernel depends on besides its source."""
-    from treespec_compiler import __version__
-
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "not installed"
-    return {"treespec": __version__, "torch": torch.__version__, "triton": triton}
+    return versions("torch", "triton")
 
 
 def header(op: str, key: Mapping[str, object], text: str) -> str:
     """Comment lines: what the kernel is for, what made it, and that edits are lost."""
     spec = ", ".join(f"{name}={value}" for name, value in key.items())
-    made_by = ", ".join(f"{name} {version}" for name, version in versions().items())
+    made_by = ", ".join(f"{name} {version}" for name, version in kernel_versions().items())
     return (
         f"# treespec {op}: generated, do not edit.\n"
         f"# spec:     {spec}\n"

@@ -12,7 +12,7 @@ from torch import Tensor
 from treespec_compiler.ir import scored_attention
 
 from .. import tables
-from .source import versions
+from .source import kernel_versions
 from .tree_attention import attend
 from .tree_attention_spec import AttentionKernel, Config
 from .tune import OP, Shape
@@ -146,5 +146,5 @@ class DeviceBench:
 
 def empty_table(arch: str, device: torch.device) -> tables.Table:
     """A table for this device without entries yet."""
-    meta = {"device": torch.cuda.get_device_name(device), "versions": versions()}
+    meta = {"device": torch.cuda.get_device_name(device), "versions": kernel_versions()}
     return tables.Table(OP, arch, tables.kernel_hash(OP), (), meta)

@@ -11,8 +11,9 @@ from typing import Any
 import sympy
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.closed_form import ClosedForms, shape_of
-from ..framework.provenance import op_name
 
 _LOGSUMEXP = "aten.logsumexp"
 # What may stand between the factor's parts: none of these changes the order of elements.

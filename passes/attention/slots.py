@@ -13,8 +13,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.closed_form import ClosedForms, axis, shape_of
-from ..framework.provenance import op_name
 from ..framework.state import GraphState, refuse
 from ..locality.token_rules import RULES, Axis, Mixes, rank_of
 from ..locality.token_writes import WRITES

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.closed_form import ClosedForms, shape_of
 from ..forms.masks import HIDDEN
-from ..framework.provenance import op_name
 from ..framework.state import GraphState
 from .key_bias import Splitter
 from .sink_gate import sink_gate

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..framework.provenance import op_name
+from treespec_compiler.ir.provenance import op_name
 
 
 def cone(node: fx.Node) -> set[fx.Node]:

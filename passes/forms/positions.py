@@ -15,7 +15,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ..framework.provenance import op_name
+from treespec_compiler.ir.provenance import op_name
+
 from ..framework.state import GraphState, refuse
 from .closed_form import ClosedForms, Form, axis, shape_of
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from torch._logging._internal import trace_structured
 
-from ..show.printing import View, code, dot_text
+from ..show.dot import dot
+from ..show.printing import code
 from ..show.snapshot import Snapshot, snapshot
+from ..show.view import View
 from .manager import Instrument, Pass, PassRecord, slug
 from .state import GraphState
 
@@ -81,7 +83,7 @@ class Dumper(Recorder):
         stem = f"{len(self.graphs) - 1:02}-{slug(graph.after)}"
         (self.folder / f"{stem}.py").write_text(code(graph, View()))
         (self.folder / f"{stem}.json").write_text(json.dumps(graph.as_json(), indent=1))
-        (self.folder / f"{stem}.dot").write_text(dot_text(graph, View()))
+        (self.folder / f"{stem}.dot").write_text(dot(graph, View()))
 
 
 class StructuredTrace(Instrument):

@@ -15,17 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
-from treespec_compiler import __version__
 from treespec_compiler.errors import Unsupported
 from treespec_compiler.options import Options
 from treespec_compiler.user_cache import cache_dir
+from treespec_compiler.versions import versions
 
-from ..show.printing import View, code
+from ..show.printing import code
 from ..show.snapshot import snapshot
+from ..show.view import View
 from .instruments import CAPTURE
 from .manager import Instrument, Pass, PassRecord
 from .state import GraphState
@@ -95,7 +95,7 @@ class Reproducer(Instrument):
             "text": str(error),
             "guards": [str(g) for g in state.guards],
             "random_weights": {n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in left_out.items()},
-            "versions": versions(),
+            "versions": reproducer_versions(),
         }
         (folder / INFO).write_text(json.dumps(info, indent=1))
 
@@ -111,8 +111,7 @@ def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
     }
 
 
-def versions() -> dict[str, str]:
-    import sympy
-
-    found = {"treespec": __version__, "torch": torch.__version__, "sympy": sympy.__version__}
+def reproducer_versions() -> dict[str, str]:
+    """What a failure may depend on besides the graph."""
+    found = versions("torch", "sympy")
     return found | {"python": platform.python_version(), "platform": re.sub(r"-with.*", "", platform.platform())}

@@ -11,9 +11,8 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from treespec_compiler.errors import Unsupported
+from treespec_compiler.ir.provenance import layer_path, module_class, op_name, source_line
 from treespec_compiler.ir.specs import AttentionSpec, Limit, PositionSpec
-
-from .provenance import layer_path, module_class, op_name, source_line
 
 
 class OtherLength(Protocol):

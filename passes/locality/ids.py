@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.closed_form import shape_of
-from ..framework.provenance import op_name
 
 # Ops whose values are values of their first argument.
 _PICKS = {

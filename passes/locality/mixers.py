@@ -8,10 +8,10 @@ from typing import Any
 from torch import fx
 
 from treespec_compiler.errors import Unsupported
+from treespec_compiler.ir.provenance import layer_path, op_name
 
 from ..forms.closed_form import ClosedForms, shape_of
 from ..forms.evaluate import cone
-from ..framework.provenance import layer_path, op_name
 from ..framework.state import GraphState, refuse
 from ..token_locality import TokenAxes
 

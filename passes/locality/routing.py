@@ -19,8 +19,9 @@ import sympy
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.closed_form import shape_of
-from ..framework.provenance import op_name
 from .custom_ops import custom_rule
 from .ids import id_bound, same_ids
 from .rows import GroupSizes, Layout, Place, Rows, Uniform, reshaped, rows_of, simplest

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import sympy
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.closed_form import Shape, shape_of
-from ..framework.provenance import op_name
 
 Axis = int | None
 

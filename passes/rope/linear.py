@@ -20,8 +20,9 @@ import sympy
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.form import Shape, shape_of
-from ..framework.provenance import op_name
 from ..framework.state import GraphState
 
 Term: TypeAlias = tuple[int, "fx.Node | None", int]  # place in the root's head; factor and its column

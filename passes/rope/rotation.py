@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
 from treespec_compiler.ir.rope_attention import STYLES, columns, partners
 
 from ..forms.form import shape_of
-from ..framework.provenance import op_name
 from ..framework.state import GraphState
 from .linear import RULES, Entry, Head, Walk, same_value
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from .layers import sections
-from .printing import View, shown
 from .snapshot import NodeData, Snapshot
+from .view import View, shown
 
 
 def dot(graph: Snapshot, view: View) -> str:

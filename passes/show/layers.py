@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from treespec_compiler.ir.provenance import group_of
+
 from .snapshot import NodeData, Snapshot
 
-_NUMBERED = re.compile(r"^(?P<group>.*?\.(?P<index>\d+))(?:\.|$)")
 _DIGITS = re.compile(r"\d+")
 
 
@@ -21,12 +22,6 @@ class Section:
     index: int | None
     nodes: tuple[NodeData, ...]
     shape: int  # equal for sections of equal structure
-
-
-def group_of(layer: str) -> tuple[str, int | None]:
-    """(`model.layers.3`, 3) for `model.layers.3.self_attn`."""
-    found = _NUMBERED.match(layer)
-    return (found["group"], int(found["index"])) if found else ("", None)
 
 
 def sections(graph: Snapshot) -> list[Section]:

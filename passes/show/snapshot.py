@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..framework.provenance import layer_path, op_name, source_line
+from treespec_compiler.ir.provenance import layer_path, op_name, source_line
+
 from ..framework.state import GraphState
 
 SCHEMA = 1

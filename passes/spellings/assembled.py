@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..framework.provenance import op_name
+from treespec_compiler.ir.provenance import op_name
+
 from ..framework.state import GraphState
 
 aten = torch.ops.aten

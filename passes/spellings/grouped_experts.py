@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from treespec_compiler.ir.grouped_linear import grouped_linear
+from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
-from ..framework.provenance import op_name
 from ..framework.state import GraphState
 
 aten = torch.ops.aten

@@ -12,8 +12,9 @@ import sympy
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.closed_form import shape_of
-from ..framework.provenance import op_name
 from ..framework.state import GraphState
 
 aten = torch.ops.aten

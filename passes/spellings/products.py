@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.closed_form import shape_of
-from ..framework.provenance import op_name
 from ..framework.state import GraphState
 
 aten = torch.ops.aten

@@ -16,6 +16,7 @@ from torch import fx, nn
 import treespec_compiler as treespec
 from treespec_compiler import Unsupported
 from treespec_compiler.capture import capture
+from treespec_compiler.capture.call import call_spec
 from treespec_compiler.capture.functional import functional_graph
 
 
@@ -60,7 +61,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
 def test_as_aot_export_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, arguments = CALLS[name]
     model = make().eval()
-    call = capture.call_spec(model, *arguments)
+    call = call_spec(model, *arguments)
     mine = capture.capture(model, call)
     monkeypatch.setattr(capture, "functional_graph", by_aot)
     theirs = capture.capture(model, call)
@@ -89,5 +90,5 @@ def test_garbage_is_collected_again() -> None:
 
     assert gc.isenabled()
     with pytest.raises(Unsupported):
-        capture.capture(nn.Linear(2, 2), capture.call_spec(nn.Linear(2, 2)))
+        capture.capture(nn.Linear(2, 2), call_spec(nn.Linear(2, 2)))
     assert gc.isenabled() and functional_graph is capture.functional_graph

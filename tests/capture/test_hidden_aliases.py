@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from treespec_compiler import Unsupported
 from treespec_compiler.capture import capture
+from treespec_compiler.capture.call import call_spec
 
 DIM = 8
 
@@ -94,7 +95,7 @@ def plain_views(x: Tensor, weight: Tensor) -> Tensor:
 def run(model: nn.Module, ids: Tensor) -> Tensor:
     """What the captured graph gives."""
     with torch.no_grad():
-        found = capture.capture(model, capture.call_spec(model))
+        found = capture.capture(model, call_spec(model))
         inputs = [n.name for n in found.graph.graph.nodes if n.op == "placeholder"]
         return found.graph(*(ids if name == found.tokens else found.weights[name].tensor for name in inputs))[0]
 

@@ -15,6 +15,7 @@ from native_cache import CachedDecoder
 from torch import Tensor, fx, nn
 
 from treespec_compiler.capture import capture, functional, repeated_layers
+from treespec_compiler.capture.call import call_spec
 from treespec_compiler.capture.functional_trace import functional_trace
 
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -52,7 +53,7 @@ def both(monkeypatch: pytest.MonkeyPatch, model: nn.Module, *example: Any) -> Bo
 
     monkeypatch.setattr(repeated_layers, "functional_trace", counted)
     monkeypatch.setattr(capture, "functional_graph", run)
-    capture.capture(model, capture.call_spec(model, *example))
+    capture.capture(model, call_spec(model, *example))
     return found[0]
 
 

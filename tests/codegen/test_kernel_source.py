@@ -34,7 +34,7 @@ def test_a_file_carries_its_spec_and_versions(cache):
     text = path.read_text()
     assert path.parent == cache and path.name.startswith("double-")
     assert "dtype=fp32, heads=4" in text and source.source_hash("VALUE = 1\n") in text
-    assert all(f"{name} {version}" in text for name, version in source.versions().items())
+    assert all(f"{name} {version}" in text for name, version in source.kernel_versions().items())
 
 
 def test_a_module_is_imported_once_and_other_source_is_another_file(cache):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from graph_cases import EAGER, deep, summing, windowed
 
-from treespec_compiler.capture.capture import call_spec
+from treespec_compiler.capture.call import call_spec
 from treespec_compiler.inspection.report.collect import collect
 from treespec_compiler.inspection.report.page import page as html_of
 from treespec_compiler.options import Options

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo import spread
 
 import treespec_compiler as treespec
-from treespec_compiler.capture.capture import EXAMPLE_TOKENS, call_spec
+from treespec_compiler.capture.call import EXAMPLE_TOKENS, call_spec
 from treespec_compiler.options import Options
 from treespec_compiler.pipeline import convert
 

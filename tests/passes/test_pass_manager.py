@@ -17,7 +17,7 @@ from torch import fx
 
 import treespec_compiler as treespec
 from treespec_compiler import passes
-from treespec_compiler.capture.capture import call_spec
+from treespec_compiler.capture.call import call_spec
 from treespec_compiler.cli.main import main
 from treespec_compiler.errors import InvalidPipeline, PassError, Unsupported
 from treespec_compiler.inspection.reproduce import bisect, read, run_again, same_failure

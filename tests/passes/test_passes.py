@@ -13,7 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import treespec_compiler as treespec
 import treespec_compiler.codegen
-from treespec_compiler.capture.capture import call_spec, capture
+from treespec_compiler.capture.call import call_spec
+from treespec_compiler.capture.capture import capture
+from treespec_compiler.ir.provenance import op_name
 from treespec_compiler.ir.verify import problems
 from treespec_compiler.passes import (
     bind_kernels,
@@ -28,7 +30,6 @@ from treespec_compiler.passes import (
 from treespec_compiler.passes import fuse as pack_linears
 from treespec_compiler.passes import recognize_attention as recognize
 from treespec_compiler.passes.framework.manager import Pass, run_passes
-from treespec_compiler.passes.framework.provenance import op_name
 from treespec_compiler.passes.framework.state import GraphState
 
 ORDER: tuple[Pass, ...] = (

@@ -12,8 +12,8 @@ from test_passes import applied
 from torch import Tensor
 
 import treespec_compiler as treespec
+from treespec_compiler.ir.provenance import op_name
 from treespec_compiler.passes import normalize
-from treespec_compiler.passes.framework.provenance import op_name
 from treespec_compiler.passes.locality.ids import id_bound, same_ids
 
 Function = Callable[[Tensor], Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from ..errors import Unsupported
-from ..passes.framework.provenance import layer_path, module_class, source_line
+from ..ir.provenance import layer_path, module_class, source_line
 
 _SCAN = "carries a state from step to step"
 _BRANCH = "chooses at run time what to compute"

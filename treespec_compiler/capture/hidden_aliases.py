@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import Unsupported
-from ..passes.framework.provenance import layer_path, module_class, source_line
+from ..ir.provenance import layer_path, module_class, source_line
 
 
 @dataclass

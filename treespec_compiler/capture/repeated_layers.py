@@ -20,8 +20,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
-from ..passes.framework.provenance import layer_path
-from ..passes.show.layers import group_of
+from ..ir.provenance import group_of, layer_path
 from .functional_trace import Trace, functional_trace, layout
 from .hidden_aliases import Interpreter
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from ..errors import Unsupported
-
-if TYPE_CHECKING:
-    from .capture import WeightRef
+from .weight_ref import WeightRef
 
 
 def put_logits_first(gm: fx.GraphModule, written: Sequence[str], weights: Mapping[str, WeightRef]) -> None:

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import InvalidOption
+from ..ir.provenance import group_of
 from ..passes.framework.instruments import Recorder
 from ..passes.framework.manager import run_passes, slug
 from ..passes.show.compare import Difference, compare
-from ..passes.show.layers import group_of
 from ..passes.show.printing import line
 from ..passes.show.snapshot import NodeData, Snapshot, short_source
 from ..pipeline import prepare

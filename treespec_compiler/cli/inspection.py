@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..capture.capture import CallSpec, call_spec
+from ..capture.call import CallSpec, call_spec
 from ..codegen.gpu import triton_installed
 from ..errors import InvalidOption, MissingPackage
 from ..options import Options

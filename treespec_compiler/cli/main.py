@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from io import TextIOBase
 from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 
-from .. import __version__
+from ..versions import __version__
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite

@@ -18,8 +18,9 @@ from ..passes.framework.manager import History, Instrument, Pass, run_passes, sl
 from ..passes.framework.plan import plan
 from ..passes.framework.registry import registered_passes
 from ..passes.framework.reproducer import Reproducer
-from ..passes.show.printing import FORMATS, View, render
+from ..passes.show.printing import FORMATS, render
 from ..passes.show.snapshot import Snapshot
+from ..passes.show.view import View
 from ..pipeline import prepare
 from ..program.semantics import semantic_check
 from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, console, read_subject

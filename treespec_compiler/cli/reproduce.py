@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..inspection.reproduce import Failure, bisect, read, run_again, same_failure
-from ..passes.framework.reproducer import FAILED, versions
+from ..passes.framework.reproducer import FAILED, reproducer_versions
 from .inspection import console, quiet_torch
 
 EPILOG = """\
@@ -60,7 +60,11 @@ def _bisect(failure: Failure, quiet: bool) -> dict[str, Any]:
 def _show(failure: Failure, record: dict[str, Any]) -> None:
     out = console()
     info = failure.info
-    changed = [f"{k} {info['versions'].get(k)} -> {v}" for k, v in versions().items() if info["versions"].get(k) != v]
+    changed = [
+        f"{k} {info['versions'].get(k)} -> {v}"
+        for k, v in reproducer_versions().items()
+        if info["versions"].get(k) != v
+    ]
     if changed:
         out.print(f"versions differ: {', '.join(changed)}", markup=False)
     if info["random_weights"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..capture.capture import CallSpec
+from ..capture.call import CallSpec
 from ..options import Options
 from ..passes.framework.instruments import Recorder
 from ..passes.show.snapshot import NodeData, Snapshot, short_paths, short_source

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture.capture import CallSpec, call_module, logits_of
+from ..capture.call import CallSpec, call_module, logits_of
 from ..errors import PassError, Unsupported
 from ..ir import ops
 from ..passes.framework.manager import Check

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.alone import alone
-from ..capture.capture import CallSpec, call_spec, original_module
+from ..capture.call import CallSpec, call_spec, original_module
 from ..codegen.gpu.sizes import PROMPT_CHUNK
 from ..errors import ContextOverflow, InvalidOption, StaleCache
 from ..ir import ops
@@ -49,7 +49,7 @@ def tree_program(
     """Compile a decoder into a tree verifier; the same instance and options give the same program.
 
     `model`: an nn.Module, `torch.compile(module)`, or a module compiled in place. `example` and `roles` say how a
-    module with another signature than `model(input_ids)` is called (see `capture.call_spec`). Raises `Unsupported` with
+    module with another signature than `model(input_ids)` is called (`call_spec`). Raises `Unsupported` with
     the node, source line and reason when the model cannot be proved to be a causal decoder of a supported kind.
     """
     parsed = Options.parse(options)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..capture.capture import original_module
+from ..capture.call import original_module
 from ..errors import InvalidOption, Unsupported
 from ..options import OnUnsupported, Options
 from ..speculation.drafts.model import ModelDraft

@@ -132,7 +132,7 @@ def _mask_text(site: Any) -> str:
 
 def eager_row(model: nn.Module, ids: list[int]) -> torch.Tensor:
     """The model's own next-token logits after `ids`."""
-    from ...capture.capture import logits_of
+    from ...capture.call import logits_of
 
     with torch.no_grad():
         return logits_of(model(torch.tensor([ids]), use_cache=False))[0, -1]

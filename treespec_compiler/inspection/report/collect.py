@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...capture.capture import CallSpec
+from ...capture.call import CallSpec
 from ...errors import PassError, Unsupported
 from ...ir.drawing import mask_svg, predicate_mask, tree_mask, tree_svg
+from ...ir.provenance import group_of
 from ...ir.specs import MaskSpec
 from ...options import Options
 from ...passes.framework.instruments import Recorder
 from ...passes.framework.manager import Instrument, Pass, PassRecord
 from ...passes.framework.state import GraphState
 from ...passes.show.compare import compare
-from ...passes.show.layers import group_of
 from ...passes.show.printing import line
 from ...passes.show.snapshot import NodeData, Snapshot, short_path, short_paths, split_source
 from ...pipeline import Converted, convert

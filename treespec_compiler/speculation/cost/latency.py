@@ -27,6 +27,7 @@ import torch
 from ... import user_cache
 from ...errors import CorruptTable
 from ...tree import Forest, TokenTree
+from ...versions import versions
 from ..sampling.chance import SeededChance
 from ..sampling.device_rows import row_sampler, stays_on_device
 from ..sampling.samplers import SAMPLERS
@@ -184,9 +185,7 @@ def meta(program: TreeProgram) -> dict[str, Any]:
     """What a table is valid for, readable."""
     device = program.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
-    from ... import __version__
-
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "treespec": __version__}
+    return {"device": name, "threads": torch.get_num_threads(), **versions("torch")}
 
 
 def table_path(key: str) -> Path:

@@ -7,6 +7,7 @@ import re
 from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)\n\s*(?P<code>[^\n]*)')
+_NUMBERED = re.compile(r"^(?P<group>.*?\.(?P<index>\d+))(?:\.|$)")
 _ATTRIBUTE = re.compile(r"\.(\w+)|\['(\w+)'\]|\[(\d+)\]")
 
 
@@ -27,6 +28,12 @@ def layer_path(node: fx.Node) -> str | None:
     path = list(stack.values())[-1][0]
     path = re.sub(r"^L\['[^']+'\]|^L__self__", "", str(path)).replace("_modules", "")
     return ".".join(next(filter(None, groups)) for groups in _ATTRIBUTE.findall(path)) or None
+
+
+def group_of(layer: str) -> tuple[str, int | None]:
+    """(`model.layers.3`, 3) for `model.layers.3.self_attn`."""
+    found = _NUMBERED.match(layer)
+    return (found["group"], int(found["index"])) if found else ("", None)
 
 
 def module_class(node: fx.Node) -> str | None:

@@ -1,0 +1,33 @@
+"""Where a module keeps the tensors that a captured graph reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass
+class WeightRef:
+    """A parameter, buffer or tensor attribute that the captured graph reads.
+
+    `owner[key]` is where the module keeps it, so a replaced parameter is noticed; `owner` is None for a tensor that
+    no module registers (a plain attribute or a closure).
+    """
+
+    name: str
+    tensor: Tensor
+    owner: dict[str, Any] | None = None
+    key: str = ""
+
+
+def registered(model: nn.Module) -> dict[int, tuple[str, dict[str, Any], str]]:
+    """id of each parameter and buffer -> (qualified name, dict that holds it, key)."""
+    found: dict[int, tuple[str, dict[str, Any], str]] = {}
+    for prefix, module in model.named_modules():
+        for table in (module._parameters, module._buffers, vars(module)):
+            for key, value in table.items():
+                if isinstance(value, Tensor):
+                    found.setdefault(id(value), (f"{prefix}.{key}".lstrip("."), table, key))
+    return found
