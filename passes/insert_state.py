@@ -7,27 +7,22 @@ write is consumed by the op that makes it.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from treespec_compiler.ir import ops  # noqa: F401  (defines treespec::tree_attention)
+from treespec_compiler.ir.inputs import ATTENTION, BY_NAME, POSITIONS, pool_names
 from treespec_compiler.ir.specs import AttentionSpec
 
 from .framework.manager import Pass
 from .framework.state import GraphState
 
-# Metadata inputs of tree attention in schema order; `positions` exists already.
-META_INPUTS = ("write_index", "node_offsets", "page_table", "prefix_lens", "tree_lens", "ancestors")
-
-
-def pool_names(index: int) -> tuple[str, str]:
-    return f"pool_k_{index}", f"pool_v_{index}"
+# The trace's sizes; any do.
+SIZES = {"requests": 2, "requests + 1": 3, "slot_pages": 1, "words": 2}
 
 
 def insert_state(state: GraphState) -> int:
-    positions = state.node("positions")
+    positions = state.node(POSITIONS)
     device = positions.meta["val"].device
-    meta = {name: _meta_input(state, name, positions.meta["val"], device) for name in META_INPUTS}
-    arguments = [positions, *(meta[name] for name in META_INPUTS)]
+    arguments = [positions if name == POSITIONS else _input(state, name, positions) for name in ATTENTION]
     sites = [n for n in state.graph.nodes if n.target is torch.ops.treespec.causal_attention.default]
     pools = [_pools(state, spec, device) for spec in state.sites]
     for node in sites:
@@ -42,14 +37,11 @@ def insert_state(state: GraphState) -> int:
     return len(sites)
 
 
-def _meta_input(state: GraphState, name: str, positions: Tensor, device: torch.device) -> torch.fx.Node:
-    requests = {"node_offsets": (3,), "page_table": (2, 1), "prefix_lens": (2,), "tree_lens": (2,)}
-    node = state.add_input(name, torch.zeros(requests.get(name, (2,)), dtype=torch.int64, device=device))
+def _input(state: GraphState, name: str, positions: torch.fx.Node) -> torch.fx.Node:
+    like = positions.meta["val"]
+    node = state.add_input(name, torch.zeros(0, dtype=torch.int64, device=like.device))
     with state.fake_mode:
-        if name == "write_index":
-            node.meta["val"] = torch.empty_like(positions)
-        elif name == "ancestors":
-            node.meta["val"] = positions.new_empty((positions.shape[0], 2))
+        node.meta["val"] = like.new_empty(BY_NAME[name].sizes({**SIZES, "T": like.shape[0]}))
     return node
 
 

@@ -10,14 +10,13 @@ import torch
 from torch import fx
 
 from treespec_compiler.ir.provenance import op_name
+from treespec_compiler.ir.inputs import POSITIONS, ROWS
 
 from .forms.closed_form import shape_of
 from .framework.manager import Pass
 from .framework.state import GraphState
 
 aten = torch.ops.aten
-
-ROWS = "rows"
 
 # Ops that commute with picking entries of dimension 1 of a [1, T, ...] tensor, whatever their other operands.
 _COMMUTES = {
@@ -29,7 +28,7 @@ _COMMUTES = {
 
 
 def select_rows(state: GraphState) -> int:
-    positions = state.node("positions")
+    positions = state.node(POSITIONS)
     rows = state.add_input(ROWS, torch.zeros(2, dtype=torch.int64, device=positions.meta["val"].device))
     with state.fake_mode:
         rows.meta["val"] = positions.meta["val"].new_empty(2)

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from treespec_compiler.ir.provenance import op_name, source_line
+from treespec_compiler.ir.inputs import POSITIONS
 from treespec_compiler.ir.specs import Limit, PositionSpec
 
 from .forms.closed_form import shape_of
@@ -16,8 +17,6 @@ from .framework.manager import Pass
 from .framework.state import GraphState
 
 aten = torch.ops.aten
-
-POSITIONS = "positions"
 
 
 def treeify(state: GraphState) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from treespec_compiler.ir.meta import TreeMeta
+from treespec_compiler.ir.inputs import TreeMeta
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from treespec_compiler.ir.provenance import op_name
+from treespec_compiler.ir.inputs import ROWS
 
 from ..forms.closed_form import shape_of
 from ..framework.state import GraphState, refuse
@@ -44,7 +45,7 @@ def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = 
     if not 0 < layers < total:
         raise refuse(f"an early exit after {layers} of {total} attention layers", way_out=f"choose 1 to {total - 1}")
     exit_value, final = _stream(state, groups, layers), _final(state, groups)
-    rows = state.node("rows")
+    rows = state.node(ROWS)
     if shape_of(final)[1] != shape_of(exit_value)[1]:
         exit_value = state.call(aten.index_select.default, (exit_value, 1, rows), like=final)
     if head is None:

@@ -9,23 +9,12 @@ from typing import Any
 from torch import nn
 
 from ..capture.call import CallSpec
+from ..ir.inputs import BY_NAME, POOL, POSITIONS, SYMBOLS, TOKENS, Input, is_pool
 from ..options import Options
 from ..passes.framework.instruments import Recorder
 from ..passes.show.snapshot import NodeData, Snapshot, short_paths, short_source
 from ..pipeline import Converted, convert
 from ..program.semantics import lengths_check
-
-MEANINGS = {
-    "tokens": "the new nodes of all trees, side by side",
-    "positions": "committed tokens of the request + depth of the node",
-    "write_index": "where the node's K/V goes in the pools",
-    "node_offsets": "where each request's nodes start",
-    "page_table": "pages of each request's slot",
-    "prefix_lens": "committed tokens of each request",
-    "tree_lens": "uncommitted nodes of each request",
-    "ancestors": "a row a node, a bit an ancestor",
-    "rows": "nodes whose logits are wanted",
-}
 
 
 @dataclass(frozen=True)
@@ -151,7 +140,7 @@ def _positions_of_sites(graph: Snapshot) -> dict[int, str]:
                 continue
             seen.add(node.name)
             stack += [i for i in node.inputs if _stays_inside(nodes[i], site, content)]
-        if "positions" in seen:
+        if POSITIONS in seen:
             waves = {"aten.cos", "aten.sin", "aten.index_select", "aten.index", "aten.embedding"}
             found[site.site] = "rope" if any(nodes[n].short_target in waves for n in seen) else "i"
     return found
@@ -164,15 +153,15 @@ def _stays_inside(node: NodeData, site: NodeData, content: set[str]) -> bool:
 def _signature(graph: Snapshot) -> tuple[list[tuple[str, str, str]], str]:
     inputs = [n for n in graph.nodes if n.op == "placeholder" and not n.label]
     rows: list[tuple[str, str, str]] = []
-    pools = [n for n in inputs if n.name.startswith("pool_")]
+    pools = [n for n in inputs if is_pool(n.name)]
     packs = [n for n in inputs if n.name.startswith("packed_")]
     for node in inputs:
-        name = "tokens" if node.name == graph.tokens else node.name
-        if name in MEANINGS:
-            rows.append((name, _with_symbols(name, node.type), MEANINGS[name]))
+        known = BY_NAME.get(TOKENS if node.name == graph.tokens else node.name)
+        if known is not None:
+            rows.append((known.name, _with_symbols(known, node.type), known.meaning))
     if pools:
         kinds = ", ".join(dict.fromkeys(_pool_type(n.type) for n in pools))
-        rows.append((f"{pools[0].name} .. {pools[-1].name}", kinds, "K and V of each site, written in place"))
+        rows.append((f"{pools[0].name} .. {pools[-1].name}", kinds, POOL.meaning))
     if packs:
         rows.append((f"{packs[0].name} .. {packs[-1].name}", f"{len(packs)} tensors", "weights packed for the kernels"))
     output = next(n for n in graph.nodes if n.op == "output")
@@ -181,20 +170,12 @@ def _signature(graph: Snapshot) -> tuple[list[tuple[str, str, str]], str]:
     return rows, f"{logits.split('[')[0]}[rows, {last}] logits"
 
 
-def _with_symbols(name: str, text: str) -> str:
-    """Sizes that stand for any number, by their names."""
-    shapes = {
-        "node_offsets": "[requests + 1]",
-        "page_table": "[requests, pages]",
-        "prefix_lens": "[requests]",
-        "tree_lens": "[requests]",
-        "ancestors": "[T, words]",
-        "rows": "[rows]",
-    }
-    return text.split("[")[0] + shapes[name] if name in shapes else text
+def _with_symbols(known: Input, text: str) -> str:
+    """`i64[T, 2]` with its sizes by their names."""
+    return f"{text.split('[')[0]}[{', '.join(known.dims)}]"
 
 
 def _pool_type(text: str) -> str:
     kind, sizes = text.rstrip("]").split("[")
-    heads, dim = sizes.split(", ")[1], sizes.split(", ")[3]
-    return f"{kind}[pages, {heads}, page_size, {dim}]"
+    shown = [dim if dim in SYMBOLS else size for dim, size in zip(POOL.dims, sizes.split(", "), strict=True)]
+    return f"{kind}[{', '.join(shown)}]"

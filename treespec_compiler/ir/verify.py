@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from .inputs import ROWS, is_pool, pool_names
+
 Rule = Callable[[fx.Graph], str | None]
 
 LEVELS = ("captured", "normalized", "recognized", "classified", "treeified", "stateful", "rows", "bound")
@@ -73,18 +75,18 @@ def _pools_in_site_order(graph: fx.Graph) -> str | None:
         if not _name(node).endswith("tree_attention"):
             continue
         pools = tuple(getattr(a, "name", a) for a in node.args[3:5])
-        if pools != (f"pool_k_{expected}", f"pool_v_{expected}"):
+        if pools != pool_names(expected):
             return f"attention {expected} has pools {pools}"
         if any(len(a.users) != 1 for a in node.args[3:5] if isinstance(a, fx.Node)):
             return f"the pools of attention {expected} have other users"
         expected += 1
-    found = [n.name for n in graph.nodes if n.op == "placeholder" and n.name.startswith("pool_")]
-    wanted = [f"pool_{kind}_{i}" for i in range(expected) for kind in "kv"]
+    found = [n.name for n in graph.nodes if n.op == "placeholder" and is_pool(n.name)]
+    wanted = [name for i in range(expected) for name in pool_names(i)]
     return None if found == wanted else f"pool inputs {found}, expected {wanted}"
 
 
 def _rows_selected(graph: fx.Graph) -> str | None:
-    rows = next((n for n in graph.nodes if n.op == "placeholder" and n.name == "rows"), None)
+    rows = next((n for n in graph.nodes if n.op == "placeholder" and n.name == ROWS), None)
     return None if rows is not None and rows.users else "logits are computed for every node"
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from ..ir.meta import TreeMeta
+from ..ir.inputs import INPUTS, TreeMeta
 from ..tree import WORD_BITS, TokenTree
 from .cache import TreeCache
 
@@ -34,6 +35,10 @@ class Batch:
     tokens: Tensor
     meta: TreeMeta
 
+    def named(self) -> dict[str, Tensor]:
+        """Every input of `ir.inputs.INPUTS`."""
+        return {"tokens": self.tokens, **vars(self.meta)}
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -47,14 +52,16 @@ class Shape:
     """Of each request."""
 
     @property
-    def _sizes(self) -> list[int]:
-        t, r = self.nodes, self.requests
-        return [t, t, t, r + 1, r * self.pages, r, r, self.rows, t * self.words]
+    def _shapes(self) -> dict[str, list[int]]:
+        r = self.requests
+        sizes = {"T": self.nodes, "requests": r, "requests + 1": r + 1, "rows": self.rows}
+        sizes |= {"words": self.words, "slot_pages": self.pages}
+        return {each.name: each.sizes(sizes) for each in INPUTS}
 
     @property
     def integers(self) -> int:
         """Of all inputs together, aligned."""
-        return sum(size + size % 2 for size in self._sizes)
+        return sum(size + size % 2 for size in map(prod, self._shapes.values()))
 
     def split(self, flat: Tensor, aligned: bool = False) -> Batch:
         """Views of all integers of a call, in the order of `lay_out`.
@@ -62,23 +69,13 @@ class Shape:
         `aligned`: each begins at a multiple of 16 bytes. A GPU's kernels are compiled for that; others would be copied
         first, or have the kernel compiled again.
         """
-        t, r, w = self.nodes, self.requests, self.words
-        sizes = [n for size in self._sizes for n in (size, size % 2)] if aligned else self._sizes
-        views = torch.unsafe_split_with_sizes(flat, sizes)
-        tokens, positions, write_index, node_offsets, page_table, prefix_lens, tree_lens, rows, ancestors = (
-            views[::2] if aligned else views
-        )
-        meta = TreeMeta(
-            positions=positions,
-            write_index=write_index,
-            node_offsets=node_offsets,
-            page_table=page_table.view(r, self.pages),
-            prefix_lens=prefix_lens,
-            tree_lens=tree_lens,
-            ancestors=ancestors.view(t, w),
-            rows=rows,
-        )
-        return Batch(tokens.view(1, t), meta)
+        shapes = self._shapes
+        sizes = [prod(shape) for shape in shapes.values()]
+        if aligned:
+            sizes = [n for size in sizes for n in (size, size % 2)]
+        views = torch.unsafe_split_with_sizes(flat, sizes)[:: 2 if aligned else 1]
+        named = {name: view.view(shape) for view, (name, shape) in zip(views, shapes.items(), strict=True)}
+        return Batch(named.pop("tokens"), TreeMeta(**named))
 
 
 def lay_out(
@@ -133,7 +130,7 @@ def lay_out(
         for field in (tokens, positions, write, offsets, pages, prefixes, sizes, bits):
             field += [0] * (len(field) % 2)
         chosen = [*chosen, *([0] * (len(chosen) % 2))]
-    # One array for all integers: building nine small tensors costs more than a small draft's layer.
+    # One array for all integers, in the order of INPUTS: nine small tensors would cost more than a small draft's layer.
     numbers = array("q", [*tokens, *positions, *write, *offsets, *pages, *prefixes, *sizes, *chosen, *bits])
     return shape, numbers
 

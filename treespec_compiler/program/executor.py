@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..capture.alone import alone
 from ..errors import InvalidOption
+from ..ir.inputs import BY_NAME, TOKENS, pool_names
 from ..options import Options
 from ..passes.framework.state import GraphState
-from ..passes.insert_state import META_INPUTS
 from .batch import Batch, Buffer, Part, Shape, lay_out, pack
 from .cache import TreeCache
 from .cuda_graphs import CudaRecorder, Graphs, GraphStats, obstacle, run_or_explain
@@ -65,15 +65,16 @@ class Executor:
         self.device: torch.device = logits.device
         self._weights, self._own = bound, dict(own or {})
         self._placeholders = [n for n in state.graph.nodes if n.op == "placeholder"]
-        self.roles = ["tokens" if n.name == state.tokens else n.name for n in self._placeholders]
-        """What each input is, in placeholder order: the name of a program's input, or of a weight."""
+        added = {name: name for name in state.inputs} | {state.tokens: TOKENS}
+        # NOTE a weight may have the name of an input.
+        self.roles = [added.get(n.name, "") for n in self._placeholders]
+        """What each input is, in placeholder order: its name in `ir.inputs`, or another one for weights."""
         places = {role: i for i, role in enumerate(self.roles)}
-        self._tokens = places["tokens"]
-        self._meta = [(places[name], name) for name in ("positions", *META_INPUTS, "rows") if name in places]
+        self._given = [(place, role) for place, role in enumerate(self.roles) if role in BY_NAME]
         self._pools = [
-            (places[f"pool_{kind}_{site.index}"], 2 * site.index + at)
+            (places[name], 2 * site.index + at)
             for site in state.sites
-            for at, kind in enumerate("kv")
+            for at, name in enumerate(pool_names(site.index))
         ]
         self._lowered: Lowered | None = None
         self._bound: Mapping[str, Tensor] | None = None
@@ -145,9 +146,9 @@ class Executor:
 
     def _place(self, batch: Batch, cache: TreeCache) -> list[Tensor]:
         inputs = list(self._template)
-        inputs[self._tokens] = batch.tokens
-        for place, name in self._meta:
-            inputs[place] = getattr(batch.meta, name)
+        named = batch.named()
+        for place, name in self._given:
+            inputs[place] = named[name]
         for place, pool in self._pools:
             inputs[place] = cache.pools[pool]
         return inputs

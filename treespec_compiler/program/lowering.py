@@ -1,7 +1,6 @@
 """Lowering: a bound graph becomes a callable, by Inductor once for all shapes, or op by op.
 
-Shape symbols: T (new nodes), rows, requests, words, pages and page size. Each is dynamic, so no length, tree or cache
-size compiles anything again.
+The symbols of `ir.inputs` are dynamic, so no length, tree or cache size compiles anything again.
 """
 
 from __future__ import annotations
@@ -17,11 +16,21 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ..capture.alone import alone
+from ..ir.inputs import input_of
 
 log = logging.getLogger(__name__)
 
 # Example sizes, all different: equal sizes would be taken for the same symbol.
-EXAMPLE = {"T": 13, "rows": 7, "requests": 3, "words": 5, "pages": 2, "page_size": 17, "slot_pages": 6}
+EXAMPLE = {
+    "T": 13,
+    "rows": 7,
+    "requests": 3,
+    "requests + 1": 4,
+    "words": 5,
+    "pages": 2,
+    "page_size": 17,
+    "slot_pages": 6,
+}
 
 _compile_calls = 0
 
@@ -40,23 +49,6 @@ class Lowered:
 
     run: Callable[[list[Tensor]], Sequence[Tensor]]
     seconds: float
-
-
-def dynamic_sizes(name: str) -> dict[int, str]:
-    """Dynamic dimensions of a tree-program input: dimension -> symbol."""
-    if name.startswith("pool_"):
-        return {0: "pages", 2: "page_size"}
-    return {
-        "tokens": {1: "T"},
-        "positions": {0: "T"},
-        "write_index": {0: "T"},
-        "ancestors": {0: "T", 1: "words"},
-        "node_offsets": {0: "offsets"},
-        "page_table": {0: "requests", 1: "slot_pages"},
-        "prefix_lens": {0: "requests"},
-        "tree_lens": {0: "requests"},
-        "rows": {0: "rows"},
-    }.get(name, {})
 
 
 def lower_eager(gm: fx.GraphModule) -> Lowered:
@@ -153,11 +145,12 @@ def _without_values(graph: fx.Graph) -> fx.Graph:
 
 
 def _fake(mode: Any, name: str, tensor: Tensor) -> Any:
-    dynamic = dynamic_sizes(name)
-    if not dynamic:
+    known = input_of(name)
+    if known is None:
         return mode.from_tensor(tensor, static_shapes=True)
-    sizes = [EXAMPLE.get(dynamic[i], 4) if i in dynamic else s for i, s in enumerate(tensor.shape)]
+    symbols = known.symbols
+    sizes = [EXAMPLE[symbols[i]] if i in symbols else s for i, s in enumerate(tensor.shape)]
     example = torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
-    kinds = [DimDynamic.DUCK if i in dynamic else DimDynamic.STATIC for i in range(example.dim())]
+    kinds = [DimDynamic.DUCK if i in symbols else DimDynamic.STATIC for i in range(example.dim())]
     context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
     return mode.from_tensor(example, symbolic_context=context)

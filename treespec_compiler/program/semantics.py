@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..capture.call import CallSpec, call_module, logits_of
 from ..errors import PassError, Unsupported
 from ..ir import ops
+from ..ir.inputs import TOKENS, is_pool
 from ..passes.framework.manager import Check
 from ..passes.framework.state import GraphState
-from ..passes.insert_state import META_INPUTS
 from ..tree import TokenTree
 from .batch import Batch, Part, pack
 from .cache import TreeCache
@@ -73,8 +73,8 @@ def run_graph(state: GraphState, tree: TokenTree, prefix: list[int]) -> Tensor:
 
 
 def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
-    dynamic: dict[str, Any] = {state.tokens: batch.tokens, "positions": batch.meta.positions, "rows": batch.meta.rows}
-    dynamic |= {name: getattr(batch.meta, name) for name in META_INPUTS}
+    dynamic = batch.named()
+    dynamic[state.tokens] = dynamic.pop(TOKENS)
     pools = iter(cache.pools)
     inputs = []
     for node in state.graph.nodes:
@@ -82,7 +82,7 @@ def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
             continue
         if node.name in dynamic:
             inputs.append(dynamic[node.name])
-        elif node.name.startswith("pool_"):
+        elif is_pool(node.name):
             inputs.append(next(pools))
         elif node.name in state.packs:
             inputs.append(state.packs[node.name].build(state.constants))
