@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from treespec_compiler.ir.provenance import op_name
 from treespec_compiler.ir.inputs import POSITIONS, ROWS
+from treespec_compiler.ir.provenance import op_name
 
 from .forms.closed_form import shape_of
 from .framework.manager import Pass

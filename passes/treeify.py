@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from treespec_compiler.ir.provenance import op_name, source_line
 from treespec_compiler.ir.inputs import POSITIONS
+from treespec_compiler.ir.provenance import op_name, source_line
 from treespec_compiler.ir.specs import Limit, PositionSpec
 
 from .forms.closed_form import shape_of

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from treespec_compiler.ir.provenance import op_name
 from treespec_compiler.ir.inputs import ROWS
+from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
 from ..framework.state import GraphState, refuse
