@@ -4,35 +4,45 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from platformdirs import user_cache_path
 
 from .errors import CorruptTable
 
 
 def cache_dir() -> Path:
-    """`$TREESPEC_CACHE_DIR`, else the platform's place for caches."""
+    """`$TREESPEC_CACHE_DIR`, else the platform's place for caches (`$XDG_CACHE_HOME` or `~/.cache` on Linux)."""
     if given := os.environ.get("TREESPEC_CACHE_DIR"):
         return Path(given)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "treespec"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "treespec" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treespec"
+    return user_cache_path("treespec", appauthor=False)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty file to fill, which takes the place of `path` at the end; an error leaves what was there.
+
+    Whole or not at all, also when several processes write: the last one wins. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=f"{path.suffix}.tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all, also when several processes write: the last one wins. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    """`replacing`, for text."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_table(path: Path, schema: int) -> dict[str, Any]:

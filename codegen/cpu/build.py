@@ -9,13 +9,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from treespec_compiler.user_cache import cache_dir
+from treespec_compiler.user_cache import cache_dir, replacing
 
 log = logging.getLogger(__name__)
 
@@ -83,18 +82,12 @@ def build() -> Path:
         path = cache_dir() / "cpu" / f"treespec_cpu_{key(cxx)}.so"
         if path.exists():
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".so.tmp", dir=path.parent)
-        os.close(handle)
-        try:
-            started = time.perf_counter()
-            done = subprocess.run(command(cxx, Path(temporary)), capture_output=True, text=True, timeout=TIMEOUT)
+        started = time.perf_counter()
+        with replacing(path) as temporary:
+            done = subprocess.run(command(cxx, temporary), capture_output=True, text=True, timeout=TIMEOUT)
             if done.returncode:
                 raise BuildError(f"{cxx} failed:\n{done.stderr[-2000:]}")
-            os.replace(temporary, path)
-            log.info("built %s in %.1f s", path, time.perf_counter() - started)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        log.info("built %s in %.1f s", path, time.perf_counter() - started)
         return path
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(str(error)) from error

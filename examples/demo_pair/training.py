@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treespec_compiler.user_cache import replacing
+
 from .losses import mixed_distribution, one_hot, soft_cross_entropy
 from .models import VOCAB, DemoPair
 from .muon import Muon
@@ -148,9 +150,8 @@ class ThreadChoice:
 
 
 def save(path: Path, pair: DemoPair, opts: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save({"pair": pair.state_dict(), "opts": [o.state_dict() for o in opts], **state}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save({"pair": pair.state_dict(), "opts": [o.state_dict() for o in opts], **state}, temporary)
 
 
 def load(path: Path, pair: DemoPair, opts: list[torch.optim.Optimizer]) -> dict[str, Any]:

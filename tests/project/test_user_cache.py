@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from treespec_compiler import user_cache
@@ -12,7 +10,6 @@ from treespec_compiler.errors import CorruptTable
 
 def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("TREESPEC_CACHE_DIR", raising=False)
-    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert user_cache.cache_dir() == tmp_path / "treespec"
     monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path / "own"))

@@ -7,19 +7,18 @@ which returns the exit code. It is imported only when it is the one asked for, s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import TextIOBase
-from typing import TYPE_CHECKING, NoReturn, TextIO, cast
+from typing import NoReturn
+
+from rich_argparse import RawDescriptionRichHelpFormatter
 
 from ..versions import __version__
-
-if TYPE_CHECKING:
-    from _typeshed import SupportsWrite
 
 DESCRIPTION = """\
 Compile a PyTorch decoder into a token-tree verifier and generate faster, with identical output.
@@ -63,44 +62,51 @@ COMMANDS = (
     Command("passes", "list the passes and their contracts"),
     Command("diff", "compare two graphs by structure"),
     Command("reproduce", "run a failed conversion again"),
-    Command("completion", "print a completion script for bash, zsh or fish"),
+    Command("completion", "print a completion script for your shell"),
     Command("coverage", "convert and check a tiny model of every type in transformers", "coverage.command"),
 )
 
 
+class Help(RawDescriptionRichHelpFormatter):
+    """In colour where there is a terminal; brackets and backticks of the texts are no markup."""
+
+    help_markup = text_markup = False
+    group_name_formatter = str
+
+
 class Parser(argparse.ArgumentParser):
-    """Errors are one sentence, and help is coloured where there is a terminal."""
+    """Errors are one sentence."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message.rstrip('.')} (see `{self.prog} --help`).\n")
 
-    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
-        file = file or sys.stderr
-        if message and isinstance(file, TextIOBase) and file.isatty():
-            from rich.console import Console
-            from rich.text import Text
-
-            text = Text(message)
-            text.highlight_regex(r"(?<![\w-])--?[a-zA-Z][\w-]*", "cyan")
-            text.highlight_regex(r"(?m)^[a-z][a-z ]*:$|^usage:", "bold")
-            Console(file=cast(TextIO, file), soft_wrap=True).print(text, end="")
-        else:
-            super()._print_message(message, file)
-
 
 def build_parser(wanted: str | None = None) -> Parser:
     """The parser, with the arguments of the subcommand `wanted` only."""
-    style = argparse.RawDescriptionHelpFormatter
+    return _parser([] if wanted is None else [wanted])
+
+
+def whole_parser() -> Parser:
+    """The parser with the arguments of every subcommand whose dependencies are installed."""
+    names = []
+    for command in COMMANDS:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(command.module)
+            names.append(command.name)
+    return _parser(names)
+
+
+def _parser(wanted: Sequence[str]) -> Parser:
     shared = Parser(add_help=False)
     shared.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
-    parser = Parser(prog="treespec", description=DESCRIPTION, epilog=EPILOG, formatter_class=style, parents=[shared])
+    parser = Parser(prog="treespec", description=DESCRIPTION, epilog=EPILOG, formatter_class=Help, parents=[shared])
     parser.add_argument("--version", action="version", version=f"treespec {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=Parser)
     for command in COMMANDS:
-        child = commands.add_parser(command.name, help=command.summary, formatter_class=style, parents=[shared])
-        if command.name == wanted:
+        child = commands.add_parser(command.name, help=command.summary, formatter_class=Help, parents=[shared])
+        if command.name in wanted:
             module = importlib.import_module(command.module)
             child.description = module.__doc__
             module.configure(child)
