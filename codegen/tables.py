@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,9 +20,10 @@ from typing import Any, TypeAlias
 import torch
 
 from treespec_compiler.errors import CorruptTable
+from treespec_compiler.logs import logger
 from treespec_compiler.user_cache import cache_dir, read_table, write_whole
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 SCHEMA = 1
 SHIPPED = Path(__file__).with_name("tables")

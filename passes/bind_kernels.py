@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import Tensor
 
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import best_kernel
+from treespec_compiler.logs import logger
 
 from .framework.manager import Pass
 from .framework.state import GraphState
 
-log = logging.getLogger("treespec.passes")
+log = logger(__name__)
 
 _OPS = (
     ops.tree_attention,

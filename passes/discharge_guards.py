@@ -11,7 +11,6 @@ or more is no window. A trace that is shown to be right where the first one was 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +18,14 @@ import sympy
 
 from treespec_compiler.errors import PassError, TreespecError, Unsupported
 from treespec_compiler.ir.specs import Limit
+from treespec_compiler.logs import logger
 
 from .framework.manager import Pass
 from .framework.state import GraphState
 from .guards.meaning import same_program
 from .guards.regions import DECIDED, LONGEST, Guards, about_length, decided, holds, is_lone, reach, uncovered
 
-log = logging.getLogger("treespec.guards")
+log = logger(__name__)
 
 # Analyses of other regions; each takes as long as the first.
 MOST_REGIONS = 8

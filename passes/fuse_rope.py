@@ -6,7 +6,6 @@ rotation of one of the known styles, the same for q and k, stays as it is.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import fx
 
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import best_kernel
+from treespec_compiler.logs import logger
 from treespec_compiler.options import Options
 
 from .forms.form import shape_of
@@ -21,7 +21,7 @@ from .framework.manager import Pass
 from .framework.state import GraphState
 from .rope.rotation import Rotation, rotation
 
-log = logging.getLogger("treespec.passes")
+log = logger(__name__)
 
 aten = torch.ops.aten
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from .capture.weight_ref import WeightRef
 from .errors import InvalidPipeline, PassError, Unsupported
 from .ir import verify
 from .ir.specs import Limit
-from .logs import set_logs_from_environment
+from .logs import logger, set_logs_from_environment
 from .options import Options
 from .passes.framework.found import built_in
 from .passes.framework.instruments import always
@@ -28,7 +27,7 @@ from .passes.framework.registry import registered_passes
 from .passes.framework.reproducer import Reproducer
 from .passes.framework.state import GraphState
 
-log = logging.getLogger("treespec.pipeline")
+log = logger(__name__)
 
 set_logs_from_environment()
 

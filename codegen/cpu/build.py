@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -14,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from treespec_compiler.logs import logger
 from treespec_compiler.user_cache import cache_dir, replacing
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 SOURCE = Path(__file__).with_name("ops.cpp")
 TIMEOUT = 600

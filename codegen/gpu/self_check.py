@@ -8,18 +8,18 @@ about to launch with the reference in float64, on small cases, beside the compil
 from __future__ import annotations
 
 import functools
-import logging
 import time
 
 import torch
 
 from treespec_compiler.errors import WrongKernel
+from treespec_compiler.logs import logger
 
 from .source import kernel_versions
 from .tree_attention_spec import AttentionKernel, Config
 from .tune import TOLERANCE, Shape
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 NODES = 20
 CONTEXTS = 173, 128

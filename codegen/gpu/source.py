@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import logging
 import sys
 import tempfile
 import threading
@@ -16,10 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
+from treespec_compiler.logs import logger
 from treespec_compiler.user_cache import cache_dir, write_whole
 from treespec_compiler.versions import versions
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _LOADED: dict[str, ModuleType] = {}
 _LOCK = threading.Lock()

@@ -5,19 +5,19 @@ Compiling needs no GPU; checking and timing are the caller's functions (`tune_de
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from treespec_compiler.errors import InvalidOption
+from treespec_compiler.logs import logger
 
 from ..tables import Entry, Table, identity, merge
 from .offline import Offline, compile_offline
 from .tree_attention_spec import AttentionKernel, Config, default_config, search_space
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 OP = "tree_attention"
 # Of ‖out - reference‖ / ‖reference‖: sums of rounded products, and a softmax in float32.

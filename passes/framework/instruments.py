@@ -10,6 +10,8 @@ from pathlib import Path
 
 from torch._logging._internal import trace_structured
 
+from treespec_compiler.logs import GRAPHS
+
 from ..show.dot import dot
 from ..show.printing import code
 from ..show.snapshot import Snapshot, snapshot
@@ -107,7 +109,7 @@ class StructuredTrace(Instrument):
 class GraphLog(Instrument):
     """Graphs and counts for the logger `treespec.graphs` (`TREESPEC_LOGS=graphs`)."""
 
-    log = logging.getLogger("treespec.graphs")
+    log = GRAPHS
 
     def after(self, state: GraphState, step: Pass, record: PassRecord) -> None:
         if self.log.isEnabledFor(logging.DEBUG):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from treespec_compiler.errors import PassError, TreespecError
+from treespec_compiler.logs import logger
 from treespec_compiler.options import Options
 
 from .state import GraphState
 
-log = logging.getLogger("treespec.passes")
+log = logger(__name__)
 
 Check = Callable[[GraphState, str], None]
 Wanted = Callable[[GraphState, Options], bool]

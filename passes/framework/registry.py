@@ -5,16 +5,16 @@ A registered pass is available, not active: it runs when a pipeline names it (`o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
 from treespec_compiler.errors import InvalidPipeline
+from treespec_compiler.logs import logger
 
 from .manager import Pass, slug
 from .state import GraphState
 
-log = logging.getLogger("treespec.passes")
+log = logger(__name__)
 
 GROUP = "treespec.passes"
 

@@ -7,7 +7,6 @@ and the graph as that pass left it.
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import re
 import time
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from treespec_compiler.errors import Unsupported
+from treespec_compiler.logs import logger
 from treespec_compiler.options import Options
 from treespec_compiler.user_cache import cache_dir
 from treespec_compiler.versions import versions
@@ -30,7 +30,7 @@ from .instruments import CAPTURE
 from .manager import Instrument, Pass, PassRecord
 from .state import GraphState
 
-log = logging.getLogger("treespec.reproducer")
+log = logger(__name__)
 
 # All weights are saved up to this many bytes together; above it, only tensors of up to SMALL bytes.
 LARGEST, SMALL = 64 << 20, 256 << 10

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import xml.etree.ElementTree as xml
 
-import pytest
 from graph_cases import EAGER, decoder
 
 import treespec_compiler as treespec
 from treespec_compiler.ir.drawing import SEEN, mask_svg, tree_mask
 from treespec_compiler.ir.specs import MaskSpec
-from treespec_compiler.logs import set_logs
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -43,19 +40,3 @@ def test_program_is_a_table() -> None:
     program = treespec.tree_program(decoder(), options=EAGER)
     html = program._repr_html_()
     assert html.count("<tr>") == 3 and "<code>k &lt;= q</code>" in html
-
-
-def test_logs(capsys: pytest.CaptureFixture[str]) -> None:
-    root, passes = logging.getLogger("treespec"), logging.getLogger("treespec.passes")
-    before = root.handlers[:], root.level, passes.level, root.propagate
-    try:
-        set_logs("+passes,-program")
-        assert passes.isEnabledFor(logging.DEBUG)
-        assert not logging.getLogger("treespec.program").isEnabledFor(logging.WARNING)
-        passes.debug("seen")
-        assert "D treespec.passes: seen" in capsys.readouterr().err
-    finally:
-        root.handlers[:], root.propagate = before[0], before[3]
-        root.setLevel(before[1])
-        passes.setLevel(before[2])
-        logging.getLogger("treespec.program").setLevel(logging.NOTSET)

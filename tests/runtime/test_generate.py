@@ -19,7 +19,6 @@ from treespec_compiler.errors import (
     TreespecError,
     Unsupported,
 )
-from treespec_compiler.runtime import generate as generate_module
 from treespec_compiler.speculation.drafts.model import ModelDraft
 
 VOCAB = 40
@@ -332,7 +331,7 @@ def test_an_unsupported_target_raises_or_falls_back_with_one_warning(refusing, c
     model = Counter()
     with pytest.raises(Unsupported, match="no attention at all"):
         treespec.generate(model, [1], max_new_tokens=9)
-    with caplog.at_level(logging.WARNING, logger=generate_module.__name__):
+    with caplog.at_level(logging.WARNING, logger="treespec.runtime.generate"):
         out = treespec.generate(model, [1], max_new_tokens=9, on_unsupported="fallback")
     assert len(caplog.records) == 1 and "no attention at all" in caplog.text
     assert out.sequences.tolist() == [[1, 2, 3, 4, 5, 6, 0, 1, 2, 3]]

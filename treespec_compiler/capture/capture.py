@@ -7,7 +7,6 @@ The capture never executes the model: Dynamo traces it, the backend exports, and
 from __future__ import annotations
 
 import contextlib
-import logging
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import TreespecError, Unsupported
+from ..logs import logger
 from .call import CallSpec, call_module, logits_of, tokens_of
 from .control_flow import refuse_control_flow, where_specialised
 from .functional import functional_graph
@@ -25,7 +25,7 @@ from .state_changes import put_logits_first
 from .tracing import tracing
 from .weight_ref import WeightRef, registered
 
-log = logging.getLogger("treespec.capture")
+log = logger(__name__)
 
 TESTED_TORCH = ("2.11", "2.15")
 

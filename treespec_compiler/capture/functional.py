@@ -6,18 +6,18 @@ written is known at the end of one as well, and layers that repeat need not be t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
 from ..errors import Unsupported
+from ..logs import logger
 from .functional_trace import functional_trace
 from .hidden_aliases import Interpreter
 from .repeated_layers import NotSeparable, copied
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def functional_graph(

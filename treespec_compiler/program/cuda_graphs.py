@@ -11,7 +11,6 @@ program's weights are bound again.
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 import weakref
@@ -29,11 +28,12 @@ from ..codegen.gpu.grouped_linear import has_kernel
 from ..codegen.gpu.sizes import power_of_two
 from ..errors import CaptureFailed
 from ..ir.registry import kernel_of
+from ..logs import logger
 from ..options import Options
 from .batch import Batch, Part, Shape, lay_out, word_count
 from .cache import TreeCache
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 MAX_NODES = 1024
 MAX_REQUESTS = 64

@@ -5,7 +5,6 @@ The symbols of `ir.inputs` are dynamic, so no length, tree or cache size compile
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from ..capture.alone import alone
 from ..ir.inputs import input_of
+from ..logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # Example sizes, all different: equal sizes would be taken for the same symbol.
 EXAMPLE = {

@@ -6,7 +6,6 @@ The reference is the eager model itself, on each root path of a random tree.
 from __future__ import annotations
 
 import contextlib
-import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,13 +17,14 @@ from ..capture.call import CallSpec, call_module, logits_of
 from ..errors import PassError, Unsupported
 from ..ir import ops
 from ..ir.inputs import TOKENS, is_pool
+from ..logs import logger
 from ..passes.framework.manager import Check
 from ..passes.framework.state import GraphState
 from ..tree import TokenTree
 from .batch import Batch, Part, pack
 from .cache import TreeCache
 
-log = logging.getLogger("treespec.semantics")
+log = logger(__name__)
 
 # Largest difference to the eager logits, relative to their largest magnitude.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -18,6 +17,7 @@ from ..errors import ContextOverflow, InvalidOption, StaleCache
 from ..ir import ops
 from ..ir.registry import best_kernel
 from ..ir.specs import AttentionSpec, Limit
+from ..logs import logger
 from ..options import Options
 from ..passes.framework.state import GraphState
 from ..pipeline import Converted, convert
@@ -31,7 +31,7 @@ from .keys import example_key
 from .semantics import lengths_check, semantic_check
 from .weights import WeightWatch
 
-log = logging.getLogger("treespec.program")
+log = logger(__name__)
 
 # Prompt tokens of a call: a CPU computes at its peak from some dozens of rows on, and more are more scores at a time.
 CHUNK_CPU = 256

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..capture.call import original_module
 from ..errors import InvalidOption, Unsupported
+from ..logs import logger
 from ..options import OnUnsupported, Options
 from ..speculation.drafts.model import ModelDraft
 from ..speculation.drafts.named import named_draft
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GenerationOutput", "Step", "Stream", "generate", "stream"]
 
-logger = logging.getLogger(__name__)
+log = logger(__name__)
 
 Model = Any  # nn.Module or TreeProgram
 DraftLike = Any  # Model, Draft, or a list of them
@@ -212,7 +212,7 @@ def stream(
     except Unsupported as refusal:
         if not fallback:
             raise
-        logger.warning("treespec runs the plain loop instead: %s", refusal)
+        log.warning("treespec runs the plain loop instead: %s", refusal)
         stats.fallback = str(refusal)
         return Stream(PlainLoop(module, prompt, ending, judge, stats), prompt, device, stats)
     parse_prompt(prompt, vocab_size=program.input_vocab, max_context=program.max_context)

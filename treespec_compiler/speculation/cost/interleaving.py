@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from ...errors import CorruptTable
+from ...logs import logger
 from ...tree import TokenTree
 from ...user_cache import read_table, write_whole
 from ..drafts.model import ModelDraft
@@ -28,7 +28,7 @@ from ..policies.protocol import Limits
 from ..policies.static import StaticExpansion
 from . import latency as cost
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 CALLS = 4
 CONTEXT = 256

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import weakref
 from bisect import bisect_right
@@ -26,6 +25,7 @@ import torch
 
 from ... import user_cache
 from ...errors import CorruptTable
+from ...logs import logger
 from ...tree import Forest, TokenTree
 from ...versions import versions
 from ..sampling.chance import SeededChance
@@ -36,7 +36,7 @@ from ..sampling.settings import Sampling
 if TYPE_CHECKING:
     from ...program.tree_program import TreeProgram
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 SCHEMA = 2
 QUICK_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
