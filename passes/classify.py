@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import layer_path, source_line
 from treespec_compiler.ir.specs import AttentionSpec, Limit, MaskSpec
 
@@ -62,7 +63,7 @@ def _scoring(
     """What the mask is, and the input that holds its slopes or biases."""
     if mask is None:
         if not is_causal:
-            raise refuse(BIDIRECTIONAL, node)
+            raise refuse(Refusal.MASK, BIDIRECTIONAL, node)
         return Scoring(MaskSpec()), None
     form = forms.of(mask)
     if form is None:
@@ -70,7 +71,7 @@ def _scoring(
     heads = shape_of(node.args[0])[1]
     form = broadcast(form, (sympy.Integer(1), heads, state.length, state.length))
     if is_causal:
-        raise refuse("attention has both a mask and is_causal=True", node)
+        raise refuse(Refusal.MASK, "attention has both a mask and is_causal=True", node)
 
     def evaluate(n: int) -> Tensor:
         value = evaluate_for_length(mask, state.tokens, state.constants, state.gm, n)
@@ -79,7 +80,7 @@ def _scoring(
     try:
         scoring = classify(form, state.length, evaluate, forms.tables, sinks)
     except NotAMask as error:
-        raise refuse(str(error), node) from None
+        raise refuse(Refusal.MASK, str(error), node) from None
     if not scoring.bias:
         return scoring, None
     pack = ScorePack(cone(mask, state.gm), state.tokens, scoring.bias, int(heads), scoring.mask.limit or 2)
@@ -96,7 +97,7 @@ def _unknown(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Exception:
     while True:
         blocked = [a for a in current.all_input_nodes if forms.of(a) is None]
         if not blocked:
-            return refuse(f"the mask has no closed form: no rule for {current.target}", current)
+            return refuse(Refusal.MASK, f"the mask has no closed form: no rule for {current.target}", current)
         current = blocked[0]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import sympy
 
-from treespec_compiler.errors import PassError, TreespecError, Unsupported
+from treespec_compiler.errors import PassError, Refusal, TreespecError, Unsupported
 from treespec_compiler.ir.specs import Limit
 from treespec_compiler.logs import logger
 
@@ -29,6 +29,10 @@ log = logger(__name__)
 
 # Analyses of other regions; each takes as long as the first.
 MOST_REGIONS = 8
+
+# The model has no graph of its own there: it raises, shapes do not fit, or T is a constant. The context then ends
+# before that length, which is sound whatever the model would do beyond.
+_ENDS = frozenset({Refusal.NO_GRAPH, Refusal.CONTROL, Refusal.RAISES, Refusal.SPECIALISED})
 
 
 def discharge_guards(state: GraphState) -> int:
@@ -60,16 +64,17 @@ def decide_guards(state: GraphState, analyse: Callable[[int], GraphState], max_c
         except (TreespecError, AssertionError, RuntimeError, IndexError, ValueError) as error:
             if other < _example(state):
                 raise Unsupported(
+                    Refusal.BRANCH,
                     f"the model takes another branch unless {guard} (T = {state.length} tokens), and with {other} "
                     f"tokens it cannot be analysed: {str(error).splitlines()[0]}",
                     way_out="make the forward pass the same for every number of tokens",
                 ) from error
-            if is_lone(regions[0], state.length, other) and isinstance(error, Unsupported) and _specialised(error):
+            if is_lone(regions[0], state.length, other) and _specialised(error):
                 state.lone_lengths.append(other)  # compared with the model itself once there is something to run
                 regions.append([sympy.Eq(state.length, other)])
                 continue
             what = "stops"
-            if isinstance(error, Unsupported) and not _ends_there(error):
+            if isinstance(error, Unsupported) and error.kind not in _ENDS:
                 what = f"cannot be converted ({error.reason})"
             limits.append(Limit(other - 1, f"from {other} tokens on the model {what}: {guard}"))
             ceiling = other - 1
@@ -85,6 +90,7 @@ def decide_guards(state: GraphState, analyse: Callable[[int], GraphState], max_c
         else:
             raise _too_short(guard, state, other, "does something else there")
     raise Unsupported(
+        Refusal.BRANCH,
         f"the model branches on the number of tokens in more than {MOST_REGIONS} ways: "
         f"{', '.join(map(str, regions[0]))}",
         way_out="make the forward pass the same for every number of tokens",
@@ -98,23 +104,15 @@ def _example(state: GraphState) -> int:
 
 def _too_short(guard: Any, state: GraphState, other: int, what: str) -> Unsupported:
     return Unsupported(
+        Refusal.BRANCH,
         f"the model branches on the number of tokens: the trace was made under {guard} (T = {state.length}), and with "
         f"{other} tokens it {what}, so the trace does not show what the model means",
         way_out=f"options={{'max_context': {other - 1}}} stays on this side of the branch" if other > 2 else None,
     )
 
 
-def _specialised(error: Unsupported) -> bool:
-    return "specialised it" in error.reason
-
-
-def _ends_there(error: Unsupported) -> bool:
-    """Whether the model has no graph of its own there: it raises, shapes do not fit, or T is a constant.
-
-    The context then ends before that length, which is sound whatever the model would do beyond.
-    """
-    text = error.reason.lower()
-    return any(sign in text for sign in ("assert", "raise", "observed exception", "cannot capture", "specialised it"))
+def _specialised(error: Exception) -> bool:
+    return isinstance(error, Unsupported) and error.kind is Refusal.SPECIALISED
 
 
 PASS = Pass(

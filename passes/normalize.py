@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
 
 from .framework.manager import Pass
@@ -87,7 +88,12 @@ def _name_squeezed(node: fx.Node) -> None:
 def _drop_dropout(graph: fx.Graph, node: fx.Node) -> None:
     p, train = node.args[1], node.args[2]
     if train and p != 0:
-        raise refuse(f"dropout is active (p = {p}): the model is in training mode", node, "call model.eval() first")
+        raise refuse(
+            Refusal.TRAINING,
+            f"dropout is active (p = {p}): the model is in training mode",
+            node,
+            "call model.eval() first",
+        )
     if op_name(node) == "aten.native_dropout":
         for user in list(node.users):
             if user.target is operator.getitem and user.args[1] == 0:
@@ -131,7 +137,7 @@ def _expr(size: Any) -> Any:
 def _refuse_mutation(node: fx.Node) -> None:
     schema = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable:
-        raise refuse("the graph changes a tensor in place after functionalization", node)
+        raise refuse(Refusal.STATE, "the graph changes a tensor in place after functionalization", node)
 
 
 PASS = Pass(

@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.errors import Refusal
 from treespec_compiler.ir import sequence_attention  # noqa: F401  (defines the ops)
 from treespec_compiler.ir.provenance import op_name
 
@@ -47,13 +48,15 @@ def _bound(node: fx.Node) -> dict[str, Any]:
 def _rewrite(state: GraphState, forms: ClosedForms, node: fx.Node) -> None:
     call = _bound(node)
     if call.get("dropout_p"):
-        raise refuse(f"attention dropout is active (p = {call['dropout_p']})", node, "call model.eval() first")
+        raise refuse(
+            Refusal.TRAINING, f"attention dropout is active (p = {call['dropout_p']})", node, "call model.eval() first"
+        )
     q, k, v = call["query"], call["key"], call["value"]
     scale = call.get("scale")
     if scale is None:
         scale = 1.0 / math.sqrt(int(shape_of(q)[-1]))
     if not isinstance(scale, (int, float)):
-        raise refuse(f"the attention scale is computed in the graph: {scale}", node)
+        raise refuse(Refusal.ATTENTION, f"the attention scale is computed in the graph: {scale}", node)
     mask: Any = call.get("attn_mask")
     found = Splitter(state, forms, node, _repeated).split(mask) if isinstance(mask, fx.Node) else None
     mask, bias = (mask, None) if found is None else (found.mask, found.bias)
@@ -79,7 +82,9 @@ def make_site(
         q, k = with_key_bias(state, at, q, k, key_bias, rest[2])
     heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
     if shape_of(v)[1] != kv_heads or not heads.is_Integer or heads % kv_heads != 0:
-        raise refuse(f"got {heads} query heads, {kv_heads} key heads and {shape_of(v)[1]} value heads", at)
+        raise refuse(
+            Refusal.ATTENTION, f"got {heads} query heads, {kv_heads} key heads and {shape_of(v)[1]} value heads", at
+        )
     return state.call(torch.ops.treespec.attention.default, (q, k, v, *rest), like=at)
 
 
@@ -122,7 +127,9 @@ def _check_replaced(state: GraphState, at: fx.Node, scores: Scores) -> None:
             return evaluate_for_length(mask, state.tokens, state.constants, state.gm, n).cpu()
 
         if form is None or not hides_all(broadcast(form, shape), evaluate, forms.tables):
-            raise refuse("attention scores are replaced by another value for keys that are not hidden", where)
+            raise refuse(
+                Refusal.ATTENTION, "attention scores are replaced by another value for keys that are not hidden", where
+            )
 
 
 def _attends_over_tokens(state: GraphState, found: EagerSite) -> bool:
@@ -151,7 +158,7 @@ def _sink_vector(state: GraphState, at: fx.Node, sinks: fx.Node | None) -> fx.No
     while op_name(sinks) in ("aten.expand", "aten._to_copy"):
         sinks = sinks.args[0]
     if any(state.length in s.free_symbols for s in shape_of(sinks)):
-        raise refuse("attention sinks differ between queries", at)
+        raise refuse(Refusal.ATTENTION, "attention sinks differ between queries", at)
     return state.call(aten.reshape.default, (sinks, [-1]), like=at)
 
 
@@ -159,9 +166,14 @@ def _check_axes(state: GraphState, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.
     for name, operand in (("query", q), ("key", k), ("value", v)):
         shape = shape_of(operand)
         if len(shape) != 4 or shape[0] != 1:
-            raise refuse(f"attention over a {name} of shape {_show(shape)}, expected [1, heads, tokens, dim]", node)
+            raise refuse(
+                Refusal.ATTENTION,
+                f"attention over a {name} of shape {_show(shape)}, expected [1, heads, tokens, dim]",
+                node,
+            )
         if shape[2] != state.length:
             raise refuse(
+                Refusal.ATTENTION,
                 f"attention over a dimension that is not the tokens: {name} has shape {_show(shape)}, "
                 f"expected {state.length} (the number of tokens) in dimension 2",
                 node,

@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch import fx
 
-from treespec_compiler.errors import Unsupported
+from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.ir.provenance import layer_path, op_name, source_line
 from treespec_compiler.ir.specs import Limit
 
@@ -91,7 +91,7 @@ _JOINS = ("aten.cat", "aten.hstack", "aten.vstack")
 
 def _changes_state(state: GraphState, cache: fx.Node, why: str, node: fx.Node | None = None) -> Unsupported:
     name = state.labels.get(cache.name, cache.name)
-    return refuse(f"the forward pass changes state in place: {name}; {why}", node, _WAY_OUT)
+    return refuse(Refusal.STATE, f"the forward pass changes state in place: {name}; {why}", node, _WAY_OUT)
 
 
 def _write(state: GraphState, forms: ClosedForms, cache: fx.Node, node: Any) -> Write:

@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
 
 from .forms.closed_form import SHAPE_ONLY, ClosedForms, shape_of
@@ -58,21 +59,23 @@ class TokenAxes:
             return self._checked(node, cut.at)
         name = op_name(node)
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise refuse(f"{name} draws random numbers: the model is not a function of its tokens", node)
+            raise refuse(
+                Refusal.TRAINING, f"{name} draws random numbers: the model is not a function of its tokens", node
+            )
         if packet(node) in SHAPE_ONLY or all(self.axes.get(a) in (None, ABOVE) for a in node.all_input_nodes):
             if not _sized(node, self.length):
                 return None
             if self.forms.of(node) is None:
-                raise refuse(f"{name} makes a value per token that has no closed form", node)
+                raise refuse(Refusal.POSITIONS, f"{name} makes a value per token that has no closed form", node)
             return ABOVE
         if any(self.axes.get(a) == ABOVE for a in node.all_input_nodes):
-            raise refuse(f"{name} reads index arithmetic that is not a position", node)
+            raise refuse(Refusal.POSITIONS, f"{name} reads index arithmetic that is not a position", node)
         if not self.routing.knows(node):
-            raise refuse(f"{name} is not known to act on each token alone", node, _way_out(name))
+            raise refuse(Refusal.UNKNOWN_OP, f"{name} is not known to act on each token alone", node, _way_out(name))
         try:
             return self._checked(node, self.routing.place(node))
         except Mixes as error:
-            raise refuse(f"{name} mixes tokens: {error}", node, _WAY_OUT) from None
+            raise refuse(Refusal.MIXER, f"{name} mixes tokens: {error}", node, _WAY_OUT) from None
 
     def _checked(self, node: fx.Node, place: Place) -> Place:
         """A rule's claim, against the shape: exactly one dimension depends on the number of tokens, as it says."""
@@ -88,6 +91,7 @@ class TokenAxes:
             if sized == ([] if at is None else [at]) and whole:
                 continue
             raise refuse(
+                Refusal.MIXER,
                 f"{op_name(node)} gives a tensor of shape {list(shape)}: the number of tokens {self.length} must be "
                 "one whole dimension",
                 node,
@@ -126,6 +130,7 @@ def prove_token_locality(state: GraphState) -> int:
     logits = state.logits
     if axes.axes.get(logits) != 1 or rank_of(logits) != 3:
         raise refuse(
+            Refusal.CALL,
             f"the output has shape {list(shape_of(logits))}, expected logits [1, tokens, vocabulary]",
             logits,
             "return logits of every position",

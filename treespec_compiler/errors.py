@@ -7,6 +7,7 @@ arguments (`raise CacheOverflow(slot=0, length=10, new=8, capacity=16)`); the fi
 from __future__ import annotations
 
 import difflib
+import enum
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
 from pathlib import PurePath
@@ -33,10 +34,34 @@ def _rebuild(cls: type[TreespecError], values: dict[str, Any]) -> TreespecError:
     return cls(**values)
 
 
+class Refusal(enum.StrEnum):
+    """What kind of thing is in the way of a conversion. Decisions read the kind, never the words of a reason."""
+
+    NO_GRAPH = "no-graph"  # the code cannot be traced as one graph
+    CONTROL = "control-flow"  # what is computed is chosen at run time, by values
+    RAISES = "raises"  # the model's own code raises for this number of tokens
+    SPECIALISED = "specialised"  # the number of tokens is a constant of the trace
+    BRANCH = "branch"  # other numbers of tokens are computed in another way
+    LENGTH = "length"  # the number of tokens is used as a number
+    POSITIONS = "positions"  # positions that do not count the tokens one by one
+    MASK = "mask"  # a mask that is not causal, or whose predicate is not known
+    CONTENT = "content"  # a mask that is computed from the content of the tokens
+    ATTENTION = "attention"  # attention in a form that is not known
+    NO_ATTENTION = "no-attention"  # there is nothing to keep a tree of
+    MIXER = "mixer"  # information moves between tokens outside attention
+    UNKNOWN_OP = "unknown-op"  # an op without a rule: it may mix tokens
+    STATE = "state"  # forward changes or keeps something, or reads its own cache elsewhere
+    TRAINING = "training"  # dropout or random numbers
+    SUBCLASS = "subclass"  # parameters that are not plain tensors
+    CALL = "call"  # what the model takes or gives back is not token ids and logits
+    EARLY_EXIT = "early-exit"  # the graph has no place to leave at
+
+
 @dataclass(eq=False)
 class Unsupported(TreespecError):
     """A refusal: the graph was not converted. Never raised after something was half converted."""
 
+    kind: Refusal
     reason: str
     _: KW_ONLY
     node: str | None = None

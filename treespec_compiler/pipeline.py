@@ -14,7 +14,7 @@ from torch import nn
 from .capture.call import CallSpec
 from .capture.capture import Capture, capture
 from .capture.weight_ref import WeightRef
-from .errors import InvalidPipeline, PassError, Unsupported
+from .errors import InvalidPipeline, PassError, Refusal, Unsupported
 from .ir import verify
 from .ir.specs import Limit
 from .logs import logger, set_logs_from_environment
@@ -145,6 +145,7 @@ def refuse_subclasses(model: nn.Module) -> None:
         plain = (torch.Tensor, nn.Parameter, nn.Buffer)
         if type(tensor) not in plain:
             raise Unsupported(
+                Refusal.SUBCLASS,
                 f"{name} is a {type(tensor).__name__}, a tensor subclass: capture reads plain tensors only",
                 node=name,
                 way_out="convert the model before it is quantized or distributed",

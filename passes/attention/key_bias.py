@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import ClosedForms, shape_of
@@ -171,7 +172,7 @@ def with_key_bias(
         column = state.call(aten.unsqueeze.default, (column, 0), like=at)
     heads, kv_heads, query_heads = shape_of(column)[1], shape_of(k)[1], shape_of(q)[1]
     if shape_of(column)[0] != 1 or (kv_heads % heads != 0 and heads != query_heads):
-        raise refuse(f"a bias by key token has {heads} heads, and the keys {kv_heads}", at)
+        raise refuse(Refusal.MASK, f"a bias by key token has {heads} heads, and the keys {kv_heads}", at)
     dtype = k.meta["val"].dtype
     if column.meta["val"].dtype != dtype:
         column = state.call(aten._to_copy.default, (column,), {"dtype": dtype}, like=at)

@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import ClosedForms, axis, shape_of
@@ -59,12 +60,12 @@ class Slots:
                 continue
             sizes = {self._sizes[a] for a in carried}
             if len(sizes) != 1:
-                raise refuse(f"caches of different lengths {sorted(sizes)} meet", node, _WAY_OUT)
+                raise refuse(Refusal.STATE, f"caches of different lengths {sorted(sizes)} meet", node, _WAY_OUT)
             self._rewrite(node, sizes.pop())
 
     def _elsewhere(self, node: fx.Node, why: str = "") -> Exception:
         text = f"the model's own cache is read by {op_name(node)}, outside attention"
-        return refuse(f"{text}: {why}" if why else text, node, _WAY_OUT)
+        return refuse(Refusal.STATE, f"{text}: {why}" if why else text, node, _WAY_OUT)
 
     def _rewrite(self, node: fx.Node, size: int) -> None:
         self.length = sympy.Integer(size)
@@ -134,7 +135,9 @@ class Slots:
             cut = self.state.call(aten.slice.Tensor, (mask, dim, 0, self.tokens), like=reader)
             if shape_of(cut)[dim] != self.state.length:
                 raise refuse(
-                    f"the example tokens fill the model's own cache of {size}: the trace specialised it", reader
+                    Refusal.SPECIALISED,
+                    f"the example tokens fill the model's own cache of {size}: the trace specialised it",
+                    reader,
                 )
             self._masks[mask, dim], self.axes[cut] = cut, None
         return self._masks[mask, dim]
@@ -153,6 +156,7 @@ class Slots:
                 for symbol in index.free_symbols & places:
                     if int(extent) - sympy.expand(index - symbol) < size:
                         raise refuse(
+                            Refusal.STATE,
                             f"the mask is read from a table of {extent} entries for a cache of {size} slots: nothing "
                             "shows that the later slots are hidden",
                             reader,
@@ -170,6 +174,7 @@ class Slots:
         if mask is None or call.get("is_causal"):
             what = "is_causal=True" if call.get("is_causal") else "no mask"
             raise refuse(
+                Refusal.STATE,
                 f"attention reads the whole cache with {what}: slots that no token has written are not hidden by "
                 "position",
                 node,

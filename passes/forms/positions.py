@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
 
 from ..framework.state import GraphState, refuse
@@ -71,10 +72,10 @@ def _descend(state: GraphState, forms: ClosedForms, node: fx.Node, cut: dict[fx.
     dims = _token_dims(state, form)
     text = f"{form.expr}".replace(f"a{dims[0]}", "i") if len(dims) == 1 else str(form.expr)
     if state.length in form.expr.free_symbols:
-        raise refuse(f"a value depends on the total number of tokens T = {state.length}: {text}", node)
+        raise refuse(Refusal.LENGTH, f"a value depends on the total number of tokens T = {state.length}: {text}", node)
     if len(dims) > 1:
         user = next((u for u in node.users if forms.of(u) is None), node)
-        raise refuse("a table over pairs of tokens is used outside an attention mask", user)
+        raise refuse(Refusal.POSITIONS, "a table over pairs of tokens is used outside an attention mask", user)
     at = dims[0]
     if axis(at) not in form.expr.free_symbols:
         cut[node] = Cut("constant", at)
@@ -82,7 +83,7 @@ def _descend(state: GraphState, forms: ClosedForms, node: fx.Node, cut: dict[fx.
     offset = _offset(form.expr, axis(at))
     if offset is not None and not form.is_bool:
         if offset < 0:
-            raise refuse(f"positions start below zero: {text}", node)
+            raise refuse(Refusal.POSITIONS, f"positions start below zero: {text}", node)
         cut[node] = Cut("position", at, offset)
         return
     sliced = _table_slice(state, forms, node, at)
@@ -90,10 +91,20 @@ def _descend(state: GraphState, forms: ClosedForms, node: fx.Node, cut: dict[fx.
         cut[node] = Cut("table", at, sliced)
         return
     if not _may_descend(form, at):
-        raise refuse(f"positions are not i + constant but {text}", node, "positions must count the tokens one by one")
+        raise refuse(
+            Refusal.POSITIONS,
+            f"positions are not i + constant but {text}",
+            node,
+            "positions must count the tokens one by one",
+        )
     sources = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor) and _follows(state, forms, a)]
     if not sources:
-        raise refuse(f"positions are not i + constant but {text}", node, "positions must count the tokens one by one")
+        raise refuse(
+            Refusal.POSITIONS,
+            f"positions are not i + constant but {text}",
+            node,
+            "positions must count the tokens one by one",
+        )
     for source in sources:
         _descend(state, forms, source, cut)
 
@@ -142,6 +153,7 @@ def _refuse_length_as_number(state: GraphState, node: fx.Node) -> None:
             chunk = chunk_of(size.node.expr)
             cut = f", as where tokens are cut into chunks of {chunk} to be mixed without attention" if chunk else ""
             raise refuse(
+                Refusal.LENGTH,
                 f"the number of tokens is used as a number: {size.node.expr}{cut}",
                 node,
                 "a tree's nodes lie on paths of different lengths, so the total has no meaning there",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from treespec_compiler.errors import Unsupported
+from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.ir.provenance import layer_path, module_class, op_name, source_line
 from treespec_compiler.ir.specs import AttentionSpec, Limit, PositionSpec
 
@@ -118,10 +118,10 @@ class GraphState:
         self.gm.recompile()
 
 
-def refuse(reason: str, node: fx.Node | None = None, way_out: str | None = None) -> Unsupported:
+def refuse(kind: Refusal, reason: str, node: fx.Node | None = None, way_out: str | None = None) -> Unsupported:
     """The refusal to raise, with the node's provenance."""
     if node is None:
-        return Unsupported(reason, way_out=way_out)
+        return Unsupported(kind, reason, way_out=way_out)
     named = f"{node.name} = {op_name(node)}" if node.op == "call_function" else node.name
     layer, module = layer_path(node), module_class(node)
-    return Unsupported(reason, node=named, source=source_line(node), layer=layer, module=module, way_out=way_out)
+    return Unsupported(kind, reason, node=named, source=source_line(node), layer=layer, module=module, way_out=way_out)

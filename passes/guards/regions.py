@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 
+from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.specs import Limit
 
 from ..forms.turning_point import turning_point
@@ -29,7 +30,7 @@ def about_length(guards: Guards, length: sympy.Symbol, name: sympy.Symbol | None
     """The guards, which must be on the number of tokens alone, under one name for it."""
     for guard in guards:
         if guard.free_symbols - {length}:
-            raise refuse(f"a condition on sizes cannot be decided: {guard}")
+            raise refuse(Refusal.BRANCH, f"a condition on sizes cannot be decided: {guard}")
     return [g.xreplace({length: name}) if name is not None else g for g in guards]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from treespec_compiler.errors import Unsupported
+from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.ir.provenance import layer_path, op_name
 
 from ..forms.closed_form import ClosedForms, shape_of
@@ -32,8 +32,8 @@ def no_attention(state: GraphState) -> Unsupported:
             return replace(mixer, reason=f"the model has no attention, and another token mixer: {mixer.reason}")
     if softmaxes:
         reason = "no attention was recognized: this softmax is not softmax(scale * q k^T + mask) v"
-        return refuse(reason, (over_tokens or softmaxes)[0], way_out)
-    return refuse("the model has no attention: there is no K/V cache to build a token tree on")
+        return refuse(Refusal.ATTENTION, reason, (over_tokens or softmaxes)[0], way_out)
+    return refuse(Refusal.NO_ATTENTION, "the model has no attention: there is no K/V cache to build a token tree on")
 
 
 def content_mask(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Unsupported:
@@ -45,8 +45,13 @@ def content_mask(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Unsupporte
         if op_name(node) in _CHOOSING and node in forms.tainted and (layer_path(node) or "").startswith(layers):
             chosen = node
     if chosen is None:
-        return refuse("the mask depends on the content of the tokens (padding, prefix-LM or a learned mask)", mask)
+        return refuse(
+            Refusal.CONTENT,
+            "the mask depends on the content of the tokens (padding, prefix-LM or a learned mask)",
+            mask,
+        )
     return refuse(
+        Refusal.CONTENT,
         f"the mask depends on the content of the tokens: {op_name(chosen)} chooses which keys are seen (an indexer)",
         chosen,
         "only masks of positions are converted: a choice by content has no state in a K/V cache",

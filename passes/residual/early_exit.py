@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.inputs import ROWS
 from treespec_compiler.ir.provenance import op_name
 
@@ -43,7 +44,11 @@ def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = 
     total = len(state.sites)
     groups = cuts(state)
     if not 0 < layers < total:
-        raise refuse(f"an early exit after {layers} of {total} attention layers", way_out=f"choose 1 to {total - 1}")
+        raise refuse(
+            Refusal.EARLY_EXIT,
+            f"an early exit after {layers} of {total} attention layers",
+            way_out=f"choose 1 to {total - 1}",
+        )
     exit_value, final = _stream(state, groups, layers), _final(state, groups)
     rows = state.node(ROWS)
     if shape_of(final)[1] != shape_of(exit_value)[1]:
@@ -99,7 +104,11 @@ def _is_tensor(node: fx.Node) -> bool:
 def _stream(state: GraphState, groups: list[list[fx.Node]], layers: int) -> fx.Node:
     if not groups[layers]:
         reason = f"no single value carries everything from attention {layers - 1} to attention {layers}"
-        raise refuse(reason, way_out="layers that share values other than the residual stream have no early exit")
+        raise refuse(
+            Refusal.EARLY_EXIT,
+            reason,
+            way_out="layers that share values other than the residual stream have no early exit",
+        )
     return groups[layers][-1]
 
 
@@ -107,7 +116,9 @@ def _final(state: GraphState, groups: list[list[fx.Node]]) -> fx.Node:
     """What the final norm reads: in the last layer, the cut at the place where the layer before it ends."""
     before, last = groups[-2], groups[-1]
     if not before or len(last) < len(before) or op_name(last[len(before) - 1]) != op_name(before[-1]):
-        raise refuse("the last layer is built unlike the one before it: its end was not found", state.logits)
+        raise refuse(
+            Refusal.EARLY_EXIT, "the last layer is built unlike the one before it: its end was not found", state.logits
+        )
     return last[len(before) - 1]
 
 
@@ -115,7 +126,9 @@ def _trained_head(state: GraphState, x: fx.Node, head: Mapping[str, Any], *, lik
     """projection @ (norm * rmsnorm(x)), with the two weights as new inputs."""
     width = shape_of(x)[2]
     if head["norm"].numel() != width:
-        raise refuse(f"the trained head is for a width of {head['norm'].numel()}, this model has {width}", x)
+        raise refuse(
+            Refusal.EARLY_EXIT, f"the trained head is for a width of {head['norm'].numel()}, this model has {width}", x
+        )
     norm, projection = (
         _weight(state, name, head[key]) for name, key in ((HEAD_NORM, "norm"), (HEAD_PROJECTION, "projection"))
     )

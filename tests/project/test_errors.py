@@ -9,10 +9,12 @@ import pickle
 import pytest
 
 from treespec_compiler import errors
-from treespec_compiler.errors import TreespecError, UnknownOption, Unsupported
+from treespec_compiler.errors import Refusal, TreespecError, UnknownOption, Unsupported
 
 EXAMPLES: list[TreespecError] = [
-    Unsupported("a window the trace was too short to show", node="%mask = le(a, b)", layer="model.layers.0"),
+    Unsupported(
+        Refusal.BRANCH, "a window the trace was too short to show", node="%mask = le(a, b)", layer="model.layers.0"
+    ),
     errors.InvalidTree(got="no nodes", expected="at least one"),
     errors.InvalidForest(got="slot 1 twice", expected="every slot at most once"),
     errors.InvalidPrompt(got="no ids", expected="at least one"),
@@ -74,6 +76,7 @@ def test_unknown_option_names_the_nearest() -> None:
 
 def test_unsupported_prints_node_source_layer_reason_and_way_out() -> None:
     error = Unsupported(
+        Refusal.MIXER,
         "roll moves values between tokens",
         node="%roll = aten.roll(%x, [1], [1])",
         source="model.py:12\n    x = x.roll(1, 1)",
@@ -89,7 +92,7 @@ def test_unsupported_prints_node_source_layer_reason_and_way_out() -> None:
         "  reason:  roll moves values between tokens",
         "  way out: use a causal convolution with a state",
     ]
-    assert "on_unsupported" in str(Unsupported("no attention at all"))
+    assert "on_unsupported" in str(Unsupported(Refusal.NO_ATTENTION, "no attention at all"))
 
 
 def test_the_base_takes_a_plain_message() -> None:

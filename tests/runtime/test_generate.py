@@ -14,6 +14,7 @@ from treespec_compiler.errors import (
     ContextOverflow,
     InvalidOption,
     InvalidPrompt,
+    Refusal,
     TokenizerMismatch,
     TokenOutOfRange,
     TreespecError,
@@ -317,7 +318,7 @@ class Counter(nn.Module):
 @pytest.fixture
 def refusing(monkeypatch):
     def refuse(model, options=None):
-        raise Unsupported("no attention at all", node="weight[ids]")
+        raise Unsupported(Refusal.NO_ATTENTION, "no attention at all", node="weight[ids]")
 
     import sys
     from types import ModuleType

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import Unsupported
+from ..errors import Refusal, Unsupported
+from .control_flow import where_specialised
+from .torch_errors import kind_of
 
 _FALLBACK = "or use on_unsupported='fallback'"
 _EXPERTS = (
@@ -18,18 +20,30 @@ _EXPERTS = (
 _DOES = {"for ": "loops over", "if ": "branches on", "elif ": "branches on", "while ": "branches on"}
 
 
-def no_graph(model: nn.Module, error: BaseException) -> Unsupported:
-    """The refusal for an error of Dynamo: the line, the submodule that it belongs to, and the way out."""
+def no_graph(model: nn.Module, error: BaseException, mode: Any = None) -> Unsupported:
+    """The refusal for an error of Dynamo: the line, the submodule that it belongs to, and the way out.
+
+    `mode`: the trace's fake mode, which remembers where a size was made a constant.
+    """
+    kind = kind_of(error)
+    if kind is Refusal.SPECIALISED:
+        return Unsupported(
+            kind,
+            "the model treats the number of tokens as a constant: the trace specialised it",
+            source=where_specialised(mode),
+            way_out="use torch ops on x.shape[1] instead of int(), len() or a buffer of fixed length",
+        )
     frames = list(getattr(error, "real_stack", None) or [])
     frame = frames[-1] if frames else None
     line = (frame.line or "").strip() if frame is not None else ""
     layer, module = _module_at(model, frame) if frame is not None else (None, None)
     what, way_out = _first_line(error), f"remove the graph break (torch._dynamo.explain shows it), {_FALLBACK}"
-    if "data-dependent" in str(error):
+    if kind is Refusal.CONTROL:
         does = next((words for start, words in _DOES.items() if line.startswith(start)), "uses")
         what = f"its code {does} values that are computed from the tokens"
         way_out = _without_the_loop(model) if does == "loops over" else f"compute it with tensors alone, {_FALLBACK}"
     return Unsupported(
+        kind,
         f"Dynamo cannot capture {type(model).__name__} as one graph: {what}",
         source=f"{frame.filename}:{frame.lineno}, in {frame.name}: {line}" if frame is not None else None,
         layer=layer,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TreespecError, Unsupported
+from ..errors import Refusal, TreespecError, Unsupported
 
 # Length of the example prompt. Any length above 1 does: the dimension is dynamic and every guard on it is examined.
 EXAMPLE_TOKENS = 11
@@ -38,6 +38,7 @@ def logits_of(output: Any) -> Any:
     if isinstance(output, Mapping):
         if "logits" not in output:
             raise Unsupported(
+                Refusal.CALL,
                 f"the model returns a mapping without logits: {', '.join(map(str, output))}",
                 way_out="return the logits under the name 'logits', or the tensor alone",
             )

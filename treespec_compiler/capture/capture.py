@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import TreespecError, Unsupported
+from ..errors import Refusal, TreespecError, Unsupported
 from ..logs import logger
 from .call import CallSpec, call_module, logits_of, tokens_of
 from .control_flow import refuse_control_flow, where_specialised
@@ -72,7 +72,9 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
     with tracing(model, traced), contextlib.suppress(_Captured):
         compiled(*call.args, **call.kwargs)
     if not traced:
-        raise Unsupported("the model gave no graph: its forward runs no tensor operation on the token ids")
+        raise Unsupported(
+            Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids"
+        )
     return _tidy(traced, model, call, tokens.shape[1])
 
 
@@ -143,10 +145,11 @@ def _tidy(traced: dict[str, Any], model: nn.Module, call: CallSpec, example_leng
             name, table, key = known.get(id(value), (source, None, ""))
             weights[node.name] = WeightRef(name, value, table, key)
     if tokens is None:
-        raise Unsupported("the graph does not read the token ids")
+        raise Unsupported(Refusal.CALL, "the graph does not read the token ids")
     length = tokens.meta["val"].shape[1]
     if not isinstance(length, torch.SymInt) or not isinstance(length.node.expr, sympy.Symbol):
         raise Unsupported(
+            Refusal.SPECIALISED,
             f"the number of tokens was specialised to {length} during the trace: the model treats it as a constant",
             source=where_specialised(traced["mode"]),
             way_out="use torch ops on x.shape[1] instead of int()/len() or a table of fixed length",
@@ -181,7 +184,9 @@ def _replace_sizes(gm: fx.GraphModule, tokens: fx.Node, sizes: list[fx.Node], le
         if node.users:
             value = node.meta["val"]
             if not isinstance(value, torch.SymInt) or value.node.expr != length:
-                raise Unsupported(f"the graph takes a number that is not the number of tokens: {value}", node=node.name)
+                raise Unsupported(
+                    Refusal.CALL, f"the graph takes a number that is not the number of tokens: {value}", node=node.name
+                )
             with gm.graph.inserting_after(_last_placeholder(gm)):
                 size = gm.graph.call_function(torch.ops.aten.sym_size.int, (tokens, 1))
             size.meta = dict(node.meta)

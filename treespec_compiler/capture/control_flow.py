@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import fx
 
-from ..errors import Unsupported
+from ..errors import Refusal, Unsupported
 from ..ir.provenance import layer_path, module_class, source_line
 
 _SCAN = "carries a state from step to step"
 _BRANCH = "chooses at run time what to compute"
 _MAP = "maps a function over a dimension (torch.vmap, as in an associative scan)"
 
+_KINDS = {_SCAN: Refusal.MIXER, _MAP: Refusal.MIXER, _BRANCH: Refusal.CONTROL}
 _REASONS = {
     "associative_scan": _SCAN,
     "scan": _SCAN,
@@ -32,6 +33,7 @@ def refuse_control_flow(gm: fx.GraphModule) -> None:
             name = str(getattr(node.target, "__name__", node.target))
             if node.op == "call_function" and name in _REASONS:
                 raise Unsupported(
+                    _KINDS[_REASONS[name]],
                     f"{name} {_REASONS[name]}",
                     node=f"{node.name} = {name}",
                     source=source_line(node),

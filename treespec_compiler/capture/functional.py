@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..errors import Unsupported
+from ..errors import Refusal, Unsupported
 from ..logs import logger
 from .functional_trace import functional_trace
 from .hidden_aliases import Interpreter
@@ -59,6 +59,7 @@ def _refuse_shared(inputs: Sequence[Any], written: Sequence[int], names: Sequenc
     for i in written:
         if storages.count(storages[i]) > 1:
             raise Unsupported(
+                Refusal.STATE,
                 f"the forward pass changes state in place: {names[i]}, which shares memory with another tensor",
                 way_out="call it without its own cache (use_cache=False), or give each buffer its own memory",
             )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import Unsupported
+from ..errors import Refusal, Unsupported
 from ..ir.provenance import layer_path, module_class, source_line
 
 
@@ -54,6 +54,7 @@ class Interpreter(fx.Interpreter):
             written = any(_writes(t) > before for t, before in zip(pair.tensors, pair.writes, strict=True))
             if written and all(_read_after(self.env, t, pair.node, order) for t in pair.tensors):
                 raise Unsupported(
+                    Refusal.STATE,
                     "its result is its argument, and one of them is changed in place while the other is still in use",
                     node=f"{pair.node.name} = {getattr(pair.node.target, '__name__', pair.node.target)}",
                     source=source_line(pair.node),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from ..errors import Unsupported
+from ..errors import Refusal, Unsupported
 from .weight_ref import WeightRef
 
 
@@ -20,6 +20,7 @@ def put_logits_first(gm: fx.GraphModule, written: Sequence[str], weights: Mappin
     foreign = [weights[n].name if n in weights else n for n in written if _nobodys(n, weights)]
     if foreign:
         raise Unsupported(
+            Refusal.STATE,
             f"the forward pass changes state in place: {', '.join(foreign)}",
             way_out="call it without its own cache (use_cache=False), or move the update out of forward",
         )
@@ -29,6 +30,7 @@ def put_logits_first(gm: fx.GraphModule, written: Sequence[str], weights: Mappin
     kept = sum(not (_is_constant(value) or _is_held(value, weights)) for value in attributes)
     if kept:
         raise Unsupported(
+            Refusal.STATE,
             f"the forward pass keeps {kept} value(s) besides the logits (it sets attributes)",
             way_out="move the assignment out of forward, or call it without its own cache (use_cache=False)",
         )

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from ..errors import Unsupported
 from .broken_graphs import no_graph
-from .control_flow import where_specialised
+from .torch_errors import TRACE_ERRORS, own_refusal
 
 
 @contextlib.contextmanager
@@ -29,20 +28,11 @@ def tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
             yield
     except Unsupported:
         raise
-    except ConstraintViolationError as error:
-        raise Unsupported(
-            "the model treats the number of tokens as a constant: the trace specialised it",
-            source=where_specialised(traced.get("mode")),
-            way_out="use torch ops on x.shape[1] instead of int(), len() or a buffer of fixed length",
-        ) from error
-    except torch._dynamo.exc.TorchDynamoException as error:
-        cause = error.__cause__ if isinstance(error.__cause__, Unsupported) else None
-        inner = getattr(error, "inner_exception", None)
-        if isinstance(inner, Unsupported):
-            cause = inner
-        if cause is not None:
-            raise cause from None
-        raise no_graph(model, error) from error
+    except TRACE_ERRORS as error:
+        own = own_refusal(error)
+        if own is not None:
+            raise own from None
+        raise no_graph(model, error, traced.get("mode")) from error
     finally:
         guard_log.setLevel(level)
 

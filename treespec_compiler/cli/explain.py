@@ -58,6 +58,7 @@ def run(arguments: Namespace) -> int:
 def refusal_fields(error: Unsupported) -> dict[str, Any]:
     source = short_source(error.source) if error.source else None
     fields = {
+        "kind": str(error.kind),
         "reason": error.reason,
         "node": error.node,
         "source": source,

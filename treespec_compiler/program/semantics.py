@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.call import CallSpec, call_module, logits_of
-from ..errors import PassError, Unsupported
+from ..errors import PassError, Refusal, Unsupported
 from ..ir import ops
 from ..ir.inputs import TOKENS, is_pool
 from ..logs import logger
@@ -165,6 +165,7 @@ def lengths_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
         if not _error(got, expected) <= 10 * TOLERANCE.get(value.dtype, LOOSE):
             many = "one token takes" if length == 1 else f"{length} tokens, or a second call, takes"
             raise Unsupported(
+                Refusal.BRANCH,
                 f"a prompt of {many} another branch: its logits differ by {_error(got, expected):.2e} of the largest "
                 "from those of the traced graph",
                 way_out="make the forward pass the same for every number of tokens",

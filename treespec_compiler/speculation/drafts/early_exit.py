@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ...errors import InvalidOption, Unsupported
+from ...errors import InvalidOption, Refusal, Unsupported
 from ...program.cache import TreeCache
 from ...program.early_exit import EarlyExitProgram, ExitHead, exit_graph
 from ...program.executor import Executor
@@ -124,7 +124,7 @@ def choose_layers(target: TreeProgram, text: Sequence[int]) -> int:
             agreement = float((logits.argmax(-1) == wanted).float().mean())
             speeds[layers] = expected_speed(agreement, exit_.weight_bytes / target.weight_bytes)
     if not speeds:
-        raise Unsupported("no layer of this model has an early exit", way_out="use another draft")
+        raise Unsupported(Refusal.EARLY_EXIT, "no layer of this model has an early exit", way_out="use another draft")
     best = max(speeds, key=lambda layers: (speeds[layers], -layers))
     _CHOSEN[target] = best
     return best
