@@ -12,7 +12,7 @@ from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import layer_path, source_line
 from treespec_compiler.ir.specs import AttentionSpec, Limit, MaskSpec
 
-from .attention.score_pack import ScorePack, cone
+from .attention.score_pack import score_table
 from .forms.biases import NotAMask
 from .forms.closed_form import ClosedForms, broadcast, shape_of
 from .forms.evaluate import evaluate_for_length
@@ -83,10 +83,8 @@ def _scoring(
         raise refuse(Refusal.MASK, str(error), node) from None
     if not scoring.bias:
         return scoring, None
-    pack = ScorePack(cone(mask, state.gm), state.tokens, scoring.bias, int(heads), scoring.mask.limit or 2)
-    values = state.add_input(f"score_{len(state.packs)}", pack.build(state.constants))
-    state.packs[values.name] = pack
-    return scoring, values
+    table = score_table(state, mask, scoring.bias, int(heads), scoring.mask.limit or 2)
+    return scoring, state.add_weight("score", table)
 
 
 def _unknown(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Exception:

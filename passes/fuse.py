@@ -7,29 +7,17 @@ q/k/v or gate/up projections are one product whose result is split.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from treespec_compiler.ir import ops
-from treespec_compiler.ir.linear import pack_weight
 from treespec_compiler.ir.registry import best_kernel
+from treespec_compiler.ir.weights import Pack
 from treespec_compiler.options import Options
 
 from .framework.manager import Pass
 from .framework.state import GraphState
-from .spellings.products import JoinSpec, Product, bias_pieces, built_input, products, replace_by_slices, weight_pieces
-
-
-@dataclass(frozen=True)
-class PackSpec:
-    """A weight that is joined, then packed."""
-
-    joined: JoinSpec
-
-    def build(self, constants: dict[str, Tensor]) -> Tensor:
-        return pack_weight(self.joined.build(constants))
+from .spellings.products import Product, joined_bias, joined_weight, products, replace_by_slices
 
 
 def pack_linears(state: GraphState) -> int:
@@ -40,11 +28,12 @@ def pack_linears(state: GraphState) -> int:
 
 
 def _pack(state: GraphState, members: Sequence[Product]) -> None:
-    weight = built_input(state, PackSpec(JoinSpec(weight_pieces(members))))
-    bias = built_input(state, JoinSpec(bias_pieces(members))) if members[0].bias is not None else None
+    made, joined = Pack(joined_weight(members)), joined_bias(members)
+    weight = state.add_weight("packed", made)
+    bias = state.add_weight("packed", joined) if joined is not None else None
     args = (members[0].x, weight, bias, sum(m.out_features for m in members))
-    joined = state.call(torch.ops.treespec.packed_linear.default, args, like=members[0].node)
-    replace_by_slices(state, members, joined)
+    product = state.call(torch.ops.treespec.packed_linear.default, args, like=members[0].node)
+    replace_by_slices(state, members, product)
 
 
 def _has_kernel(state: GraphState, options: Options) -> bool:

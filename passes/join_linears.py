@@ -11,19 +11,19 @@ import torch
 
 from .framework.manager import Pass
 from .framework.state import GraphState
-from .spellings.products import JoinSpec, bias_pieces, built_input, products, replace_by_slices, weight_pieces
+from .spellings.products import joined_bias, joined_weight, products, replace_by_slices
 
 aten = torch.ops.aten
 
 
 def join_linears(state: GraphState) -> int:
-    groups = [members for members in products(state, lambda weight: weight.is_floating_point()) if len(members) > 1]
+    groups = [members for members in products(state, lambda weight: weight.dtype.is_floating_point) if len(members) > 1]
     for members in groups:
         first = members[0]
-        weight = built_input(state, JoinSpec(weight_pieces(members)))
-        bias = built_input(state, JoinSpec(bias_pieces(members))) if first.bias is not None else None
-        joined = state.call(aten.linear.default, (first.x, weight, bias), like=first.node)
-        replace_by_slices(state, members, joined)
+        weight, joined = state.add_weight("packed", joined_weight(members)), joined_bias(members)
+        bias = state.add_weight("packed", joined) if joined is not None else None
+        product = state.call(aten.linear.default, (first.x, weight, bias), like=first.node)
+        replace_by_slices(state, members, product)
     return sum(map(len, groups))
 
 

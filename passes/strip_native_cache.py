@@ -90,7 +90,7 @@ _JOINS = ("aten.cat", "aten.hstack", "aten.vstack")
 
 
 def _changes_state(state: GraphState, cache: fx.Node, why: str, node: fx.Node | None = None) -> Unsupported:
-    name = state.labels.get(cache.name, cache.name)
+    name = state.weights.label(cache.name) or cache.name
     return refuse(Refusal.STATE, f"the forward pass changes state in place: {name}; {why}", node, _WAY_OUT)
 
 

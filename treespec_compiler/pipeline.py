@@ -17,6 +17,7 @@ from .capture.weight_ref import WeightRef
 from .errors import InvalidPipeline, PassError, Refusal, Unsupported
 from .ir import verify
 from .ir.specs import Limit
+from .ir.weights import Source
 from .logs import logger, set_logs_from_environment
 from .options import Options
 from .passes.framework.found import built_in
@@ -26,6 +27,7 @@ from .passes.framework.plan import plan
 from .passes.framework.registry import registered_passes
 from .passes.framework.reproducer import Reproducer
 from .passes.framework.state import GraphState
+from .passes.framework.weights import Weights
 
 log = logger(__name__)
 
@@ -37,7 +39,10 @@ class Converted:
     """A tree program before lowering: the graph, what was proved, and its history."""
 
     state: GraphState
-    weights: dict[str, WeightRef]
+    sources: dict[str, WeightRef]
+    """The model's tensors that the program depends on, by their names."""
+    proved_from: list[str]
+    """Those of them whose values a proof used."""
     history: History
     capture_seconds: float
     max_context: int | None
@@ -50,6 +55,7 @@ class Prepared:
     """A captured model, and the passes that are to run on it."""
 
     state: GraphState
+    sources: dict[str, WeightRef]
     passes: list[Pass]
     checks: list[Check]
     capture_seconds: float
@@ -63,17 +69,18 @@ def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
     started = time.perf_counter()
     captured = capture(model, call)
     seconds = time.perf_counter() - started
-    state = _state(captured, options)
+    sources: dict[str, WeightRef] = {}  # of every capture: passes may go on with another one
+    state = _state(captured, options, sources)
     passes = plan(options.pipeline, built_in(), others, lambda step: step.is_wanted(state, options))
     checks: list[Check] = [] if options.verify_each == "none" else [check_level]
 
     def other_length(tokens: int, before: str) -> GraphState:
-        there = _state(capture(model, call.with_length(tokens)), options)
+        there = _state(capture(model, call.with_length(tokens)), options, sources)
         run_passes(there, list(itertools.takewhile(lambda step: step.slug != before, passes)), checks)
         return there
 
     state.other_length = other_length
-    return Prepared(state, passes, checks, seconds)
+    return Prepared(state, sources, passes, checks, seconds)
 
 
 def convert(
@@ -92,9 +99,20 @@ def convert(
         state, prepared.passes, [*prepared.checks, *checks], user_checks, _watching(options, instruments)
     )
     state.other_length = None
+    proved = {source for name in state.proved_from & set(state.weights) for source in state.weights[name].sources}
+    sources = {name: prepared.sources[name] for name in sorted(state.weights.sources)}
     _drop_unused_inputs(state)
     max_context, limits = _context(state.limits, options.max_context)
-    return Converted(state, state.weights, history, prepared.capture_seconds, max_context, limits, _input_vocab(state))
+    return Converted(
+        state,
+        sources,
+        sorted(proved),
+        history,
+        prepared.capture_seconds,
+        max_context,
+        limits,
+        _input_vocab(state),
+    )
 
 
 def _watching(options: Options, instruments: Sequence[Instrument]) -> list[Instrument]:
@@ -114,17 +132,18 @@ def check_complete(passes: Sequence[Pass]) -> None:
         )
 
 
-def _state(captured: Capture, options: Options) -> GraphState:
+def _state(captured: Capture, options: Options, sources: dict[str, WeightRef]) -> GraphState:
+    """The state of a captured graph; its weights are added to `sources`, from which they are read."""
+    sources |= {ref.name: ref for ref in captured.weights.values()}
+    weights = {name: Source.of(ref.name, ref.tensor) for name, ref in captured.weights.items()}
     return GraphState(
         gm=captured.graph,
         tokens=captured.tokens,
         position_inputs=captured.positions,
-        constants={name: ref.tensor for name, ref in captured.weights.items()},
+        weights=Weights(lambda name: sources[name].tensor, weights),
         length=captured.length,
         fake_mode=captured.fake_mode,
         guards=captured.guards,
-        labels={name: ref.name for name, ref in captured.weights.items()},
-        weights=dict(captured.weights),
         max_context=options.max_context,
         portable=options.kernels == "aten",
         written=list(captured.written),
@@ -155,11 +174,11 @@ def refuse_subclasses(model: nn.Module) -> None:
 def _drop_unused_inputs(state: GraphState) -> None:
     """Weights that were packed, and positions given by the caller, are not read any more."""
     for node in list(state.graph.nodes):
-        if (
-            node.op == "placeholder"
-            and not node.users
-            and (node.name in state.constants or node.name in state.position_inputs)
-        ):
+        if node.op != "placeholder" or node.users:
+            continue
+        if node.name in state.weights:
+            state.forget(node.name)
+        elif node.name in state.position_inputs:
             state.graph.erase_node(node)
     state.gm.recompile()
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from treespec_compiler.ir.weights import Table
+
 from ..forms.evaluate import evaluate_for_length
+from ..framework.state import GraphState
 
 
 def cone(node: fx.Node, gm: fx.GraphModule) -> fx.GraphModule:
@@ -29,8 +33,8 @@ def cone(node: fx.Node, gm: fx.GraphModule) -> fx.GraphModule:
 
 
 @dataclass(frozen=True, eq=False)
-class ScorePack:
-    """`build` evaluates the mask: slopes [heads], or bias [heads, limit] by distance."""
+class ScoreTable:
+    """Evaluates the mask with given weights: slopes [heads], or bias [heads, limit] by distance."""
 
     mask: fx.GraphModule
     tokens: str
@@ -38,13 +42,25 @@ class ScorePack:
     heads: int
     limit: int
 
-    def build(self, constants: dict[str, Tensor]) -> Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.heads,) if self.kind == "slopes" else (self.heads, self.limit)
+
+    def __call__(self, constants: Mapping[str, Tensor]) -> Tensor:
         n = 2 if self.kind == "slopes" else self.limit
         output = next(x for x in reversed(self.mask.graph.nodes) if x.op == "output")
         values = evaluate_for_length(output.args[0], self.tokens, constants, self.mask, n)
         last = values.expand(*values.shape[:-2], n, n)[..., n - 1, :].reshape(
             -1, n
         )  # [heads or 1, n]: the last query's row
-        device = next((t.device for t in constants.values()), last.device)
         found = last[:, 1] - last[:, 0] if self.kind == "slopes" else last.flip(1)
-        return found.expand(self.heads, *found.shape[1:]).contiguous().to(device)
+        return found.expand(self.heads, *found.shape[1:]).contiguous()
+
+
+def score_table(state: GraphState, mask: fx.Node, kind: str, heads: int, limit: int) -> Table:
+    """The weight expression of a mask's slopes or biases."""
+    part = cone(mask, state.gm)
+    function = ScoreTable(part, state.tokens, kind, heads, limit)
+    inputs = tuple((n.name, state.weights[n.name]) for n in part.graph.nodes if n.name in state.weights)
+    value = mask.meta["val"]
+    return Table(function, inputs, function.shape, value.dtype, value.device)

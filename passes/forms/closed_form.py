@@ -10,7 +10,7 @@ Size-1 axes never occur in a form: their only index is 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
@@ -32,7 +32,7 @@ class ClosedForms:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, constants: dict[str, Tensor], positions: Sequence[str] = (), tokens: str = ""
+        self, gm: fx.GraphModule, constants: Mapping[str, Tensor], positions: Sequence[str] = (), tokens: str = ""
     ) -> None:
         self.gm = gm
         self.constants = constants

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ def cone(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def evaluate_for_length(node: fx.Node, tokens: str, constants: dict[str, Tensor], gm: fx.GraphModule, n: int) -> Tensor:
+def evaluate_for_length(
+    node: fx.Node, tokens: str, constants: Mapping[str, Tensor], gm: fx.GraphModule, n: int
+) -> Tensor:
     """The value of `node` for n tokens, by interpreting the nodes it depends on."""
     needed = cone(node)
     # NOTE token content is never read here (the cone has a closed form); zeros stand in for shape-only uses.
@@ -44,7 +47,7 @@ def evaluate_for_length(node: fx.Node, tokens: str, constants: dict[str, Tensor]
     return values[node]
 
 
-def _placeholder(node: fx.Node, tokens: str, constants: dict[str, Tensor], n: int) -> Any:
+def _placeholder(node: fx.Node, tokens: str, constants: Mapping[str, Tensor], n: int) -> Any:
     if node.name == tokens:
         return torch.zeros(1, n, dtype=torch.int64)
     if node.name in constants:

@@ -10,7 +10,7 @@ import json
 import platform
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,15 @@ class Reproducer(Instrument):
         self, options: Options, folder: Path | None = None, model: str | None = None, refusals: bool = False
     ) -> None:
         self.options, self.folder, self.model, self.refusals = options, folder, model, refusals
-        self._captured: fx.Graph | None = None
+        self._captured: tuple[GraphState, fx.Graph] | None = None
         self._ran: list[Pass] = []
 
     def before(self, state: GraphState, step: Pass) -> None:
         if self._captured is None:
-            self._captured = fx.Graph()
-            self._captured.output(self._captured.graph_copy(state.graph, {}))
+            graph = fx.Graph()
+            graph.output(graph.graph_copy(state.graph, {}))
+            kept = replace(state, weights=state.weights.copy(), written=list(state.written))
+            self._captured = kept, graph
         self._ran.append(step)
 
     def after(self, state: GraphState, step: Pass, record: PassRecord) -> None:
@@ -74,8 +76,10 @@ class Reproducer(Instrument):
 
     def _write(self, folder: Path, state: GraphState, step: Pass, error: Exception) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        captured = snapshot(state, CAPTURE, self._captured, "captured")
-        tensors = dict(state.constants)
+        assert self._captured is not None  # `before` ran
+        first, graph = self._captured
+        captured = snapshot(first, CAPTURE, graph)
+        tensors = dict(first.constants)
         tensors |= {n.name: getattr(state.gm, n.target) for n in captured.nodes if n.op == "get_attr"}
         saved, left_out = _split(tensors)
         save_file(saved, folder / WEIGHTS)

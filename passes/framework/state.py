@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -13,6 +14,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.ir.provenance import layer_path, module_class, op_name, source_line
 from treespec_compiler.ir.specs import AttentionSpec, Limit, PositionSpec
+from treespec_compiler.ir.weights import Expression
+
+from .weights import Weights
 
 
 class OtherLength(Protocol):
@@ -25,14 +29,14 @@ class OtherLength(Protocol):
 class GraphState:
     """A decoder's graph on its way to a tree program.
 
-    `constants` are the tensors behind weight placeholders; `inputs` are the placeholders that passes added, in call
+    `weights` says what each weight placeholder is made of; `inputs` are the placeholders that passes added, in call
     order; `level` names the invariant that the graph satisfies (see `ir.verify`).
     """
 
     gm: fx.GraphModule
     tokens: str
     position_inputs: list[str]
-    constants: dict[str, Tensor]
+    weights: Weights
     length: sympy.Symbol
     fake_mode: Any
     guards: list[sympy.Basic]
@@ -41,14 +45,11 @@ class GraphState:
     positions: list[PositionSpec] = field(default_factory=list)
     limits: list[Limit] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
-    packs: dict[str, Any] = field(default_factory=dict)
     lone_lengths: list[int] = field(default_factory=list)  # lengths that a run must compare with the model
-    proved_from: set[str] = field(default_factory=set)  # constants whose values a proof used
-    labels: dict[str, str] = field(default_factory=dict)  # weight placeholder -> the module's name for it
+    proved_from: set[str] = field(default_factory=set)  # weight placeholders whose values a proof used
     written: list[str] = field(default_factory=list)  # inputs that forward writes; outputs 1, 2, ... are them
     caches: list[str] = field(default_factory=list)  # the module's names of them, stripped or not
     notes: dict[str, Any] = field(default_factory=dict)  # what passes found out, by pass name
-    weights: dict[str, Any] = field(default_factory=dict)  # weight placeholder -> where the module keeps it
     max_context: int | None = None  # the context that was asked for
     portable: bool = False  # whether ops are bound to kernels for any device (ATen) only
     other_length: OtherLength | None = None  # the model analysed for another length
@@ -59,6 +60,11 @@ class GraphState:
 
     def node(self, name: str) -> fx.Node:
         return next(n for n in self.graph.nodes if n.name == name)
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """The tensors of weight placeholders, each built when it is asked for."""
+        return self.weights.tensors
 
     @property
     def output(self) -> fx.Node:
@@ -91,19 +97,33 @@ class GraphState:
         return node
 
     def add_input(self, name: str, value: Tensor) -> fx.Node:
-        """Append a placeholder. NOTE always after the last one: inserting after a fixed anchor would reverse them."""
+        """Append a placeholder for tensors like `value`."""
+        return self._append(name, self.fake_mode.from_tensor(value, static_shapes=True))
+
+    def add_weight(self, name: str, made: Expression) -> fx.Node:
+        """The placeholder of a weight expression, one for equal ones; a new one is `name_` and a number."""
+        known = self.weights.named(made)
+        if known is not None:
+            return self.node(known)
+        with self.fake_mode:
+            value = torch.empty(made.shape, dtype=made.dtype, device=made.device)
+        node = self._append(f"{name}_{len(self.weights.derived)}", value)
+        self.weights.add(node.name, made)
+        return node
+
+    def _append(self, name: str, value: Tensor) -> fx.Node:
+        """NOTE always after the last placeholder: inserting after a fixed anchor would reverse them."""
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
-        node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
+        node.meta["val"] = value
         self.inputs.append(node.name)
         return node
 
     def forget(self, name: str) -> None:
         """Drop a weight that nothing reads."""
         self.graph.erase_node(self.node(name))
-        del self.constants[name]
-        self.weights.pop(name, None)
+        self.weights.drop(name)
 
     def become(self, other: GraphState) -> None:
         """Go on with another trace of the same model, on which the same passes ran."""

@@ -38,7 +38,7 @@ def meaning(state: GraphState, reach: int | None = None) -> tuple[Any, ...]:
         names[node] = len(names)
         what: Any = str(node.target) if node.op == "call_function" else node.op
         if node.op == "placeholder":
-            what = id(state.constants[node.name]) if node.name in state.constants else "input"
+            what = state.weights.label(node.name) or "input"
         elif node.op == "get_attr":
             what = _contents(getattr(state.gm, str(node.target)))
         args = _attention_args(node, reach) if node.target is _ATTENTION else node.args
@@ -46,7 +46,7 @@ def meaning(state: GraphState, reach: int | None = None) -> tuple[Any, ...]:
     masks = tuple(
         (_within(s.mask, reach), s.scale, s.heads, s.kv_heads, s.softcap, s.bias, s.sinks) for s in state.sites
     )
-    return masks, tuple(rows), tuple(_contents(pack.build(state.constants)) for pack in state.packs.values())
+    return masks, tuple(rows), tuple(_contents(state.constants[name]) for name in state.weights.derived)
 
 
 _ATTENTION = causal_attention._opoverload

@@ -32,7 +32,7 @@ def copy_state(state: GraphState) -> GraphState:
     output = graph.graph_copy(state.graph, {})
     graph.output(output)
     gm = fx.GraphModule(state.gm, graph)
-    return replace(state, gm=gm, packs=dict(state.packs), sites=list(state.sites), inputs=list(state.inputs))
+    return replace(state, gm=gm, weights=state.weights.copy(), sites=list(state.sites), inputs=list(state.inputs))
 
 
 def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = None) -> int:
@@ -63,8 +63,9 @@ def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = 
     for node in list(state.graph.nodes):
         if node.op == "placeholder" and not node.users:
             state.graph.erase_node(node)
+            if node.name in state.weights:
+                state.weights.drop(node.name)
     state.sites = state.sites[:layers]
-    state.packs = {name: spec for name, spec in state.packs.items() if any(n.name == name for n in state.graph.nodes)}
     state.gm.recompile()
     return total - layers
 

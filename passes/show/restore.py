@@ -12,8 +12,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from treespec_compiler.errors import TreespecError
 from treespec_compiler.ir import sequence_attention  # noqa: F401  (defines the ops)
+from treespec_compiler.ir.weights import Source
 
 from ..framework.state import GraphState
+from ..framework.weights import Weights
 from .snapshot import _SHORT, NodeData, Snapshot
 
 # Any number above 1: the dimension is symbolic.
@@ -44,18 +46,23 @@ def restore(graph: Snapshot, tensors: dict[str, Tensor]) -> GraphState:
         node.meta |= _provenance(data)
         made[data.name] = node
     gm = fx.GraphModule(root, new)
-    inputs = {n.name for n in graph.nodes if n.op == "placeholder"}
     return GraphState(
         gm=gm,
         tokens=graph.tokens,
         position_inputs=list(graph.position_inputs),
-        constants={name: t for name, t in tensors.items() if name in inputs},
+        weights=_weights(graph, tensors),
         length=made[graph.tokens].meta["val"].shape[1].node.expr,
         fake_mode=mode,
         guards=[],
-        labels={n.name: n.label for n in graph.nodes if n.label},
         written=list(graph.written),
     )
+
+
+def _weights(graph: Snapshot, tensors: dict[str, Tensor]) -> Weights:
+    """The placeholders with a tensor, by the model's names for them where these were kept."""
+    labels = {n.name: n.label or n.name for n in graph.nodes if n.op == "placeholder" and n.name in tensors}
+    held = {label: tensors[name] for name, label in labels.items()}
+    return Weights(held.__getitem__, {name: Source.of(label, held[label]) for name, label in labels.items()})
 
 
 def _fake_input(mode: Any, data: NodeData, graph: Snapshot, tensors: dict[str, Tensor]) -> Tensor:

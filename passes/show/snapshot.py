@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from treespec_compiler.ir.provenance import layer_path, op_name, source_line
 
 from ..framework.state import GraphState
+from ..framework.weights import Weights
 
 SCHEMA = 1
 
@@ -37,6 +38,7 @@ class NodeData:
     layer: str = ""  # "model.layers.0.self_attn"
     source: str = ""  # "file:line, in function: code"
     label: str = ""  # a weight's name in the module
+    made: str = ""  # what another weight is made of: "pack(join(q.weight, k.weight))"
     site: int | None = None  # the attention site's number
 
     @property
@@ -90,15 +92,15 @@ class Snapshot:
         return cls(document["after"], document["level"], nodes, document["tokens"], positions, written)
 
 
-def snapshot(state: GraphState, after: str, graph: fx.Graph | None = None, level: str | None = None) -> Snapshot:
-    """The state's graph as it is now, or an earlier copy of it with its level."""
+def snapshot(state: GraphState, after: str, graph: fx.Graph | None = None) -> Snapshot:
+    """The state's graph as it is now, or a copy that was made of it when the rest of the state was so."""
     symbol = str(state.length)
-    nodes = tuple(_node(node, symbol, state.labels) for node in (graph or state.graph).nodes)
+    nodes = tuple(_node(node, symbol, state.weights) for node in (graph or state.graph).nodes)
     inputs = tuple(state.position_inputs), tuple(state.written)
-    return Snapshot(after, level or state.level, nodes, state.tokens, *inputs)
+    return Snapshot(after, state.level, nodes, state.tokens, *inputs)
 
 
-def _node(node: fx.Node, symbol: str, labels: dict[str, str]) -> NodeData:
+def _node(node: fx.Node, symbol: str, weights: Weights) -> NodeData:
     source = source_line(node) or ""
     return NodeData(
         name=node.name,
@@ -109,7 +111,8 @@ def _node(node: fx.Node, symbol: str, labels: dict[str, str]) -> NodeData:
         type=type_text(node.meta.get("val"), symbol),
         layer=(layer_path(node) or "") if node.op == "call_function" else "",
         source=source,
-        label=labels.get(node.name, ""),
+        label=weights.label(node.name),
+        made=str(weights[node.name]) if node.name in weights and not weights.label(node.name) else "",
         site=node.meta.get("site"),
     )
 

@@ -7,28 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from treespec_compiler.ir.provenance import op_name
+from treespec_compiler.ir.weights import Expression, Join, Transpose
 
 from ..forms.closed_form import shape_of
 from ..framework.state import GraphState
 
 aten = torch.ops.aten
 
-Usable = Callable[[Tensor], bool]
-
-
-@dataclass(frozen=True)
-class JoinSpec:
-    """How a weight or bias is made from the module's tensors: pieces in output order, each [N, K] or transposed."""
-
-    pieces: tuple[tuple[str, bool], ...]  # (placeholder name, transposed)
-
-    def build(self, constants: dict[str, Tensor]) -> Tensor:
-        """[sum N, K], or [sum N] of biases; contiguous."""
-        parts = [constants[n].detach().t() if t else constants[n].detach() for n, t in self.pieces]
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
+Usable = Callable[[Expression], bool]
 
 
 @dataclass(frozen=True)
@@ -37,9 +26,8 @@ class Product:
 
     node: fx.Node
     x: fx.Node
-    weight: str
-    transposed: bool
-    bias: str | None
+    weight: Expression  # [N, K]
+    bias: Expression | None  # [N]
     out_features: int
 
 
@@ -53,22 +41,15 @@ def products(state: GraphState, usable: Usable) -> list[list[Product]]:
     return list(groups.values())
 
 
-def weight_pieces(members: Sequence[Product]) -> tuple[tuple[str, bool], ...]:
-    return tuple((m.weight, m.transposed) for m in members)
+def joined_weight(members: Sequence[Product]) -> Join:
+    """[sum N, K]: the members' weights in their order."""
+    return Join(tuple(m.weight for m in members))
 
 
-def bias_pieces(members: Sequence[Product]) -> tuple[tuple[str, bool], ...]:
-    return tuple((str(m.bias), False) for m in members)
-
-
-def built_input(state: GraphState, spec: Any) -> fx.Node:
-    """One placeholder per distinct built tensor, however often it is used."""
-    for name, known in state.packs.items():
-        if known == spec:
-            return state.node(name)
-    node = state.add_input(f"packed_{len(state.packs)}", spec.build(state.constants))
-    state.packs[node.name] = spec
-    return node
+def joined_bias(members: Sequence[Product]) -> Join | None:
+    """[sum N], or None: all members of a group have a bias, or none has."""
+    biases = tuple(m.bias for m in members if m.bias is not None)
+    return Join(biases) if biases else None
 
 
 def replace_by_slices(state: GraphState, members: Sequence[Product], joined: fx.Node) -> None:
@@ -82,14 +63,23 @@ def replace_by_slices(state: GraphState, members: Sequence[Product], joined: fx.
         start = end
 
 
-def _constant(state: GraphState, node: Any, usable: Usable) -> tuple[str, bool] | None:
-    """(placeholder, transposed) of a usable weight or its transpose."""
+def _constant(state: GraphState, node: Any, usable: Usable) -> Expression | None:
+    """A usable weight or its transpose."""
     transposed = False
-    if isinstance(node, fx.Node) and op_name(node) in ("aten.t", "aten.permute", "aten.transpose") and _rank(node) == 2:
+    if isinstance(node, fx.Node) and _rank(node) == 2 and _swaps(node):
         node, transposed = node.args[0], True
-    if not isinstance(node, fx.Node) or node.name not in state.constants or not usable(state.constants[node.name]):
+    made = state.weights.get(node.name) if isinstance(node, fx.Node) else None
+    if made is None or not usable(made):
         return None
-    return node.name, transposed
+    return Transpose(made) if transposed else made
+
+
+def _swaps(node: fx.Node) -> bool:
+    """Whether the node exchanges the two dimensions of a matrix."""
+    name, dims = op_name(node), node.args[1:]
+    if name == "aten.permute":
+        return [int(d) % 2 for d in dims[0]] == [1, 0]
+    return name == "aten.t" or (name == "aten.transpose" and (dims[0] - dims[1]) % 2 == 1)
 
 
 def _rank(node: fx.Node) -> int:
@@ -109,10 +99,11 @@ def _product(state: GraphState, node: fx.Node, usable: Usable) -> Product | None
     else:
         return None
     source = _constant(state, weight, usable)
-    if source is None or not isinstance(x, fx.Node) or x.name in state.constants or _rank(weight) != 2:
+    if source is None or not isinstance(x, fx.Node) or x.name in state.weights or _rank(weight) != 2:
         return None
     bias_source = _constant(state, bias, usable) if bias is not None else None
     if bias is not None and (bias_source is None or _rank(bias) != 1):
         return None
-    out = int(shape_of(node)[-1])
-    return Product(node, x, source[0], source[1] != flip, bias_source[0] if bias_source else None, out)
+    if flip:
+        source = source.of if isinstance(source, Transpose) else Transpose(source)
+    return Product(node, x, source, bias_source, int(shape_of(node)[-1]))

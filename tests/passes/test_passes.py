@@ -17,6 +17,7 @@ from treespec_compiler.capture.call import call_spec
 from treespec_compiler.capture.capture import capture
 from treespec_compiler.ir.provenance import op_name
 from treespec_compiler.ir.verify import problems
+from treespec_compiler.ir.weights import Source
 from treespec_compiler.passes import (
     bind_kernels,
     classify,
@@ -31,6 +32,7 @@ from treespec_compiler.passes import fuse as pack_linears
 from treespec_compiler.passes import recognize_attention as recognize
 from treespec_compiler.passes.framework.manager import Pass, run_passes
 from treespec_compiler.passes.framework.state import GraphState
+from treespec_compiler.passes.framework.weights import Weights
 
 ORDER: tuple[Pass, ...] = (
     normalize.PASS,
@@ -51,15 +53,15 @@ class One(Tiny):
 
 def captured(model: nn.Module, example: Any = None, roles: dict[str, str] | None = None) -> GraphState:
     found = capture(model.eval(), call_spec(model, example, roles))
+    held = {ref.name: ref.tensor for ref in found.weights.values()}
     return GraphState(
         gm=found.graph,
         tokens=found.tokens,
         position_inputs=found.positions,
-        constants={name: ref.tensor for name, ref in found.weights.items()},
+        weights=Weights(held.__getitem__, {n: Source.of(r.name, r.tensor) for n, r in found.weights.items()}),
         length=found.length,
         fake_mode=found.fake_mode,
         guards=found.guards,
-        labels={name: ref.name for name, ref in found.weights.items()},
         written=list(found.written),
     )
 
@@ -245,7 +247,9 @@ def test_pack_linears_joins_products_of_one_input() -> None:
     old, new, matches, state = applied(RopeTril(layers=1), pack_linears.PASS)
     # q and kv; o; gate and up; down; head
     assert old.count("aten.linear") == matches == 7 and "aten.linear" not in new
-    assert new.count("treespec.packed_linear") == 5 and len(state.packs) == 6  # five weights and the head's bias
+    assert (
+        new.count("treespec.packed_linear") == 5 and len(state.weights.derived) == 6
+    )  # five weights and the head's bias
 
 
 JOINED = {**EAGER, "kernels": "aten", "pipeline": "default,join-linears"}
@@ -278,7 +282,7 @@ def test_joined_weights_follow_the_modules() -> None:
 
 def test_join_linears_leaves_single_products() -> None:
     old, new, matches, state = applied(NanoGPT(), join_linears.PASS)
-    assert matches == 0 and old == new and not state.packs
+    assert matches == 0 and old == new and not state.weights.derived
 
 
 def test_pack_linears_leaves_products_of_data() -> None:

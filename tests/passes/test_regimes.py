@@ -157,7 +157,7 @@ def test_before_and_after() -> None:
     assert record.matches == 2 and "aten.where" in before and "aten.where" not in after
     assert [limit.tokens for limit in state.limits] == [20]
     assert len(state.output.args[0]) == 1 and state.written == []
-    assert not any(state.labels[name] in ("used", "long") for name in state.constants if state.node(name).users)
+    assert not any(state.weights.label(name) in ("used", "long") for name in state.weights if state.node(name).users)
 
 
 def test_does_not_fire_on_a_choice_for_each_token() -> None:

@@ -155,7 +155,7 @@ def test_before_and_after() -> None:
     assert "aten.index_put" not in after and len(state.output.args[0]) == 1
     assert after.count("aten.scaled_dot_product_attention") == 2
     assert after.count("aten.slice") == before.count("aten.slice") + 1  # the mask, once for both layers
-    assert not [n for n in state.constants if "cache" in state.labels.get(n, "")] and not state.written
+    assert not [n for n in state.weights.sources if "cache" in n] and not state.written
 
 
 def test_does_not_fire_without_a_cache() -> None:

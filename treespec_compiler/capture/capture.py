@@ -20,6 +20,7 @@ from ..errors import Refusal, TreespecError, Unsupported
 from ..logs import logger
 from .call import CallSpec, call_module, logits_of, tokens_of
 from .control_flow import refuse_control_flow, where_specialised
+from .found import finder
 from .functional import functional_graph
 from .state_changes import put_logits_first
 from .tracing import tracing
@@ -143,7 +144,8 @@ def _tidy(traced: dict[str, Any], model: nn.Module, call: CallSpec, example_leng
             positions.append(node.name)
         else:
             name, table, key = known.get(id(value), (source, None, ""))
-            weights[node.name] = WeightRef(name, value, table, key)
+            find = finder(source, model, value, globals()) if table is None else None
+            weights[node.name] = WeightRef(name, value, table, key, find)
     if tokens is None:
         raise Unsupported(Refusal.CALL, "the graph does not read the token ids")
     length = tokens.meta["val"].shape[1]

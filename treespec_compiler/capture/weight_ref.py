@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 class WeightRef:
     """A parameter, buffer or tensor attribute that the captured graph reads.
 
-    `owner[key]` is where the module keeps it, so a replaced parameter is noticed; `owner` is None for a tensor that
-    no module registers (a plain attribute or a closure).
+    `owner[key]` is where the module keeps it, so a replaced parameter is noticed. `owner` is None for a tensor that is
+    no parameter, buffer or attribute of a module (in a list, a closure, a global); `find` then gives the one that the
+    model reads now, or None where there is none; it is None itself where nothing can be looked up.
     """
 
     name: str
     tensor: Tensor
     owner: dict[str, Any] | None = None
     key: str = ""
+    find: Callable[[nn.Module], Tensor | None] | None = None
 
 
 def registered(model: nn.Module) -> dict[int, tuple[str, dict[str, Any], str]]:

@@ -154,7 +154,9 @@ def _signature(graph: Snapshot) -> tuple[list[tuple[str, str, str]], str]:
     inputs = [n for n in graph.nodes if n.op == "placeholder" and not n.label]
     rows: list[tuple[str, str, str]] = []
     pools = [n for n in inputs if is_pool(n.name)]
-    packs = [n for n in inputs if n.name.startswith("packed_")]
+    made = [n for n in inputs if n.made]
+    tables = [n for n in made if n.made.startswith("table(")]
+    packs = [n for n in made if n not in tables]
     for node in inputs:
         known = BY_NAME.get(TOKENS if node.name == graph.tokens else node.name)
         if known is not None:
@@ -164,6 +166,7 @@ def _signature(graph: Snapshot) -> tuple[list[tuple[str, str, str]], str]:
         rows.append((f"{pools[0].name} .. {pools[-1].name}", kinds, POOL.meaning))
     if packs:
         rows.append((f"{packs[0].name} .. {packs[-1].name}", f"{len(packs)} tensors", "weights packed for the kernels"))
+    rows += [(n.name, n.type, "slopes or biases of scores, computed from the mask") for n in tables]
     output = next(n for n in graph.nodes if n.op == "output")
     logits = graph[output.inputs[0]].type
     last = logits.rstrip("]").split(", ")[-1]

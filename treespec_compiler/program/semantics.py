@@ -84,10 +84,8 @@ def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
             inputs.append(dynamic[node.name])
         elif is_pool(node.name):
             inputs.append(next(pools))
-        elif node.name in state.packs:
-            inputs.append(state.packs[node.name].build(state.constants))
-        elif node.name in state.constants:
-            inputs.append(state.constants[node.name].detach())
+        elif node.name in state.weights:
+            inputs.append(state.constants[node.name])
         else:
             rank: int = node.meta["val"].dim()
             inputs.append(batch.meta.positions.view([1] * (rank - 1) + [-1]))  # a positions argument of the model

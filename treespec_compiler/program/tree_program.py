@@ -103,7 +103,7 @@ class TreeProgram:
             user_checks=meaning if self.options.verify_each == "spec" else (),
         )
         state = self._converted.state
-        self._watch = WeightWatch(model, self._converted.weights, state.proved_from)
+        self._watch = WeightWatch(model, self._converted.sources, self._converted.proved_from)
         lengths_check(model, self._call, state)
         logits: Any = state.logits.meta["val"]
         self.dtype, self.device, self.vocab_size = logits.dtype, logits.device, int(logits.shape[-1])
@@ -116,14 +116,11 @@ class TreeProgram:
 
     def _bind_weights(self) -> None:
         """The module's present weights, and the packed ones made of them."""
-        state = self._converted.state
-        for name, ref in self._converted.weights.items():
-            ref.tensor = self._watch.current(ref)
-            state.constants[name] = ref.tensor
-        packed = {name: spec.build(state.constants) for name, spec in state.packs.items()}
-        self.packed_bytes = sum(t.numel() * t.element_size() for t in packed.values())
-        self._bound.tensors = {n: t.detach() for n, t in state.constants.items()} | packed
-        self._watch.renew()
+        weights = self._converted.state.weights
+        changes = self._watch.renew()
+        weights.changed(changes.replaced | changes.rewritten)
+        self._bound.tensors = dict(weights.tensors)
+        self.packed_bytes = weights.own_bytes
 
     def executor(self, derive: Derive, options: Options | None = None, tally: Tally | None = None) -> Executor:
         """What runs another graph made of this program's, over the same weights and on the same caches; see `call`.
@@ -304,8 +301,6 @@ class TreeProgram:
             return
         log.info("repacking weights")
         self._bind_weights()
-        if force:
-            self._watch.contents_changed()
 
     def _ready(self, cache: TreeCache) -> None:
         if not isinstance(cache, TreeCache):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,63 +12,110 @@ from torch import Tensor, nn
 
 from ..capture.weight_ref import WeightRef
 from ..codegen import cpu
+from .checksums import checksums
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+@dataclass(frozen=True)
+class Changes:
+    """Names of weights. `replaced`: that are other tensors, or lie elsewhere; `rewritten`: that have other values."""
+
+    replaced: frozenset[str]
+    rewritten: frozenset[str]
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version  # inference tensors count nothing
+@dataclass(frozen=True)
+class Seen:
+    """A weight as it was when it was last looked at. Strides are part of it: code is compiled for a layout."""
+
+    ref: WeightRef
+    tensor: Tensor
+    pointer: int
+    version: int | None  # None for an inference tensor, which counts nothing
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def now(cls, ref: WeightRef) -> Seen:
+        t = ref.tensor
+        version = None if t.is_inference() else t._version
+        return cls(ref, t, t.data_ptr(), version, t.dtype, t.device, t.shape, t.stride())
+
+    def touched(self, tensor: Tensor | None) -> bool:
+        """Whether it is another tensor, lies elsewhere, or was written by an op that counts versions."""
+        if tensor is not self.tensor or tensor.data_ptr() != self.pointer:
+            return True
+        return self.version is not None and tensor._version != self.version
+
+    def difference(self, tensor: Tensor | None) -> str | None:
+        """What of it the program was made for and is another now."""
+        if tensor is None:
+            return f"{self.ref.name} was taken away"
+        if (tensor.dtype, tensor.device, tensor.shape) != (self.dtype, self.device, self.shape):
+            return (
+                f"{self.ref.name} changed from {self.dtype} {list(self.shape)} on {self.device} "
+                f"to {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+        if tensor.stride() != self.stride:
+            return f"{self.ref.name} is laid out anew: its strides {self.stride} became {tensor.stride()}"
+        return None
 
 
 class WeightWatch:
     """Fingerprint of the tensors a program reads: identity, address and version on every call, a checksum on demand.
 
-    `proved` names the tensors whose values a proof used (a mask buffer): when one changes, the proof is made again.
-    Modules are held weakly, so that a program never keeps its model alive.
+    `sources` are those tensors by name. `proved` names those whose values a proof used (a mask buffer): when one
+    changes, the proof is made again. Modules are held weakly, so that a program never keeps its model alive.
     """
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, WeightRef], proved: Iterable[str] = ()) -> None:
-        self._weights = list(weights.values())
-        self._proved = [weights[name] for name in sorted(proved) if name in weights]
+    def __init__(self, model: nn.Module, sources: Mapping[str, WeightRef], proved: Iterable[str] = ()) -> None:
+        self._weights = list(sources.values())
+        self._proved = set(proved)
         self._modules = [weakref.ref(m) for m in model.modules()]
         self._children = [(m._modules, list(m._modules.values())) for m in model.modules() if m._modules]
         tables = [t for m in model.modules() for t in (m._parameters, m._buffers)]
-        self._absent = [(table, key) for table in tables for key, value in table.items() if value is None]
+        self._names = [(table, _names(table)) for table in tables]
         self._shared = _shared(tables, self._weights)
+        self._native = cpu.loaded()  # decided once: the two kinds of checksums differ
+        self._seen: list[Seen] = []
+        self._sums: list[int] = []
         self.renew()
 
-    def renew(self) -> None:
-        """Take the present state as the one to compare with."""
+    def renew(self) -> Changes:
+        """Take the present state as the one to compare with; returns what changed since the last time."""
+        before, sums = self._seen, self._sums
         for ref in self._weights:
-            ref.tensor = self.current(ref)
-        self._entries: list[tuple[dict[str, Any], str, Tensor, int, int | None]] = [
-            (
-                {r.key: r.tensor} if r.owner is None else r.owner,
-                r.key,
-                r.tensor,
-                r.tensor.data_ptr(),
-                _version(r.tensor),
-            )
-            for r in self._weights
-        ]
-        self._meta = [(r.tensor.dtype, r.tensor.device, r.tensor.shape) for r in self._weights]
+            ref.tensor = self._there(ref)
+        self._seen = [Seen.now(ref) for ref in self._weights]
+        # What `touched` reads on every call: registered tensors by where they are, others by how they are found.
+        self._entries = [(s.ref.owner, s.ref.key, s) for s in self._seen if s.ref.owner is not None]
+        self._others = [s for s in self._seen if s.ref.owner is None]
         self._training = self._training_flags()
-        self._native = cpu.loaded()  # decided once: the two kinds of checksums differ
-        self._sums = self._checksums()
-        self._proved_sums = [_checksum(r.tensor) for r in self._proved]
+        self._sums = self._checksums(self._weights)
+        if not before:
+            everything = frozenset(ref.name for ref in self._weights)
+            return Changes(everything, everything)
+        replaced = (s.ref.name for old, s in zip(before, self._seen, strict=True) if old.touched(s.tensor))
+        rewritten = (s.ref.name for was, now, s in zip(sums, self._sums, self._seen, strict=True) if was != now)
+        return Changes(frozenset(replaced), frozenset(rewritten))
 
-    def current(self, ref: WeightRef) -> Tensor:
-        """The tensor the module holds now."""
-        return ref.owner[ref.key] if ref.owner is not None and ref.owner.get(ref.key) is not None else ref.tensor
+    def current(self, ref: WeightRef) -> Tensor | None:
+        """The tensor that the module holds now in the place of `ref`, or None where nothing is."""
+        if ref.owner is not None:
+            return ref.owner.get(ref.key)
+        model = self._modules[0]()
+        return ref.tensor if ref.find is None or model is None else ref.find(model)
 
     def touched(self) -> bool:
-        """Whether any tensor was replaced, moved, or written in place (by an op that counts versions)."""
-        for owner, key, tensor, pointer, version in self._entries:  # 0.1 us a tensor, on every call
-            if owner.get(key) is not tensor or tensor.data_ptr() != pointer:
+        """Whether any tensor was replaced, moved, taken away, or written in place (by an op that counts versions)."""
+        for owner, key, seen in self._entries:  # 0.2 us a tensor, on every call
+            tensor = seen.tensor
+            if owner.get(key) is not tensor or tensor.data_ptr() != seen.pointer:
                 return True
-            if version is not None and tensor._version != version:
+            if seen.version is not None and tensor._version != seen.version:
                 return True
-        return False
+        return any(seen.touched(self.current(seen.ref)) for seen in self._others)
 
     def mode_changed(self) -> bool:
         """Whether a module went from eval to train mode or back."""
@@ -83,36 +131,30 @@ class WeightWatch:
         return self._rearranged() is not None
 
     def incompatible(self) -> str | None:
-        """What changed in dtype, device, shape or structure, so that the program must be made anew; None: nothing."""
-        for ref, (dtype, device, shape) in zip(self._weights, self._meta, strict=True):
-            now = self.current(ref)
-            if (now.dtype, now.device, now.shape) != (dtype, device, shape):
-                return (
-                    f"{ref.name} changed from {dtype} {list(shape)} on {device} "
-                    f"to {now.dtype} {list(now.shape)} on {now.device}"
-                )
-        for ref, known in zip(self._proved, self._proved_sums, strict=True):
-            if _checksum(self.current(ref)) != known:
+        """What the program was made for and is not so any more: a dtype, device, shape, layout, or the structure; None:
+        nothing.
+        """
+        for seen in self._seen:
+            difference = seen.difference(self.current(seen.ref))
+            if difference is not None:
+                return difference
+        known = {ref.name: total for ref, total in zip(self._weights, self._sums, strict=True)}
+        proved = [ref for ref in self._weights if ref.name in self._proved]
+        for ref, total in zip(proved, self._checksums(proved), strict=True):
+            if total != known[ref.name]:
                 return f"{ref.name}, which masks or positions were proved from, has other values"
         return self._rearranged()
 
     def contents_changed(self) -> bool:
         """Compare checksums: finds writes through `.data`, which count no version."""
-        sums = self._checksums()
-        changed = sums != self._sums
-        self._sums = sums
-        return changed
+        return self._checksums(self._weights) != self._sums
 
-    def _checksums(self) -> list[int]:
-        tensors = [ref.tensor for ref in self._weights]
-        if self._native and all(t.is_cpu and t.is_contiguous() for t in tensors):
-            with torch.no_grad():
-                return cpu.CHECKSUMS(tensors)
-        with torch.no_grad():
-            folded = [_folded(t) for t in tensors]
-        devices = dict.fromkeys(x.device for x in folded)
-        read = {d: iter(torch.stack([x for x in folded if x.device == d]).tolist()) for d in devices}
-        return [next(read[x.device]) for x in folded]
+    def _there(self, ref: WeightRef) -> Tensor:
+        found = self.current(ref)
+        return ref.tensor if found is None else found
+
+    def _checksums(self, refs: Sequence[WeightRef]) -> list[int]:
+        return checksums([self._there(ref) for ref in refs], self._native)
 
     def _rearranged(self) -> str | None:
         for table, children in self._children:
@@ -122,12 +164,18 @@ class WeightWatch:
             held: Any = table.get(key)
             if held is not self.current(ref):
                 return f"{key} no longer shares its tensor with {ref.name}"
-        if any(table.get(key) is not None for table, key in self._absent):
-            return "a parameter or buffer that was None has a value"
+        for tensors, names in self._names:
+            if _names(tensors) != names:
+                change = ", ".join(sorted(names ^ _names(tensors)))
+                return f"a parameter or buffer was added or taken away ({change})"
         return None
 
     def _training_flags(self) -> list[bool | None]:
         return [m.training if m is not None else None for m in (ref() for ref in self._modules)]
+
+
+def _names(table: Mapping[str, Any]) -> set[str]:
+    return {key for key, value in table.items() if value is not None}
 
 
 def _shared(tables: list[dict[str, Any]], weights: list[WeightRef]) -> list[tuple[dict[str, Any], str, WeightRef]]:
@@ -139,37 +187,3 @@ def _shared(tables: list[dict[str, Any]], weights: list[WeightRef]) -> list[tupl
         for key, value in table.items()
         if id(value) in known and (known[id(value)].owner is not table or known[id(value)].key != key)
     ]
-
-
-_COLUMNS = 1024
-_ODD = (0x5851F42D4C957F2D, 0x14057B7EF767814F, 0x2545F4914F6CDD1D)  # multipliers of common generators
-
-
-def _checksum(tensor: Tensor) -> int:
-    return int(_folded(tensor))
-
-
-def _folded(tensor: Tensor) -> Tensor:
-    """An int64 scalar on the tensor's device, so that one readback tells of many tensors.
-
-    Order matters in it: rows and columns of the bytes are summed, each weighted by its place, so that exchanged ones
-    are noticed too. Weights are odd, and so a change of one number is never lost modulo 2^64.
-    """
-    if tensor.is_meta or not tensor.numel():
-        return torch.zeros((), dtype=torch.int64)
-    flat = tensor.detach()
-    if flat.is_complex():
-        flat = torch.view_as_real(flat)
-    flat = flat.contiguous().view(-1)
-    # Eight bytes at a time where they fit: 38 us instead of 147 for 2.6 MB.
-    wide = flat.numel() * flat.element_size() % 8 == 0 and flat.data_ptr() % 8 == 0
-    integers = flat.view(torch.int64 if wide else _INTEGERS[flat.element_size()])
-    whole = integers.numel() // _COLUMNS * _COLUMNS
-    table = integers[:whole].view(-1, _COLUMNS)
-    columns, rows, rest = table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64), integers[whole:].long()
-    return _weighted(rows, _ODD[0]) + _weighted(columns, _ODD[1]) + _weighted(rest, _ODD[2])
-
-
-def _weighted(numbers: Tensor, odd: int) -> Tensor:
-    places = torch.arange(len(numbers), device=numbers.device)
-    return (numbers * ((2 * places + 1) * odd)).sum()
