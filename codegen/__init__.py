@@ -7,12 +7,11 @@ import torch
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import register_kernel
 
-from . import aten, aten_scored, cpu
+from . import aten, cpu
 from .gpu import (
     accept,
     commit,
     grouped_linear,
-    rope_attention,
     stochastic_accept,
     tree_attention,
     tree_attention_spec,
@@ -21,60 +20,45 @@ from .gpu import (
 
 _FLOAT32 = frozenset({torch.float32})
 
-register_kernel(
-    ops.tree_attention, device="any", dtypes=None, priority=10, name="aten sdpa", target=aten.TREE_ATTENTION
-)
-register_kernel(
-    ops.scored_tree_attention,
-    device="any",
-    dtypes=None,
-    priority=10,
-    name="aten dense",
-    target=aten_scored.SCORED_TREE_ATTENTION,
-)
-for _op, _target in (
-    (ops.tree_attention, cpu.TREE_ATTENTION),
-    (ops.packed_linear, cpu.PACKED_LINEAR),
-    (ops.commit_path, cpu.COMMIT_PATH),
-):
-    register_kernel(
-        _op, device="cpu", dtypes=_FLOAT32, priority=20, name="native C++", target=_target, available=cpu.load
-    )
-for _op, _target, _dtypes in (
-    (ops.commit_path, commit.COMMIT_PATH, None),
-    (ops.greedy_accept, accept.GREEDY_ACCEPT, accept.DTYPES),
-    (ops.stochastic_accept, stochastic_accept.STOCHASTIC_ACCEPT, frozenset({torch.float64})),
-):
-    register_kernel(
-        _op, device="cuda", dtypes=_dtypes, priority=30, name="triton", target=_target, available=triton_installed
-    )
-for _op, _target in (
-    (ops.tree_attention, tree_attention.TREE_ATTENTION),
-    (ops.scored_tree_attention, tree_attention.SCORED_TREE_ATTENTION),
-    (ops.rope_tree_attention, rope_attention.ROPE_TREE_ATTENTION),
-    (ops.rope_scored_tree_attention, rope_attention.ROPE_SCORED_TREE_ATTENTION),
+register_kernel(ops.tree_attention, aten.TREE_ATTENTION, name="aten", optional=aten.OPTIONAL, priority=10)
+for _op, _target, _optional in (
+    (ops.tree_attention, cpu.TREE_ATTENTION, cpu.OPTIONAL),
+    (ops.packed_linear, cpu.PACKED_LINEAR, None),
+    (ops.commit_path, cpu.COMMIT_PATH, None),
 ):
     register_kernel(
         _op,
-        device="cuda",
-        dtypes=frozenset(tree_attention_spec.DTYPES),
-        priority=30,
-        name="triton",
-        target=_target,
-        available=triton_installed,
-        capturable=True,
+        _target,
+        name="native C++",
+        device="cpu",
+        dtypes=_FLOAT32,
+        optional=_optional,
+        priority=20,
+        available=cpu.load,
     )
-# NOTE the reference is fit to run: a product a group on a CPU, and elsewhere nothing that waits for the device.
-for _device, _priority, _name, _target in (
-    ("any", 10, "aten mm", ops.grouped_linear),
-    ("cuda", 20, "aten grouped mm", grouped_linear.GROUPED_LINEAR),
+for _op, _target, _dtypes, _capturable in (
+    (ops.tree_attention, tree_attention.TREE_ATTENTION, frozenset(tree_attention_spec.DTYPES), True),
+    (ops.commit_path, commit.COMMIT_PATH, None, False),
+    (ops.greedy_accept, accept.GREEDY_ACCEPT, accept.DTYPES, False),
+    (ops.stochastic_accept, stochastic_accept.STOCHASTIC_ACCEPT, frozenset({torch.float64}), False),
 ):
     register_kernel(
-        ops.grouped_linear,
-        device=_device,
-        dtypes=None,
-        priority=_priority,
-        name=_name,
-        target=_target,
-        capturable=True,
+        _op,
+        _target,
+        name="triton",
+        device="cuda",
+        dtypes=_dtypes,
+        priority=30,
+        available=triton_installed,
+        capturable=_capturable,
     )
+# NOTE the reference is fit to run: a product a group on a CPU, and elsewhere nothing that waits for the device.
+register_kernel(ops.grouped_linear, ops.grouped_linear, name="aten mm", priority=10, capturable=True)
+register_kernel(
+    ops.grouped_linear,
+    grouped_linear.GROUPED_LINEAR,
+    name="aten grouped mm",
+    device="cuda",
+    priority=20,
+    capturable=True,
+)

@@ -1,4 +1,7 @@
-"""`treespec_aten::tree_attention`: ATen's scaled_dot_product_attention for each request, any device and float dtype."""
+"""`treespec_aten::tree_attention`: ATen's attention for each request, on any device and in any float dtype.
+
+Plain scores go to scaled_dot_product_attention; changed ones, and chunks, are computed densely.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.ir import attention
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.attention import empty_output, stored
+from treespec_compiler.ir.library import implement
+from treespec_compiler.ir.scores import changed_scores, softmax_with_sinks
 
-
-def visible(positions: Tensor, ancestors: Tensor, prefix: int, nodes: int, window: int) -> Tensor:
-    """[T, prefix + nodes] bool: what each of one request's new nodes sees, by offset in its slot."""
-    tree = topology(ancestors, nodes)
-    if not window:
-        return torch.cat([tree.new_ones(len(tree), prefix), tree], 1).bool()
-    rank = tree.cumsum(1)  # of an ancestor: its depth + 1
-    near = rank[:, -1:] - rank < window
-    offsets = torch.arange(prefix, device=ancestors.device)
-    return torch.cat([positions.unsqueeze(1) - offsets < window, tree.bool() & near], 1)
-
-
-def topology(ancestors: Tensor, nodes: int) -> Tensor:
-    """[T, nodes] of 0 and 1: which of one request's nodes are ancestors of its T new ones, or the node itself."""
-    if not ancestors.shape[1]:  # a chain, see `TreeMeta`
-        new = ancestors.shape[0]
-        return ancestors.new_ones(new, nodes).tril(nodes - new)
-    bits = ancestors.unsqueeze(-1) >> torch.arange(64, device=ancestors.device) & 1
-    return bits.flatten(1)[:, :nodes]
+OPTIONAL = frozenset({"window", "chunk", "softcap", "slopes", "bias", "sinks"})
+"""The optional arguments of the op that it takes: q and k come rotated."""
 
 
 def tree_attention(
@@ -44,36 +33,97 @@ def tree_attention(
     tree_lens: Tensor,
     ancestors: Tensor,
     scale: float,
-    window: int,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     write(k, v, pool_k, pool_v, write_index)
-    pool_k, pool_v, page_table = attention.stored(pool_k, pool_v, page_table, write_index)
-    kv_heads, page_size = pool_k.shape[1], pool_k.shape[2]
-    group = q.shape[1] // kv_heads
+    pool_k, pool_v, page_table = stored(pool_k, pool_v, page_table, write_index)
+    page_size = pool_k.shape[2]
+    plain = not chunk and not softcap and slopes is None and bias is None and sinks is None
 
-    out = attention.empty_output(q, v)
+    out = empty_output(q, v)
     bounds, pages = node_offsets.tolist(), page_table.tolist()
     out[:, :, : bounds[0]] = 0
     out[:, :, bounds[-1] :] = 0
-    for r, (prefix, nodes) in enumerate(zip(prefix_lens.tolist(), tree_lens.tolist())):
+    for r, (prefix, nodes) in enumerate(zip(prefix_lens.tolist(), tree_lens.tolist(), strict=True)):
         rows = slice(bounds[r], bounds[r + 1])
         if rows.start == rows.stop:
             continue
-        length = prefix + nodes
-        used = pages[r][: -(-length // page_size)]
-        mask = None
-        if nodes > 1 or window:
-            mask = visible(positions[rows], ancestors[rows], prefix, nodes, window).repeat(group, 1)
-        packed = q[0, :, rows].reshape(kv_heads, -1, q.shape[3])  # [Hq, T, D] -> [Hkv, G*T, D]
-        result = F.scaled_dot_product_attention(
-            packed.unsqueeze(0),
-            tokens(pool_k, used, length).to(q.dtype).unsqueeze(0),
-            tokens(pool_v, used, length).to(q.dtype).unsqueeze(0),
-            attn_mask=mask,
-            scale=scale,
-        )
-        out[0, :, rows] = result.reshape(q.shape[1], -1, v.shape[3])  # [Hkv, G*T, D] -> [Hq, T, D]
+        used = pages[r][: -(-(prefix + nodes) // page_size)]
+        keys, values = (tokens(pool, used, prefix + nodes) for pool in (pool_k, pool_v))
+        seen = None
+        if nodes > 1 or window or chunk:
+            seen = visible(positions[rows], ancestors[rows], prefix, nodes, window, chunk)
+        if plain:
+            out[0, :, rows] = _plain(q[0, :, rows], keys, values, seen, scale)
+        else:
+            distance = positions[rows].unsqueeze(1) - key_positions(ancestors[rows], prefix, nodes)
+            s = _scores(q[0, :, rows], keys, scale)
+            s = changed_scores(s, distance, softcap, slopes, bias)
+            out[0, :, rows] = _weighted(s, values, seen, sinks).to(q.dtype)
     return out
+
+
+def _plain(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """q [Hq, T, Dk], keys [Hkv, S, Dk], values [Hkv, S, Dv], seen [T, S] -> [Hq, T, Dv]."""
+    kv_heads, group = keys.shape[0], q.shape[0] // keys.shape[0]
+    result = F.scaled_dot_product_attention(
+        q.reshape(1, kv_heads, -1, q.shape[2]),  # [Hq, T, D] -> [Hkv, G*T, D]
+        keys.to(q.dtype).unsqueeze(0),
+        values.to(q.dtype).unsqueeze(0),
+        attn_mask=None if seen is None else seen.repeat(group, 1),
+        scale=scale,
+    )
+    return result.reshape(q.shape[0], -1, values.shape[2])
+
+
+def _scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """[Hq, T, S], in float32 at least."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.to(wide).reshape(keys.shape[0], -1, q.shape[2])
+    return (grouped @ keys.to(wide).transpose(1, 2) * scale).reshape(*q.shape[:2], -1)
+
+
+def _weighted(s: Tensor, values: Tensor, seen: Tensor | None, sinks: Tensor | None) -> Tensor:
+    """s [Hq, T, S], values [Hkv, S, Dv] -> [Hq, T, Dv]."""
+    if seen is not None:
+        s = s.masked_fill(~seen, -torch.inf)
+    weights = softmax_with_sinks(s, sinks).reshape(values.shape[0], -1, s.shape[2])
+    return (weights @ values.to(s.dtype)).reshape(*s.shape[:2], -1)
+
+
+def visible(positions: Tensor, ancestors: Tensor, prefix: int, nodes: int, window: int, chunk: int = 0) -> Tensor:
+    """[T, prefix + nodes] bool: what each of one request's new nodes sees, by offset in its slot."""
+    tree = topology(ancestors, nodes)
+    seen = torch.cat([tree.new_ones(len(tree), prefix), tree], 1).bool()
+    if not window and not chunk:
+        return seen
+    here, there = positions.unsqueeze(1), key_positions(ancestors, prefix, nodes)
+    if window:
+        seen &= here - there < window
+    if chunk:
+        seen &= here // chunk == there // chunk
+    return seen
+
+
+def topology(ancestors: Tensor, nodes: int) -> Tensor:
+    """[T, nodes] of 0 and 1: which of one request's nodes are ancestors of its T new ones, or the node itself."""
+    if not ancestors.shape[1]:  # a chain, see `TreeMeta`
+        new = ancestors.shape[0]
+        return ancestors.new_ones(new, nodes).tril(nodes - new)
+    bits = ancestors.unsqueeze(-1) >> torch.arange(64, device=ancestors.device) & 1
+    return bits.flatten(1)[:, :nodes]
+
+
+def key_positions(ancestors: Tensor, prefix: int, nodes: int) -> Tensor:
+    """[T, prefix + nodes]: the position of each key on the path of each node; only ancestors' entries mean anything."""
+    depth = topology(ancestors, nodes).cumsum(1) - 1
+    before = torch.arange(prefix, device=ancestors.device).expand(len(ancestors), prefix)
+    return torch.cat([before, prefix + depth], 1)
 
 
 def write(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Tensor) -> None:
@@ -90,9 +140,4 @@ def tokens(pool: Tensor, pages: list[int], length: int) -> Tensor:
     return whole[:, :length]
 
 
-_library = torch.library.Library("treespec_aten", "FRAGMENT")
-_library.define("tree_attention" + attention.SCHEMA, tags=attention.TAGS)
-_library.impl("tree_attention", tree_attention, "CompositeExplicitAutograd")
-torch.library.register_fake("treespec_aten::tree_attention", attention.fake, lib=_library)
-
-TREE_ATTENTION: OpOverload = torch.ops.treespec_aten.tree_attention.default
+TREE_ATTENTION: OpOverload = implement(ops.tree_attention, "treespec_aten", tree_attention)

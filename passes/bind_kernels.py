@@ -4,35 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from treespec_compiler.ir import ops
-from treespec_compiler.ir.registry import best_kernel
-from treespec_compiler.logs import logger
+from treespec_compiler.ir.library import definition
+from treespec_compiler.ir.registry import best_kernel_for
 
 from .framework.manager import Pass
 from .framework.state import GraphState
 
 log = logger(__name__)
 
-_OPS = (
-    ops.tree_attention,
-    ops.scored_tree_attention,
-    ops.rope_tree_attention,
-    ops.rope_scored_tree_attention,
-    ops.packed_linear,
-    ops.grouped_linear,
-)
-
 
 def bind_kernels(state: GraphState) -> int:
     matches = 0
     for node in state.graph.nodes:
-        if node.target in _OPS:
-            value: Any = node.meta["val"]
-            assert isinstance(value, Tensor)
-            kernel = best_kernel(node.target, value.device, value.dtype, portable=state.portable)
+        if definition(node.target) is node.target and node.op == "call_function":
+            kernel = best_kernel_for(node, portable=state.portable)
             if kernel is None:
+                value: Any = node.meta["val"]
                 log.warning("%s: no kernel for %s on %s, the reference runs", node.target, value.dtype, value.device)
                 continue
             node.target = kernel.target

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
-import torch
 from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.library import arguments
 from treespec_compiler.ir.provenance import layer_path, source_line
 from treespec_compiler.ir.specs import AttentionSpec, Limit, MaskSpec
 
@@ -25,25 +26,23 @@ from .locality.mixers import content_mask
 def classify_masks(state: GraphState) -> int:
     forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
     scorings: dict[Any, tuple[Scoring, fx.Node | None]] = {}
-    sites = [n for n in state.graph.nodes if n.target is torch.ops.treespec.attention.default]
+    sites = [n for n in state.graph.nodes if n.target is ops.attention]
     for node in sites:
-        call = dict(zip(_ARGUMENTS, node.args, strict=False))
-        q, k, v, mask, is_causal, scale = node.args[:6]
-        softcap, sinks = float(call.get("softcap") or 0.0), call.get("sinks")
+        q, k, v, mask, is_causal, scale, softcap, sinks = arguments(node).values()
         key = (mask, is_causal, shape_of(q)[1], sinks is not None)
         if key not in scorings:
             scorings[key] = _scoring(state, forms, node, mask, bool(is_causal), sinks is not None)
         scoring, values = scorings[key]
         spec = scoring.mask
-        changes = (
-            spec.chunk,
-            softcap,
-            values if scoring.bias == "slopes" else None,
-            values if scoring.bias == "distance" else None,
-            sinks,
-        )
-        args = (q, k, v, scale, spec.window, *(changes if any(changes) else ()))
-        site = state.call(torch.ops.treespec.causal_attention.default, args, like=node)
+        changes = {
+            "chunk": spec.chunk,
+            "softcap": float(softcap),
+            "slopes": values if scoring.bias == "slopes" else None,
+            "bias": values if scoring.bias == "distance" else None,
+            "sinks": sinks,
+        }
+        changes = {name: value for name, value in changes.items() if value}
+        site = state.call(ops.causal_attention, (q, k, v, scale, spec.window), changes, like=node)
         node.replace_all_uses_with(site)
         state.graph.erase_node(node)
         state.sites.append(_attention_spec(len(state.sites), site, scoring, softcap, sinks is not None))
@@ -52,9 +51,6 @@ def classify_masks(state: GraphState) -> int:
             state.limits.append(Limit(spec.limit, f"mask or bias table at {state.sites[-1].source}"))
     state.proved_from |= forms.read
     return len(sites)
-
-
-_ARGUMENTS = ("q", "k", "v", "mask", "is_causal", "scale", "softcap", "sinks")
 
 
 def _scoring(

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from treespec_compiler.ir import ops
+from treespec_compiler.ir.library import given
 from treespec_compiler.ir.registry import best_kernel
 from treespec_compiler.logs import logger
 from treespec_compiler.options import Options
@@ -25,17 +26,15 @@ log = logger(__name__)
 
 aten = torch.ops.aten
 
-_FUSED = {
-    ops.tree_attention: ops.rope_tree_attention,
-    ops.scored_tree_attention: ops.rope_scored_tree_attention,
-}
+TURN = ("cos", "sin", "style", "rotary")
+"""The arguments of `treespec::tree_attention` that make it rotate q and k."""
 
 
 def fuse_rope(state: GraphState) -> int:
     matches = 0
     angles: dict[fx.Node, fx.Node] = {}
     for node in list(state.graph.nodes):
-        if node.target not in _FUSED:
+        if node.target is not ops.tree_attention or not given(node.target, node.kwargs).isdisjoint(TURN):
             continue
         q, k = (rotation(state, operand) for operand in node.args[:2])
         reason = _obstacle(node, q, k)
@@ -64,8 +63,9 @@ def _fuse(state: GraphState, node: fx.Node, q: Rotation, k: Rotation, angles: di
         state.call(aten.transpose.int, (turned.x, 1, 2), like=node) if turned.swapped else turned.x for turned in (q, k)
     ]
     cos, sin = (_columns(state, factor, q.width, node, angles) for factor in (q.cos, q.sin))
-    args: tuple[Any, ...] = (*x, *node.args[2:], cos, sin, q.style, q.rotary)
-    new = state.call(_FUSED[node.target], args, like=node)
+    args: tuple[Any, ...] = (*x, *node.args[2:])
+    turn = dict(zip(TURN, (cos, sin, q.style, q.rotary), strict=True))
+    new = state.call(ops.tree_attention, args, {**node.kwargs, **turn}, like=node)
     new.meta["site"] = node.meta["site"]
     node.replace_all_uses_with(new)
     state.graph.erase_node(node)
@@ -80,7 +80,7 @@ def _columns(state: GraphState, factor: fx.Node, width: int, node: fx.Node, made
 
 
 def _has_kernel(state: GraphState, options: Options) -> bool:
-    kernel = best_kernel(ops.rope_tree_attention, state.device, state.dtype)
+    kernel = best_kernel(ops.tree_attention, state.device, state.dtype, given=TURN)
     return options.kernels == "auto" and kernel is not None
 
 

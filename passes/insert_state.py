@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from treespec_compiler.ir import ops  # noqa: F401  (defines treespec::tree_attention)
+from treespec_compiler.ir import ops
 from treespec_compiler.ir.inputs import ATTENTION, BY_NAME, POSITIONS, pool_names
+from treespec_compiler.ir.library import arguments, given
 from treespec_compiler.ir.specs import AttentionSpec
 
 from .framework.manager import Pass
@@ -22,15 +23,14 @@ SIZES = {"requests": 2, "requests + 1": 3, "slot_pages": 1, "words": 2}
 def insert_state(state: GraphState) -> int:
     positions = state.node(POSITIONS)
     device = positions.meta["val"].device
-    arguments = [positions if name == POSITIONS else _input(state, name, positions) for name in ATTENTION]
-    sites = [n for n in state.graph.nodes if n.target is torch.ops.treespec.causal_attention.default]
+    metadata = [positions if name == POSITIONS else _input(state, name, positions) for name in ATTENTION]
+    sites = [n for n in state.graph.nodes if n.target is ops.causal_attention]
     pools = [_pools(state, spec, device) for spec in state.sites]
     for node in sites:
-        q, k, v, scale, window, *changes = node.args
-        pool_k, pool_v = pools[node.meta["site"]]
-        op = torch.ops.treespec.scored_tree_attention if changes else torch.ops.treespec.tree_attention
-        args = (q, k, v, pool_k, pool_v, *arguments, scale, window, *changes)
-        new = state.call(op.default, args, like=node)
+        call = arguments(node)
+        args = (call["q"], call["k"], call["v"], *pools[node.meta["site"]], *metadata, call["scale"], call["window"])
+        changes = {name: call[name] for name in call if name in given(ops.causal_attention, call) - {"window"}}
+        new = state.call(ops.tree_attention, args, changes, like=node)
         new.meta["site"] = node.meta["site"]
         node.replace_all_uses_with(new)
         state.graph.erase_node(node)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal
-from treespec_compiler.ir import sequence_attention  # noqa: F401  (defines the ops)
+from treespec_compiler.ir import ops  # noqa: F401  (defines them)
 from treespec_compiler.ir.provenance import op_name
 
 from .attention.key_bias import Splitter, with_key_bias

@@ -397,3 +397,14 @@ class InvalidPipeline(TreespecError, ValueError):
     expected: str
     fix: str = "`treespec passes` lists the passes in order."
     template: ClassVar[str] = "Invalid pipeline: got {e.got}, expected {e.expected}. {e.fix}"
+
+
+@dataclass(eq=False, kw_only=True)
+class InvalidKernel(TreespecError, ValueError):
+    """A kernel that cannot be registered."""
+
+    name: str
+    got: str
+    expected: str
+    fix: str = "docs/writing-a-kernel.md says what a kernel is registered with."
+    template: ClassVar[str] = "Invalid kernel {e.name!r}: got {e.got}, expected {e.expected}. {e.fix}"

@@ -111,12 +111,10 @@ def attention(context: Context, kernel: AttentionKernel, cases: tuple[Shape, ...
 
 def eager_attention(inputs: Inputs) -> torch.Tensor:
     """ATen's answer, where there is no GPU."""
-    from treespec_compiler.ir import scored_attention
-
     at = inputs.write_index.view(inputs.shape.requests, -1) % inputs.shape.capacity
     request = torch.arange(inputs.shape.requests)[:, None]
     k, v = (p[request, :, at].flatten(0, 1).transpose(0, 1).unsqueeze(0) for p in (inputs.pool_k, inputs.pool_v))
-    return scored_attention.reference(
+    return reference.reference(
         inputs.q, k, v, inputs.pool_k, inputs.pool_v, inputs.positions, inputs.write_index, inputs.node_offsets,
         inputs.page_table, inputs.prefix_lens, inputs.tree_lens, inputs.ancestors, inputs.scale, *inputs.changes(),
     )  # fmt: skip
@@ -136,13 +134,13 @@ def rope(context: Context, style: str) -> float:
         q, keys, values, pool_k, pool_v = (
             t.to(dtype, copy=True) for t in (inputs.q, k, v, inputs.pool_k, inputs.pool_v)
         )
-        turns = (x.to(BF16).to(dtype) for x in (angles.cos(), angles.sin()))
-        out = target(q, keys, values, pool_k, pool_v, *meta, inputs.scale, 0, *turns, style, rotary)
+        cos, sin = (x.to(BF16).to(dtype) for x in (angles.cos(), angles.sin()))
+        out = target(q, keys, values, pool_k, pool_v, *meta, inputs.scale, cos=cos, sin=sin, style=style, rotary=rotary)
         return torch.cat([out.flatten(), pool_k.flatten(), pool_v.flatten()])
 
-    found = best_kernel(ops.rope_tree_attention, context.device, BF16)
-    expected = outcome(ops.rope_tree_attention, torch.float64)
-    return relative_error(outcome(found.target if found else ops.rope_tree_attention, BF16), expected)
+    found = best_kernel(ops.tree_attention, context.device, BF16, given=("cos", "sin"))
+    expected = outcome(ops.tree_attention, torch.float64)
+    return relative_error(outcome(found.target if found else ops.tree_attention, BF16), expected)
 
 
 def grouped_linear(context: Context, dtype: torch.dtype, inner: int) -> float:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import torch
 from torch._ops import OpOverload
 
-from treespec_compiler.ir import attention, commit, linear
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.library import implement
 
 from .build import load, loaded
 
-_library = torch.library.Library("treespec_cpu", "FRAGMENT")
-for _name, _module in (("tree_attention", attention), ("packed_linear", linear), ("commit_path", commit)):
-    _library.define(_name + _module.SCHEMA, tags=_module.TAGS)
-    torch.library.register_fake(f"treespec_cpu::{_name}", _module.fake, lib=_library)
+NAMESPACE = "treespec_cpu"
+OPTIONAL = frozenset({"window"})
+"""The optional arguments of tree attention that it takes."""
 
-TREE_ATTENTION: OpOverload = torch.ops.treespec_cpu.tree_attention.default
-PACKED_LINEAR: OpOverload = torch.ops.treespec_cpu.packed_linear.default
-COMMIT_PATH: OpOverload = torch.ops.treespec_cpu.commit_path.default
+TREE_ATTENTION: OpOverload = implement(ops.tree_attention, NAMESPACE, None)
+PACKED_LINEAR: OpOverload = implement(ops.packed_linear, NAMESPACE, None)
+COMMIT_PATH: OpOverload = implement(ops.commit_path, NAMESPACE, None)
 
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("checksums(Tensor[] x) -> int[]")
 CHECKSUMS: OpOverload = torch.ops.treespec_cpu.checksums.default
-"""Of each contiguous tensor's bytes; their order matters."""
+"""Of each contiguous tensor's bytes; their order matters. No op of the tree IR: graphs do not hold it."""
 
-__all__ = ["CHECKSUMS", "COMMIT_PATH", "PACKED_LINEAR", "TREE_ATTENTION", "load", "loaded"]
+__all__ = ["CHECKSUMS", "COMMIT_PATH", "OPTIONAL", "PACKED_LINEAR", "TREE_ATTENTION", "load", "loaded"]

@@ -70,7 +70,13 @@ Tensor unit_last_stride(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1
 Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& pool_k,
                       const Tensor& pool_v, const Tensor& positions_in, const Tensor& write_index_in,
                       const Tensor& node_offsets_in, const Tensor& page_table_in, const Tensor& prefix_lens_in,
-                      const Tensor& tree_lens_in, const Tensor& ancestors_in, double scale, int64_t window) {
+                      const Tensor& tree_lens_in, const Tensor& ancestors_in, double scale, int64_t window,
+                      int64_t chunk, double softcap, const std::optional<Tensor>& slopes,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks,
+                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, c10::string_view,
+                      int64_t rotary) {
+  TORCH_CHECK(!chunk && softcap == 0 && !slopes && !bias && !sinks && !cos && !sin && !rotary,
+              "this tree_attention takes a window and no other optional argument");
   for (const Tensor* t : {&q_in, &k_in, &v_in, &pool_k, &pool_v})
     TORCH_CHECK(t->dim() == 4 && t->scalar_type() == at::kFloat, "tree_attention takes float32 tensors of 4 dimensions");
   const int64_t heads = q_in.size(1), T = q_in.size(2), Dk = q_in.size(3);

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.ir import accept
+from treespec_compiler.ir import accept, ops
+from treespec_compiler.ir.library import implement
 
 from .sizes import power_of_two
 
@@ -70,9 +71,4 @@ def greedy_accept(logits: Tensor, tokens: Tensor, parents: Tensor, node_offsets:
     return out
 
 
-_library = torch.library.Library("treespec_triton", "FRAGMENT")
-_library.define("greedy_accept" + accept.SCHEMA, tags=accept.TAGS)
-_library.impl("greedy_accept", greedy_accept, "CompositeExplicitAutograd")
-torch.library.register_fake("treespec_triton::greedy_accept", accept.fake, lib=_library)
-
-GREEDY_ACCEPT: OpOverload = torch.ops.treespec_triton.greedy_accept.default
+GREEDY_ACCEPT: OpOverload = implement(ops.greedy_accept, "treespec_triton", greedy_accept)

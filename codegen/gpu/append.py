@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from treespec_compiler.ir.rope_attention import check
+from treespec_compiler.ir.rotation import check
 
 from .sizes import power_of_two
 
@@ -62,7 +62,7 @@ def rope_append(
     style: str,
     rotary: int,
 ) -> Tensor:
-    """As `append` of k turned by `ir.rope_attention.rotate`; returns q [1, Hq, T, Dk] turned.
+    """As `append` of k turned by `ir.rotation.rotate`; returns q [1, Hq, T, Dk] turned.
 
     cos and sin [T, rotary] or [T, rotary / 2], of any strides.
     """

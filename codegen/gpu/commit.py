@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.ir import commit
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.library import implement
 
 from .sizes import power_of_two
 
@@ -83,9 +84,4 @@ def _word(bytes: int) -> object:
     return {4: tl.int32, 2: tl.int16, 1: tl.int8}[bytes]
 
 
-_library = torch.library.Library("treespec_triton", "FRAGMENT")
-_library.define("commit_path" + commit.SCHEMA, tags=commit.TAGS)
-_library.impl("commit_path", commit_path, "CompositeExplicitAutograd")
-torch.library.register_fake("treespec_triton::commit_path", commit.fake, lib=_library)
-
-COMMIT_PATH: OpOverload = torch.ops.treespec_triton.commit_path.default
+COMMIT_PATH: OpOverload = implement(ops.commit_path, "treespec_triton", commit_path)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from treespec_compiler.ir import grouped_linear as definition
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.library import implement
 
 ALIGNMENT = 16  # bytes, of addresses and strides: the tensor memory accelerator's
 MAX_GROUPS = 1023  # one block of threads lays out the groups
@@ -69,9 +71,4 @@ def is_aligned(matrices: Tensor) -> bool:
     return all(place % ALIGNMENT == 0 for place in places)
 
 
-_library = torch.library.Library("treespec_aten", "FRAGMENT")
-_library.define("grouped_linear" + definition.SCHEMA, tags=definition.TAGS)
-_library.impl("grouped_linear", grouped_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("treespec_aten::grouped_linear", definition.fake, lib=_library)
-
-GROUPED_LINEAR: OpOverload = torch.ops.treespec_aten.grouped_linear.default
+GROUPED_LINEAR: OpOverload = implement(ops.grouped_linear, "treespec_aten", grouped_linear)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
-from treespec_compiler.ir import accept, stochastic_accept
-from treespec_compiler.ir.rope_attention import Turn
+from treespec_compiler.ir import accept, ops, stochastic_accept
+from treespec_compiler.ir.library import arguments, definition
 from treespec_compiler.ir.specs import AttentionSpec, MaskSpec
 
 from .. import tables
@@ -54,6 +55,30 @@ class Launch:
         )
 
 
+@dataclass(frozen=True)
+class Turn:
+    """How an attention site rotates its q and k: what its kernel is compiled for."""
+
+    style: str
+    rotary: int
+    width: int
+    """Columns of cos and sin."""
+    dtype: torch.dtype
+    """Of cos and sin."""
+
+
+def turns(graph: fx.Graph) -> dict[int, Turn]:
+    """By site: the rotations that are part of attention."""
+    found = {}
+    for node in graph.nodes:
+        if definition(node.target) is ops.tree_attention:
+            call = arguments(node)
+            if call["cos"] is not None:
+                value = call["cos"].meta["val"]
+                found[node.meta["site"]] = Turn(call["style"], call["rotary"], value.shape[1], value.dtype)
+    return found
+
+
 def attention_kernel(site: AttentionSpec) -> AttentionKernel:
     """What the kernel of an attention site is generated for."""
     return AttentionKernel(
@@ -89,7 +114,7 @@ def inventory(
 ) -> Iterator[Launch]:
     """Every kernel of a program with these sites, for trees of so many nodes; needs triton.
 
-    `turns`: by site, the rotations that are part of attention (`ir.rope_attention.turns`).
+    `turns`: by site, the rotations that are part of attention (`turns`).
     """
     for spec, indices in attention_kernels(sites).items():
         yield from _attention(spec, _where(indices), target, nodes)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from treespec_compiler.ir import ops
 from treespec_compiler.ir import stochastic_accept as definition
+from treespec_compiler.ir.library import implement
 
 from .sizes import power_of_two
 
@@ -82,9 +84,4 @@ def stochastic_accept(
     return out
 
 
-_library = torch.library.Library("treespec_triton", "FRAGMENT")
-_library.define("stochastic_accept" + definition.SCHEMA, tags=definition.TAGS)
-_library.impl("stochastic_accept", stochastic_accept, "CompositeExplicitAutograd")
-torch.library.register_fake("treespec_triton::stochastic_accept", definition.fake, lib=_library)
-
-STOCHASTIC_ACCEPT: OpOverload = torch.ops.treespec_triton.stochastic_accept.default
+STOCHASTIC_ACCEPT: OpOverload = implement(ops.stochastic_accept, "treespec_triton", stochastic_accept)

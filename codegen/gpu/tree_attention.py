@@ -1,4 +1,4 @@
-"""`treespec_triton::tree_attention` and its scored sister: generated Triton kernels over paged K/V pools."""
+"""`treespec_triton::tree_attention`: generated Triton kernels over paged K/V pools."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from treespec_compiler.ir import attention, scored_attention
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.attention import stored
+from treespec_compiler.ir.library import implement
 from treespec_compiler.ir.specs import MaskSpec
 
 from .. import tables
 from . import prompt, self_check
 from . import source as files
-from .append import append
+from .append import append, rope_append
 from .sizes import power_of_two
 from .tree_attention_spec import DTYPES, AttentionKernel, Config, default_config, merge_warps, split_count
 
@@ -189,28 +191,46 @@ def attend_stored(
     page_table: Tensor, prefix_lens: Tensor, tree_lens: Tensor, ancestors: Tensor, scale: float, *rest: Any,
 ) -> Tensor:  # fmt: skip
     """`attend` after the write, prompts into an empty slot included; `rest`: of the op's schema, from `window` on."""
-    new_k, new_v, table = attention.stored(pool_k, pool_v, page_table, write_index)
+    new_k, new_v, table = stored(pool_k, pool_v, page_table, write_index)
     if prompt.is_causal_prompt(page_table, ancestors, scale, *rest) and prompt.flash_takes(q, new_k, new_v):
         return prompt.causal_attention(q, new_k, new_v, scale)
     return attend(q, new_k, new_v, positions, node_offsets, table, prefix_lens, tree_lens, ancestors, scale, *rest)
 
 
 def tree_attention(
-    q: Tensor, k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, positions: Tensor, write_index: Tensor, *rest: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool_k: Tensor,
+    pool_v: Tensor,
+    positions: Tensor,
+    write_index: Tensor,
+    node_offsets: Tensor,
+    page_table: Tensor,
+    prefix_lens: Tensor,
+    tree_lens: Tensor,
+    ancestors: Tensor,
+    scale: float,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    style: str = "half",
+    rotary: int = 0,
 ) -> Tensor:
-    """`rest`: of the schema of the op, plain or scored."""
-    append(k, v, pool_k, pool_v, write_index)
-    return attend_stored(q, pool_k, pool_v, positions, write_index, *rest)
+    """One launch that writes, and turns q and k where they come unturned; then `attend`."""
+    if cos is None or sin is None:
+        append(k, v, pool_k, pool_v, write_index)
+    else:
+        q = rope_append(q, k, v, pool_k, pool_v, write_index, cos, sin, style, rotary)
+    return attend_stored(
+        q, pool_k, pool_v, positions, write_index, node_offsets, page_table, prefix_lens, tree_lens, ancestors,
+        scale, window, chunk, softcap, slopes, bias, sinks,
+    )  # fmt: skip
 
 
-_library = torch.library.Library("treespec_triton", "FRAGMENT")
-for _name, _schema in (
-    ("tree_attention", attention.SCHEMA),
-    ("scored_tree_attention", scored_attention.SCHEMA),
-):
-    _library.define(_name + _schema, tags=attention.TAGS)
-    _library.impl(_name, tree_attention, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"treespec_triton::{_name}", attention.fake, lib=_library)
-
-TREE_ATTENTION: OpOverload = torch.ops.treespec_triton.tree_attention.default
-SCORED_TREE_ATTENTION: OpOverload = torch.ops.treespec_triton.scored_tree_attention.default
+TREE_ATTENTION: OpOverload = implement(ops.tree_attention, "treespec_triton", tree_attention)

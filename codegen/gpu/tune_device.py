@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treespec_compiler.ir import scored_attention
+from treespec_compiler.ir import attention
 
 from .. import tables
 from .source import kernel_versions
@@ -80,7 +80,7 @@ class Inputs:
             self.ancestors, self.scale, *self.changes(),
         ]  # fmt: skip
         meta = [x.cpu() if isinstance(x, Tensor) else x for x in meta]
-        return scored_attention.reference(q, k, v, pool_k, pool_v, *meta)
+        return attention.reference(q, k, v, pool_k, pool_v, *meta)
 
     @property
     def bytes(self) -> int:

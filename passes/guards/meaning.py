@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from treespec_compiler.ir.sequence_attention import causal_attention
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.library import arguments
 from treespec_compiler.ir.specs import MaskSpec
 
 from ..framework.state import GraphState
@@ -41,25 +42,21 @@ def meaning(state: GraphState, reach: int | None = None) -> tuple[Any, ...]:
             what = state.weights.label(node.name) or "input"
         elif node.op == "get_attr":
             what = _contents(getattr(state.gm, str(node.target)))
-        args = _attention_args(node, reach) if node.target is _ATTENTION else node.args
-        rows.append((node.op, what, key(args), key(node.kwargs)))
+        args, kwargs = node.args, node.kwargs
+        if node.target is ops.causal_attention:
+            args, kwargs = _attention_args(node, reach), {}
+        rows.append((node.op, what, key(args), key(kwargs)))
     masks = tuple(
         (_within(s.mask, reach), s.scale, s.heads, s.kv_heads, s.softcap, s.bias, s.sinks) for s in state.sites
     )
     return masks, tuple(rows), tuple(_contents(state.constants[name]) for name in state.weights.derived)
 
 
-_ATTENTION = causal_attention._opoverload
-# What classify leaves out of a call: chunk, softcap, slopes, bias and sinks.
-_NO_CHANGES = (0, 0.0, None, None, None)
-
-
 def _attention_args(node: Any, reach: int | None) -> tuple[Any, ...]:
     """All arguments of a `treespec::causal_attention`, with its mask as it is for at most `reach` tokens."""
-    q, k, v, scale, window, *changes = node.args
-    chunk, *rest = changes or _NO_CHANGES
-    mask = _within(MaskSpec(window, chunk=chunk), reach)
-    return (q, k, v, scale, mask.window, mask.chunk, *rest)
+    call = arguments(node)
+    mask = _within(MaskSpec(call["window"], chunk=call["chunk"]), reach)
+    return tuple((call | {"window": mask.window, "chunk": mask.chunk}).values())
 
 
 def _within(mask: MaskSpec, reach: int | None) -> MaskSpec:

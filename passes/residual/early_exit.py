@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal
+from treespec_compiler.ir import ops
 from treespec_compiler.ir.inputs import ROWS
+from treespec_compiler.ir.library import definition
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
@@ -88,7 +90,7 @@ def cuts(state: GraphState) -> list[list[fx.Node]]:
             if not waiting[source]:
                 del waiting[source]
         waiting[node] = sum(_is_tensor(user) for user in node.users)
-        if "site" in node.meta and op_name(node).rpartition(".")[2].endswith("tree_attention"):
+        if definition(node.target) is ops.tree_attention:
             passed.add(node.meta["site"])
         picks = node.target is aten.index_select.default
         if list(waiting) == [node] and not picks and len(shape_of(node)) == 3 and passed == set(range(len(passed))):

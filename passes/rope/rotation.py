@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from treespec_compiler.ir.provenance import op_name
-from treespec_compiler.ir.rope_attention import STYLES, columns, partners
+from treespec_compiler.ir.rotation import STYLES, columns, partners
 
 from ..forms.form import shape_of
 from ..framework.state import GraphState
@@ -17,7 +17,7 @@ from .linear import RULES, Entry, Head, Walk, same_value
 
 @dataclass(frozen=True)
 class Rotation:
-    """`x` [1, H, T, D], or [1, T, H, D] if `swapped`, turned as `ir.rope_attention.rotate` says."""
+    """`x` [1, H, T, D], or [1, T, H, D] if `swapped`, turned as `ir.rotation.rotate` says."""
 
     x: fx.Node
     swapped: bool

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from treespec_compiler.errors import TreespecError
-from treespec_compiler.ir import sequence_attention  # noqa: F401  (defines the ops)
+from treespec_compiler.ir import ops  # noqa: F401  (defines them)
 from treespec_compiler.ir.weights import Source
 
 from ..framework.state import GraphState

@@ -252,7 +252,7 @@ def step_of(steps: dict[str, Step], name: str) -> Step:
 def test_launches_of_a_layer(steps: dict[str, Step]) -> None:
     """Llama: 7 products (q, k, v, o, gate, up, down), attention with its rotation, and 3 fused kernels (two norms with
     the residual sum, silu and product); besides the layers the head's product, the last norm, cos and sin."""
-    layers, op = LAYERS["plain llama"], "torch.ops.treespec_triton.rope_tree_attention"
+    layers, op = LAYERS["plain llama"], "torch.ops.treespec_triton.tree_attention"
     expected = {"extern_kernels.mm": 7 * layers + 1, op: layers, "triton": 3 * layers + 2}
     assert steps["plain llama"].launches() == expected
 
@@ -260,7 +260,7 @@ def test_launches_of_a_layer(steps: dict[str, Step]) -> None:
 def test_launches_of_scored_attention(steps: dict[str, Step]) -> None:
     """Gemma 2: four norms a layer, of which those after a product and before the next one share a kernel or two."""
     launches = step_of(steps, "gemma2").launches()
-    layers, op = LAYERS["gemma2"], "torch.ops.treespec_triton.rope_scored_tree_attention"
+    layers, op = LAYERS["gemma2"], "torch.ops.treespec_triton.tree_attention"
     assert launches.keys() == {"extern_kernels.mm", op, "triton"}
     assert launches["extern_kernels.mm"] == 7 * layers + 1 and launches[op] == layers
     assert launches["triton"] <= 5 * layers + 2

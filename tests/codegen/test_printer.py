@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from treespec_compiler.codegen.printer import TORCH, TRITON, Printer, Unprintable, torch_function
 from treespec_compiler.ir import formulas
 from treespec_compiler.ir.formulas import CAUSAL, DISTANCES, D, H, K, Q, S
-from treespec_compiler.ir.scored_attention import changed_scores
+from treespec_compiler.ir.scores import changed_scores
 from treespec_compiler.ir.specs import MaskSpec, PositionSpec
 
 INDEX = torch.arange(24)

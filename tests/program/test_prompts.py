@@ -12,14 +12,14 @@ from scored_cases import scored
 from tree_cases import Case, chain
 
 import treespec_compiler as treespec
-from treespec_compiler.codegen import aten, aten_scored, cpu
+from treespec_compiler.codegen import aten, cpu
 from treespec_compiler.codegen.gpu import prompt, tree_attention
 from treespec_compiler.ir import attention, ops
 from treespec_compiler.program.batch import Part, Shape, lay_out
 from treespec_compiler.tree import TokenTree
 
-PLAIN = [ops.tree_attention, aten.TREE_ATTENTION, cpu.TREE_ATTENTION]
-SCORED = [ops.scored_tree_attention, aten_scored.SCORED_TREE_ATTENTION]
+KERNELS = [ops.tree_attention, aten.TREE_ATTENTION, cpu.TREE_ATTENTION]
+CALLS = [*((op, False) for op in KERNELS), *((op, True) for op in KERNELS[:2])]
 CHANGES = {"softcap": 3.0, "slopes": torch.tensor([0.5, 0.25, 0.1, 0.7]), "bias": torch.randn(4, 9)}
 # committed tokens, nodes, of these new: a prompt, a later chunk, one behind nodes that are there, more than two words
 CHAINS = [(0, 9, 9), (13, 40, 40), (5, 30, 12), (3, 150, 140)]
@@ -38,28 +38,26 @@ def expected_of(case: Case, **changes):
     return scored(case, **changes)
 
 
-@pytest.mark.parametrize("op", [*PLAIN, *SCORED], ids=str)
+@pytest.mark.parametrize(("op", "changed"), CALLS, ids=str)
 @pytest.mark.parametrize("window", [0, 7, 70])
 @pytest.mark.parametrize(("prefix", "nodes", "new"), CHAINS)
-def test_a_chain_needs_no_words(op, window, prefix, nodes, new):
+def test_a_chain_needs_no_words(op, changed, window, prefix, nodes, new):
     if op is cpu.TREE_ATTENTION and not cpu.load():
         pytest.skip("no C++ compiler")
     case = Case([(prefix, chain(nodes), new)], window=window, page_size=192)
-    changes = {"chunk": 6, **CHANGES} if op in SCORED else {}
+    changes = {"chunk": 6, **CHANGES} if changed else {}
     expected = expected_of(case, **changes)
     arguments = without_words(case).arguments()
-    rest = [6, *CHANGES.values(), None] if op in SCORED else []
-    torch.testing.assert_close(op(*arguments, *rest).double(), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(op(*arguments, **changes).double(), expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("op", [*PLAIN[:2], *SCORED], ids=str)
+@pytest.mark.parametrize("op", KERNELS[:2], ids=str)
 @pytest.mark.parametrize("nodes", [1, 50])
 def test_an_empty_slot_needs_no_pages(op, nodes):
     case = Case([(0, chain(nodes), nodes)], window=9, page_size=16, slot_pages=5)
     expected, pool_k, pool_v = case.expected()
-    rest = [0, 0.0, None, None, None] if op in SCORED else []
     arguments = without_words(case, pages=False).arguments()
-    torch.testing.assert_close(op(*arguments, *rest).double(), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(op(*arguments).double(), expected, atol=2e-5, rtol=2e-5)
     assert torch.equal(arguments[3].double(), pool_k) and torch.equal(arguments[4].double(), pool_v)
 
 

@@ -165,8 +165,8 @@ def test_aten_equals_the_reference(window: int, chunk: int, softcap: float, what
         torch.randn(4) if what == "sinks" else None,
     ]
     rest = (0.3, window, chunk, softcap, *extras)
-    expected = torch.ops.treespec.scored_tree_attention(*[a.clone() for a in arguments], *rest)
-    got = torch.ops.treespec_aten.scored_tree_attention(*[a.clone() for a in arguments], *rest)
+    expected = torch.ops.treespec.tree_attention(*[a.clone() for a in arguments], *rest)
+    got = torch.ops.treespec_aten.tree_attention(*[a.clone() for a in arguments], *rest)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert got.transpose(1, 2).is_contiguous()
 

@@ -39,6 +39,7 @@ EXAMPLES: list[TreespecError] = [
     ),
     errors.PassError(pass_name="treeify", problem="an arange over the sequence is left"),
     errors.PassError(pass_name="probe", problem="a changed graph", user=True),
+    errors.InvalidKernel(name="mine", got="the op attend", expected="an op of the tree IR: tree_attention"),
     errors.InvalidPipeline(got="no pass 'fuze'", expected="a known pass"),
 ]
 

@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..codegen.gpu.inventory import Launch, inventory
+from ..codegen.gpu.inventory import Launch, inventory, turns
 from ..codegen.gpu.offline import TARGETS, Offline
 from ..errors import InvalidOption, Unsupported
-from ..ir.rope_attention import turns
 from ..pipeline import convert
 from ..program.semantics import lengths_check
 from .explain import refusal_fields, show_refusal

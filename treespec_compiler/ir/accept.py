@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from .library import COMPLIANT, define
+
 SCHEMA = "(Tensor logits, Tensor tokens, Tensor parents, Tensor node_offsets, float tie) -> Tensor"
-TAGS = (torch.Tag.pt2_compliant_tag,)
 
 FIELDS = 4
 """Integers of a request before the paths: accepted nodes, bonus token, place of the first unusable one, near tie."""
@@ -60,9 +61,4 @@ def fake(logits: Tensor, tokens: Tensor, parents: Tensor, node_offsets: Tensor, 
     return tokens.new_empty(FIELDS * (node_offsets.numel() - 1) + tokens.numel())
 
 
-_library = torch.library.Library("treespec", "FRAGMENT")
-_library.define("greedy_accept" + SCHEMA, tags=TAGS)
-_library.impl("greedy_accept", reference, "CompositeExplicitAutograd")
-torch.library.register_fake("treespec::greedy_accept", fake, lib=_library)
-
-greedy_accept: OpOverload = torch.ops.treespec.greedy_accept.default
+greedy_accept: OpOverload = define("greedy_accept", SCHEMA, reference, fake, COMPLIANT)

@@ -1,4 +1,12 @@
-"""`treespec::tree_attention`: every new tree node attends to its committed prefix and to its own ancestors."""
+"""`treespec::tree_attention`: every new tree node attends to its committed prefix and to its own ancestors.
+
+One op for every decoder: what a model does besides comes in optional arguments, and leaving one out means it does not.
+
+    window, chunk              which keys of a path are seen, as in `MaskSpec`; 0: all of them
+    softcap, slopes, bias,     how scores are changed and weighted, as in `scores`
+    sinks
+    cos, sin, style, rotary    q and k come before their rotation and are turned as in `rotation`; k is stored turned
+"""
 
 from __future__ import annotations
 
@@ -6,13 +14,16 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from .library import define
+from .rotation import rotate
+from .scores import changed_scores, softmax_with_sinks
+
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) pool_k, Tensor(b!) pool_v, Tensor positions, Tensor write_index, "
     "Tensor node_offsets, Tensor page_table, Tensor prefix_lens, Tensor tree_lens, Tensor ancestors, "
-    "float scale, SymInt window) -> Tensor"
+    "float scale, SymInt window=0, SymInt chunk=0, float softcap=0.0, Tensor? slopes=None, Tensor? bias=None, "
+    'Tensor? sinks=None, Tensor? cos=None, Tensor? sin=None, str style="half", SymInt rotary=0) -> Tensor'
 )
-# Any strides are read, so a compiler need not copy an input into another layout first.
-TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 
 def ancestor_nodes(words: Tensor) -> list[int]:
@@ -49,6 +60,18 @@ def append(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Te
     pool_v[pages, :, offsets] = v[0].transpose(0, 1)[nodes].to(pool_v.dtype)
 
 
+def seen_tokens(position: int, prefix: int, path: list[int], window: int, chunk: int) -> tuple[list[int], list[int]]:
+    """Offsets in its slot of what a node at `position` sees, and their distances; `path`: its ancestors and itself."""
+    offsets = [*range(prefix), *(prefix + j for j in path)]
+    distances = [*range(position, position - prefix, -1), *range(len(path) - 1, -1, -1)]
+    kept = [
+        i
+        for i, d in enumerate(distances)
+        if (not window or d < window) and (not chunk or position // chunk == (position - d) // chunk)
+    ]
+    return [offsets[i] for i in kept], [distances[i] for i in kept]
+
+
 def reference(
     q: Tensor,  # [1, Hq, T, Dk]
     k: Tensor,  # [1, Hkv, T, Dk]
@@ -63,14 +86,25 @@ def reference(
     tree_lens: Tensor,
     ancestors: Tensor,
     scale: float,
-    window: int,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,  # [Hq]
+    bias: Tensor | None = None,  # [Hq, distances]
+    sinks: Tensor | None = None,  # [Hq]
+    cos: Tensor | None = None,  # [T, rotary] or [T, rotary / 2], and so is sin
+    sin: Tensor | None = None,
+    style: str = "half",
+    rotary: int = 0,
 ) -> Tensor:  # [1, Hq, T, Dv], laid out as [1, T, Hq, Dv]
     """Write K and V at `write_index`, then softmax(scale * q @ keys) @ values over what each node sees.
 
-    A node sees the tokens j < prefix_len with position - j < window, and of its ancestors (itself included) those
-    fewer than `window` levels above it. window == 0: all of them. Rows that belong to no request give 0, and their
-    K and V are written nowhere if their write_index is negative.
+    A node at position p sees, of the tokens j < prefix_len and of its ancestors (itself included, of positions p - 1,
+    p - 2, ... upwards), those at positions that `MaskSpec(window, chunk=chunk)` shows. Rows that belong to no request
+    give 0, and their K and V are written nowhere if their write_index is negative.
     """
+    if cos is not None and sin is not None:
+        q, k = rotate(q, cos, sin, style, rotary), rotate(k, cos, sin, style, rotary)
     append(k, v, pool_k, pool_v, write_index)
     pool_k, pool_v, page_table = stored(pool_k, pool_v, page_table, write_index)
     page_size, group = pool_k.shape[2], q.shape[1] // k.shape[1]
@@ -80,14 +114,15 @@ def reference(
     for r in range(prefix_lens.numel()):
         prefix, end = int(prefix_lens[r]), int(node_offsets[r + 1])
         for i in range(int(node_offsets[r]), end):
-            first = max(0, int(positions[i]) - window + 1) if window else 0
-            path = seen_nodes(ancestors, i, int(tree_lens[r]) - end + i)[-window:]
-            seen = torch.tensor([*range(first, prefix), *(prefix + j for j in path)], device=q.device)
+            path = seen_nodes(ancestors, i, int(tree_lens[r]) - end + i)
+            offsets, distances = seen_tokens(int(positions[i]), prefix, path, window, chunk)
+            seen, distance = (torch.tensor(x, device=q.device) for x in (offsets, distances))
             page, offset = page_table[r, seen // page_size], seen % page_size
             keys = pool_k[page, :, offset].repeat_interleave(group, 1).to(wide)  # [seen, Hq, Dk]
             values = pool_v[page, :, offset].repeat_interleave(group, 1).to(wide)  # [seen, Hq, Dv]
             scores = torch.einsum("hd,shd->hs", q[0, :, i].to(wide), keys) * scale
-            out[0, :, i] = torch.einsum("hs,shd->hd", scores.softmax(-1), values).to(q.dtype)
+            weights = softmax_with_sinks(changed_scores(scores, distance, softcap, slopes, bias), sinks)
+            out[0, :, i] = torch.einsum("hs,shd->hd", weights, values).to(q.dtype)
     return out
 
 
@@ -96,13 +131,8 @@ def empty_output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
-def fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+def fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
     return empty_output(q, v)
 
 
-_library = torch.library.Library("treespec", "FRAGMENT")
-_library.define("tree_attention" + SCHEMA, tags=TAGS)
-_library.impl("tree_attention", reference, "CompositeExplicitAutograd")
-torch.library.register_fake("treespec::tree_attention", fake, lib=_library)
-
-tree_attention: OpOverload = torch.ops.treespec.tree_attention.default
+tree_attention: OpOverload = define("tree_attention", SCHEMA, reference, fake)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from .library import COMPLIANT, define
+
 SCHEMA = "(Tensor(a!)[] pools, Tensor src, Tensor dst) -> ()"
-TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
 def reference(pools: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
@@ -28,9 +28,4 @@ def fake(pools: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     return None
 
 
-_library = torch.library.Library("treespec", "FRAGMENT")
-_library.define("commit_path" + SCHEMA, tags=TAGS)
-_library.impl("commit_path", reference, "CompositeExplicitAutograd")
-torch.library.register_fake("treespec::commit_path", fake, lib=_library)
-
-commit_path: OpOverload = torch.ops.treespec.commit_path.default
+commit_path: OpOverload = define("commit_path", SCHEMA, reference, fake, COMPLIANT)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from .library import define
+
 SCHEMA = "(Tensor x, Tensor weight, Tensor ends) -> Tensor"
-TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 
 def reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -40,9 +41,4 @@ def fake(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-_library = torch.library.Library("treespec", "FRAGMENT")
-_library.define("grouped_linear" + SCHEMA, tags=TAGS)
-_library.impl("grouped_linear", reference, "CompositeExplicitAutograd")
-torch.library.register_fake("treespec::grouped_linear", fake, lib=_library)
-
-grouped_linear: OpOverload = torch.ops.treespec.grouped_linear.default
+grouped_linear: OpOverload = define("grouped_linear", SCHEMA, reference, fake)

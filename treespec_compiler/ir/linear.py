@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from .library import define
+
 SCHEMA = "(Tensor x, Tensor packed, Tensor? bias, SymInt out_features) -> Tensor"
-TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 PANEL = 32
 
 
@@ -43,9 +44,4 @@ def fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> T
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-_library = torch.library.Library("treespec", "FRAGMENT")
-_library.define("packed_linear" + SCHEMA, tags=TAGS)
-_library.impl("packed_linear", reference, "CompositeExplicitAutograd")
-torch.library.register_fake("treespec::packed_linear", fake, lib=_library)
-
-packed_linear: OpOverload = torch.ops.treespec.packed_linear.default
+packed_linear: OpOverload = define("packed_linear", SCHEMA, reference, fake)

@@ -1,7 +1,9 @@
 """Attention over one whole sequence: the two ops between recognition and treeification.
 
-`treespec::attention` is what was found (any mask), `treespec::causal_attention` what was proved (a MaskSpec).
-Both take q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv] with Hq a multiple of Hkv and return [1, Hq, T, Dv].
+`treespec::attention` is what was found (any mask), `treespec::causal_attention` what was proved (a MaskSpec). Two ops
+and not one with every argument: a graph says by their names which of its masks are understood.
+Both take q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv] with Hq a multiple of Hkv and return [1, Hq, T, Dv],
+and change and weight scores as in `scores`: slopes [Hq], bias [Hq, distances], sinks [Hq].
 They exist to be analysed and checked; the tree program never runs them.
 """
 
@@ -9,19 +11,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.nn.functional import scaled_dot_product_attention
 
-from .scored_attention import changed_scores, softmax_with_sinks
+from .library import define
+from .scores import changed_scores, softmax_with_sinks
 from .specs import MaskSpec
 
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, float softcap=0.0, "
+    "Tensor? sinks=None) -> Tensor"
+)
+CAUSAL_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, float scale, SymInt window=0, SymInt chunk=0, float softcap=0.0, "
+    "Tensor? slopes=None, Tensor? bias=None, Tensor? sinks=None) -> Tensor"
+)
 
-def _shared_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    groups = q.shape[1] // k.shape[1]
-    return k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
-
-@torch.library.custom_op("treespec::attention", mutates_args=())
-def attention(
+def reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -31,9 +38,8 @@ def attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale * q k^T + mask) v, as torch's scaled_dot_product_attention defines it; softcap and sinks [Hq] as in
-    `scored_attention`."""
-    k, v = _shared_heads(q, k, v)
+    """softmax(scale * q k^T + mask) v, as torch's scaled_dot_product_attention defines it."""
+    k, v = _for_every_head(q, k, v)
     if not softcap and sinks is None:
         return scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale).contiguous()
     s = changed_scores((q @ k.transpose(2, 3) * scale)[0], _distances(q), softcap, None, None)
@@ -44,22 +50,20 @@ def attention(
     return softmax_with_sinks(s, sinks).unsqueeze(0) @ v
 
 
-@torch.library.custom_op("treespec::causal_attention", mutates_args=())
-def causal_attention(
+def causal_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float,
-    window: int,
+    window: int = 0,
     chunk: int = 0,
     softcap: float = 0.0,
     slopes: Tensor | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention in which query i sees key j as `MaskSpec(window, chunk=chunk)` says, with the scores of
-    `scored_attention`: slopes [Hq], bias [Hq, distances], sinks [Hq]."""
-    k, v = _shared_heads(q, k, v)
+    """Attention in which query i sees key j as `MaskSpec(window, chunk=chunk)` says."""
+    k, v = _for_every_head(q, k, v)
     steps = torch.arange(q.shape[2], device=q.device)
     seen = MaskSpec(window, chunk=chunk).visible(steps[:, None], steps[None, :])
     if not softcap and slopes is None and bias is None and sinks is None:
@@ -68,16 +72,19 @@ def causal_attention(
     return softmax_with_sinks(s.masked_fill(~seen, -torch.inf), sinks).unsqueeze(0) @ v
 
 
+def _for_every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+
+
 def _distances(q: Tensor) -> Tensor:
     steps = torch.arange(q.shape[2], device=q.device)
     return steps[:, None] - steps[None, :]
 
 
-@attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+def fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
-@causal_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[3]))
+attention: OpOverload = define("attention", SCHEMA, reference, fake)
+causal_attention: OpOverload = define("causal_attention", CAUSAL_SCHEMA, causal_reference, fake)

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from .library import COMPLIANT, define
+
 SCHEMA = (
     "(Tensor p, Tensor q, Tensor tokens, Tensor parents, Tensor node_offsets, Tensor draw_offsets, Tensor draw_rows, "
     "Tensor draw_q, Tensor uniforms, str rule, int levels) -> Tensor"
 )
-TAGS = (torch.Tag.pt2_compliant_tag,)
 
 RULES = ("naive", "multi-step", "recursive", "traversal")
 FIELDS = 3
@@ -209,9 +210,4 @@ def fake(
     return tokens.new_empty(FIELDS * (node_offsets.numel() - 1) + tokens.numel())
 
 
-_library = torch.library.Library("treespec", "FRAGMENT")
-_library.define("stochastic_accept" + SCHEMA, tags=TAGS)
-_library.impl("stochastic_accept", reference, "CompositeExplicitAutograd")
-torch.library.register_fake("treespec::stochastic_accept", fake, lib=_library)
-
-stochastic_accept: OpOverload = torch.ops.treespec.stochastic_accept.default
+stochastic_accept: OpOverload = define("stochastic_accept", SCHEMA, reference, fake, COMPLIANT)

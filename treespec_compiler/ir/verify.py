@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from .attention import tree_attention
 from .inputs import ROWS, is_pool, pool_names
+from .library import definition
 
 Rule = Callable[[fx.Graph], str | None]
 
@@ -60,10 +62,15 @@ def _every_value_known(graph: fx.Graph) -> str | None:
     return f"a node without a fake value: {bad.format_node()}" if bad is not None else None
 
 
+def _is_tree_attention(node: fx.Node) -> bool:
+    """Bound to a kernel or not."""
+    return definition(node.target) is tree_attention
+
+
 def _only_attention_mutates(graph: fx.Graph) -> str | None:
     for node in _calls(graph):
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable and not _name(node).endswith("tree_attention"):
+        if schema is not None and schema.is_mutable and not _is_tree_attention(node):
             return f"something other than tree attention writes in place: {node.format_node()}"
     return None
 
@@ -72,7 +79,7 @@ def _pools_in_site_order(graph: fx.Graph) -> str | None:
     """Site i reads and writes pool_k_i and pool_v_i, and nobody else does."""
     expected = 0
     for node in _calls(graph):
-        if not _name(node).endswith("tree_attention"):
+        if not _is_tree_attention(node):
             continue
         pools = tuple(getattr(a, "name", a) for a in node.args[3:5])
         if pools != pool_names(expected):

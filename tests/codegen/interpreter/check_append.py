@@ -8,9 +8,9 @@ from bfloat16 import exact_bfloat16
 from tree_cases import Case
 
 from treespec_compiler.codegen.gpu.append import append, rope_append
-from treespec_compiler.codegen.gpu.rope_attention import ROPE_SCORED_TREE_ATTENTION, ROPE_TREE_ATTENTION
+from treespec_compiler.codegen.gpu.tree_attention import TREE_ATTENTION
 from treespec_compiler.ir import ops
-from treespec_compiler.ir.rope_attention import rotate
+from treespec_compiler.ir.rotation import rotate
 
 T, H = 5, 2
 
@@ -141,16 +141,11 @@ def test_rope_append_reads_strided_angles():
 @pytest.mark.parametrize("scored", [False, True])
 def test_rope_attention_is_rotation_then_attention(scored):
     case = Case([(5, [-1, 0, 0], 2), (3, [-1, 0], 2)], page_size=16)
-    *arguments, scale, window = case.arguments()
-    rest = (scale, window) + ((0, 5.0, None, None, None) if scored else ())
-    rest += (*angles(4, 16), "half", 32)
-    op, definition = (
-        (ROPE_SCORED_TREE_ATTENTION, ops.rope_scored_tree_attention)
-        if scored
-        else (ROPE_TREE_ATTENTION, ops.rope_tree_attention)
-    )
+    arguments = case.arguments()
+    cos, sin = angles(4, 16)
+    rest = {"softcap": 5.0 * scored, "cos": cos, "sin": sin, "style": "half", "rotary": 32}
     mine = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    want, got = definition(*arguments, *rest), op(*mine, *rest)
+    want, got = ops.tree_attention(*arguments, **rest), TREE_ATTENTION(*mine, **rest)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mine[3], arguments[3], atol=1e-6, rtol=1e-6)
     assert torch.equal(mine[4], arguments[4])

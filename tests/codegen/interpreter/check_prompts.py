@@ -15,8 +15,7 @@ from scored_cases import scored
 from tree_cases import Case, chain
 
 from treespec_compiler.codegen.gpu.append import append
-from treespec_compiler.codegen.gpu.rope_attention import ROPE_TREE_ATTENTION
-from treespec_compiler.codegen.gpu.tree_attention import SCORED_TREE_ATTENTION, TREE_ATTENTION, attend
+from treespec_compiler.codegen.gpu.tree_attention import TREE_ATTENTION, attend
 from treespec_compiler.codegen.gpu.tree_attention_spec import Config
 from treespec_compiler.ir import ops
 
@@ -55,7 +54,7 @@ def test_empty_slots(window):
     expected, keys, values = case.expected()
     torch.testing.assert_close(TREE_ATTENTION(*arguments).double(), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(pool_k.double(), keys) and torch.equal(pool_v.double(), values)
-    got = SCORED_TREE_ATTENTION(*arguments, 0, 0.0, None, None, torch.zeros(4))
+    got = TREE_ATTENTION(*arguments, sinks=torch.zeros(4))
     torch.testing.assert_close(got.double(), scored(_filled(case), sinks=torch.zeros(4)), atol=1e-5, rtol=1e-5)
 
 
@@ -67,9 +66,9 @@ def _filled(case: Case) -> Case:
 def test_rotated_prompts():
     case = Case([(0, chain(20), 20)], dk=16, dv=16, page_size=32)
     angles = torch.randn(20, 16)
-    turn = (angles.cos(), angles.sin(), "half", 16)
+    turn = {"cos": angles.cos(), "sin": angles.sin(), "style": "half", "rotary": 16}
     ours, theirs = case.arguments(), case.arguments()
-    expected = ops.rope_tree_attention(*theirs, *turn)
-    got = ROPE_TREE_ATTENTION(*ours[:5], *bare(case, pages=False), *ours[12:], *turn)
+    expected = ops.tree_attention(*theirs, **turn)
+    got = TREE_ATTENTION(*ours[:5], *bare(case, pages=False), *ours[12:], **turn)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours[3], theirs[3], atol=1e-6, rtol=1e-6)

@@ -19,7 +19,7 @@ from test_ops import forests
 from tree_cases import CASES, Case, chain, random_tree
 
 from treespec_compiler.codegen.gpu.append import append
-from treespec_compiler.codegen.gpu.tree_attention import SCORED_TREE_ATTENTION, TREE_ATTENTION, attend
+from treespec_compiler.codegen.gpu.tree_attention import TREE_ATTENTION, attend
 from treespec_compiler.codegen.gpu.tree_attention_spec import Config, pieces
 from treespec_compiler.ir import ops
 
@@ -264,14 +264,10 @@ def apart(x):
 
 def test_ops_equal_their_references():
     case = Case(FORESTS["extend"], dk=16, dv=16)
-    for op, rest in (
-        (TREE_ATTENTION, ()),
-        (SCORED_TREE_ATTENTION, (8, 2.0, torch.rand(4), torch.randn(4, 9), torch.randn(4))),
-    ):
+    for rest in ((), (8, 2.0, torch.rand(4), torch.randn(4, 9), torch.randn(4))):
         ours, theirs = case.arguments(), case.arguments()
-        reference = ops.tree_attention if op is TREE_ATTENTION else ops.scored_tree_attention
-        expected = reference(*theirs, *rest)
-        torch.testing.assert_close(op(*ours, *rest), expected, atol=1e-5, rtol=1e-5)
+        expected = ops.tree_attention(*theirs, *rest)
+        torch.testing.assert_close(TREE_ATTENTION(*ours, *rest), expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(ours[3], theirs[3]) and torch.equal(ours[4], theirs[4])
 
 

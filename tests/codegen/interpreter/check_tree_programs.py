@@ -14,10 +14,9 @@ from oracles import EAGER, assert_decodes
 import treespec_compiler.codegen  # noqa: F401  enters the kernels
 from treespec_compiler import tree_program
 from treespec_compiler.cli.coverage.models import VOCAB, tiny_model
-from treespec_compiler.codegen.gpu.tree_attention import SCORED_TREE_ATTENTION, TREE_ATTENTION
+from treespec_compiler.codegen.gpu.tree_attention import TREE_ATTENTION
 from treespec_compiler.ir import ops, registry
-
-KERNELS = {ops.tree_attention: TREE_ATTENTION, ops.scored_tree_attention: SCORED_TREE_ATTENTION}
+from treespec_compiler.ir.library import arguments, given
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered:RuntimeWarning")
 
@@ -26,23 +25,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) e
 def _on_the_cpu(monkeypatch):
     """The kernels for CUDA, entered for the CPU."""
     monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
-    for op, target in KERNELS.items():
-        registry.register_kernel(op, device="cpu", dtypes=None, priority=99, name="interpreted", target=target)
+    registry.register_kernel(ops.tree_attention, TREE_ATTENTION, name="interpreted", device="cpu", priority=99)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "window", "scored"),
+    ("model_type", "window", "changes"),
     [
-        ("llama", None, False),
-        ("gemma2", 4, True),
-        ("gpt_oss", 4, True),
-        ("bloom", None, True),
-        ("deepseek_v2", None, False),
+        ("llama", None, {"cos", "sin", "rotary"}),
+        ("gemma2", 4, {"softcap", "cos", "sin", "rotary"}),
+        ("gpt_oss", 4, {"sinks", "cos", "sin", "rotary"}),
+        ("bloom", None, {"slopes"}),
+        ("deepseek_v2", None, set()),
     ],
 )
-def test_path_oracle(model_type, window, scored):
+def test_path_oracle(model_type, window, changes):
     model = tiny_model(model_type, window)
     program = tree_program(model, options=EAGER)
-    bound = {n.target for n in program.graph_module.graph.nodes if n.target in KERNELS.values()}
-    assert (SCORED_TREE_ATTENTION in bound) == scored and bound
+    bound = [n for n in program.graph_module.graph.nodes if n.target is TREE_ATTENTION]
+    assert len(bound) == len(program.sites)
+    assert {name for n in bound for name in given(ops.tree_attention, arguments(n))} - {"window", "style"} == changes
     assert_decodes(model, program, VOCAB, rounds=2, size=7)

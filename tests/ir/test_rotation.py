@@ -1,4 +1,4 @@
-"""`ir.rope_attention` against the way models write it, and its ops."""
+"""`ir.rotation` against the way models write it, and the op that rotates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from tree_cases import Case
 
 from treespec_compiler.ir import ops
-from treespec_compiler.ir.rope_attention import rotate
+from treespec_compiler.ir.rotation import rotate
 
 HEADS, TOKENS, DIM = 3, 5, 12
 
@@ -54,9 +54,20 @@ def test_what_no_rotation_is(style: str, rotary: int, columns: int) -> None:
         rotate(x, cos, cos, style, rotary)
 
 
-def test_ops_are_wellformed() -> None:
+def test_attention_that_rotates_is_wellformed() -> None:
     case = Case([(5, [-1, 0, 0], 2), (3, [-1, 0], 2)])
-    cos = torch.randn(4, 16)
-    torch.library.opcheck(ops.rope_tree_attention, (*case.arguments(), cos, cos, "half", 32))
-    scored = (*case.arguments(), 0, 0.0, None, None, None, cos, cos, "interleaved", 32)
-    torch.library.opcheck(ops.rope_scored_tree_attention, scored)
+    turn = {"cos": torch.randn(4, 16), "sin": torch.randn(4, 16), "rotary": 32}
+    torch.library.opcheck(ops.tree_attention, case.arguments(), turn)
+    torch.library.opcheck(ops.tree_attention, case.arguments(), {**turn, "style": "interleaved", "softcap": 2.0})
+
+
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+def test_attention_that_rotates_is_rotation_then_attention(style: str) -> None:
+    case = Case([(5, [-1, 0, 0], 2), (3, [-1, 0], 2)], window=3)
+    cos, sin = torch.randn(4, 8), torch.randn(4, 8)
+    mine, theirs = case.arguments(), case.arguments()
+    turned = (rotate(x, cos, sin, style, 16) for x in theirs[:2])
+    want = ops.tree_attention(*turned, *theirs[2:], softcap=2.0)
+    got = ops.tree_attention(*mine, softcap=2.0, cos=cos, sin=sin, style=style, rotary=16)
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(mine[3:5], theirs[3:5]))
