@@ -13,6 +13,7 @@ from .versions import __version__ as __version__
 if TYPE_CHECKING:
     from .errors import TreespecError, Unsupported
     from .ir.grouped_linear import grouped_linear
+    from .ir.registry import register_kernel
     from .options import Options
     from .passes.framework.registry import register_pass
     from .passes.locality.custom_ops import register_op
@@ -34,6 +35,7 @@ _HOME = {
     "Unsupported": ".errors",
     "generate": ".runtime.generate",
     "grouped_linear": ".ir.grouped_linear",
+    "register_kernel": ".ir.registry",
     "register_op": ".passes.locality.custom_ops",
     "register_pass": ".passes.framework.registry",
     "stream": ".runtime.generate",
@@ -53,6 +55,7 @@ __all__ = [
     "Unsupported",
     "generate",
     "grouped_linear",
+    "register_kernel",
     "register_op",
     "register_pass",
     "stream",

@@ -28,6 +28,8 @@ from .rows import GroupSizes, Layout, Place, Rows, Uniform, reshaped, rows_of, s
 from .token_rules import RULES, Axis, Mixes, Rule, rank_of
 from .token_writes import WRITES
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class RowNumbers:
@@ -154,7 +156,7 @@ def _repeat(self: Routing, node: fx.Node) -> Place:
 
 def sort_call(node: fx.Node) -> tuple[int, bool]:
     """(dimension, descending) of a sort or argsort."""
-    stable = str(node.target).endswith("stable")
+    stable = node.target in (aten.sort.stable, aten.argsort.stable)
     first = 2 if stable and len(node.args) > 1 and isinstance(node.args[1], bool) else 1
     dim = int(argument(node, first, "dim", -1)) % max(rank_of(node.args[0]), 1)
     return dim, bool(argument(node, first + 1, "descending", False))

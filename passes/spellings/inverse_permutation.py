@@ -45,7 +45,7 @@ def _written(node: fx.Node) -> tuple[Any, Any] | None:
     name = op_name(node)
     if name == "aten.index_put" and len(args[1]) == 1 and not (len(args) > 3 and args[3]):
         return args[1][0], args[2]
-    if name == "aten.scatter" and str(node.target).endswith("src") and len(args) == 4:
+    if node.target is aten.scatter.src and len(args) == 4:
         return args[2], args[3]
     return None
 

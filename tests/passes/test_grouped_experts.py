@@ -250,7 +250,10 @@ class TestBinding:
         assert new.count("treespec.grouped_linear") == 2 and "the reference runs" not in caplog.text
 
     def test_a_graph_for_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bind_kernels, "best_kernel", lambda op, device, dtype, **_: best_kernel(op, "cuda", dtype))
+        def on_cuda(node: fx.Node, **_: Any) -> Any:
+            return best_kernel(node.target, "cuda", node.meta["val"].dtype)
+
+        monkeypatch.setattr(bind_kernels, "best_kernel_for", on_cuda)
         _, new, _, _ = applied(build(Split), bind_kernels.PASS)
         assert new.count("treespec_aten.grouped_linear") == 2 and "treespec.grouped_linear" not in new
 
