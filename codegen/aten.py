@@ -1,6 +1,7 @@
 """`treespec_aten::tree_attention`: ATen's attention for each request, on any device and in any float dtype.
 
-Plain scores go to scaled_dot_product_attention; changed ones, and chunks, are computed densely.
+Plain scores go to scaled_dot_product_attention; changed ones, chunks, and keys that are not finite are computed
+densely: a mask of scaled_dot_product_attention is added, and NaN less infinity is NaN.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from treespec_compiler.ir import ops
-from treespec_compiler.ir.attention import empty_output, stored
+from treespec_compiler.ir.attention import append, empty_output, stored
 from treespec_compiler.ir.library import implement
 from treespec_compiler.ir.scores import changed_scores, softmax_with_sinks
 
@@ -40,7 +41,7 @@ def tree_attention(
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    write(k, v, pool_k, pool_v, write_index)
+    append(k, v, pool_k, pool_v, write_index)
     pool_k, pool_v, page_table = stored(pool_k, pool_v, page_table, write_index)
     page_size = pool_k.shape[2]
     plain = not chunk and not softcap and slopes is None and bias is None and sinks is None
@@ -58,7 +59,7 @@ def tree_attention(
         seen = None
         if nodes > 1 or window or chunk:
             seen = visible(positions[rows], ancestors[rows], prefix, nodes, window, chunk)
-        if plain:
+        if plain and (seen is None or bool(keys.sum(dtype=torch.float32).isfinite())):
             out[0, :, rows] = _plain(q[0, :, rows], keys, values, seen, scale)
         else:
             distance = positions[rows].unsqueeze(1) - key_positions(ancestors[rows], prefix, nodes)
@@ -124,14 +125,6 @@ def key_positions(ancestors: Tensor, prefix: int, nodes: int) -> Tensor:
     depth = topology(ancestors, nodes).cumsum(1) - 1
     before = torch.arange(prefix, device=ancestors.device).expand(len(ancestors), prefix)
     return torch.cat([before, prefix + depth], 1)
-
-
-def write(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Tensor) -> None:
-    """Every new node's K and V into the pools; `write_index` names a place for each."""
-    page_size = pool_k.shape[2]
-    at = (write_index // page_size, slice(None), write_index % page_size)
-    pool_k[at] = k[0].transpose(0, 1).to(pool_k.dtype)
-    pool_v[at] = v[0].transpose(0, 1).to(pool_v.dtype)
 
 
 def tokens(pool: Tensor, pages: list[int], length: int) -> Tensor:

@@ -32,6 +32,29 @@ struct Task {
   float* partial;  // null: the only one for its rows; else [rows][padded Dv] sums, then [rows] maxima, then [rows] sums
 };
 
+// Whether none is NaN or infinite: those have all bits of their exponent set.
+inline bool all_finite(const float* x, int64_t n) {
+  uint32_t lost = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof(bits));
+    lost |= (bits & 0x7f800000u) == 0x7f800000u;
+  }
+  return !lost;
+}
+
+// One head's key and values of a token. Values that are not all finite are stored as zeros, and their key as NaN: what
+// a node does not see is multiplied by 0, and 0 times NaN is NaN; a key that is not seen never is.
+inline void store_token(const float* k, int64_t Dk, const float* v, int64_t Dv, float* to_k, float* to_v) {
+  if (all_finite(v, Dv)) {
+    std::memcpy(to_k, k, Dk * sizeof(float));
+    std::memcpy(to_v, v, Dv * sizeof(float));
+  } else {
+    std::fill(to_k, to_k + Dk, NAN);
+    std::fill(to_v, to_v + Dv, 0.f);
+  }
+}
+
 inline int64_t padded(int64_t d) { return (d + VW - 1) / VW * VW; }
 
 struct Scratch {  // one a thread, grown and kept

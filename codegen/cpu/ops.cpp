@@ -92,7 +92,7 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
   const int64_t R = prefix_lens_in.numel();
   TORCH_CHECK(page_table_in.dim() == 2 && ancestors_in.dim() == 2, "page_table and ancestors have 2 dimensions");
   const int64_t slot_pages = page_table_in.size(1), words = ancestors_in.size(1);  // no words: chains
-  TORCH_CHECK(slot_pages > 0, "page_table must name the pages of every request");
+  TORCH_CHECK(slot_pages > 0 || R == 1, "got no pages for ", R, " requests, expected one request");
 
   const Tensor q = unit_last_stride(q_in), k = unit_last_stride(k_in), v = unit_last_stride(v_in);
   const Tensor positions = int64_input(positions_in, T, "positions");
@@ -114,19 +114,32 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
               ancestors.const_data_ptr<int64_t>(), T, R, words, heads, kv_heads, Dk, Dv, window, float(scale),
               out.mutable_data_ptr<float>()};
 
-  for (int64_t i = 0; i < T; ++i)
-    TORCH_CHECK(a.write_index[i] >= 0 && a.write_index[i] < pages * page_size, "write_index ", a.write_index[i],
-                " is outside a pool of ", pages, " pages of ", page_size);
+  for (int64_t i = 0; i < T; ++i)  // negative: nowhere
+    TORCH_CHECK(a.write_index[i] < pages * page_size, "write_index ", a.write_index[i], " is outside a pool of ", pages,
+                " pages of ", page_size);
   for (int64_t i = 0; i < R * slot_pages; ++i)
     TORCH_CHECK(a.page_table[i] >= 0 && a.page_table[i] < pages, "page ", a.page_table[i], " of ", pages);
   for (int64_t i = 0; i < T; ++i) {
+    if (a.write_index[i] < 0) continue;
     const int64_t page = a.write_index[i] / page_size, offset = a.write_index[i] % page_size;
-    for (int64_t h = 0; h < kv_heads; ++h) {
-      std::memcpy(a.pool_k + page * a.pool_k_page + h * a.pool_k_head + offset * Dk, a.k + h * a.k_head + i * a.k_token,
-                  Dk * sizeof(float));
-      std::memcpy(a.pool_v + page * a.pool_v_page + h * a.pool_v_head + offset * Dv, a.v + h * a.v_head + i * a.v_token,
-                  Dv * sizeof(float));
-    }
+    for (int64_t h = 0; h < kv_heads; ++h)
+      store_token(a.k + h * a.k_head + i * a.k_token, Dk, a.v + h * a.v_head + i * a.v_token, Dv,
+                  a.pool_k + page * a.pool_k_page + h * a.pool_k_head + offset * Dk,
+                  a.pool_v + page * a.pool_v_page + h * a.pool_v_head + offset * Dv);
+  }
+  // Without pages the new nodes are all there is: they make a page of their own, of T tokens.
+  Tensor new_k, new_v;
+  static const int64_t first_page = 0;
+  if (!slot_pages) {
+    new_k = at::detail::empty_cpu({1, kv_heads, T, Dk}, at::kFloat);
+    new_v = at::detail::empty_cpu({1, kv_heads, T, Dv}, at::kFloat);
+    float *to_k = new_k.mutable_data_ptr<float>(), *to_v = new_v.mutable_data_ptr<float>();
+    for (int64_t h = 0; h < kv_heads; ++h)
+      for (int64_t i = 0; i < T; ++i)
+        store_token(a.k + h * a.k_head + i * a.k_token, Dk, a.v + h * a.v_head + i * a.v_token, Dv,
+                    to_k + (h * T + i) * Dk, to_v + (h * T + i) * Dv);
+    a.pool_k = to_k, a.pool_v = to_v, a.pool_k_head = T * Dk, a.pool_v_head = T * Dv;
+    a.page_table = &first_page, a.page_size = T, a.slot_pages = 1;
   }
 
   // Tasks by request and block of nodes; heads are the inner loop, so that neighbours share metadata.
@@ -137,8 +150,8 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
     const int64_t first = a.node_offsets[r], last = a.node_offsets[r + 1], length = a.prefix_lens[r] + a.tree_lens[r];
     TORCH_CHECK(0 <= first && first <= last && last <= T,
                 "node_offsets must increase from 0 to at most ", T);
-    TORCH_CHECK(a.prefix_lens[r] >= 0 && a.tree_lens[r] >= last - first && length <= slot_pages * page_size,
-                "request ", r, " has ", length, " tokens, its slot ", slot_pages * page_size);
+    TORCH_CHECK(a.prefix_lens[r] >= 0 && a.tree_lens[r] >= last - first && length <= a.slot_pages * a.page_size,
+                "request ", r, " has ", length, " tokens, its slot ", a.slot_pages * a.page_size);
     TORCH_CHECK(!words || a.tree_lens[r] <= 64 * words, a.tree_lens[r], " nodes need more than ", words, " ancestor words");
     units += kv_heads * ((last - first + block - 1) / block);
     // a key and its value cost 1.5 units a float, each use of them a third (measured as for packed_linear)

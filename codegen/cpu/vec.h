@@ -41,7 +41,7 @@ TS_INLINE float reduce_add(vf v) {
   return s;
 }
 
-// 2^x for x <= 0, relative error < 3e-7; exactly 0 below -126.
+// 2^x for x <= 0, relative error < 3e-7; exactly 0 below -126, and NaN for NaN.
 TS_INLINE vf exp2_nonpositive(vf x) {
   const vf low = splat(-126.f);
   vf y = x > low ? x : low;
@@ -57,7 +57,7 @@ TS_INLINE vf exp2_nonpositive(vf x) {
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
   vf r = reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (exponent << 23));
-  return x > low ? r : vf{};
+  return x > low ? r : (x == x ? vf{} : x);
 }
 
 // dst[i][j] = src[j][i] for a VW x VW block: log2(VW) perfect shuffles.

@@ -39,7 +39,8 @@ def seen_nodes(ancestors: Tensor, row: int, node: int) -> list[int]:
 def stored(pool_k: Tensor, pool_v: Tensor, page_table: Tensor, write_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pools and page table to read from, after the new nodes' K and V were written.
 
-    A page table without pages (see `TreeMeta`) becomes one with a page that holds the new nodes alone.
+    A page table without pages (see `TreeMeta`) becomes one with a page that holds the new nodes alone. Rows of no
+    request come last then: what their negative indices name is not read.
     """
     if page_table.shape[1]:
         return pool_k, pool_v, page_table
@@ -52,12 +53,22 @@ def stored(pool_k: Tensor, pool_v: Tensor, page_table: Tensor, write_index: Tens
 
 
 def append(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Tensor) -> None:
-    """Write the new nodes' K and V into the pools, except where `write_index` is negative; shapes as in `reference`."""
-    nodes = (write_index >= 0).nonzero().flatten()
-    at, page_size = write_index[nodes], pool_k.shape[2]
-    pages, offsets = at // page_size, at % page_size
-    pool_k[pages, :, offsets] = k[0].transpose(0, 1)[nodes].to(pool_k.dtype)
-    pool_v[pages, :, offsets] = v[0].transpose(0, 1)[nodes].to(pool_v.dtype)
+    """Write the new nodes' K and V into the pools, except where `write_index` is negative; shapes as in `reference`.
+
+    NOTE a head's values that are not all finite, in the pool's dtype, are stored as zeros, and its key as NaN. A kernel
+    multiplies what a node does not see by 0, and 0 times NaN or infinity is NaN: it would reach siblings, and stay for
+    whoever comes after. A key that is not seen is never multiplied; who sees it gets NaN.
+    """
+    keys, values = k[0].transpose(0, 1).to(pool_k.dtype), v[0].transpose(0, 1).to(pool_v.dtype)  # [T, Hkv, D]
+    lost = ~values.isfinite().all(-1, keepdim=True)
+    keys, values = keys.masked_fill(lost, torch.nan), values.masked_fill(lost, 0.0)
+    somewhere = write_index >= 0
+    if not bool(somewhere.all()):
+        keys, values, write_index = keys[somewhere], values[somewhere], write_index[somewhere]
+    page_size = pool_k.shape[2]
+    pages, offsets = write_index // page_size, write_index % page_size
+    pool_k[pages, :, offsets] = keys
+    pool_v[pages, :, offsets] = values
 
 
 def seen_tokens(position: int, prefix: int, path: list[int], window: int, chunk: int) -> tuple[list[int], list[int]]:
@@ -101,7 +112,8 @@ def reference(
 
     A node at position p sees, of the tokens j < prefix_len and of its ancestors (itself included, of positions p - 1,
     p - 2, ... upwards), those at positions that `MaskSpec(window, chunk=chunk)` shows. Rows that belong to no request
-    give 0, and their K and V are written nowhere if their write_index is negative.
+    give 0, and their K and V are written nowhere if their write_index is negative. What is not finite at one node
+    (see `append`) makes rows NaN that see it, and no others.
     """
     if cos is not None and sin is not None:
         q, k = rotate(q, cos, sin, style, rotary), rotate(k, cos, sin, style, rotary)

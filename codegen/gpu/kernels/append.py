@@ -8,19 +8,48 @@ import triton.language as tl
 
 
 @triton.jit
-def copy_rows(
-    x, x_t, x_h, x_d, pool, pool_page, pool_h, pool_t, pool_d, tokens, live, slot, page_size, head,
-    DIM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One head of x [T, H, D] at `tokens` into pool [pages, H, page_size, D] at `slot`, where `live`."""
+def load_rows(x, x_t, x_h, x_d, tokens, live, head, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """One head of x [T, H, D] at `tokens`, where `live`, and zeros: [tokens, BLOCK]."""
     dims = tl.arange(0, BLOCK)
     mask = live[:, None] & (dims < DIM)[None, :]
-    head = head.to(tl.int64)
-    rows = tl.load(x + head * x_h + tokens[:, None] * x_t + dims[None, :] * x_d, mask=mask)
+    return tl.load(x + head.to(tl.int64) * x_h + tokens[:, None] * x_t + dims[None, :] * x_d, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    rows, pool, pool_page, pool_h, pool_t, pool_d, live, slot, page_size, head, DIM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Rows [tokens, BLOCK] of one head into pool [pages, H, page_size, D] at `slot`, where `live`."""
+    dims = tl.arange(0, BLOCK)
     # NOTE: int64 before the product: a pool may have more than 2**31 numbers.
     page, offset = slot // page_size, slot % page_size
-    place = pool + page[:, None] * pool_page + head * pool_h + offset[:, None] * pool_t + dims[None, :] * pool_d
-    tl.store(place, rows.to(pool.dtype.element_ty), mask=mask)
+    row = pool + page[:, None] * pool_page + head.to(tl.int64) * pool_h + offset[:, None] * pool_t
+    tl.store(row + dims[None, :] * pool_d, rows, mask=live[:, None] & (dims < DIM)[None, :])
+
+
+@triton.jit
+def store_token(
+    keys, values, pool_k, pool_v, pool_k_page, pool_k_h, pool_k_t, pool_k_d, pool_v_page, pool_v_h, pool_v_t, pool_v_d,
+    live, slot, page_size, head,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of one head into their pools; values that are not all finite as zeros, and their keys as NaN.
+
+    NOTE: what a node does not see is multiplied by 0, and 0 times NaN is NaN; a key that is not seen never is.
+    """
+    values = values.to(pool_v.dtype.element_ty)
+    wide = values.to(tl.float32)
+    lost = tl.max(((wide - wide) != 0.0).to(tl.int32), 1) > 0  # NaN and infinity less themselves are NaN
+    keys = tl.where(lost[:, None], float("nan"), keys.to(tl.float32))
+    values = tl.where(lost[:, None], 0.0, wide)
+    store_rows(
+        keys.to(pool_k.dtype.element_ty), pool_k, pool_k_page, pool_k_h, pool_k_t, pool_k_d,
+        live, slot, page_size, head, KEY_DIM, BLOCK_K,
+    )  # fmt: skip
+    store_rows(
+        values.to(pool_v.dtype.element_ty), pool_v, pool_v_page, pool_v_h, pool_v_t, pool_v_d,
+        live, slot, page_size, head, VALUE_DIM, BLOCK_V,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["nodes"])
@@ -38,13 +67,11 @@ def append_kernel(
     head = tl.program_id(1)
     slot = tl.load(write_index + tokens, mask=tokens < nodes, other=-1)
     live = slot >= 0
-    copy_rows(
-        k, k_t, k_h, k_d, pool_k, pool_k_page, pool_k_h, pool_k_t, pool_k_d,
-        tokens, live, slot, page_size, head, KEY_DIM, BLOCK_K,
-    )  # fmt: skip
-    copy_rows(
-        v, v_t, v_h, v_d, pool_v, pool_v_page, pool_v_h, pool_v_t, pool_v_d,
-        tokens, live, slot, page_size, head, VALUE_DIM, BLOCK_V,
+    store_token(
+        load_rows(k, k_t, k_h, k_d, tokens, live, head, KEY_DIM, BLOCK_K),
+        load_rows(v, v_t, v_h, v_d, tokens, live, head, VALUE_DIM, BLOCK_V),
+        pool_k, pool_v, pool_k_page, pool_k_h, pool_k_t, pool_k_d, pool_v_page, pool_v_h, pool_v_t, pool_v_d,
+        live, slot, page_size, head, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
     )  # fmt: skip
 
 
@@ -109,12 +136,10 @@ def rope_append_kernel(
             k, k_t, k_h, k_d, cos, cos_t, cos_d, sin, sin_t, sin_d, tokens, live, head,
             KEY_DIM, ROTARY, COLUMNS, HALF, BLOCK_K,
         )  # fmt: skip
-        page, offset = slot // page_size, slot % page_size
-        place = pool_k + page[:, None] * pool_k_page + head.to(tl.int64) * pool_k_h + offset[:, None] * pool_k_t
         # NOTE: rounded to k's dtype first: a pool of another dtype holds what it would hold without the fusion
-        keys = keys.to(k.dtype.element_ty).to(pool_k.dtype.element_ty)
-        tl.store(place + dims[None, :] * pool_k_d, keys, mask=live[:, None] & (dims < KEY_DIM)[None, :])
-        copy_rows(
-            v, v_t, v_h, v_d, pool_v, pool_v_page, pool_v_h, pool_v_t, pool_v_d,
-            tokens, live, slot, page_size, head, VALUE_DIM, BLOCK_V,
+        store_token(
+            keys.to(k.dtype.element_ty),
+            load_rows(v, v_t, v_h, v_d, tokens, live, head, VALUE_DIM, BLOCK_V),
+            pool_k, pool_v, pool_k_page, pool_k_h, pool_k_t, pool_k_d, pool_v_page, pool_v_h, pool_v_t, pool_v_d,
+            live, slot, page_size, head, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
         )  # fmt: skip
