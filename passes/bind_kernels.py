@@ -6,6 +6,7 @@ from typing import Any
 
 from treespec_compiler.ir.library import definition
 from treespec_compiler.ir.registry import best_kernel_for
+from treespec_compiler.logs import logger
 
 from .framework.manager import Pass
 from .framework.state import GraphState

@@ -116,10 +116,10 @@ def generated(module: torch.nn.Module) -> tuple[list[str], str]:
 
 def converted(module: torch.nn.Module) -> Any:
     """A program on the CPU with the ops and the kernels of CUDA."""
-    from treespec_compiler import pipeline, tree_program
+    from treespec_compiler import tree_program
     from treespec_compiler.ir.library import arguments, given
     from treespec_compiler.ir.registry import best_kernel
-    from treespec_compiler.passes import bind_kernels
+    from treespec_compiler.passes import bind_kernels, fuse, fuse_rope
     from treespec_compiler.program import tree_program as program
 
     def best(op: Any, device: Any, dtype: torch.dtype, **asked: Any) -> Any:
@@ -129,7 +129,8 @@ def converted(module: torch.nn.Module) -> Any:
         return best(node.target, None, node.meta["val"].dtype, given=given(node.target, arguments(node)), **asked)
 
     with (
-        mock.patch.object(pipeline, "best_kernel", best),
+        mock.patch.object(fuse, "best_kernel", best),
+        mock.patch.object(fuse_rope, "best_kernel", best),
         mock.patch.object(bind_kernels, "best_kernel_for", best_for),
         mock.patch.object(program, "lengths_check"),  # it runs the kernels
     ):

@@ -6,7 +6,6 @@ Kernels are entered by `register_kernel`, or found under the entry point group `
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -17,9 +16,10 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from ..errors import InvalidKernel
+from ..logs import logger
 from . import library
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 GROUP = "treespec.kernels"
 USERS_NAMESPACE = "treespec_kernels"
