@@ -22,6 +22,7 @@ class FakeCache:
         self.max_tokens, self.slots, self.stale = max_tokens, slots, False
         self.prefix: list[list[int]] = [[] for _ in range(slots)]
         self.tree: list[TokenTree | None] = [None] * slots
+        self.calls: list[tuple[str, int]] = []
 
     def length(self, slot: int = 0) -> int:
         return len(self.prefix[slot])
@@ -62,9 +63,9 @@ class FakeProgram:
         self.caches.append(FakeCache(max_tokens, slots))
         return self.caches[-1]
 
-    def prefill(self, prompt_ids: Tensor, cache: FakeCache, slot: int = 0) -> Tensor:
-        assert prompt_ids.dtype == torch.int64 and prompt_ids.dim() == 1 and len(prompt_ids) > 0
-        tokens = prompt_ids.tolist()
+    def prefill(self, prompt_ids: Sequence[int], cache: FakeCache, slot: int = 0) -> Tensor:
+        tokens = [*prompt_ids]
+        assert tokens and all(type(token) is int for token in tokens)
         self.calls.append(("prefill", len(tokens)))
         self._check(tokens, cache.length(slot) + len(tokens) - 1, len(tokens), cache, slot)
         cache.tree[slot] = None
@@ -74,21 +75,23 @@ class FakeProgram:
     def verify(self, tree: TokenTree | Forest, cache: FakeCache) -> Tensor:
         return self._run("verify", tree, cache, 0)
 
-    def extend(self, tree: TokenTree | Forest, cache: FakeCache, start: int) -> Tensor:
+    def extend(self, tree: TokenTree | Forest, cache: FakeCache, start: int | Mapping[int, int]) -> Tensor:
         return self._run("extend", tree, cache, start)
 
-    def _run(self, kind: str, forest: TokenTree | Forest, cache: FakeCache, start: int) -> Tensor:
+    def _run(self, kind: str, forest: TokenTree | Forest, cache: FakeCache, starts: int | Mapping[int, int]) -> Tensor:
         items = forest.items if isinstance(forest, Forest) else ((0, forest),)
         rows = []
         for slot, tree in items:
             TokenTree(tree.tokens, tree.parents)  # valid
             old = cache.tree[slot]
+            start = starts.get(slot, 0) if isinstance(starts, Mapping) else starts
             if start:
                 assert old is not None and len(old) == start < len(tree)
                 assert tree.tokens[:start] == old.tokens and tree.parents[:start] == old.parents
             deepest = cache.length(slot) + max(tree.depths)
             self._check(tree.tokens, deepest, len(tree), cache, slot)
             self.calls.append((kind, len(tree) - start))
+            cache.calls.append((kind, len(tree) - start))
             for node in range(start, len(tree)):
                 rows.append(self.row((*cache.prefix[slot], *tree.path_tokens(node))))
             cache.tree[slot] = tree

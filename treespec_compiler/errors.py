@@ -287,6 +287,30 @@ class InvalidLogits(TreespecError, ArithmeticError):
 
 
 @dataclass(eq=False, kw_only=True)
+class DraftFailed(TreespecError, RuntimeError):
+    """A draft of the user's own that lets StopIteration out, which would look like the output's end."""
+
+    draft: str
+    method: str
+    template: ClassVar[str] = (
+        "The draft {e.draft!r} failed: got a StopIteration out of its `{e.method}`, expected a result. "
+        "A `next` found nothing: give it a default, `next(items, None)`."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class ModelFailed(TreespecError, RuntimeError):
+    """A model that could not be converted and, run in the plain loop, raises an error of its own."""
+
+    tokens: int
+    problem: str
+    template: ClassVar[str] = (
+        "The model itself failed on {e.tokens} tokens: got {e.problem}, expected logits. Its own code raised that, run "
+        "without treespec: are all ids in its vocabulary, and is its context long enough?"
+    )
+
+
+@dataclass(eq=False, kw_only=True)
 class TokenizerMismatch(TreespecError, ValueError):
     """Draft and target that do not mean the same thing by a token id."""
 

@@ -29,6 +29,8 @@ EXAMPLES: list[TreespecError] = [
     errors.InvalidOption(name="lowering", got="jit", expected="'inductor' or 'eager'"),
     errors.LossyPair(pair="sampler='top-k' with verifier='multi-step'", reason="Not drawn.", instead="'naive'"),
     errors.InvalidLogits(position=17),
+    errors.DraftFailed(draft="lookup", method="propose"),
+    errors.ModelFailed(tokens=33, problem="IndexError: index out of range in self"),
     errors.TokenizerMismatch(difference="id 7 as 'a' in the draft and 'b' in the target"),
     errors.UnreadableModel(name="hf:/nowhere", problem="no such folder"),
     errors.MissingPackage(package="triton", purpose="generated kernels", fix="Install it: pip install triton."),

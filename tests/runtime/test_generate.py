@@ -68,8 +68,8 @@ def test_same_ids_as_the_targets_own_greedy_loop(name, expansion):
     assert sum(count.accepted for count in stats.accepted_by_depth) == stats.accepted
     assert sum(count.accepted for count in stats.accepted_by_rank) == stats.accepted
     assert stats.nodes == stats.steps + sum(count.proposed for count in stats.accepted_by_depth)
-    assert stats.nodes == sum(n for kind, n in program.calls if kind == "verify")
-    assert stats.steps == sum(kind == "verify" for kind, _ in program.calls)
+    verified = [n for kind, n in program.caches[0].calls if kind == "verify"]
+    assert stats.nodes == sum(verified) and stats.steps == len(verified)
     for counts in (stats.accepted_by_depth, stats.accepted_by_rank):
         assert all(count.accepted <= count.tried <= count.proposed for count in counts)
     if name in ("perfect", "same program"):
@@ -208,7 +208,7 @@ def test_the_draft_catches_up_what_it_never_ran():
     draft = target()
     treespec.generate(target(), PROMPT, draft=draft, max_new_tokens=9, policy=(1, 1))
     # prompt; root, level 1; then the accepted last level and the new root together, level 1; ...
-    assert draft.calls == [("prefill", 5), ("extend", 1), ("extend", 1), ("extend", 2), ("extend", 1), ("extend", 2)]
+    assert draft.calls == [("prefill", 5), ("verify", 1), ("extend", 1), ("verify", 2), ("extend", 1), ("verify", 2)]
 
 
 def test_max_new_tokens_of_one_never_touches_the_draft():

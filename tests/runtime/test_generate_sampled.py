@@ -290,7 +290,11 @@ def test_what_is_left_out_is_chosen_to_fit():
 
 
 def test_the_plain_loop_samples_too(monkeypatch):
-    from treespec_compiler.runtime.plain import PlainLoop
+    from treespec_compiler.options import Options
+    from treespec_compiler.runtime.generate import Stream
+    from treespec_compiler.runtime.plain import PlainProgram
+    from treespec_compiler.runtime.request import Ending, Request
+    from treespec_compiler.runtime.stats import Stats
 
     class Model(nn.Module):
         def forward(self, ids):
@@ -299,10 +303,12 @@ def test_the_plain_loop_samples_too(monkeypatch):
     def plain(chance):
         monkeypatch.setattr(decoding, "SeededChance", lambda seed: chance)
         sampling = Sampling(temperature=0.8, repetition_penalty=1.4, seed=0)
-        judge, _ = decoding.appoint(sampling, None, None, treespec.StaticExpansion((1,)), drafts=0)
-        ending = treespec.runtime.engine.Ending(2, frozenset(), frozenset())
-        loop = PlainLoop(Model(), PROMPT, ending, judge, treespec.runtime.stats.Stats())
-        return (*loop.prefill().tokens, *loop.step().tokens)
+        policy = treespec.StaticExpansion((1,))
+        judge, drawing = decoding.appoint(sampling, None, None, policy, drafts=0)
+        ending = Ending(2, frozenset(), frozenset())
+        program = PlainProgram(Model(), Options())
+        request = Request(program, PROMPT, ending, [], policy, judge, Stats(), drawing)
+        return tuple(token for step in Stream(request, torch.device("cpu")) for token in step.tokens)
 
     truth = target_law(target_model(Sampling(temperature=0.8, repetition_penalty=1.4)), 2)
     assert error(law(outcomes(plain)), truth) < 1e-9

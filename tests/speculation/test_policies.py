@@ -10,6 +10,7 @@ import torch
 from fake_program import FakeProgram, greedy, table_row
 from hypothesis import given
 from hypothesis import strategies as st
+from proposing import propose
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidOption
@@ -73,7 +74,7 @@ def test_the_end_of_the_context_cuts_every_policys_trees(policy, limit):
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_a_nearly_full_cache_cuts_the_tree(policy):
     for nodes in range(1, 8):
-        proposal = session(draft(0.5)).propose(policy, Limits(100, nodes))
+        proposal = propose(session(draft(0.5)), policy, Limits(100, nodes))
         assert 1 <= len(proposal) <= nodes
         proposal.tree()
 
@@ -85,13 +86,13 @@ def test_widths_of_a_fixed_tree_are_given_level_by_level():
     tree = FixedTree((-1, 0, 0, 0, 1, 1, 2, 4))
     assert tree.levels == ((3,), (2, 1, 0), (1, 0, 0), (0,))
     assert tree.max_nodes == 8 and tree.max_depth == 3 and not tree.is_chain
-    proposal = session(draft(0.5)).propose(tree, WIDE)
+    proposal = propose(session(draft(0.5)), tree, WIDE)
     assert tuple(proposal.parents) == tree.parents
 
 
 def test_a_cut_fixed_tree_keeps_each_nodes_own_width():
     tree = FixedTree((-1, 0, 0, 1, 2, 2))
-    proposal = session(draft(0.5)).propose(tree, WIDE)
+    proposal = propose(session(draft(0.5)), tree, WIDE)
     # The first level's node of rank 0 is missing, as when a proposer had nothing else.
     for values_ in (proposal.tokens, proposal.parents, proposal.depths, proposal.ranks):
         del values_[1], values_[2:]
@@ -202,7 +203,7 @@ def exhaustive(root_tokens, depth: int, width: int):
 def test_best_first_verifies_the_most_valuable_nodes(nodes):
     width = 4
     policy = BestFirst(nodes, depth=3, beam=width)
-    proposal = session(FakeProgram(smooth, VOCAB)).propose(policy, WIDE)
+    proposal = propose(session(FakeProgram(smooth, VOCAB)), policy, WIDE)
     value = values(proposal)
     assert len(proposal) == nodes
     # A beam as wide as the level loses nothing that ranks among the first 4 of each level.
@@ -216,20 +217,20 @@ def test_best_first_verifies_the_most_valuable_nodes(nodes):
 
 def test_best_first_runs_only_its_beam():
     program = FakeProgram(smooth, VOCAB)
-    session(program).propose(BestFirst(30, depth=4, beam=3), WIDE)
-    assert program.calls == [("prefill", 2), ("extend", 1), ("extend", 3), ("extend", 3), ("extend", 3)]
+    propose(session(program), BestFirst(30, depth=4, beam=3), WIDE)
+    assert program.calls == [("prefill", 2), ("verify", 1), ("extend", 3), ("extend", 3), ("extend", 3)]
 
 
 def test_an_unsure_draft_gets_a_small_tree():
     flat = FakeProgram(lambda tokens: torch.zeros(VOCAB), VOCAB)
-    assert len(session(flat).propose(BestFirst(12, stop=0.1), WIDE)) == 1
-    assert flat.calls[-1] == ("extend", 1)
+    assert len(propose(session(flat), BestFirst(12, stop=0.1), WIDE)) == 1
+    assert flat.calls[-1] == ("verify", 1)
 
 
 def test_equal_growth_runs_the_same_number_of_nodes_each_time():
     program = FakeProgram(smooth, VOCAB)
-    proposal = session(program).propose(EqualGrowth(3, 4), WIDE)
-    assert program.calls == [("prefill", 2), ("extend", 1), ("extend", 3), ("extend", 3), ("extend", 3)]
+    proposal = propose(session(program), EqualGrowth(3, 4), WIDE)
+    assert program.calls == [("prefill", 2), ("verify", 1), ("extend", 3), ("extend", 3), ("extend", 3)]
     assert len(proposal) == 13
 
 
@@ -246,9 +247,9 @@ def test_equal_growth_may_grow_an_older_node():
             logits[[20, 21]] = torch.tensor([0.9, 0.1]).log()
         return logits
 
-    proposal = session(FakeProgram(row, VOCAB)).propose(EqualGrowth(1, 3), WIDE)
+    proposal = propose(session(FakeProgram(row, VOCAB)), EqualGrowth(1, 3), WIDE)
     assert proposal.tokens[:2] == [3, 10]
-    two = session(FakeProgram(row, VOCAB)).propose(EqualGrowth(2, 2), WIDE)
+    two = propose(session(FakeProgram(row, VOCAB)), EqualGrowth(2, 2), WIDE)
     assert set(two.tokens) == {3, 10, 11, 20, 21}
 
 

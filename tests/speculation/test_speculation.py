@@ -7,6 +7,7 @@ import torch
 from fake_program import FakeProgram, greedy, table_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from proposing import propose
 
 from treespec_compiler.errors import InvalidOption, InvalidTree, TokenizerMismatch
 from treespec_compiler.runtime.stats import Count, Stats
@@ -167,7 +168,7 @@ def session_of(program, *, vocab=VOCAB, needs_q=False, max_tokens=200, max_nodes
 
 
 def test_a_tree_holds_the_likeliest_children_of_every_node():
-    proposal = session_of(FakeProgram(ROW, VOCAB), needs_q=True).propose(StaticExpansion((2, 3)), WIDE)
+    proposal = propose(session_of(FakeProgram(ROW, VOCAB), needs_q=True), StaticExpansion((2, 3)), WIDE)
     assert len(proposal) == 1 + 2 + 6 and proposal.tokens[0] == 3
     assert proposal.parents == [-1, 0, 0, 1, 1, 1, 2, 2, 2]
     assert proposal.depths == [0, 1, 1, 2, 2, 2, 2, 2, 2]
@@ -183,25 +184,25 @@ def test_a_tree_holds_the_likeliest_children_of_every_node():
 
 def test_one_packed_call_a_level_and_none_for_the_last():
     program = FakeProgram(ROW, VOCAB)
-    session_of(program).propose(StaticExpansion((2, 2, 2)), WIDE)
-    assert program.calls == [("prefill", 2), ("extend", 1), ("extend", 2), ("extend", 4)]
+    propose(session_of(program), StaticExpansion((2, 2, 2)), WIDE)
+    assert program.calls == [("prefill", 2), ("verify", 1), ("extend", 2), ("extend", 4)]
 
 
 @pytest.mark.parametrize("nodes", range(1, 16))
 def test_the_node_limit_holds(nodes):
-    proposal = session_of(FakeProgram(ROW, VOCAB)).propose(StaticExpansion((2, 2, 2)), Limits(100, nodes))
+    proposal = propose(session_of(FakeProgram(ROW, VOCAB)), StaticExpansion((2, 2, 2)), Limits(100, nodes))
     assert len(proposal) <= nodes
     assert len(proposal) == nodes or nodes not in (1, 3, 7, 15)
 
 
 def test_the_depth_limit_holds_and_runs_no_level_in_vain():
     program = FakeProgram(ROW, VOCAB)
-    assert max(session_of(program).propose(StaticExpansion((1, 1, 1)), Limits(2, 100)).depths) == 2
-    assert program.calls == [("prefill", 2), ("extend", 1), ("extend", 1)]
+    assert max(propose(session_of(program), StaticExpansion((1, 1, 1)), Limits(2, 100)).depths) == 2
+    assert program.calls == [("prefill", 2), ("verify", 1), ("extend", 1)]
 
 
 def test_widths_beyond_the_vocabulary_are_cut():
-    assert len(session_of(FakeProgram(ROW, VOCAB)).propose(StaticExpansion((50,)), WIDE)) == 1 + VOCAB
+    assert len(propose(session_of(FakeProgram(ROW, VOCAB)), StaticExpansion((50,)), WIDE)) == 1 + VOCAB
 
 
 class Uneven:
@@ -215,12 +216,12 @@ class Uneven:
 
 def test_a_policy_may_choose_a_width_for_every_node():
     policy = as_policy(Uneven())
-    proposal = session_of(FakeProgram(ROW, VOCAB)).propose(policy, WIDE)
+    proposal = propose(session_of(FakeProgram(ROW, VOCAB)), policy, WIDE)
     assert proposal.parents == [-1, 0, 0, 0, 1, 1, 3]
     assert proposal.ranks == [0, 0, 1, 2, 0, 1, 0]
     tree = proposal.tree()
     assert tree.tokens[6] == int(ROW((1, 2, *tree.path_tokens(3))).argmax())
-    cut = session_of(FakeProgram(ROW, VOCAB)).propose(policy, Limits(9, 6))
+    cut = propose(session_of(FakeProgram(ROW, VOCAB)), policy, Limits(9, 6))
     assert cut.parents == [-1, 0, 0, 0, 1, 1]
 
 
@@ -228,7 +229,7 @@ def test_a_policy_with_a_wrong_number_of_widths_is_told():
     policy = Uneven()
     policy.widths = lambda depth, proposal: [1, 1]
     with pytest.raises(InvalidOption, match=r"got \[1, 1\], expected a number, an empty list or 1 numbers"):
-        session_of(FakeProgram(ROW, VOCAB)).propose(policy, WIDE)
+        propose(session_of(FakeProgram(ROW, VOCAB)), policy, WIDE)
 
 
 @pytest.mark.parametrize("plain_steps", [0, 1, 5, MAX_CHAIN - 1, MAX_CHAIN, 60])
@@ -239,16 +240,16 @@ def test_catching_up_after_steps_without_it(plain_steps):
     seen = 3
     policy = StaticExpansion((1, 1))
     for _ in range(2):
-        assert session.propose(policy, WIDE).tokens == truth[seen - 1 : seen + 2]
+        assert propose(session, policy, WIDE).tokens == truth[seen - 1 : seen + 2]
         session.accept(truth[seen : seen + 3])  # both and a bonus token
         seen += 3
         for _ in range(plain_steps // 2):
-            assert len(session.propose(policy, Limits(0, 1))) == 1
+            assert len(propose(session, policy, Limits(0, 1))) == 1
             session.accept([truth[seen]])
             seen += 1
         session.accept(truth[seen : seen + plain_steps - plain_steps // 2])
         seen += plain_steps - plain_steps // 2
-    assert session.propose(policy, WIDE).tokens[0] == truth[seen - 1]
+    assert propose(session, policy, WIDE).tokens[0] == truth[seen - 1]
     session.close()
     assert program.caches[0].length() == 0
 
@@ -257,12 +258,12 @@ def test_catching_up_after_steps_without_it(plain_steps):
 def test_a_draft_never_proposes_ids_the_target_lacks(vocab):
     program = FakeProgram(table_row(vocab, seed=5), vocab)
     session = session_of(program, needs_q=True)
-    proposal = session.propose(StaticExpansion((vocab, 1)), WIDE)
+    proposal = propose(session, StaticExpansion((vocab, 1)), WIDE)
     assert len(proposal) == 1 + 2 * min(vocab, VOCAB)
     assert max(proposal.tokens) < min(vocab, VOCAB)
     assert proposal.q is not None and sum(proposal.q[1 : 1 + min(vocab, VOCAB)]) == pytest.approx(1.0, abs=1e-5)
     session.accept([VOCAB - 1])  # an id the smaller draft lacks
-    assert session.propose(StaticExpansion((1,)), WIDE).tokens[0] == VOCAB - 1
+    assert propose(session, StaticExpansion((1,)), WIDE).tokens[0] == VOCAB - 1
 
 
 # --- statistics, near ties, tokenizers

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 
 from ..speculation.policies.protocol import TreePolicy
-from ..speculation.sampling.chance import SeededChance
+from ..speculation.sampling.chance import Chance, SeededChance
 from ..speculation.sampling.samplers import SAMPLERS, ChildSampler, as_sampler
 from ..speculation.sampling.settings import Sampling
 from ..speculation.verifiers import VERIFIERS, StochasticVerifier
 from ..speculation.verifiers.greedy import GreedyVerifier, Verifier, as_verifier
 from ..speculation.verifiers.judge import GreedyJudge, Judge, SamplingJudge
 from ..speculation.verifiers.pairs import as_pair, as_stochastic_verifier, check_shape
-from .engine import Drawing
 
 AnyVerifier: TypeAlias = Verifier | StochasticVerifier | str
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """What sampling needs beside the judge; greedy decoding has none."""
+
+    sampling: Sampling
+    sampler: ChildSampler
+    chance: Chance
 
 
 def appoint(

@@ -24,9 +24,10 @@ from ..speculation.policies.protocol import TreePolicy
 from ..speculation.sampling.samplers import ChildSampler
 from ..speculation.sampling.settings import Sampling
 from .decoding import AnyVerifier, appoint
-from .engine import Ending, Engine, Step
-from .plain import PlainLoop
+from .engine import Engine
+from .plain import PlainProgram
 from .prompt import end_ids, parse_prompt
+from .request import Ending, Request, Step
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -50,24 +51,26 @@ class GenerationOutput:
 class Stream(Iterator[Step]):
     """The steps of one generation, as they happen. `stats` and `tokens` grow with them."""
 
-    def __init__(self, loop: Engine | PlainLoop, prompt: list[int], device: torch.device, stats: Stats) -> None:
-        self.stats = stats
+    def __init__(self, request: Request, device: torch.device) -> None:
+        self.stats = request.stats
         self.tokens: list[int] = []
-        self._loop: Engine | PlainLoop | None = loop
-        self._prompt, self._device = prompt, device
-        self._begun = False
+        self._prompt, self._device = request.prompt, device
+        self._engine: Engine | None = Engine()
+        self._request = request
+        self._engine.add(request)
 
     def __next__(self) -> Step:
-        loop = self._loop
-        if loop is None or self.stats.finish_reason is not None:
+        engine = self._engine
+        if engine is None or self.stats.finish_reason is not None:
             self.close()
             raise StopIteration
         try:
-            step = loop.step() if self._begun else loop.prefill()
+            ((_, step),) = engine.step()
+            if isinstance(step, Exception):
+                raise step
         except BaseException:
             self.close()
             raise
-        self._begun = True
         self.tokens += step.tokens
         if self.stats.finish_reason is not None:
             self.close()
@@ -76,13 +79,13 @@ class Stream(Iterator[Step]):
     @property
     def sequences(self) -> Tensor:
         """[1, prompt + tokens so far] int64."""
-        return torch.tensor([self._prompt + self.tokens], dtype=torch.int64, device=self._device)
+        return torch.tensor([[*self._prompt, *self.tokens]], dtype=torch.int64, device=self._device)
 
     def close(self) -> None:
         """End early and free the caches; exhausting the stream does it too."""
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            loop.close()
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.remove(self._request)
 
     def __enter__(self) -> Stream:
         return self
@@ -91,7 +94,7 @@ class Stream(Iterator[Step]):
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_loop", None) is not None:
+        if getattr(self, "_engine", None) is not None:
             self.close()
 
 
@@ -214,11 +217,11 @@ def stream(
             raise
         log.warning("treespec runs the plain loop instead: %s", refusal)
         stats.fallback = str(refusal)
-        return Stream(PlainLoop(module, prompt, ending, judge, stats), prompt, device, stats)
+        plain = cast("TreeProgram", PlainProgram(module, parsed))  # it has of one what a request without drafts needs
+        return Stream(Request(plain, prompt, ending, [], tree_policy, judge, stats, drawing), device)
     parse_prompt(prompt, vocab_size=program.input_vocab, max_context=program.max_context)
     drafts = _drafts(draft, parsed, stats, program)
-    engine = Engine(program, prompt, ending, drafts, tree_policy, judge, stats, drawing)
-    return Stream(engine, prompt, device, stats)
+    return Stream(Request(program, prompt, ending, drafts, tree_policy, judge, stats, drawing), device)
 
 
 def _count(draft: DraftLike) -> int:

@@ -1,74 +1,88 @@
-"""The plain loop on the original module: what `on_unsupported="fallback"` runs."""
+"""The plain loop: what `on_unsupported="fallback"` runs. To a request the original module is one more program."""
 
 from __future__ import annotations
 
 import inspect
-from time import perf_counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..speculation.verifiers.judge import Judge
-from .engine import Ending, Step
-from .stats import FinishReason, Stats
+from ..capture.capture import logits_of
+from ..errors import ModelFailed
+from ..options import Options
+from ..tree import Forest, TokenTree
 
 
-class PlainLoop:
-    """One token a step; the whole sequence is run again for each, which is right for every causal model."""
+class PlainCache:
+    """The tokens themselves: nothing that was computed is kept."""
 
-    def __init__(self, module: nn.Module, prompt: list[int], ending: Ending, judge: Judge, stats: Stats) -> None:
-        self.module, self.ending, self.judge, self.stats = module, ending, judge, stats
-        judge.accept(prompt)
-        self.ids, self.remaining = list(prompt), ending.max_new_tokens
+    def __init__(self, max_tokens: int, slots: int) -> None:
+        self.max_tokens, self.slots = max_tokens, slots
+        self.stale: str | None = None
+        self.tokens: list[list[int]] = [[] for _ in range(slots)]
+        self._trees: list[TokenTree | None] = [None] * slots
+
+    def length(self, slot: int = 0) -> int:
+        return len(self.tokens[slot])
+
+    def commit(self, path: Mapping[int, Sequence[int]]) -> None:
+        for slot, nodes in path.items():
+            tree = self._trees[slot]
+            self.tokens[slot] += [tree.tokens[node] for node in nodes] if tree is not None else []
+            self._trees[slot] = None
+
+    def free(self, slot: int = 0) -> None:
+        self.tokens[slot], self._trees[slot] = [], None
+
+
+class PlainProgram:
+    """Runs the whole sequence again for every row, which is right for every causal model.
+
+    Raises `ModelFailed` where the module raises an error.
+    """
+
+    compile_seconds = 0.0
+    max_context: int | None = None
+
+    def __init__(self, module: nn.Module, options: Options) -> None:
+        self.module, self.options = module, options
         parameter = next(module.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
+        self.dtype = torch.float32 if parameter is None else parameter.dtype
         names = inspect.signature(module.forward).parameters
-        self.arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
+        self._arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
 
-    def prefill(self) -> Step:
-        began = perf_counter()
-        step = self._next()
-        self.stats.prefill_seconds += perf_counter() - began
-        return step
+    def new_cache(self, max_tokens: int = 4096, slots: int = 1) -> PlainCache:
+        return PlainCache(max_tokens, slots)
 
-    def step(self) -> Step:
-        began = perf_counter()
-        step = self._next()
-        seconds = perf_counter() - began
-        self.stats.verify_seconds += seconds
-        self.stats.step_seconds += seconds
-        self.stats.steps += 1
-        self.stats.nodes += 1
-        self.stats.step_tokens += 1
-        return step
+    def prefill(self, prompt_ids: Sequence[int], cache: PlainCache, slot: int = 0) -> Tensor:
+        """Next-token logits [V] after the prompt."""
+        cache.tokens[slot] += prompt_ids
+        return self._row(cache.tokens[slot])
 
-    def _next(self) -> Step:
-        ids = torch.tensor([self.ids], dtype=torch.int64, device=self.device)
-        with torch.no_grad():
-            # NOTE: `forward`, so that a module compiled in place does not go through Dynamo for every length.
-            logits = _logits(self.module.forward(ids, **self.arguments))
-        token = self.judge.first(logits[0, -1])
-        self.judge.accept([token])
-        self.ids.append(token)
-        self.remaining -= 1
-        self.stats.tokens += 1
-        reason: FinishReason | None = None
-        if token in self.ending.eos:
-            reason = "eos"
-        elif token in self.ending.stop:
-            reason = "stop"
-        elif self.remaining == 0:
-            reason = "length"
-        self.stats.finish_reason = reason
-        return Step([token], 0, token, None, [])
+    def verify(self, forest: Forest, cache: PlainCache) -> Tensor:
+        """Next-token logits [N, V] after the path to each node."""
+        rows = []
+        for slot, tree in forest:
+            rows += [self._row([*cache.tokens[slot], *tree.path_tokens(node)]) for node in range(len(tree))]
+            cache._trees[slot] = tree
+        return torch.stack(rows)
 
-    def close(self) -> None:
-        """Nothing is held."""
+    def _row(self, tokens: list[int]) -> Tensor:
+        try:
+            # NOTE: no inference mode: what a foreign module keeps from a call must stay usable outside. And `forward`,
+            # so that a module compiled in place does not go through Dynamo for every length.
+            with torch.inference_mode(False), torch.no_grad():
+                ids = torch.tensor([tokens], dtype=torch.int64, device=self.device)
+                logits = logits_of(self.module.forward(ids, **self._arguments))
+        except Exception as error:
+            raise ModelFailed(tokens=len(tokens), problem=f"{type(error).__name__}: {error}") from error
+        if not isinstance(logits, Tensor) or not 1 <= logits.dim() <= 3:
+            raise ModelFailed(tokens=len(tokens), problem=f"{_what(logits)} as logits")
+        return logits.reshape(-1, logits.shape[-1])[-1]
 
 
-def _logits(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) else output[0]
+def _what(logits: object) -> str:
+    return f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__

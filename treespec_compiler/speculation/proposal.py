@@ -68,7 +68,7 @@ class Proposal:
     proposer: str = "draft"
     parts: tuple[tuple[Proposal, list[int]], ...] = ()
     """After `merge`: every proposer's own proposal and the merged node of each of its nodes."""
-    draws: Mapping[int, list[Draws]] | None = None
+    draws: dict[int, list[Draws]] | None = None
     """By node, how its children were drawn, one entry a proposer; None: all were chosen without chance."""
     unusable: int = 0
     """Rows of the draft that were NaN or infinite, and gave no children."""

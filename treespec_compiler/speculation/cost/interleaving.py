@@ -26,6 +26,7 @@ from ..drafts.model import ModelDraft
 from ..drafts.protocol import DraftRequest
 from ..policies.protocol import Limits
 from ..policies.static import StaticExpansion
+from ..work import alone
 from . import latency as cost
 
 log = logger(__name__)
@@ -95,7 +96,7 @@ def measure_factor(target: Any, draft: ModelDraft, clock: Callable[[], float] = 
     policy, most = StaticExpansion((1,) * CALLS), Limits(CALLS, CALLS + 1)
 
     def step() -> Any:
-        proposal = session.propose(policy, most)
+        proposal = alone(session.propose(policy, most))
         out = target.verify(proposal.tree(), target_cache)
         session.accept([0])
         return out

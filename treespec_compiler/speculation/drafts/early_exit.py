@@ -17,9 +17,9 @@ from ...program.early_exit import EarlyExitProgram, ExitHead, exit_graph
 from ...program.executor import Executor
 from ...program.tree_program import TreeProgram
 from ...tree import TokenTree
+from ..slots import Slot
 from .model import ModelDraft
 from .protocol import DraftRequest, ProgramDraft
-from .sampled import SampledDraftSession
 from .session import ModelDraftSession
 
 CALIBRATION_TOKENS = 48
@@ -61,38 +61,26 @@ class EarlyExitDraft(ModelDraft):
             raise InvalidOption(name="draft", got=f"{self.name} of another model", expected=expected)
         if request.prompt:
             self.calibrate(request.prompt)
-        return (EarlyExitSession if request.by_logits else SampledEarlyExitSession)(self, request)
+        slot = Slot(self.program, request.cache, request.slot)
+        return EarlyExitSession(self, request, slot)
 
 
-class _OnTargetsCache(ModelDraftSession):
+class EarlyExitSession(ModelDraftSession):
     """No cache of its own, nothing to catch up, nothing to commit: the target does all that."""
 
-    def __init__(self, draft: ProgramDraft, request: DraftRequest) -> None:
-        super().__init__(draft, request)
-        assert request.cache is not None
-        self._cache = request.cache
-        self._capacity = request.cache.max_tokens
+    def __init__(self, draft: ProgramDraft, request: DraftRequest, slot: Slot) -> None:
+        super().__init__(draft, request, slot)
+        self._capacity = slot.cache.max_tokens
+        self._targets = slot
 
     def accept(self, tokens: Sequence[int]) -> None:
+        self._children.accept(tokens)
         self._pending = [tokens[-1]]
-        self._run = 0
-        assert self._cache is not None
-        self._length = self._cache.length(0)
+        self._own = None
+        self._length = self._targets.length
 
     def close(self) -> None:
-        self._cache = None
-
-
-class EarlyExitSession(_OnTargetsCache):
-    """Greedy children."""
-
-
-class SampledEarlyExitSession(_OnTargetsCache, SampledDraftSession):
-    """Drawn children."""
-
-    def accept(self, tokens: Sequence[int]) -> None:
-        self._rows.accept(tokens)
-        super().accept(tokens)
+        """Nothing is held."""
 
 
 _CHOSEN: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()

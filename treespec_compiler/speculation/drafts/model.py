@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .protocol import DraftRequest
-from .sampled import SampledDraftSession
 from .session import ModelDraftSession
 
 if TYPE_CHECKING:
@@ -25,6 +24,4 @@ class ModelDraft:
         return self.program.compile_seconds
 
     def open(self, request: DraftRequest) -> ModelDraftSession:
-        if request.by_logits:
-            return ModelDraftSession(self, request)
-        return SampledDraftSession(self, request)
+        return ModelDraftSession(self, request)

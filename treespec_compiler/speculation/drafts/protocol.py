@@ -11,6 +11,7 @@ from ..proposal import Proposal
 from ..sampling.chance import Chance
 from ..sampling.samplers import ChildSampler
 from ..sampling.settings import Sampling
+from ..work import Working
 
 if TYPE_CHECKING:
     from ...program.cache import TreeCache
@@ -39,6 +40,8 @@ class DraftRequest:
     target: TreeProgram | None = None
     """The target's program and cache, for drafts that run on them."""
     cache: TreeCache | None = None
+    slot: int = 0
+    """Of `cache`: the request's."""
 
     @property
     def by_logits(self) -> bool:
@@ -51,8 +54,11 @@ class DraftRequest:
 class DraftSession(Protocol):
     """One request's drafting."""
 
-    def propose(self, policy: TreePolicy, limits: Limits) -> Proposal:
-        """A tree whose node 0 is the newest accepted token."""
+    def propose(self, policy: TreePolicy, limits: Limits) -> Proposal | Working[Proposal]:
+        """A tree whose node 0 is the newest accepted token.
+
+        A draft that runs programs yields what it wants run (`speculation.work`), so that requests are run together.
+        """
         ...
 
     def accept(self, tokens: Sequence[int]) -> None:
