@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .passes.locality.custom_ops import register_op
     from .program.tree_program import TreeProgram, tree_program
     from .runtime.generate import GenerationOutput, Step, Stream, generate, stream
+    from .speculation.drafts.kinds import register_draft
     from .speculation.policies.static import StaticExpansion
     from .tree import Forest, TokenTree
 
@@ -35,6 +36,7 @@ _HOME = {
     "Unsupported": ".errors",
     "generate": ".runtime.generate",
     "grouped_linear": ".ir.grouped_linear",
+    "register_draft": ".speculation.drafts.kinds",
     "register_kernel": ".ir.registry",
     "register_op": ".passes.locality.custom_ops",
     "register_pass": ".passes.framework.registry",
@@ -55,6 +57,7 @@ __all__ = [
     "Unsupported",
     "generate",
     "grouped_linear",
+    "register_draft",
     "register_kernel",
     "register_op",
     "register_pass",

@@ -20,6 +20,8 @@ from treespec_compiler.errors import (
     TreespecError,
     Unsupported,
 )
+from treespec_compiler.runtime import generate as generate_module
+from treespec_compiler.speculation.drafts import model as model_draft
 from treespec_compiler.speculation.drafts.model import ModelDraft
 
 VOCAB = 40
@@ -320,12 +322,8 @@ def refusing(monkeypatch):
     def refuse(model, options=None):
         raise Unsupported(Refusal.NO_ATTENTION, "no attention at all", node="weight[ids]")
 
-    import sys
-    from types import ModuleType
-
-    fake = ModuleType("treespec_compiler.program.tree_program")
-    fake.tree_program = refuse  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "treespec_compiler.program.tree_program", fake)
+    monkeypatch.setattr(generate_module, "tree_program", refuse)
+    monkeypatch.setattr(model_draft, "tree_program", refuse)
 
 
 def test_an_unsupported_target_raises_or_falls_back_with_one_warning(refusing, caplog):

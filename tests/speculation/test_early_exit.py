@@ -16,7 +16,7 @@ from treespec_compiler.errors import InvalidOption, UnreadableModel, Unsupported
 from treespec_compiler.passes.residual.early_exit import copy_state, cuts, early_exit
 from treespec_compiler.program.early_exit import EarlyExitProgram, ExitHead
 from treespec_compiler.speculation.drafts.early_exit import EarlyExitDraft, choose_layers
-from treespec_compiler.speculation.drafts.named import named_draft
+from treespec_compiler.speculation.drafts.kinds import DraftContext, make_drafts
 
 transformers = pytest.importorskip("transformers")
 
@@ -224,7 +224,7 @@ def test_a_trained_head_is_named_by_its_file(target, tmp_path):
     save_file({"norm.weight": torch.ones(width), "proj.weight": torch.eye(width)}, path)
     (tmp_path / "head.json").write_text(json.dumps({"layer": 2, "eps": target.config.rms_norm_eps}))
     program = treespec.tree_program(target, options=EAGER)
-    draft = named_draft(f"early-exit:{path}", program)
+    (draft,) = make_drafts(f"early-exit:{path}", DraftContext(program, program.options))
     own = draft.program._executor()._own
     assert draft.name == "early-exit:2" and [x.numel() for x in own.values()] == [width, width * width]
     truth = greedy(module_row(target), PROMPT, 24)

@@ -13,7 +13,7 @@ from rich.text import Text
 from ..errors import InvalidOption
 from ..options import Options
 from ..runtime.generate import Step, stream
-from ..speculation.drafts.named import is_named
+from ..speculation.drafts.kinds import is_named
 from ..speculation.policies.named import as_policy
 from ..speculation.policies.static import StaticExpansion
 from .models import DTYPES, LoadedModel, load

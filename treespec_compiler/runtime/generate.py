@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from ..capture.call import original_module
 from ..errors import InvalidOption, Unsupported
 from ..logs import logger
 from ..options import OnUnsupported, Options
-from ..speculation.drafts.model import ModelDraft
-from ..speculation.drafts.named import named_draft
+from ..program.tree_program import TreeProgram, tree_program
+from ..speculation.drafts.kinds import DraftContext, make_drafts
+from ..speculation.drafts.model import is_program
 from ..speculation.drafts.protocol import Draft
 from ..speculation.drafts.tokenizers import check_tokenizers
 from ..speculation.policies.auto import Auto
@@ -29,9 +30,6 @@ from .plain import PlainProgram
 from .prompt import end_ids, parse_prompt
 from .request import Ending, Request, Step
 from .stats import Stats
-
-if TYPE_CHECKING:
-    from ..program.tree_program import TreeProgram
 
 __all__ = ["GenerationOutput", "Step", "Stream", "generate", "stream"]
 
@@ -205,7 +203,7 @@ def stream(
     parsed = Options.parse(options)
     fallback = _on_unsupported(on_unsupported, parsed) == "fallback"
     check_tokenizers(tokenizer, draft_tokenizer)
-    module = model._model() if _is_program(model) else _module(model)
+    module = model._model() if is_program(model) else _module(model)
     eos, stop = end_ids(eos_token_id, stop_ids, module)
     ending = Ending(max_new_tokens, eos, stop)
     repeatable = not (isinstance(tree_policy, Auto) and tree_policy.remember and _count(draft))
@@ -217,7 +215,7 @@ def stream(
             raise
         log.warning("treespec runs the plain loop instead: %s", refusal)
         stats.fallback = str(refusal)
-        plain = cast("TreeProgram", PlainProgram(module, parsed))  # it has of one what a request without drafts needs
+        plain = cast(TreeProgram, PlainProgram(module, parsed))  # it has of one what a request without drafts needs
         return Stream(Request(plain, prompt, ending, [], tree_policy, judge, stats, drawing), device)
     parse_prompt(prompt, vocab_size=program.input_vocab, max_context=program.max_context)
     drafts = _drafts(draft, parsed, stats, program)
@@ -248,17 +246,11 @@ def _module(model: object) -> nn.Module:
     return original_module(model)
 
 
-def _is_program(model: object) -> bool:
-    return not isinstance(model, nn.Module) and hasattr(model, "verify") and hasattr(model, "new_cache")
-
-
 def _program(model: Model, options: Options, stats: Stats) -> TreeProgram:
-    if _is_program(model):
-        program = cast("TreeProgram", model)
+    if is_program(model):
+        program = cast(TreeProgram, model)
         program.check_weights(contents=True)  # the caches in use may have been made by an earlier call
         return program
-    from ..program.tree_program import tree_program
-
     began = perf_counter()
     program = tree_program(model, options=options)
     if program.compile_seconds <= perf_counter() - began:  # made just now, not by an earlier call
@@ -267,21 +259,9 @@ def _program(model: Model, options: Options, stats: Stats) -> TreeProgram:
 
 
 def _drafts(draft: DraftLike, options: Options, stats: Stats, target: TreeProgram) -> list[Draft]:
-    if draft is None:
-        return []
-    if isinstance(draft, str):
-        return [named_draft(draft, target)]
-    if isinstance(draft, (list, tuple)):
-        drafts = [one for item in draft for one in _drafts(item, options, stats, target)]
-        for index, one in enumerate(drafts):
-            if isinstance(one, ModelDraft) and len(drafts) > 1 and one.name == "draft":
-                one.name = f"draft{index}"
-        return drafts
-    if isinstance(draft, nn.Module) or _is_program(draft):
-        return [ModelDraft(_program(draft, options, stats))]
-    if isinstance(draft, Draft):
-        if isinstance(draft, ModelDraft):
-            draft.program.check_weights(contents=True)
-        return [draft]
-    expected = "a module, a TreeProgram, a Draft, a list of them, the name of one, or None"
-    raise InvalidOption(name="draft", got=type(draft).__name__, expected=expected)
+    began = perf_counter()
+    drafts = make_drafts(draft, DraftContext(target, options))
+    seconds = perf_counter() - began
+    made = [one.compile_seconds for one in drafts if one.compile_seconds <= seconds]  # not by an earlier call
+    stats.compile_seconds += sum(made)
+    return drafts

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture.capture import logits_of
+from ..capture.call import logits_of
 from ..errors import ModelFailed
 from ..options import Options
 from ..tree import Forest, TokenTree

@@ -20,6 +20,7 @@ from ...tree import TokenTree
 from ..slots import Slot
 from .model import ModelDraft
 from .protocol import DraftRequest, ProgramDraft
+from .registry import DraftContext, register_draft
 from .session import ModelDraftSession
 
 CALIBRATION_TOKENS = 48
@@ -129,3 +130,18 @@ def expected_speed(acceptance: float, cost: float) -> float:
         tokens += acceptance**depth
         speeds.append(tokens / (1 + depth * (cost + STEP_OVERHEAD)))
     return max(speeds)
+
+
+USAGE = '"early-exit", "early-exit:2" (layers) or "early-exit:FILE.safetensors" (a trained head)'
+
+
+def _named(argument: str, context: DraftContext) -> EarlyExitDraft:
+    if argument.endswith(".safetensors"):
+        head = ExitHead.load(argument)
+        return EarlyExitDraft(context.target, head.layer, head)
+    if argument and (not argument.isdecimal() or int(argument) == 0):
+        raise InvalidOption(name="draft", got=f"early-exit:{argument}", expected=USAGE)
+    return EarlyExitDraft(context.target, int(argument) if argument else None)
+
+
+register_draft("early-exit", _named, usage=USAGE)

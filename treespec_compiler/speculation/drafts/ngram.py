@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import perf_counter
 
+from ...errors import InvalidOption
 from ..policies.protocol import Limits, TreePolicy
 from ..proposal import Proposal
 from .protocol import DraftRequest
+from .registry import DraftContext, register_draft
 
 # Suffixes of one token whose counts are kept exactly; deeper link chains occur in monotonous text only.
 MAX_COUNTED = 64
@@ -175,3 +177,12 @@ class NGramSession:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _named(argument: str, context: DraftContext) -> NGramDraft:
+    if argument:
+        raise InvalidOption(name="draft", got=f"ngram:{argument}", expected='"ngram"')
+    return NGramDraft()
+
+
+register_draft("ngram", _named)

@@ -1,0 +1,37 @@
+"""From what `generate(draft=...)` was given to drafts. Importing this registers the kinds that come with treespec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import InvalidOption
+from . import early_exit as early_exit
+from . import ngram as ngram
+from .model import ModelDraft
+from .protocol import Draft
+from .registry import DraftContext, draft_of, is_named, kinds, named_draft, register_draft
+
+__all__ = ["DraftContext", "is_named", "kinds", "make_drafts", "register_draft"]
+
+
+def make_drafts(asked: Any, context: DraftContext) -> list[Draft]:
+    """The drafts of a name, a module, a program, a Draft or a list of them; None: none. Raises InvalidOption."""
+    if asked is None:
+        return []
+    if isinstance(asked, (list, tuple)):
+        drafts = [draft for item in asked for draft in make_drafts(item, context)]
+        for index, draft in enumerate(drafts):
+            if isinstance(draft, ModelDraft) and len(drafts) > 1 and draft.name == "draft":
+                draft.name = f"draft{index}"
+        return drafts
+    if isinstance(asked, str):
+        return [named_draft(asked, context)]
+    made = draft_of(asked, context)
+    if made is not None:
+        return [made]
+    if isinstance(asked, Draft) and not isinstance(asked, type):
+        if isinstance(asked, ModelDraft):
+            asked.program.check_weights(contents=True)
+        return [asked]
+    expected = "a module, a TreeProgram, a Draft, a list of them, the name of one, or None"
+    raise InvalidOption(name="draft", got=type(asked).__name__, expected=expected)
