@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._ops import OpOverload
 
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.attention import append, empty_output, stored
 from treespec_compiler.ir.library import implement
+from treespec_compiler.ir.private_torch import OpOverload
 from treespec_compiler.ir.scores import changed_scores, softmax_with_sinks
 
 OPTIONAL = frozenset({"window", "chunk", "softcap", "slopes", "bias", "sinks"})

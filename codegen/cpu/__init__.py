@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch._ops import OpOverload
 
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.library import implement
+from treespec_compiler.ir.private_torch import OpOverload
 
 from .build import load, loaded
 

@@ -35,7 +35,7 @@ def compiler() -> str:
 
 def flags() -> list[str]:
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     return ["-std=c++20", "-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", abi]
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from treespec_compiler.ir import accept, ops
 from treespec_compiler.ir.library import implement
+from treespec_compiler.ir.private_torch import OpOverload
 
 from .sizes import power_of_two
 

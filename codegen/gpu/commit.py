@@ -8,10 +8,10 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.library import implement
+from treespec_compiler.ir.private_torch import OpOverload
 
 from .sizes import power_of_two
 

@@ -11,11 +11,11 @@ import sys
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from treespec_compiler.ir import grouped_linear as definition
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.library import implement
+from treespec_compiler.ir.private_torch import OpOverload
 
 ALIGNMENT = 16  # bytes, of addresses and strides: the tensor memory accelerator's
 MAX_GROUPS = 1023  # one block of threads lays out the groups

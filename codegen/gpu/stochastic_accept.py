@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from treespec_compiler.ir import ops
 from treespec_compiler.ir import stochastic_accept as definition
 from treespec_compiler.ir.library import implement
+from treespec_compiler.ir.private_torch import OpOverload
 
 from .sizes import power_of_two
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.attention import stored
 from treespec_compiler.ir.library import implement
+from treespec_compiler.ir.private_torch import OpOverload
 from treespec_compiler.ir.specs import MaskSpec
 
 from .. import tables

@@ -16,6 +16,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.ir.private_torch import FakeTensor
+
 from .evaluate import cone, evaluate_for_length
 from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
 from .rules import RULES, Call
@@ -79,7 +81,7 @@ class ClosedForms:
         if tensor is None:
             return None
         self.read.add(node.name)
-        if tensor.numel() == 1 and not tensor.is_meta and not isinstance(tensor, torch._subclasses.FakeTensor):
+        if tensor.numel() == 1 and not tensor.is_meta and not isinstance(tensor, FakeTensor):
             value = tensor.detach().reshape(()).item()
             self.numbers.add(node.name)
             return Form(

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch._logging._internal import trace_structured
-
+from treespec_compiler.ir.private_torch import trace_structured
 from treespec_compiler.logs import GRAPHS
 
 from ..show.dot import dot

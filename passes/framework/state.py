@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from treespec_compiler.errors import Refusal, Unsupported
+from treespec_compiler.ir.private_torch import enable_python_dispatcher
 from treespec_compiler.ir.provenance import layer_path, module_class, op_name, source_line
 from treespec_compiler.ir.specs import AttentionSpec, Limit, PositionSpec
 from treespec_compiler.ir.weights import Expression

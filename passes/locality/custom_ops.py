@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from treespec_compiler.errors import InvalidOption
+from treespec_compiler.ir.private_torch import OpOverloadPacket
 
 from .token_rules import RULES, Axes, Axis, Mixes, Rule
 from .token_writes import WRITES
@@ -53,7 +53,7 @@ def _packet_name(op: Any) -> str:
     if isinstance(op, str) and op.count("::") == 1 and all(op.split("::")):
         return op.replace("::", ".").removesuffix(".default")
     packet = getattr(op, "overloadpacket", op)
-    if isinstance(packet, torch._ops.OpOverloadPacket):
+    if isinstance(packet, OpOverloadPacket):
         return str(packet)
     fix = "Register the function with torch.library.custom_op first."
     expected = "a custom op, torch.ops.namespace.name or 'namespace::name'"

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from treespec_compiler.errors import TreespecError
 from treespec_compiler.ir import ops  # noqa: F401  (defines them)
+from treespec_compiler.ir.private_torch import FakeTensorMode
 from treespec_compiler.ir.weights import Source
 
 from ..framework.state import GraphState

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.ir.private_torch import OpOverload
 from treespec_compiler.ir.provenance import layer_path, op_name, source_line
 
 from ..framework.state import GraphState
@@ -122,7 +123,7 @@ def target_name(node: fx.Node) -> str:
     if node.op != "call_function":
         return str(node.target)
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
     module = getattr(target, "__module__", "")
     return f"{module}.{target.__name__}" if module else op_name(node)

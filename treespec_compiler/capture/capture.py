@@ -1,6 +1,6 @@
 """Capture: one run of Dynamo, then functional pre-dispatch ATen.
 
-What touches private API of torch is in this file and in `functional`; `TESTED_TORCH` is the range it was run on.
+docs/torch-api.md lists the private API of torch that this room uses; `TESTED_TORCH` is the range it was run on.
 The capture never executes the model: Dynamo traces it, the backend exports, and the traced call is abandoned.
 """
 

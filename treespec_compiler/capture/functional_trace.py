@@ -1,7 +1,4 @@
-"""One trace of a function into functional pre-dispatch ATen.
-
-As `capture`, this file touches private API of torch; `capture.TESTED_TORCH` is the range it was run on.
-"""
+"""One trace of a function into functional pre-dispatch ATen."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from .. import demo
 from ..options import Options
 from ..runtime.generate import Step, Stream, stream
 from ..speculation.policies.static import StaticExpansion
+from .arguments import add_option, parse_options, positive
 from .baselines import HuggingFaceGenerate, StaticCacheLoop
-from .generate import parse_options, positive
 from .models import load
 from .text import TextStream
 
@@ -43,7 +43,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--prompts", metavar="N", type=positive, default=4, help="held-out prompts (default: 4)")
     parser.add_argument("--max-new-tokens", metavar="N", type=positive, default=96, help="for each (default: 96)")
     parser.add_argument("--expansion", metavar="K1,K2,..", default="1,1,3", help="shape of the trees (default: 1,1,3)")
-    parser.add_argument("--option", metavar="NAME=VALUE", action="append", default=[], help="an option of the compiler")
+    add_option(parser)
 
 
 @dataclass

@@ -18,7 +18,8 @@ from ..passes.show.compare import Difference, compare
 from ..passes.show.printing import line
 from ..passes.show.snapshot import NodeData, Snapshot, short_source
 from ..pipeline import prepare
-from .inspection import add_model_arguments, console, read_subject
+from .arguments import add_json, add_model_arguments
+from .inspection import console, read_subject
 
 EPILOG = """\
 examples:
@@ -45,7 +46,7 @@ def configure(parser: ArgumentParser) -> None:
         "--context", metavar="N", type=int, default=1, help="equal nodes around each change (default: 1)"
     )
     parser.add_argument("--all-layers", action="store_true", help="show every layer, also those that changed alike")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
     add_model_arguments(parser, positional=False)
 
 

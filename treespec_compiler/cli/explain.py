@@ -13,7 +13,8 @@ from rich.table import Table
 from ..errors import Unsupported
 from ..inspection.explain import Explanation, explain
 from ..passes.show.snapshot import short_source
-from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, console, parameter_count, read_subject
+from .arguments import add_json, add_model_arguments
+from .inspection import CONVERTED, EXIT_CODES, REFUSED, console, parameter_count, read_subject
 
 EPILOG = f"""\
 examples:
@@ -28,7 +29,7 @@ examples:
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_model_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(arguments: Namespace) -> int:

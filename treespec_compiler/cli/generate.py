@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import InvalidOption
-from ..options import Options
 from ..runtime.generate import Step, stream
 from ..speculation.drafts.kinds import is_named
 from ..speculation.policies.named import as_policy
 from ..speculation.policies.static import StaticExpansion
+from .arguments import MODEL, add_json, add_option, add_prompt_arguments, add_reading, parse_options, positive
 from .models import DTYPES, LoadedModel, load
-from .text import TextStream, add_prompt_arguments, read_prompt
+from .text import TextStream, read_prompt
 
 EPILOG = """\
 examples:
@@ -29,7 +28,7 @@ examples:
 
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
-    models = parser.add_argument_group("models (hf:PATH_OR_ID, py:module:factory or demo)")
+    models = parser.add_argument_group(f"models ({MODEL})")
     models.add_argument("--target", metavar="MODEL", required=True, help="the model whose output is wanted")
     models.add_argument(
         "--draft",
@@ -39,10 +38,7 @@ def configure(parser: ArgumentParser) -> None:
         help="what guesses: a smaller model, ngram, early-exit, early-exit:K (layers) or early-exit:FILE.safetensors "
         "(a trained head); may be repeated; none: no speculation",
     )
-    models.add_argument("--dtype", choices=DTYPES, default="float32", help="of both models (default: float32)")
-    models.add_argument(
-        "--random-weights", action="store_true", help="read configurations only and make up weights (hf: models)"
-    )
+    add_reading(models, tiny=False)
     add_prompt_arguments(parser)
     run_options = parser.add_argument_group("generation")
     run_options.add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
@@ -55,9 +51,7 @@ def configure(parser: ArgumentParser) -> None:
         "--policy", default="auto", help='"auto" (default), "1,1,3", "chain:4", "best-first:12" or "equal-growth:2,4"'
     )
     run_options.add_argument("--ignore-eos", action="store_true", help="do not end at the model's end-of-text token")
-    run_options.add_argument(
-        "--option", metavar="NAME=VALUE", action="append", default=[], help="an option of the compiler; may be repeated"
-    )
+    add_option(run_options)
     sampling = parser.add_argument_group("sampling (docs/verification.md)")
     sampling.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 (default): the likeliest token"
@@ -71,30 +65,7 @@ def configure(parser: ArgumentParser) -> None:
     sampling.add_argument("--sampler", help="children of the draft: without-replacement, iid or top-k")
     output = parser.add_argument_group("output")
     output.add_argument("--stream", action="store_true", help="print tokens as they are accepted")
-    output.add_argument(
-        "--json", action="store_true", help="print one JSON object with ids, text and statistics (with --stream: a "
-        "line for every step before it)"
-    )  # fmt: skip
-
-
-def positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise ArgumentTypeError(f"got {text!r}, expected a positive integer")
-    return number
-
-
-def parse_options(pairs: list[str]) -> Options:
-    """`["lowering=eager", "prefill_chunk=64"]` as Options."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            fix = "Write the name, an equals sign and the value, without spaces."
-            raise InvalidOption(name="--option", got=pair, expected="NAME=VALUE, such as lowering=eager", fix=fix)
-        words = {"None": None, "True": True, "False": False}
-        options[name] = int(value) if value.isdecimal() else words.get(value, value)
-    return Options.parse(options)
+    add_json(output, " with ids, text and statistics (with --stream: a line for every step before it)")
 
 
 def run(arguments: Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What the commands that look into the compiler share: naming a model, and output as text or JSON."""
+"""What the commands that look into the compiler share: the model they read, and where output goes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..capture.call import CallSpec, call_spec
 from ..codegen.gpu import triton_installed
 from ..errors import InvalidOption, MissingPackage
 from ..options import Options
-from .generate import parse_options
+from .arguments import parse_options
 from .models import DTYPES, LoadedModel, load
 
 CONVERTED, REFUSED = 0, 1  # exit codes; 2 is an error
@@ -38,21 +38,6 @@ class Subject:
     @property
     def name(self) -> str:
         return self.loaded.name
-
-
-def add_model_arguments(parser: ArgumentParser, positional: bool = True) -> None:
-    group = parser.add_argument_group("model")
-    help_text = "hf:PATH_OR_ID, py:module:factory or demo; with --random-weights also a type: hf:llama"
-    if positional:
-        group.add_argument("model", metavar="MODEL", help=help_text)
-    else:
-        group.add_argument("--model", metavar="MODEL", help=help_text)
-    group.add_argument("--random-weights", action="store_true", help="read the configuration only, make up the weights")
-    group.add_argument("--tiny", action="store_true", help="shrink the configuration: few layers, small dimensions")
-    group.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    group.add_argument(
-        "--option", metavar="NAME=VALUE", action="append", default=[], help="an option of the compiler; may be repeated"
-    )
 
 
 def read_subject(arguments: Namespace, **options: Any) -> Subject:

@@ -17,12 +17,12 @@ from ..codegen.gpu.offline import TARGETS, Offline
 from ..errors import InvalidOption, Unsupported
 from ..pipeline import convert
 from ..program.semantics import lengths_check
+from .arguments import add_json, add_model_arguments
 from .explain import refusal_fields, show_refusal
 from .inspection import (
     CONVERTED,
     EXIT_CODES,
     REFUSED,
-    add_model_arguments,
     console,
     need_triton,
     parameter_count,
@@ -59,7 +59,7 @@ def configure(parser: ArgumentParser) -> None:
     what.add_argument("--ptx", action="store_true", help="PTX, or AMD's assembly")
     what.add_argument("--sass", action="store_true", help="the machine's instructions")
     parser.add_argument("--resources", action="store_true", help="registers, spills and shared memory beside the text")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 @dataclass(frozen=True)

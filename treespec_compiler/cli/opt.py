@@ -23,7 +23,8 @@ from ..passes.show.snapshot import Snapshot
 from ..passes.show.view import View
 from ..pipeline import prepare
 from ..program.semantics import semantic_check
-from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, console, read_subject
+from .arguments import add_model_arguments
+from .inspection import CONVERTED, EXIT_CODES, REFUSED, console, read_subject
 
 EPILOG = f"""\
 examples:

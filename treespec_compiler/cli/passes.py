@@ -13,6 +13,7 @@ from ..passes.framework.found import built_in
 from ..passes.framework.manager import Pass
 from ..passes.framework.plan import needed_level, plan
 from ..passes.framework.registry import registered_passes
+from .arguments import add_json
 from .inspection import console
 
 EPILOG = """\
@@ -28,7 +29,7 @@ Your own passes: docs/writing-a-pass.md. They appear here once registered under 
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("--pipeline", metavar="A,B,-C", help="show this pipeline instead of the default one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(arguments: Namespace) -> int:

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from ..inspection.report.collect import collect
 from ..inspection.report.page import page
-from .inspection import CONVERTED, EXIT_CODES, REFUSED, add_model_arguments, read_subject
+from .arguments import add_model_arguments
+from .inspection import CONVERTED, EXIT_CODES, REFUSED, read_subject
 
 EPILOG = f"""\
 examples:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..inspection.reproduce import Failure, bisect, read, run_again, same_failure
 from ..passes.framework.reproducer import FAILED, reproducer_versions
+from .arguments import add_json
 from .inspection import console, quiet_torch
 
 EPILOG = """\
@@ -27,7 +28,7 @@ def configure(parser: ArgumentParser) -> None:
         "--bisect", action="store_true", help="find the first pass after which the semantic check fails"
     )
     parser.add_argument("--run-saved-passes", action="store_true", help="run the copies of your passes in the folder")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(arguments: Namespace) -> int:

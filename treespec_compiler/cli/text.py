@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +13,6 @@ from ..errors import InvalidPrompt
 from .models import LoadedModel
 
 REPLACEMENT = "\ufffd"
-
-
-def add_prompt_arguments(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("prompt (one of)").add_mutually_exclusive_group(required=True)
-    group.add_argument("--prompt", metavar="TEXT", help="the text to complete")
-    group.add_argument("--prompt-file", metavar="F", type=Path, help="a UTF-8 file with the text")
-    group.add_argument("--prompt-ids", metavar="IDS", help="token ids such as 5,17,3, for models without a tokenizer")
 
 
 def read_prompt(arguments: Namespace, loaded: LoadedModel) -> Tensor:

@@ -13,8 +13,8 @@ from rich.table import Table
 from ..errors import InvalidOption, Unsupported
 from ..program.tree_program import tree_program
 from ..speculation.cost.latency import LatencyTable, fingerprint, latency, table_path
+from .arguments import MODEL, add_option, add_reading, parse_options
 from .explain import show_refusal
-from .generate import parse_options
 from .inspection import REFUSED, quiet_torch
 from .inspection import console as standard_output
 from .models import DTYPES, load
@@ -50,7 +50,7 @@ FOR_PASSES = {"target": "--target", "draft": "--draft"}
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
     kernels = parser.add_argument_group("kernels")
-    kernels.add_argument("model", metavar="MODEL", nargs="?", help="hf:PATH_OR_ID, py:module:factory or demo")
+    kernels.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)
     kernels.add_argument("--device", choices=("cuda",), help="tune MODEL's kernels on this device")
     kernels.add_argument("--shapes", metavar="SHAPE", nargs="+", help="NODESxREQUESTSxCONTEXT, such as 64x1x2048")
     kernels.add_argument("--out", metavar="FILE", type=Path, help="the table (default: where it is used, see below)")
@@ -60,12 +60,10 @@ def configure(parser: ArgumentParser) -> None:
     passes.add_argument(
         "--latency", action="store_true", help="measure passes of 1 to 64 nodes behind several contexts"
     )
-    passes.add_argument("--target", metavar="MODEL", help="hf:PATH_OR_ID, py:module:factory or demo")
+    passes.add_argument("--target", metavar="MODEL", help=MODEL)
     passes.add_argument("--draft", metavar="MODEL", help="measure this one as well")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the models (default: float32)")
-    parser.add_argument("--random-weights", action="store_true", help="read configurations only (hf: models)")
-    parser.add_argument("--tiny", action="store_true", help="shrink the configuration (hf: models)")
-    parser.add_argument("--option", metavar="NAME=VALUE", action="append", default=[], help="an option of the compiler")
+    add_reading(parser)
+    add_option(parser)
 
 
 def run(arguments: Namespace) -> int:

@@ -7,7 +7,6 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -23,6 +22,7 @@ from ..codegen.gpu.tune import OP, SHAPES, Outcome, Shape, Tuner, tune
 from ..codegen.tables import Table
 from ..errors import CorruptTable, InvalidOption, Unsupported
 from ..pipeline import convert
+from .arguments import TakesArguments
 from .explain import show_refusal
 from .inspection import REFUSED, need_triton, read_subject
 from .inspection import console as standard_output
@@ -31,12 +31,6 @@ from .inspection import console as standard_output
 # 93. Each is compiled about seven times: once to be judged, then split or not, for one request or several, as checks
 # and timings launch it. At 0.5 to 1.5 s a compilation that is one to four minutes a kernel instead of 5 to 16.
 LIMIT = 8
-
-
-class TakesArguments(Protocol):
-    """A parser, or a group of its arguments."""
-
-    def add_argument(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def add_limit(parser: TakesArguments, default: int | None = LIMIT) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from .library import COMPLIANT, define
+from .private_torch import OpOverload
 
 SCHEMA = "(Tensor logits, Tensor tokens, Tensor parents, Tensor node_offsets, float tie) -> Tensor"
 

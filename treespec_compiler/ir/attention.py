@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from .library import define
+from .private_torch import OpOverload
 from .rotation import rotate
 from .scores import changed_scores, softmax_with_sinks
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch._ops import OpOverload
 
 from .library import COMPLIANT, define
+from .private_torch import OpOverload
 
 SCHEMA = "(Tensor(a!)[] pools, Tensor src, Tensor dst) -> ()"
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
+
+from .private_torch import OpOverload
 
 NAMESPACE = "treespec"
 COMPLIANT = (torch.Tag.pt2_compliant_tag,)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from .library import define
+from .private_torch import OpOverload
 
 SCHEMA = "(Tensor x, Tensor packed, Tensor? bias, SymInt out_features) -> Tensor"
 PANEL = 32

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from ..errors import InvalidKernel
 from ..logs import logger
 from . import library
+from .private_torch import OpOverload
 
 log = logger(__name__)
 

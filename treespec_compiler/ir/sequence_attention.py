@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.nn.functional import scaled_dot_product_attention
 
 from .library import define
+from .private_torch import OpOverload
 from .scores import changed_scores, softmax_with_sinks
 from .specs import MaskSpec
 

@@ -21,9 +21,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from .library import COMPLIANT, define
+from .private_torch import OpOverload
 
 SCHEMA = (
     "(Tensor p, Tensor q, Tensor tokens, Tensor parents, Tensor node_offsets, Tensor draw_offsets, Tensor draw_rows, "

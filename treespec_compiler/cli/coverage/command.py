@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import InvalidOption
-from ..generate import positive
+from ..arguments import positive
 from .check import PRELOADED, Result, send_result
 from .models import CLASS_OF, model_types
 from .report import page

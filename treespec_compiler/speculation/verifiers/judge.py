@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._ops import OpOverload
 
 from ...errors import InvalidLogits
 from ...ir import ops
+from ...ir.private_torch import OpOverload
 from ..proposal import Proposal
 from ..sampling.chance import Chance, Row, SeededChance
 from ..sampling.device_rows import DeviceProcessor

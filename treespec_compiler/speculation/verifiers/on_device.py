@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from ...ir.accept import FIELDS
+from ...ir.private_torch import OpOverload
 from ...ir.registry import best_kernel
 from ...ir.stochastic_accept import FIELDS as CHANCE_FIELDS
 from ...ir.stochastic_accept import RULES
