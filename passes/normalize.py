@@ -18,9 +18,12 @@ from treespec_compiler.ir.provenance import op_name
 from .framework.manager import Pass
 from .framework.state import GraphState, refuse
 from .spellings.assembled import spell_assembled
+from .spellings.attention_algebra import spell_score_factor, spell_weight_sum
 from .spellings.einsum import spell_einsum
 from .spellings.grouped_experts import spell_counts, spell_grouped
 from .spellings.inverse_permutation import spell_inverse
+from .spellings.score_sums import spell_score_sum
+from .spellings.softmax import spell_softmax
 
 aten = torch.ops.aten
 
@@ -42,7 +45,17 @@ _SYNONYMS = {
     "aten.not_equal": aten.ne,
     "aten.clip": aten.clamp,
 }
-_SPELLINGS = (spell_einsum, spell_inverse, spell_assembled, spell_counts, spell_grouped)
+_SPELLINGS = (
+    spell_einsum,
+    spell_score_sum,
+    spell_score_factor,
+    spell_softmax,
+    spell_weight_sum,
+    spell_inverse,
+    spell_assembled,
+    spell_counts,
+    spell_grouped,
+)
 _END = 2**62  # slices to the end are written with the largest int64
 
 

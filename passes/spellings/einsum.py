@@ -122,8 +122,8 @@ class _Writer:
             order = batch + "".join(x for x in a.labels + b.labels if x not in batch)
             order = "".join(dict.fromkeys(order))
             return _Term(self.emit(aten.mul.Tensor, self.broadcast(a, order), self.broadcast(b, order)), order)
-        left = "".join(x for x in a.labels if x not in shared)
-        right = "".join(x for x in b.labels if x not in shared)
+        left = self._unknown_last(a, "".join(x for x in a.labels if x not in shared))
+        right = self._unknown_last(b, "".join(x for x in b.labels if x not in shared))
         if not batch and self._static(b, right + summed):
             return self._by_matrix(a, b, left, summed, right)
         if not batch and self._static(a, left + summed):
@@ -138,6 +138,10 @@ class _Writer:
             return term
         labels = "".join(x for i, x in enumerate(term.labels) if i not in gone)
         return _Term(self.emit(aten.squeeze.dims, term.node, gone), labels)
+
+    def _unknown_last(self, term: _Term, labels: str) -> str:
+        """Dimensions of unknown size, the tokens, come last: they are the rows and columns of products."""
+        return "".join(sorted(labels, key=lambda x: not isinstance(term.size(x), int)))
 
     @staticmethod
     def _static(term: _Term, labels: str) -> bool:

@@ -1,0 +1,119 @@
+"""One spelling of softmax over the last dimension: exponentials over their sum, with or without a maximum taken off.
+
+    exp(x) / sum(exp(x))                    softmax(x)
+    exp(x - logsumexp(x)), exp(log_softmax(x))      softmax(x)
+    exp(x) / (1 + sum(exp(x)))              softmax([x, 0]) without its last column ("softmax one", Miller 2023)
+    exp(x - m) / (exp(-m) + sum(exp(x - m)))        the same
+
+What is taken off each row before stays in `x`: the reader of attention knows that a softmax does not see it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..forms.closed_form import shape_of
+from ..framework.provenance import op_name
+from ..framework.state import GraphState
+
+aten = torch.ops.aten
+
+
+def spell_softmax(state: GraphState, node: fx.Node) -> bool:
+    """Rewrite a softmax that is spelled out to `aten.softmax`; False for anything else."""
+    name = op_name(node)
+    found = _quotient(state, node) if name == "aten.div" else _exponential(state, node) if name == "aten.exp" else None
+    if found is None:
+        return False
+    node.replace_all_uses_with(found)
+    state.graph.erase_node(node)
+    return True
+
+
+def _softmax(state: GraphState, x: fx.Node, at: fx.Node) -> fx.Node:
+    return state.call(aten.softmax.int, (x, -1), like=at)
+
+
+def _exponential(state: GraphState, node: fx.Node) -> fx.Node | None:
+    inner: Any = node.args[0]
+    if op_name(inner) == "aten.log_softmax" and _is_last(inner.args[1], inner.args[0]) and len(inner.args) == 2:
+        return _softmax(state, inner.args[0], node)
+    if op_name(inner) != "aten.sub" or inner.kwargs.get("alpha", 1) != 1:
+        return None
+    x, total = inner.args
+    if not isinstance(total, fx.Node) or op_name(total) != "aten.logsumexp" or total.args[0] is not x:
+        return None
+    return _softmax(state, x, node) if _over_last(total, x) else None
+
+
+def _quotient(state: GraphState, node: fx.Node) -> fx.Node | None:
+    if "rounding_mode" in node.kwargs or len(node.args) != 2:
+        return None
+    top, below = node.args
+    if not isinstance(top, fx.Node) or not isinstance(below, fx.Node) or op_name(top) != "aten.exp":
+        return None
+    x: Any = top.args[0]
+    if _is_sum(below, top):
+        return _softmax(state, x, node)
+    if op_name(below) != "aten.add" or below.kwargs.get("alpha", 1) != 1:
+        return None
+    for total, extra in (below.args, reversed(below.args)):
+        if isinstance(total, fx.Node) and _is_sum(total, top):
+            column = _column(state, x, extra, node)
+            return None if column is None else _with_column(state, x, column, node)
+    return None
+
+
+def _column(state: GraphState, x: fx.Node, extra: Any, at: fx.Node) -> fx.Node | None:
+    """The score [.., 1] whose exponential is `extra`."""
+    if isinstance(extra, (int, float)):
+        if extra != 1:
+            return None
+        like = state.call(aten.slice.Tensor, (x, -1, 0, 1), like=at)
+        return state.call(aten.zeros_like.default, (like,), like=at)
+    if not isinstance(extra, fx.Node) or op_name(extra) != "aten.exp":
+        return None
+    score = extra.args[0]
+    if not isinstance(score, fx.Node) or shape_of(score) != (*shape_of(x)[:-1], 1):
+        return None
+    return score
+
+
+def _with_column(state: GraphState, x: fx.Node, column: fx.Node, at: fx.Node) -> fx.Node | None:
+    shifted = _shift(x)
+    if shifted is not None and op_name(column) == "aten.neg" and column.args[0] is shifted[1]:
+        # exp(s - m) / (exp(-m) + ...): both were shifted by m, which a softmax does not see.
+        x = shifted[0]
+        first = state.call(aten.slice.Tensor, (x, -1, 0, 1), like=at)
+        column = state.call(aten.zeros_like.default, (first,), like=at)
+    joined = state.call(aten.cat.default, ([x, column], -1), like=at)
+    return state.call(aten.slice.Tensor, (_softmax(state, joined, at), -1, 0, -1), like=at)
+
+
+def _shift(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(s, m) of x = s - m for m [.., 1]."""
+    if op_name(x) != "aten.sub" or x.kwargs.get("alpha", 1) != 1:
+        return None
+    s, m = x.args
+    both = isinstance(s, fx.Node) and isinstance(m, fx.Node)
+    return (s, m) if both and shape_of(m) == (*shape_of(s)[:-1], 1) else None  # type: ignore[return-value]
+
+
+def _is_sum(node: fx.Node, of: fx.Node) -> bool:
+    return op_name(node) == "aten.sum" and node.args[0] is of and _over_last(node, of)
+
+
+def _over_last(node: fx.Node, of: fx.Node) -> bool:
+    """A reduction over the last dimension that keeps it."""
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    if not isinstance(dims, (list, tuple)) or len(dims) != 1 or not keep or node.kwargs.get("dtype") is not None:
+        return False
+    return _is_last(dims[0], of)
+
+
+def _is_last(dim: Any, of: Any) -> bool:
+    return isinstance(dim, int) and dim in (-1, len(shape_of(of)) - 1)
