@@ -70,10 +70,7 @@ def _quotient(state: GraphState, node: fx.Node) -> fx.Node | None:
 def _column(state: GraphState, x: fx.Node, extra: Any, at: fx.Node) -> fx.Node | None:
     """The score [.., 1] whose exponential is `extra`."""
     if isinstance(extra, (int, float)):
-        if extra != 1:
-            return None
-        like = state.call(aten.slice.Tensor, (x, -1, 0, 1), like=at)
-        return state.call(aten.zeros_like.default, (like,), like=at)
+        return _zeros(state, x, at) if extra == 1 else None
     if not isinstance(extra, fx.Node) or op_name(extra) != "aten.exp":
         return None
     score = extra.args[0]
@@ -82,13 +79,24 @@ def _column(state: GraphState, x: fx.Node, extra: Any, at: fx.Node) -> fx.Node |
     return score
 
 
+def _zeros(state: GraphState, x: fx.Node, at: fx.Node) -> fx.Node:
+    """A column of zeros beside x: one number a head, seen by every query."""
+    value, shape = x.meta["val"], shape_of(x)
+    ones = [int(s) if s.is_Integer else 1 for s in shape[:-1]]
+    zeros = state.call(aten.zeros.default, ([*ones, 1],), {"dtype": value.dtype, "device": value.device}, like=at)
+    sizes: list[Any] = [*ones, 1]
+    for i, size in enumerate(shape[:-1]):
+        if not size.is_Integer:
+            sizes[i] = state.call(aten.sym_size.int, (x, i), like=at)
+    return state.call(aten.expand.default, (zeros, sizes), like=at)
+
+
 def _with_column(state: GraphState, x: fx.Node, column: fx.Node, at: fx.Node) -> fx.Node | None:
     shifted = _shift(x)
     if shifted is not None and op_name(column) == "aten.neg" and column.args[0] is shifted[1]:
         # exp(s - m) / (exp(-m) + ...): both were shifted by m, which a softmax does not see.
         x = shifted[0]
-        first = state.call(aten.slice.Tensor, (x, -1, 0, 1), like=at)
-        column = state.call(aten.zeros_like.default, (first,), like=at)
+        column = _zeros(state, x, at)
     joined = state.call(aten.cat.default, ([x, column], -1), like=at)
     return state.call(aten.slice.Tensor, (_softmax(state, joined, at), -1, 0, -1), like=at)
 

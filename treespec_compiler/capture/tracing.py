@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -15,16 +17,25 @@ from ..errors import Unsupported
 from .broken_graphs import no_graph
 from .torch_errors import TRACE_ERRORS, own_refusal
 
+# What only tells somebody something: a trace leaves these calls out, wherever forward makes them.
+_METHODS = ("debug", "info", "warning", "error", "critical", "exception", "log")
+TELLING = {warnings.warn, *(getattr(logging.Logger, name) for name in _METHODS)}
+
 
 @contextlib.contextmanager
 def tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
     """Dynamo's settings for a capture, and its failures as refusals that name the user's line."""
-    config = torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False, suppress_errors=False)
+    config = torch._dynamo.config.patch(
+        specialize_float=True,
+        automatic_dynamic_shapes=False,
+        suppress_errors=False,
+        ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | TELLING,
+    )
     guard_log = logging.getLogger("torch._guards")
     level = guard_log.level
     try:
         guard_log.setLevel(logging.CRITICAL)  # a length that cannot be dynamic is a refusal here, with its own text
-        with torch.no_grad(), config, _no_garbage_collection(), _unmarked_buffers(model):
+        with torch.no_grad(), config, _no_garbage_collection(), _unmarked_buffers(model), _plain_layers():
             yield
     except Unsupported:
         raise
@@ -51,6 +62,27 @@ def _unmarked_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer in marked:
             buffer._is_buffer = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _plain_layers() -> Iterator[None]:
+    """`nn.TransformerEncoder` and its like as what they compute.
+
+    Their fused op is not taken apart by anybody; and they look whether the values of a mask are causal, only to take a
+    shortcut that means the same: a trace cannot look, and the mask is proved later.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", _as_told):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _as_told(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """torch's own answer where it is told one, and no shortcut otherwise."""
+    return bool(is_causal)
 
 
 @contextlib.contextmanager
