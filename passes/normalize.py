@@ -18,7 +18,7 @@ from treespec_compiler.ir.provenance import op_name
 from .framework.manager import Pass
 from .framework.state import GraphState, refuse
 from .spellings.assembled import spell_assembled
-from .spellings.attention_algebra import spell_score_factor, spell_weight_sum
+from .spellings.attention_algebra import spell_constant_keys, spell_score_factor, spell_weight_sum
 from .spellings.einsum import spell_einsum
 from .spellings.grouped_experts import spell_counts, spell_grouped
 from .spellings.inverse_permutation import spell_inverse
@@ -51,6 +51,7 @@ _SPELLINGS = (
     spell_score_factor,
     spell_softmax,
     spell_weight_sum,
+    spell_constant_keys,
     spell_inverse,
     spell_assembled,
     spell_counts,

@@ -76,6 +76,8 @@ def plain_layouts(state: GraphState) -> int:
 
 def _is_plain(region: Region) -> bool:
     rows, columns = (region.rows,), (region.columns,)
+    if _softmax_dim(region.softmax) != len(region.layouts[region.softmax]) - 1:
+        return False
     for layout in region.layouts.values():
         if len(layout) not in (3, 4) or layout[-1] not in (columns, ()) or layout[-2] not in (rows, ()):
             return False

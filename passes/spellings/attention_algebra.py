@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy
@@ -53,6 +54,29 @@ def spell_weight_sum(state: GraphState, node: fx.Node) -> bool:
     result = _distributed(state, weights, node.args[1], node)
     if shape_of(result) != shape_of(node):
         return False
+    node.replace_all_uses_with(result)
+    state.graph.erase_node(node)
+    return True
+
+
+def spell_constant_keys(state: GraphState, node: fx.Node) -> bool:
+    """Rewrite attention to keys whose number is known, and is not the tokens', to the products that it is."""
+    if op_name(node) != "aten.scaled_dot_product_attention":
+        return False
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    call: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    q, k, v = call["query"], call["key"], call["value"]
+    sized = [s for x in (k, v) for s in shape_of(x)]
+    if any(not s.is_Integer for s in sized) or call.get("attn_mask") is not None or call.get("is_causal"):
+        return False
+    if call.get("dropout_p") or call.get("enable_gqa"):
+        return False
+    scale = call.get("scale")
+    scale = 1.0 / math.sqrt(int(shape_of(q)[-1])) if scale is None else scale
+    keys = state.call(aten.transpose.int, (k, -2, -1), like=node)
+    scores = state.call(aten.matmul.default, (state.call(aten.mul.Tensor, (q, scale), like=node), keys), like=node)
+    weights = state.call(aten.softmax.int, (scores, -1), like=node)
+    result = state.call(aten.matmul.default, (weights, v), like=node)
     node.replace_all_uses_with(result)
     state.graph.erase_node(node)
     return True
