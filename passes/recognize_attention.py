@@ -14,7 +14,7 @@ from treespec_compiler.ir import ops  # noqa: F401  (defines them)
 from treespec_compiler.ir.provenance import op_name
 
 from .attention.key_bias import Splitter, with_key_bias
-from .attention.layout import plain_layouts
+from .attention.plain_layout import plain_layouts
 from .attention.spelled_out import SOFTMAXES, EagerSite, Reader, Scores
 from .forms.closed_form import ClosedForms, broadcast, shape_of
 from .forms.evaluate import evaluate_for_length

@@ -13,8 +13,9 @@ import sympy
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.closed_form import shape_of
-from ..framework.provenance import op_name
 from ..framework.state import GraphState
 
 aten = torch.ops.aten
@@ -32,11 +33,11 @@ def spell_score_factor(state: GraphState, node: fx.Node) -> bool:
         scores, factor = factor, scores
     if not _is_scores(state, scores) or not isinstance(factor, fx.Node) or not _same_for_all_keys(factor):
         return False
-    a, b = scores.args[:2]  # type: ignore[union-attr]
+    a, b = scores.args[:2]
     if len(shape_of(factor)) > len(shape_of(scores)):
         return False
     product = state.call(node.target, (a, factor), like=node)
-    if product.meta["val"].dtype != scores.meta["val"].dtype:  # type: ignore[union-attr]
+    if product.meta["val"].dtype != scores.meta["val"].dtype:
         return False
     result = state.call(aten.matmul.default, (product, b), like=node)
     node.replace_all_uses_with(result)

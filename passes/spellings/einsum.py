@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..framework.provenance import op_name
+from treespec_compiler.ir.provenance import op_name
+
 from ..framework.state import GraphState, refuse
 
 aten = torch.ops.aten
@@ -35,7 +36,7 @@ def spell_einsum(state: GraphState, node: fx.Node) -> bool:
     """Rewrite `einsum(equation, operands)` to matmul, mul, sum and permute; False for any other op."""
     if op_name(node) != "aten.einsum":
         return False
-    equation, operands = node.args[0], list(node.args[1])  # type: ignore[call-overload]
+    equation, operands = node.args[0], list(node.args[1])
     labels, output = parse(str(equation), [x.meta["val"].dim() for x in operands])
     writer = _Writer(state, node)
     terms = [writer.diagonals(_Term(x, names)) for x, names in zip(operands, labels, strict=True)]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.closed_form import shape_of
-from ..framework.provenance import op_name
 from ..framework.state import GraphState
 
 aten = torch.ops.aten
@@ -22,13 +23,15 @@ def spell_score_sum(state: GraphState, node: fx.Node) -> bool:
     if op_name(node) != "aten.add" or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
         return False
     one, other = node.args
+    if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
+        return False
     order: Any = None
-    if op_name(one) == op_name(other) == "aten.permute" and list(one.args[1]) == list(other.args[1]):  # type: ignore
-        order = one.args[1]  # type: ignore[union-attr]
-        one, other = one.args[0], other.args[0]  # type: ignore[union-attr]
+    if op_name(one) == op_name(other) == "aten.permute" and list(one.args[1]) == list(other.args[1]):
+        order = one.args[1]
+        one, other = one.args[0], other.args[0]
     if not _is_score(state, one) or not _is_score(state, other) or shape_of(one) != shape_of(other):
         return False
-    (a, b), (c, d) = one.args[:2], other.args[:2]  # type: ignore[union-attr]
+    (a, b), (c, d) = one.args[:2], other.args[:2]
     batch = [int(s) for s in shape_of(one)[:-2]]
     left = state.call(aten.cat.default, ([_wide(state, x, batch, node) for x in (a, c)], -1), like=node)
     right = state.call(aten.cat.default, ([_wide(state, x, batch, node) for x in (b, d)], -2), like=node)

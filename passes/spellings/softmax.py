@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from ..forms.closed_form import shape_of
-from ..framework.provenance import op_name
 from ..framework.state import GraphState
 
 aten = torch.ops.aten
@@ -107,7 +108,7 @@ def _shift(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     s, m = x.args
     both = isinstance(s, fx.Node) and isinstance(m, fx.Node)
-    return (s, m) if both and shape_of(m) == (*shape_of(s)[:-1], 1) else None  # type: ignore[return-value]
+    return (s, m) if both and shape_of(m) == (*shape_of(s)[:-1], 1) else None
 
 
 def _is_sum(node: fx.Node, of: fx.Node) -> bool:
