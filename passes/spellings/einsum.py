@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
 
 from ..framework.state import GraphState, refuse
@@ -47,7 +48,7 @@ def spell_einsum(state: GraphState, node: fx.Node) -> bool:
     result = writer.permute(last, output).node
     if list(map(str, result.meta["val"].shape)) != list(map(str, node.meta["val"].shape)):
         got, wanted = list(result.meta["val"].shape), list(node.meta["val"].shape)
-        raise refuse(f"einsum {equation!r} was spelled with shape {got} instead of {wanted}", node)
+        raise AssertionError(f"einsum {equation!r} was spelled with shape {got}, expected {wanted}")
     node.replace_all_uses_with(result)
     state.graph.erase_node(node)
     return True
@@ -163,7 +164,7 @@ class _Writer:
         """NOTE at most one size is symbolic: it is written -1, which needs no node for the number of tokens."""
         sizes = [size if isinstance(size, int) else -1 for size in shape]
         if sizes.count(-1) > 1:
-            raise refuse("an einsum joins several dimensions of unknown size", self.at)
+            raise refuse(Refusal.LENGTH, "an einsum joins several dimensions of unknown size", self.at)
         return self.emit(aten.reshape.default, node, sizes)
 
     def _by_matrix(self, a: _Term, b: _Term, left: str, summed: str, right: str) -> _Term:
