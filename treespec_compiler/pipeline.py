@@ -153,7 +153,7 @@ def _state(captured: Capture, options: Options, sources: dict[str, WeightRef]) -
 
 def check_level(state: GraphState, name: str) -> None:
     """The verifier of the graph's level, as a check for the pass manager."""
-    found = verify.problems(state.graph, state.level)
+    found = verify.problems(state.graph, state.level, state.outputs)
     if found:
         raise PassError(pass_name=name, problem="; ".join(found))
 

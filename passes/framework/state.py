@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import sympy
@@ -52,6 +52,7 @@ class GraphState:
     notes: dict[str, Any] = field(default_factory=dict)  # what passes found out, by pass name
     max_context: int | None = None  # the context that was asked for
     portable: bool = False  # whether ops are bound to kernels for any device (ATen) only
+    outputs: list[str] = field(default_factory=lambda: ["logits"])  # names of the graph's, but for `written`
     other_length: OtherLength | None = None  # the model analysed for another length
 
     @property
@@ -124,6 +125,17 @@ class GraphState:
         """Drop a weight that nothing reads."""
         self.graph.erase_node(self.node(name))
         self.weights.drop(name)
+
+    def copy(self) -> GraphState:
+        """A state whose graph can be changed; fake values, weights and proofs are shared."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        own: dict[str, Any] = {
+            f.name: type(value)(value)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), (list, dict, set))
+        }
+        return replace(self, gm=fx.GraphModule(self.gm, graph), weights=self.weights.copy(), **own)
 
     def become(self, other: GraphState) -> None:
         """Go on with another trace of the same model, on which the same passes ran."""

@@ -29,6 +29,7 @@ from treespec_compiler.program.batch import Part, Shape, lay_out
 from treespec_compiler.program.cuda_graphs import Graphs, bucket, power_of_two
 from treespec_compiler.program.early_exit import EarlyExitProgram, exit_graph
 from treespec_compiler.program.executor import Bound, Executor
+from treespec_compiler.program.outputs import tapped
 
 VOCAB = zoo.VOCAB
 aten = torch.ops.aten
@@ -256,6 +257,20 @@ def test_the_early_exit_is_recorded_as_well(program):
         expected = program.call(lambda: plain, tree(5, seed), cache)[0].clone()
         assert error(exit.verify(tree(5, seed), cache), expected) <= TOLERANCE
     assert exit.graph_stats.captures == 1 and exit.graph_stats.replays == 3
+
+
+def test_every_named_output_is_replayed(program):
+    wanted = ("logits", "hidden:1", "hidden:2")
+    own, plain = program._returning(wanted), program.executor(lambda state: tapped(state, (1, 2)))
+    own._graphs = Graphs(own._place, own._launch, FakeRecorder(), program.device)
+    cache = program.new_cache()
+    program.prefill([1, 2, 3], cache)
+    for seed in range(4):
+        expected = [x.clone() for x in program.call(lambda: plain, tree(5, seed), cache)]
+        found = program.verify(tree(5, seed), cache, outputs=wanted)
+        for name, value in zip(wanted, expected, strict=True):
+            assert found[name].shape == value.shape and error(found[name], value) <= TOLERANCE
+    assert own.graph_stats.captures == 1 and own.graph_stats.replays == 3
 
 
 def failing(run):

@@ -13,7 +13,8 @@ from test_generate_llama import EAGER, PROMPT, llama
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidOption, UnreadableModel, Unsupported
-from treespec_compiler.passes.residual.early_exit import copy_state, cuts, early_exit
+from treespec_compiler.passes.residual.early_exit import early_exit
+from treespec_compiler.passes.residual.stream import cuts
 from treespec_compiler.program.early_exit import EarlyExitProgram, ExitHead
 from treespec_compiler.speculation.drafts.early_exit import EarlyExitDraft, choose_layers
 from treespec_compiler.speculation.drafts.kinds import DraftContext, make_drafts
@@ -91,7 +92,7 @@ def test_nothing_is_held_twice(program):
 def test_the_pass_drops_the_later_sites_and_leaves_the_original_alone(program):
     state = program.state
     code = state.gm.code
-    cut = copy_state(state)
+    cut = state.copy()
     assert early_exit(cut, 1) == 3
     assert len(cut.sites) == 1 and len(cut.graph.nodes) < len(state.graph.nodes) / 2
     assert [n.name for n in cut.graph.nodes if n.name.startswith("pool_")] == ["pool_k_0", "pool_v_0"]

@@ -6,7 +6,7 @@ A rule gets the graph and returns a problem as text, or None. Levels are cumulat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -17,6 +17,7 @@ from .library import definition
 
 Rule = Callable[[fx.Graph], str | None]
 
+LOGITS = "logits"
 LEVELS = ("captured", "normalized", "recognized", "classified", "treeified", "stateful", "rows", "bound")
 
 
@@ -44,10 +45,20 @@ def _tensor_inputs_only(graph: fx.Graph) -> str | None:
     return f"an input that is not a tensor: {bad.name}" if bad is not None else None
 
 
-def _single_output(graph: fx.Graph) -> str | None:
-    outputs = [n for n in graph.nodes if n.op == "output"]
-    values = outputs[-1].args[0] if outputs else ()
-    return None if isinstance(values, (tuple, list)) and len(values) == 1 else f"outputs {values}, expected the logits"
+def _named_outputs(names: Sequence[str]) -> Rule:
+    """As many outputs as there are names: the logits [1, rows, V], and hidden states [1, T, D]."""
+
+    def rule(graph: fx.Graph) -> str | None:
+        outputs = [n for n in graph.nodes if n.op == "output"]
+        values = outputs[-1].args[0] if outputs else ()
+        if not isinstance(values, (tuple, list)) or len(values) != len(names) or names[0] != LOGITS:
+            return f"outputs {values}, expected {', '.join(names)}"
+        for name, value in zip(names, values, strict=True):
+            if not isinstance(value, fx.Node) or (name != LOGITS and value.meta["val"].dim() != 3):
+                return f"output {name} is {value}, expected a tensor [1, T, D]"
+        return None
+
+    return rule
 
 
 def _logits_first(graph: fx.Graph) -> str | None:
@@ -120,7 +131,7 @@ _NO_SEQUENCE = _without({"treespec.causal_attention", "treespec.attention"}, "at
 _ADDED: dict[str, tuple[Rule, ...]] = {
     "captured": (_tensor_inputs_only, _logits_first, _every_value_known),
     "normalized": (_NORMAL_RULE,),
-    "recognized": (_single_output, _NO_SDPA),
+    "recognized": (_NO_SDPA,),
     "classified": (_NO_MASKED,),
     "treeified": (_no_counting,),
     "stateful": (_NO_SEQUENCE, _only_attention_mutates, _pools_in_site_order),
@@ -129,11 +140,12 @@ _ADDED: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def problems(graph: fx.Graph, level: str) -> list[str]:
-    """What is wrong with a graph at this level; an empty list when nothing is."""
-    found: list[str] = []
-    for name in LEVELS[: LEVELS.index(level) + 1]:
-        found += [text for rule in _ADDED[name] if (text := rule(graph)) is not None]
+def problems(graph: fx.Graph, level: str, outputs: Sequence[str] = (LOGITS,)) -> list[str]:
+    """What is wrong with a graph at this level, with outputs of these names; an empty list when nothing is."""
+    rules = [rule for name in LEVELS[: LEVELS.index(level) + 1] for rule in _ADDED[name]]
+    if LEVELS.index(level) >= LEVELS.index("recognized"):  # until then forward's writes are outputs too
+        rules.append(_named_outputs(outputs))
+    found = [text for rule in rules if (text := rule(graph)) is not None]
     try:
         graph.lint()
     except RuntimeError as error:

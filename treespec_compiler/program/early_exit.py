@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import InvalidOption, UnreadableModel
 from ..options import Lowering, Options
 from ..passes.framework.state import GraphState
-from ..passes.residual.early_exit import HEAD_NORM, HEAD_PROJECTION, copy_state, early_exit
+from ..passes.residual.early_exit import HEAD_NORM, HEAD_PROJECTION, early_exit
 from ..tree import Forest, TokenTree
 from .cache import TreeCache
 from .cuda_graphs import GraphStats
@@ -61,7 +61,7 @@ def exit_graph(layers: int, head: ExitHead | None = None) -> Derive:
     """Makes the graph of the first `layers` attention layers, and the head's tensors; raises `Unsupported`."""
 
     def derive(state: GraphState) -> tuple[GraphState, Mapping[str, Tensor]]:
-        state = copy_state(state)
+        state = state.copy()
         if head is None:
             early_exit(state, layers)
             return state, {}

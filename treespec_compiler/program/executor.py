@@ -103,7 +103,7 @@ class Executor:
         return sum(x.numel() * x.element_size() for x in self._fixed() if x is not None)
 
     def run(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None) -> Sequence[Tensor]:
-        """The graph's outputs for these new nodes: first the logits [rows, V], whose `rows` default to every new node.
+        """The outputs, as in `state.outputs`: logits [rows, V], whose `rows` default to every new node, others [T, D].
 
         Writes the nodes' K/V, and nothing else of the cache.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from .cache import TreeCache
 from .cuda_graphs import GraphStats
 from .executor import Bound, Executor, Tally
 from .keys import example_key
+from .outputs import tapped, taps_of
 from .semantics import lengths_check, semantic_check
 from .weights import WeightWatch
 
@@ -70,6 +71,11 @@ def tree_program(
 
 
 _PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[Any, TreeProgram]] = weakref.WeakKeyDictionary()
+
+
+def _named(outputs: Sequence[str], executor: Executor, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    found = dict(zip(executor.state.outputs, values, strict=True))
+    return {name: found[name] for name in outputs}
 
 
 class TreeProgram:
@@ -134,11 +140,16 @@ class TreeProgram:
         tally.seconds += time.perf_counter() - began
         return made
 
-    def variant(self, key: Hashable, derive: Derive, options: Options | None = None) -> Executor:
-        """As `executor`, kept under `key`: made at its first use, and anew after the program was rebuilt."""
+    def variant(
+        self, key: Hashable, derive: Derive, options: Options | None = None, tally: Tally | None = None
+    ) -> Executor:
+        """As `executor`, kept under `key`: made at its first use, and anew after the program was rebuilt.
+
+        Without a `tally` it keeps one of its own, through all of that.
+        """
         found = self._variants.get(key)
         if found is None:
-            tally = self._tallies.setdefault(key, Tally())
+            tally = tally or self._tallies.setdefault(key, Tally())
             found = self._variants[key] = self.executor(derive, options, tally)
         return found
 
@@ -212,42 +223,90 @@ class TreeProgram:
         self._caches.add(cache)
         return cache
 
-    def prefill(self, prompt_ids: Any, cache: TreeCache, slot: int = 0) -> Tensor:
+    @overload
+    def prefill(self, prompt_ids: Any, cache: TreeCache, slot: int = 0) -> Tensor: ...
+    @overload
+    def prefill(
+        self, prompt_ids: Any, cache: TreeCache, slot: int = 0, *, outputs: Sequence[str]
+    ) -> dict[str, Tensor]: ...
+    def prefill(
+        self, prompt_ids: Any, cache: TreeCache, slot: int = 0, *, outputs: Sequence[str] | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """Commit a prompt; returns the next-token logits [V] after it. Appends if the slot is not empty.
 
         `prompt_ids`: integers, or an int64 tensor [S] or [1, S]. Long prompts run in chunks of
         `options.prefill_chunk`; only the last row's logits are computed. Uncommitted nodes of the slot are dropped.
+        `outputs` as in `verify`: hidden states are of the whole prompt, [S, D].
         """
         ids = prompt_ids_of(prompt_ids)
         self._ready(cache)
         cache._check_slot(slot)
         check_tokens(ids, self.input_vocab, "the prompt")
         self._check_context(cache.length(slot) + len(ids))
+        executor = self._executor if outputs is None else self._returning(outputs)
         cache._reserve(slot, len(ids))
         chunk = self.options.prefill_chunk or (CHUNK_CPU if self.device.type == "cpu" else PROMPT_CHUNK)
-        logits = None
+        pieces: list[Sequence[Tensor]] = []
         for start in range(0, len(ids), chunk):
             piece = ids[start : start + chunk]
             tree = TokenTree._trusted(piece, range(-1, len(piece) - 1))
             # NOTE the CPU's kernels look at every page number; others take the slot's emptiness from the shape
             pages = 1 if cache._lengths[slot] or self.device.type == "cpu" else 0
             part = Part(slot, tree, prompt=True, pages=pages)
-            logits = self._executor.run([part], cache, rows=[len(piece) - 1])[0]
+            found = executor.run([part], cache, rows=[len(piece) - 1])
+            pieces = [found] if outputs is None else [*pieces, found]
             cache._trees[slot] = None
             cache._lengths[slot] += len(piece)
-        assert logits is not None
-        return logits[0]
+        logits = pieces[-1][0][0]
+        if outputs is None:
+            return logits
+        hidden = [torch.cat(parts) for parts in list(zip(*pieces, strict=True))[1:]]
+        return _named(outputs, executor, [logits, *hidden])
 
-    def verify(self, tree: TokenTree | Forest, cache: TreeCache) -> Tensor:
+    @overload
+    def verify(self, tree: TokenTree | Forest, cache: TreeCache) -> Tensor: ...
+    @overload
+    def verify(self, tree: TokenTree | Forest, cache: TreeCache, outputs: Sequence[str]) -> dict[str, Tensor]: ...
+    def verify(
+        self, tree: TokenTree | Forest, cache: TreeCache, outputs: Sequence[str] | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """Next-token logits [N, V] after the path to each node; drops uncommitted nodes first.
 
         A `TokenTree` continues slot 0, a `Forest` any slots (rows in the forest's order).
-        """
-        return self.extend(tree, cache, start=0)
 
-    def extend(self, tree: TokenTree | Forest, cache: TreeCache, start: int | Mapping[int, int] = 0) -> Tensor:
+        With `outputs`, tensors by these names: "logits", and "hidden:k" [N, D] for the residual stream after k
+        attention layers, k = 0 being what the first of them reads. Another graph is compiled at the first use of each
+        set of names. Raises `InvalidOption` for other names, `Unsupported` where the model has no such value.
+        """
+        return self.extend(tree, cache) if outputs is None else self.extend(tree, cache, outputs=outputs)
+
+    @overload
+    def extend(self, tree: TokenTree | Forest, cache: TreeCache, start: int | Mapping[int, int] = 0) -> Tensor: ...
+    @overload
+    def extend(
+        self, tree: TokenTree | Forest, cache: TreeCache, start: int | Mapping[int, int] = 0, *, outputs: Sequence[str]
+    ) -> dict[str, Tensor]: ...
+    def extend(
+        self,
+        tree: TokenTree | Forest,
+        cache: TreeCache,
+        start: int | Mapping[int, int] = 0,
+        *,
+        outputs: Sequence[str] | None = None,
+    ) -> Tensor | dict[str, Tensor]:
         """As `verify` for nodes >= `start` only; nodes < start are in the cache, uncommitted. [new nodes, V]."""
-        return self.call(self._main, tree, cache, start)[0]
+        if outputs is None:
+            return self.call(self._main, tree, cache, start)[0]
+        names = outputs  # asked for once weights were looked at: the program may have been rebuilt
+        values = self.call(lambda: self._returning(names), tree, cache, start)
+        return _named(names, self._returning(names), values)
+
+    def _returning(self, outputs: Sequence[str]) -> Executor:
+        """What runs a graph with these outputs: the program's own where that has them."""
+        taps = taps_of(outputs, len(self.sites))
+        if set(outputs) <= set(self.state.outputs):
+            return self._executor
+        return self.variant(("tap", taps), lambda state: tapped(state, taps), tally=self._tally)
 
     def call(
         self,
