@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 # NOTE: before torch loads OpenMP. With a busy neighbour, spinning threads wait milliseconds at every barrier.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -32,6 +33,14 @@ def _latency_tables(tmp_path_factory: pytest.TempPathFactory) -> None:
 
     folder = tmp_path_factory.mktemp("latency")
     cost.table_path = lambda key: folder / f"{key}.json"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Two tiny saved Llamas, as models of the command line."""
+    from tiny_pair import saved_pair
+
+    return saved_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(autouse=True)

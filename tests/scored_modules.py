@@ -154,3 +154,13 @@ class InterleavedRope(nn.Module):
         q, k = self.rotate(q, position_ids), self.rotate(k, position_ids)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.head(x + self.out(y.transpose(1, 2).reshape(b, t, -1)))
+
+
+def built(attention: Any, **options: Any) -> nn.Module:
+    """A decoder with this attention, and weights that spread its logits."""
+    torch.manual_seed(0)
+    model = Decoder(attention, **options).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
+    return model

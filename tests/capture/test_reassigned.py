@@ -6,7 +6,7 @@ import pytest
 import torch
 from modules import CONTEXT, DIM, VOCAB, Tiny
 from oracles import EAGER, assert_decodes
-from test_passes import captured
+from pass_cases import captured
 from torch import Tensor, nn
 from zoo import spread
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_tune import EMPTY, microseconds
+from tuning_cases import EMPTY, microseconds
 
 from treespec_compiler.cli import tune_kernels as cli
 from treespec_compiler.cli.main import main

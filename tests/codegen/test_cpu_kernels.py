@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
+from forest_cases import check, forests
 from hypothesis import given, settings
-from test_ops import check, forests
 from torch._inductor.utils import run_and_get_code
 from tree_cases import CASES, Case, chain
 

@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from tuning_cases import EMPTY, microseconds
 
 from treespec_compiler.cli import tune_kernels as cli
 from treespec_compiler.codegen import tables
@@ -39,17 +40,9 @@ def fine(spec, config, target):
     return Compiled()
 
 
-def microseconds(config, shape):
-    """The best one has blocks of 32 keys, then the fewest warps and stages."""
-    return 10 + abs(config.block_n - 32) + config.num_warps / 10 + config.num_stages / 100 + config.block_m / 1000
-
-
 def make(**changes):
     fields = {"check": lambda c, s: 1e-3, "measure": microseconds, "compiler": fine, "limit": 6, **changes}
     return Tuner(SPEC, "sm_90", **fields)
-
-
-EMPTY = Table(tuning.OP, "sm_90", "hash", ())
 
 
 def test_shapes():

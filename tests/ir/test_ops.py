@@ -5,8 +5,8 @@ from __future__ import annotations
 import modules
 import pytest
 import torch
+from forest_cases import check, forests
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from tree_cases import CASES, Case
 
 import treespec_compiler as treespec
@@ -14,19 +14,6 @@ from treespec_compiler.codegen import cpu
 from treespec_compiler.ir import ops, registry
 
 ATEN = torch.ops.treespec_aten.tree_attention.default
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def check(op, case: Case) -> None:
-    arguments = case.arguments()
-    got = op(*arguments)
-    out, pool_k, pool_v = case.expected()
-    assert got.dtype == case.dtype
-    assert got.transpose(1, 2).is_contiguous()
-    tolerance = TOLERANCE[case.dtype]
-    torch.testing.assert_close(got.double(), out, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(arguments[3].double(), pool_k, atol=0, rtol=0)
-    torch.testing.assert_close(arguments[4].double(), pool_v, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("op", [ops.tree_attention, ATEN], ids=["reference", "aten"])
@@ -41,25 +28,6 @@ def test_attention(op, name):
 def test_attention_dtypes(op, dtype, window):
     case = CASES["ragged forest"]
     check(op, Case(case.requests, page_size=case.page_size, dtype=dtype, window=window))
-
-
-@st.composite
-def forests(draw) -> Case:
-    requests = []
-    for _ in range(draw(st.integers(1, 3))):
-        nodes = draw(st.integers(1, 70))
-        parents = [draw(st.integers(-1, i - 1)) for i in range(nodes)]
-        requests.append((draw(st.integers(0, 90)), parents, draw(st.integers(1, nodes))))
-    kv_heads = draw(st.integers(1, 3))
-    return Case(
-        requests,
-        heads=kv_heads * draw(st.integers(1, 3)),
-        kv_heads=kv_heads,
-        dk=draw(st.integers(1, 40)),
-        dv=draw(st.integers(1, 40)),
-        window=draw(st.sampled_from([0, 1, 5, 33, 80])),
-        page_size=160,
-    )
 
 
 @settings(max_examples=15, deadline=None)

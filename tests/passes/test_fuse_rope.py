@@ -8,7 +8,7 @@ import pytest
 import torch
 from modules import CONTEXT, DIM, HEADS, VOCAB, RopeTril, Tiny
 from oracles import EAGER, assert_decodes
-from test_passes import before, ops
+from pass_cases import before, ops
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

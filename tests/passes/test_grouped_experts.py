@@ -9,7 +9,7 @@ import pytest
 import torch
 from modules import DIM, VOCAB, Tiny
 from oracles import EAGER, assert_decodes
-from test_passes import applied, only
+from pass_cases import applied, only
 from torch import Tensor, fx, nn
 from zoo import spread
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from modules import CONTEXT, DIM, VOCAB, Tiny
 from oracles import EAGER, assert_decodes
-from test_passes import captured, ops
+from pass_cases import captured, ops
 from torch import Tensor
 from zoo import spread
 

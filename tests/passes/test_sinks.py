@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from oracles import EAGER, assert_decodes
-from scored_modules import HEADS, VOCAB, WIDTH, Attention, Sinks
-from test_passes import applied, only
-from test_scored_attention import built
+from pass_cases import applied, only
+from scored_modules import HEADS, VOCAB, WIDTH, Attention, Sinks, built
 from torch import Tensor, nn
 
 import treespec_compiler as treespec

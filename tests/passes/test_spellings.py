@@ -8,7 +8,7 @@ import pytest
 import torch
 from modules import DIM, Tiny
 from oracles import EAGER, assert_decodes
-from test_passes import applied
+from pass_cases import applied
 from torch import Tensor
 
 import treespec_compiler as treespec

@@ -11,7 +11,7 @@ import pytest
 import torch
 from native_cache import HEADS, SLOTS, VOCAB, WIDTH, Attention, Cache, CachedDecoder
 from oracles import EAGER, TOLERANCE, error, random_tree
-from test_passes import captured, ops
+from pass_cases import captured, ops
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from zoo import spread

@@ -19,6 +19,7 @@ from scored_modules import (
     InterleavedRope,
     Sinks,
     Softcapped,
+    built,
 )
 from torch import Tensor, nn
 
@@ -28,15 +29,6 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.specs import AttentionSpec, MaskSpec
 from treespec_compiler.program.batch import Part, pack
 from treespec_compiler.program.cache import TreeCache
-
-
-def built(attention: Any, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = Decoder(attention, **options).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(3) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
-    return model
 
 
 @pytest.mark.parametrize(

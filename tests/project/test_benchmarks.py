@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_cli import pair  # noqa: F401  (a fixture)
 
 import treespec_compiler
 from treespec_compiler.codegen import cpu
@@ -39,7 +38,7 @@ def check_run(about: dict[str, Any], threads: object = 2) -> None:
 
 
 @pytest.fixture(scope="module")
-def decode(pair: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:  # noqa: F811
+def decode(pair: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("decode")
     lines = [{"module": "m", "line": i, "text": f"def f{i}(x):\n    return x"} for i in range(3)]
     (folder / "prompts.json").write_text(json.dumps(lines))
@@ -88,7 +87,7 @@ def test_tables_from_a_file(decode: SimpleNamespace) -> None:
     assert "| --- | ---: |" in shown and "treespec without a draft" in shown and "identical: yes" in shown
 
 
-def test_bench_verify(pair: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+def test_bench_verify(pair: SimpleNamespace, tmp_path: Path) -> None:
     path = tmp_path / "verify.json"
     options = ["--nodes", 1, 2, 4, "--prefix", 16, "--static", "--lowering", "eager", "--rounds", 2, "--output", path]
     shown = run("bench_verify.py", "--models", pair.target, *options)
@@ -116,7 +115,7 @@ def test_bench_compile(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(pair: SimpleNamespace) -> list[object]:  # noqa: F811
+def folders(pair: SimpleNamespace) -> list[object]:
     """Arguments that name the tiny pair, with its own held-out prompts, and as little work as there is."""
     lines = [{"text": f"def f{i}(x):\n    return x"} for i in range(5)]
     (pair.folder / "heldout.json").write_text(json.dumps(lines))

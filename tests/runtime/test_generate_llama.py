@@ -7,31 +7,12 @@ import functools
 import pytest
 import torch
 from fake_program import greedy, module_row
+from llamas import EAGER, PROMPT, llama
 
 import treespec_compiler as treespec
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("treespec_compiler.program.tree_program")
-
-EAGER = {"lowering": "eager"}
-PROMPT = [5, 17, 3, 99, 42, 7]
-
-
-def llama(seed: int, *, vocab: int = 128, hidden: int = 64, layers: int = 2, context: int = 256):
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        initializer_range=0.4,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")

@@ -358,7 +358,7 @@ def check_law(model, draft, ids, arguments, tokens: int, total: int) -> None:
 @pytest.mark.parametrize("verifier", ["naive", "multi-step", "recursive", "traversal", "block"])
 def test_chi_square_with_tiny_models(verifier):
     pytest.importorskip("transformers")
-    from test_generate_llama import llama
+    from llamas import llama
 
     target, draft = (llama(seed, vocab=8, hidden=32, layers=1) for seed in (0, 1))
     arguments = {"temperature": 1.5, "top_p": 0.97, "repetition_penalty": 1.2, "verifier": verifier}

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 from fake_program import FakeProgram, greedy, module_row, table_row
+from llamas import EAGER, PROMPT, llama
 from safetensors.torch import save_file
-from test_generate_llama import EAGER, PROMPT, llama
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidOption, UnreadableModel, Unsupported

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bfloat16 import exact_bfloat16
+from forest_cases import forests
 from scored_cases import scored
-from test_ops import forests
 from tree_cases import CASES, Case, chain, random_tree
 
 from treespec_compiler.codegen.gpu.append import append
