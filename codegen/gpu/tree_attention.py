@@ -21,6 +21,7 @@ from . import prompt, self_check
 from . import source as files
 from .append import append, rope_append
 from .sizes import power_of_two
+from .tree_attention_source import source
 from .tree_attention_spec import DTYPES, AttentionKernel, Config, default_config, merge_warps, split_count
 
 OP = "tree_attention"
@@ -28,8 +29,6 @@ OP = "tree_attention"
 
 def module(spec: AttentionKernel) -> ModuleType:
     """The generated module with the kernels `attend` and `merge`."""
-    from .tree_attention_source import source
-
     return files.load(OP, spec.key(), source(spec))
 
 

@@ -6,13 +6,11 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 
 from treespec_compiler.ir.specs import MaskSpec
 
-from .. import tables
 from .sizes import power_of_two
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -51,6 +49,11 @@ class AttentionKernel:
         return bool(self.softcap) or self.slopes or self.bias
 
     @property
+    def tables(self) -> tuple[str, ...]:
+        """The tensors that change scores, as arguments of the kernel."""
+        return tuple(name for name in ("slopes", "bias", "sinks") if getattr(self, name))
+
+    @property
     def key_pieces(self) -> tuple[Piece, ...]:
         return pieces(self.key_dim, *self._piece_sizes)
 
@@ -73,7 +76,6 @@ class AttentionKernel:
 
     def key(self) -> dict[str, str | int | float]:
         """As headers of generated source show it."""
-        changes = [name for name in ("slopes", "bias", "sinks") if getattr(self, name)]
         return {
             "heads": self.heads,
             "kv_heads": self.kv_heads,
@@ -83,7 +85,7 @@ class AttentionKernel:
             "pool": DTYPES[self.pool_dtype],
             "mask": self.mask.formula,
             "softcap": self.softcap,
-            "also": "+".join(changes) or "nothing",
+            "also": "+".join(self.tables) or "nothing",
         }
 
     def tuning_key(self, nodes: int, requests: int, capacity: int, chain: bool = False) -> dict[str, str | int | float]:
@@ -332,34 +334,6 @@ def merge_warps(spec: AttentionKernel, parts: int) -> int:
 
 MAX_PARTS = 64
 MAX_SPLITS = MAX_PARTS - 1  # the tree is one more part
-
-
-def _shown(
-    dims: tuple[int, int], dtype: torch.dtype, pool_dtype: torch.dtype, *mask: int, **scores: Any
-) -> AttentionKernel:
-    window, chunk = mask or (0, 0)
-    return AttentionKernel(4, 2, *dims, dtype, pool_dtype, MaskSpec(window, None, chunk), **scores)
-
-
-SHOWN = (
-    _shown((128, 128), torch.bfloat16, torch.bfloat16),
-    _shown((80, 48), torch.float32, torch.float32),
-    _shown((192, 20), torch.float16, torch.float32, 6, 0, sinks=True),
-    _shown((64, 64), torch.bfloat16, torch.bfloat16, 0, 8, softcap=30.0),
-    _shown((64, 64), torch.float32, torch.float32, 9, 5, softcap=3.0, slopes=True, bias=True, sinks=True),
-    _shown((96, 96), torch.bfloat16, torch.bfloat16, slopes=True),
-    _shown((96, 96), torch.bfloat16, torch.bfloat16, bias=True),
-)
-"""Specs whose text shows every line that a kernel can have: what a tuning table's hash is made of."""
-
-
-def _texts() -> Iterator[str]:
-    from .tree_attention_source import source
-
-    return map(source, SHOWN)
-
-
-tables.OPS["tree_attention"] = tables.Tuned(_texts, Config.parse)
 
 
 def _padded(parts: tuple[Piece, ...]) -> int:

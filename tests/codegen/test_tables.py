@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from treespec_compiler.codegen import tables
-from treespec_compiler.codegen.gpu.tree_attention_source import source
-from treespec_compiler.codegen.gpu.tree_attention_spec import DTYPES, SHOWN, AttentionKernel, Config
+from treespec_compiler.codegen.gpu.tree_attention_source import SHOWN, source
+from treespec_compiler.codegen.gpu.tree_attention_spec import DTYPES, AttentionKernel, Config
 from treespec_compiler.codegen.tables import Entry, Table
 from treespec_compiler.errors import CorruptTable
 from treespec_compiler.ir.specs import MaskSpec

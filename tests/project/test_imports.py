@@ -33,7 +33,6 @@ def _circle(room: str, *files: str) -> frozenset[str]:
 # Circles that are still there. None may be added.
 KNOWN_CIRCLES: tuple[frozenset[str], ...] = (
     _circle("codegen.gpu", "self_check", "tree_attention", "tune", "tune_device"),
-    _circle("codegen.gpu", "tree_attention_source", "tree_attention_spec"),
     _circle("speculation", "cost.interleaving", "drafts.growth", "drafts.model", "drafts.sampled", "policies.auto")
     | _circle("speculation", "policies.policy"),
 )

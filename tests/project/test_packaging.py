@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 LITTER = (".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "build", "dist", "*.egg-info")
-DATA_SUFFIXES = {".cpp", ".css", ".h", ".html", ".js", ".json", ".md", ".safetensors", ".txt"}
+DATA_SUFFIXES = {".cpp", ".css", ".h", ".jinja", ".html", ".js", ".json", ".md", ".safetensors", ".txt"}
 
 
 def run(*command: object, cwd: Path) -> str:
