@@ -13,6 +13,7 @@ from torch import nn
 
 from .capture.call import CallSpec
 from .capture.capture import Capture, capture
+from .capture.reads import Reads
 from .capture.weight_ref import WeightRef
 from .errors import InvalidPipeline, PassError, Refusal, Unsupported
 from .ir import verify
@@ -48,6 +49,8 @@ class Converted:
     max_context: int | None
     limits: list[Limit]
     input_vocab: int | None
+    reads: Reads | None = None
+    """What the capture read besides weights."""
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Prepared:
     passes: list[Pass]
     checks: list[Check]
     capture_seconds: float
+    reads: Reads | None
 
 
 def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
@@ -80,7 +84,7 @@ def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
         return there
 
     state.other_length = other_length
-    return Prepared(state, sources, passes, checks, seconds)
+    return Prepared(state, sources, passes, checks, seconds, captured.reads)
 
 
 def convert(
@@ -112,6 +116,7 @@ def convert(
         max_context,
         limits,
         _input_vocab(state),
+        prepared.reads,
     )
 
 

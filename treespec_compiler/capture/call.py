@@ -20,7 +20,9 @@ ROLES = ("tokens", "positions", "constant")
 
 def original_module(model: nn.Module) -> nn.Module:
     """The user's module: unwraps `torch.compile(model)`; a module compiled in place is its own original."""
-    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+    while isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    return model
 
 
 def call_module(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from .call import CallSpec, call_module, logits_of, tokens_of
 from .control_flow import refuse_control_flow, where_specialised
 from .found import finder
 from .functional import functional_graph
+from .reads import Reads
 from .state_changes import put_logits_first
 from .tracing import tracing
 from .weight_ref import WeightRef, registered
@@ -44,6 +45,7 @@ class Capture:
     fake_mode: torch._subclasses.FakeTensorMode
     guards: list[sympy.Basic] = field(default_factory=list)
     written: list[str] = field(default_factory=list)  # weights that forward writes, in the order of outputs 1, 2, ...
+    reads: Reads | None = None
 
 
 class _Captured(BaseException):
@@ -69,27 +71,36 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
     for key in dynamic:
         value = call.args[int(key)] if key.isdigit() else call.kwargs[key]
         torch._dynamo.mark_dynamic(value, value.dim() - 1)
-    compiled = torch.compile(_fresh_forward(model), backend=backend, fullgraph=True)
-    with tracing(model, traced), contextlib.suppress(_Captured):
-        compiled(*call.args, **call.kwargs)
-    if not traced:
-        raise Unsupported(
-            Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids"
-        )
-    return _tidy(traced, model, call, tokens.shape[1])
+    forward = _fresh_forward(model)
+    try:
+        with tracing(model, traced), contextlib.suppress(_Captured):
+            torch.compile(forward, backend=backend, fullgraph=True)(*call.args, **call.kwargs)
+        if not traced:
+            raise Unsupported(
+                Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids"
+            )
+        captured = _tidy(traced, model, call, tokens.shape[1])
+        unheld = {ref.name: ref.tensor for ref in captured.weights.values() if ref.owner is None}
+        captured.reads = Reads(model, forward, unheld)
+        return captured
+    finally:
+        traced.clear()  # Dynamo holds the backend as long as the guards, which outlive the capture
+        for cell in forward.__closure__ or ():
+            cell.cell_contents = None
 
 
-def _fresh_forward(model: nn.Module) -> Callable[..., Any]:
-    """`model.forward` returning only the logits, in a code object of its own.
+def _fresh_forward(model: nn.Module) -> types.FunctionType:
+    """`model.forward` returning only the logits, with a code object and globals of its own.
 
     Dynamo keeps its cache on the code object; sharing one would let captures of several models count against each
-    other's recompile limit, and clearing it would throw away the user's compiled code.
+    other's recompile limit, and clearing it would throw away the user's compiled code. Into the globals it puts what
+    its guards need.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return logits_of(call_module(model, *args, **kwargs))
 
-    return types.FunctionType(run.__code__.replace(), run.__globals__, "treespec_capture", None, run.__closure__)
+    return types.FunctionType(run.__code__.replace(), dict(run.__globals__), "treespec_capture", None, run.__closure__)
 
 
 def _abandon(*_: Any) -> Any:

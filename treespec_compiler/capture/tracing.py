@@ -8,13 +8,13 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
 from ..errors import Unsupported
 from .broken_graphs import no_graph
+from .surroundings import outside_autocast, plain_layers
 from .torch_errors import TRACE_ERRORS, own_refusal
 
 # What only tells somebody something: a trace leaves these calls out, wherever forward makes them.
@@ -30,12 +30,20 @@ def tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
         automatic_dynamic_shapes=False,
         suppress_errors=False,
         ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | TELLING,
+        skip_nnmodule_hook_guards=False,  # hooks that are added later are noticed by guards (`reads`)
     )
     guard_log = logging.getLogger("torch._guards")
     level = guard_log.level
     try:
         guard_log.setLevel(logging.CRITICAL)  # a length that cannot be dynamic is a refusal here, with its own text
-        with torch.no_grad(), config, _no_garbage_collection(), _unmarked_buffers(model), _plain_layers():
+        with (
+            torch.no_grad(),
+            outside_autocast(),
+            config,
+            _unmarked_buffers(model),
+            plain_layers(),
+            _no_garbage_collection(),
+        ):
             yield
     except Unsupported:
         raise
@@ -62,27 +70,6 @@ def _unmarked_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer in marked:
             buffer._is_buffer = True  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def _plain_layers() -> Iterator[None]:
-    """`nn.TransformerEncoder` and its like as what they compute.
-
-    Their fused op is not taken apart by anybody; and they look whether the values of a mask are causal, only to take a
-    shortcut that means the same: a trace cannot look, and the mask is proved later.
-    """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", _as_told):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def _as_told(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
-    """torch's own answer where it is told one, and no shortcut otherwise."""
-    return bool(is_causal)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..capture.alone import alone
+from ..capture.surroundings import outside_autocast
 from ..errors import InvalidOption
 from ..ir.inputs import BY_NAME, TOKENS, pool_names
 from ..options import Options
@@ -155,6 +156,9 @@ class Executor:
 
     def _launch(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         lowered = self._lowered or self._lower()
+        if torch.is_autocast_enabled(self.device.type):
+            with outside_autocast():
+                return self._launch(inputs)
         if not torch.is_grad_enabled():  # entering no_grad again would cost 1 us
             return [output[0] for output in lowered.run(inputs)]
         with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from ..capture.alone import alone
 from ..capture.call import CallSpec, call_spec, original_module
+from ..capture.surroundings import outside_autocast
 from ..codegen.gpu.sizes import PROMPT_CHUNK
-from ..errors import ContextOverflow, InvalidOption, StaleCache
+from ..errors import ContextOverflow, InvalidOption, Refusal, StaleCache, Unsupported
 from ..ir import ops
 from ..ir.registry import best_kernel
 from ..ir.specs import AttentionSpec, Limit
@@ -28,6 +30,7 @@ from .cache import TreeCache
 from .cuda_graphs import GraphStats
 from .executor import Bound, Executor, Tally
 from .keys import example_key
+from .made import Made
 from .outputs import tapped, taps_of
 from .semantics import lengths_check, semantic_check
 from .weights import WeightWatch
@@ -36,6 +39,8 @@ log = logger(__name__)
 
 # Prompt tokens of a call: a CPU computes at its peak from some dozens of rows on, and more are more scores at a time.
 CHUNK_CPU = 256
+# Programs of other states of a model's code, such as its adapters on and off, that are kept without packed weights.
+MAX_EARLIER = 3
 
 Derive: TypeAlias = Callable[[GraphState], tuple[GraphState, Mapping[str, Tensor]]]
 """Makes another graph of a program's, which it leaves as it is, and the tensors of inputs that it adds."""
@@ -90,13 +95,23 @@ class TreeProgram:
         self._tally = Tally()
         self._tallies: dict[Hashable, Tally] = {}  # of variants, through rebuilds
         self._call = call
+        self._earlier: list[Made] = []
         self._model = weakref.ref(model)
         self._caches: weakref.WeakSet[TreeCache] = weakref.WeakSet()
         self._build(model)
 
     def _build(self, model: nn.Module) -> None:
-        with alone():
+        """Convert the model as it is. One that sets what its trace read, such as a table, is converted once it has."""
+        with alone(), outside_autocast():
             self._convert(model)
+            if self._otherwise(model):
+                self._convert(model)
+                if reason := self._otherwise(model):
+                    raise Unsupported(
+                        Refusal.STATE,
+                        f"the forward pass changes what it reads, and may be another function each time: {reason}",
+                        way_out="move counters and other state of Python out of forward",
+                    )
 
     def _convert(self, model: nn.Module) -> None:
         started = time.perf_counter()
@@ -113,12 +128,18 @@ class TreeProgram:
         lengths_check(model, self._call, state)
         logits: Any = state.logits.meta["val"]
         self.dtype, self.device, self.vocab_size = logits.dtype, logits.device, int(logits.shape[-1])
+        self._bound = Bound({})
         self._bind_weights()
         self._executor = Executor(state, self._bound, self.options, tally=self._tally)
         self._variants: dict[Hashable, Executor] = {}
         kernel = best_kernel(ops.commit_path, self.device, self.dtype) if self.options.kernels == "auto" else None
         self._commit = kernel.target if kernel is not None else ops.commit_path
         self._tally.seconds += time.perf_counter() - started
+
+    def _otherwise(self, model: nn.Module | None) -> str | None:
+        """What the trace read and is another now, besides weights."""
+        reads = self._converted.reads
+        return reads.changed(model, self._call.args, self._call.kwargs) if model is not None and reads else None
 
     def _bind_weights(self) -> None:
         """The module's present weights, and the packed ones made of them."""
@@ -339,7 +360,11 @@ class TreeProgram:
         self._update(force=True)
 
     def check_weights(self, contents: bool = False) -> None:
-        """Notice weights that changed: identity, address and version; with `contents`, a checksum as well."""
+        """Notice weights that changed: identity, address and version; with `contents`, a checksum as well, and the rest
+        of what the model's code reads: hooks, attributes, methods, adapters.
+        """
+        if contents and (reason := self._otherwise(self._model())):
+            self._switch(reason)
         if self._watch.touched() or self._watch.mode_changed():
             self._update()
         elif contents and (
@@ -347,16 +372,37 @@ class TreeProgram:
         ):
             self._update(force=True)
 
+    def _switch(self, reason: str) -> None:
+        """Take the program of the model as it reads now: one made before, if it was so once, or a new one."""
+        model = self._model()
+        assert model is not None
+        log.info("another program: %s", reason)
+        self._outdate(f"the model's code or its state changed ({reason})")
+        before = Made(**{f.name: getattr(self, f.name) for f in fields(Made)})
+        others = [made for made in self._earlier if made is not before]
+        found = next((made for made in others if made.suits(model, self._call)), None)
+        if found is None:
+            self._build(model)
+        else:
+            for field in fields(Made):
+                setattr(self, field.name, getattr(found, field.name))
+            self._bind_weights()
+        before.rest()
+        self._earlier = [before, *(made for made in others if made is not found)][:MAX_EARLIER]
+
+    def _outdate(self, reason: str) -> None:
+        for cache in list(self._caches):
+            cache.stale = reason
+        self._caches.clear()
+
     def _update(self, force: bool = False) -> None:
         model = self._model()
         reason = self._watch.incompatible()
         if model is not None and (reason or self._watch.deep_mode_changed()):
             reason = reason or "the module switched between eval and train mode"
             log.info("rebuilding the tree program: %s", reason)
+            self._outdate(reason)
             self._build(model)
-            for cache in list(self._caches):
-                cache.stale = reason
-            self._caches.clear()
             return
         log.info("repacking weights")
         self._bind_weights()

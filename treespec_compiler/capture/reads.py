@@ -1,0 +1,118 @@
+"""What a capture read besides tensors, so that a later change of it is noticed.
+
+Dynamo guards what its trace read: attributes, configurations, globals, closures, the code of functions, hooks, children
+of modules, training flags, `requires_grad`. Its guards are kept here and asked again. What they leave out is recorded
+beside them: methods of the modules' classes, and torch's hooks on every module.
+
+As `capture`, this file touches private API of torch; `capture.TESTED_TORCH` is the range it was run on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .alone import alone
+from .surroundings import outside_autocast, plain_layers
+
+GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+
+class Reads:
+    """The state of Python that the traced call of a module depended on. Holds no module and no tensor."""
+
+    def __init__(self, model: nn.Module, traced: FunctionType, unheld: Mapping[str, Tensor]) -> None:
+        """`unheld`: tensors that no table of a module has (in lists, globals, closures), by where Dynamo read them."""
+        self._code: CodeType = traced.__code__
+        self._globals = traced.__globals__  # where the guards look for what Dynamo put there
+        self._inference = torch.is_inference_mode_enabled()
+        self._threads = torch.get_num_threads()
+        self._methods = _methods(model)
+        self._hooks = _global_hooks()
+        self._unheld = [(s, compile(s, "<source>", "eval"), weakref.ref(t)) for s, t in unheld.items() if s]
+
+    def changed(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        """What is another now, in words for a log; None: nothing that the trace read. `args` are those of the trace."""
+        if _global_hooks() != self._hooks:
+            return "a hook on every module"
+        if _methods(model) != self._methods:
+            return "a method of a class"
+        guards = self._guards()
+        if guards is None:
+            return "an object that forward reads was replaced"
+        there = {"model": model, "args": args, "kwargs": kwargs}
+        for source, code, tensor in self._unheld:
+            if self._read(code, there) is not tensor():
+                return f"another tensor is {_plain(source)}"
+        with torch.no_grad(), torch.inference_mode(self._inference), torch.no_grad(), outside_autocast():
+            if guards.check(there):
+                return None
+            # A second look, where things are as they were during the trace that mean nothing else afterwards.
+            with alone(), plain_layers(), _threads(self._threads):
+                return None if guards.check(there) else _reason(guards.check_verbose(there))
+
+    def _read(self, code: CodeType, there: Mapping[str, Any]) -> Any:
+        try:
+            return eval(code, {"G": self._globals, "L": there})
+        except Exception:  # what held it is not what it was
+            return None
+
+    def _guards(self) -> Any | None:
+        """The guards; Dynamo drops them when an object that they know by its address is gone."""
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+        entries = _debug_get_cache_entry_list(self._code)
+        return entries[-1].guard_manager if entries else None
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Dynamo's guards know the number of threads, which changes nothing here: for a second look it is the old one."""
+    now = torch.get_num_threads()
+    if now == number:
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(now)
+
+
+def _reason(found: Any) -> str:
+    parts = found.verbose_code_parts
+    return _plain(parts[0].split("  #")[0].strip()) if parts else "the state that forward reads"
+
+
+def _plain(source: str) -> str:
+    """A place as Dynamo writes it, as a user would."""
+    return source.replace("L['model']", "model")
+
+
+def _global_hooks() -> list[Any]:
+    from torch.nn.modules import module
+
+    return [hook for name in GLOBAL_HOOKS for hook in getattr(module, name).values()]
+
+
+def _methods(model: nn.Module) -> dict[type, list[tuple[str, Any, Any]]]:
+    """(name, object, code) of what is callable in the classes of the modules and their bases."""
+    classes = {cls for module in {type(m) for m in model.modules()} for cls in module.__mro__ if cls is not object}
+    return {cls: [(k, v, code) for k, v in vars(cls).items() if (code := _code(v)) is not None] for cls in classes}
+
+
+def _code(value: Any) -> Any | None:
+    """The code of a method, so that one patched in place is another; None: not a method."""
+    inner: Callable[..., Any] | None = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    return getattr(inner, "__code__", None)

@@ -1,0 +1,41 @@
+"""What is set around a trace, and around the questions whether it would be another one now."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+@contextlib.contextmanager
+def outside_autocast() -> Iterator[None]:
+    """Conversions and programs are those of the model itself: an autocast around them is left aside."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def plain_layers() -> Iterator[None]:
+    """`nn.TransformerEncoder` and its like as what they compute.
+
+    Their fused op is not taken apart by anybody; and they look whether the values of a mask are causal, only to take a
+    shortcut that means the same: a trace cannot look, and the mask is proved later.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", _as_told):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _as_told(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """torch's own answer where it is told one, and no shortcut otherwise."""
+    return bool(is_causal)
