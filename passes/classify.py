@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -12,12 +13,17 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.library import arguments
 from treespec_compiler.ir.provenance import layer_path, source_line
 from treespec_compiler.ir.specs import AttentionSpec, Limit, MaskSpec
+from treespec_compiler.ir.weights import Table
 
+from .attention.key_bias import BIASED
 from .attention.score_pack import score_table
 from .forms.biases import NotAMask
+from .forms.by_value import Sampled, signature
 from .forms.closed_form import ClosedForms, broadcast, shape_of
 from .forms.evaluate import evaluate_for_length
-from .forms.masks import BIDIRECTIONAL, Scoring, classify
+from .forms.masks import BIDIRECTIONAL, BURIED, HIDDEN, Scoring, classify
+from .forms.positions import table_limits
+from .forms.score_check import checked, readable, slope_distance
 from .framework.manager import Pass
 from .framework.state import GraphState, refuse
 from .locality.mixers import content_mask
@@ -25,13 +31,14 @@ from .locality.mixers import content_mask
 
 def classify_masks(state: GraphState) -> int:
     forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    checks: Checks = {}
     scorings: dict[Any, tuple[Scoring, fx.Node | None]] = {}
     sites = [n for n in state.graph.nodes if n.target is ops.attention]
     for node in sites:
         q, k, v, mask, is_causal, scale, softcap, sinks = arguments(node).values()
-        key = (mask, is_causal, shape_of(q)[1], sinks is not None)
+        key = (mask, is_causal, shape_of(q)[1], sinks is not None, node.meta.get(BIASED))
         if key not in scorings:
-            scorings[key] = _scoring(state, forms, node, mask, bool(is_causal), sinks is not None)
+            scorings[key] = _scoring(state, forms, node, mask, bool(is_causal), sinks is not None, checks)
         scoring, values = scorings[key]
         spec = scoring.mask
         changes = {
@@ -53,8 +60,12 @@ def classify_masks(state: GraphState) -> int:
     return len(sites)
 
 
+# Masks of one meaning, such as those that each layer makes for itself, are compared with their values once.
+Checks = dict[Any, int | None]
+
+
 def _scoring(
-    state: GraphState, forms: ClosedForms, node: fx.Node, mask: Any, is_causal: bool, sinks: bool
+    state: GraphState, forms: ClosedForms, node: fx.Node, mask: Any, is_causal: bool, sinks: bool, checks: Checks
 ) -> tuple[Scoring, fx.Node | None]:
     """What the mask is, and the input that holds its slopes or biases."""
     if mask is None:
@@ -75,12 +86,50 @@ def _scoring(
 
     try:
         scoring = classify(form, state.length, evaluate, forms.tables, sinks)
+        sampled = Sampled(mask, state.gm, state.tokens, state.constants, _ceiling(state))
+        scoring, table = _tabulated(state, scoring, sampled, int(heads))
+        hides = BURIED if node.meta.get(BIASED) else HIDDEN
+        scoring = _checked(checks, scoring, table, state, sampled, sinks, hides)
     except NotAMask as error:
         raise refuse(Refusal.MASK, str(error), node) from None
+    return scoring, None if table is None else state.add_weight("score", table)
+
+
+def _ceiling(state: GraphState) -> int | None:
+    """The longest context that may matter: what was asked for, or where a position table ends."""
+    limits = [limit for _, _, limit in table_limits(state)] + ([state.max_context] if state.max_context else [])
+    return min(limits, default=None)
+
+
+def _tabulated(state: GraphState, scoring: Scoring, sampled: Sampled, heads: int) -> tuple[Scoring, Table | None]:
+    """What tabulates the bias, and the mask with the context that the table allows."""
     if not scoring.bias:
         return scoring, None
-    table = score_table(state, mask, scoring.bias, int(heads), scoring.mask.limit or 2)
-    return scoring, state.add_weight("score", table)
+    seen, limit = slope_distance(scoring, sampled), 2
+    if scoring.bias == "distance":
+        assert scoring.mask.limit is not None
+        limit = readable(sampled, scoring.mask.limit)
+        seen = min(x for x in (limit, scoring.mask.window or limit, scoring.mask.chunk or limit))
+        scoring = replace(scoring, mask=replace(scoring.mask, limit=limit))
+    return scoring, score_table(state, sampled.node, scoring.bias, heads, limit, seen)
+
+
+def _checked(
+    checks: Checks,
+    scoring: Scoring,
+    table: Table | None,
+    state: GraphState,
+    sampled: Sampled,
+    sinks: bool,
+    hides: float,
+) -> Scoring:
+    """The scoring, with the context in which the mask's own values agree with it."""
+    key = (signature(sampled.node), scoring, sinks, hides)
+    if key not in checks:
+        values = None if table is None else table.function(state.constants)
+        checks[key] = checked(scoring, values, sampled, sinks, hides)
+    limit = checks[key]
+    return scoring if limit is None else replace(scoring, mask=replace(scoring.mask, limit=limit))
 
 
 def _unknown(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Exception:

@@ -76,7 +76,7 @@ def normalize(state: GraphState) -> int:
         elif name in _ALIASES or _is_noop(node, name):
             node.replace_all_uses_with(node.args[0])
             state.graph.erase_node(node)
-        elif name in ("aten.view", "aten._unsafe_view"):
+        elif name in ("aten.view", "aten._unsafe_view") and node.target is not aten.view.dtype:
             # NOTE a view is only legal for the strides of the trace; the rewritten graph has other strides.
             node.target = aten.reshape.default
         elif name in _SYNONYMS:

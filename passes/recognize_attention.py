@@ -9,11 +9,11 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from treespec_compiler.errors import Refusal
+from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.ir import ops  # noqa: F401  (defines them)
 from treespec_compiler.ir.provenance import op_name
 
-from .attention.key_bias import Splitter, with_key_bias
+from .attention.key_bias import BIASED, Splitter, with_key_bias
 from .attention.plain_layout import plain_layouts
 from .attention.spelled_out import SOFTMAXES, EagerSite, Reader, Scores
 from .forms.closed_form import ClosedForms, broadcast, shape_of
@@ -78,6 +78,7 @@ def make_site(
 ) -> fx.Node:
     """Insert `treespec::attention(q, k, v, *rest)` before `at`, with K/V heads unrepeated; rest[2] is the scale."""
     _check_axes(state, at, q, k, v)
+    _check_types(state, at, q, k, v)
     k, v = _unrepeat(k, v)
     if key_bias is not None:
         q, k = with_key_bias(state, at, q, k, key_bias, rest[2])
@@ -86,7 +87,9 @@ def make_site(
         raise refuse(
             Refusal.ATTENTION, f"got {heads} query heads, {kv_heads} key heads and {shape_of(v)[1]} value heads", at
         )
-    return state.call(torch.ops.treespec.attention.default, (q, k, v, *rest), like=at)
+    site = state.call(torch.ops.treespec.attention.default, (q, k, v, *rest), like=at)
+    site.meta[BIASED] = key_bias is not None
+    return site
 
 
 def recognize_eager(state: GraphState) -> int:
@@ -97,7 +100,10 @@ def recognize_eager(state: GraphState) -> int:
     for node in list(state.graph.nodes):
         if op_name(node) not in SOFTMAXES or node not in forms.tainted:
             continue
-        found = Reader(state, forms, _repeated).site(node)
+        reader = Reader(state, forms, _repeated)
+        found = reader.site(node)
+        if found is None and reader.rounded is not None:
+            raise _rounding(reader.rounded)
         if found is None or not _attends_over_tokens(state, found):
             continue
         scores, output = found.scores, found.output
@@ -114,6 +120,37 @@ def recognize_eager(state: GraphState) -> int:
         state.graph.erase_node(output)
         matches += 1
     return matches
+
+
+def _rounding(node: fx.Node) -> Unsupported:
+    return refuse(
+        Refusal.ROUNDING,
+        f"attention scores or weights are rounded to {node.meta['val'].dtype}, while the queries are in another type: "
+        "fused attention would not round there",
+        node,
+        "compute attention in one type: convert q, k and v, or leave the weights as they are",
+    )
+
+
+def _check_types(state: GraphState, at: fx.Node, *operands: fx.Node) -> None:
+    """Attention in one type, and not in a coarser one than any weight: its roundings are then the kernel's, not ours.
+
+    A model in bfloat16 is compared as one; a float32 model that rounds on the way to attention is not.
+    """
+    types = {n.meta["val"].dtype for n in operands}
+    if len(types) > 1:
+        what = f"attention over queries, keys and values of different types: {', '.join(sorted(map(str, types)))}"
+        raise refuse(Refusal.ROUNDING, what, at)
+    dtype = types.pop()
+    weights = [t.dtype for t in state.constants.values() if t.dtype.is_floating_point]
+    if weights and all(torch.finfo(dtype).eps > torch.finfo(w).eps for w in weights):
+        raise refuse(
+            Refusal.ROUNDING,
+            f"attention is computed in {dtype}, which rounds, and every weight is in a finer type: the order of its "
+            "sums would show in the logits",
+            at,
+            f"model.to({dtype}), or leave q, k and v as they are",
+        )
 
 
 def _check_replaced(state: GraphState, at: fx.Node, scores: Scores) -> None:

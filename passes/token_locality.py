@@ -70,6 +70,9 @@ class TokenAxes:
             return ABOVE
         if any(self.axes.get(a) == ABOVE for a in node.all_input_nodes):
             raise refuse(Refusal.POSITIONS, f"{name} reads index arithmetic that is not a position", node)
+        if node.target is torch.ops.aten.view.dtype and node.args[0].meta["val"].is_floating_point():
+            what = "the bits of computed numbers are read, and the last ones depend on the order of sums"
+            raise refuse(Refusal.ROUNDING, what, node)
         if not self.routing.knows(node):
             raise refuse(Refusal.UNKNOWN_OP, f"{name} is not known to act on each token alone", node, _way_out(name))
         try:

@@ -51,6 +51,7 @@ class Refusal(enum.StrEnum):
     MIXER = "mixer"  # information moves between tokens outside attention
     UNKNOWN_OP = "unknown-op"  # an op without a rule: it may mix tokens
     STATE = "state"  # forward changes or keeps something, or reads its own cache elsewhere
+    ROUNDING = "rounding"  # numbers are rounded where the program would not, or not in the same way
     TRAINING = "training"  # dropout or random numbers
     SUBCLASS = "subclass"  # parameters that are not plain tensors
     CALL = "call"  # what the model takes or gives back is not token ids and logits

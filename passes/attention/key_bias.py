@@ -24,6 +24,9 @@ from ..framework.state import GraphState, refuse
 
 aten = torch.ops.aten
 
+# In an attention's metadata: whether a bias that is computed from the keys' tokens is a part of its scores.
+BIASED = "key_bias"
+
 
 @dataclass(frozen=True)
 class SplitMask:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from treespec_compiler.ir.weights import Table
 
-from ..forms.evaluate import evaluate_for_length
+from ..forms.by_value import Sampled
+from ..forms.score_check import block
 from ..framework.state import GraphState
 
 
@@ -34,33 +37,40 @@ def cone(node: fx.Node, gm: fx.GraphModule) -> fx.GraphModule:
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
-    """Evaluates the mask with given weights: slopes [heads], or bias [heads, limit] by distance."""
+    """Evaluates the mask with given weights: slopes [heads], or bias [heads, limit] by distance, of which the first
+    `seen` are visible.
+
+    A slope is read over `seen` tokens, a power of two: two far numbers next to each other differ by their rounding.
+    """
 
     mask: fx.GraphModule
     tokens: str
     kind: str
     heads: int
     limit: int
+    seen: int
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.heads,) if self.kind == "slopes" else (self.heads, self.limit)
 
     def __call__(self, constants: Mapping[str, Tensor]) -> Tensor:
-        n = 2 if self.kind == "slopes" else self.limit
-        output = next(x for x in reversed(self.mask.graph.nodes) if x.op == "output")
-        values = evaluate_for_length(output.args[0], self.tokens, constants, self.mask, n)
-        last = values.expand(*values.shape[:-2], n, n)[..., n - 1, :].reshape(
-            -1, n
-        )  # [heads or 1, n]: the last query's row
-        found = last[:, 1] - last[:, 0] if self.kind == "slopes" else last.flip(1)
+        output: Any = next(x for x in reversed(self.mask.graph.nodes) if x.op == "output").args[0]
+        query = self.seen if self.kind == "slopes" else self.seen - 1
+        keys = torch.tensor([query - self.seen, query]) if self.kind == "slopes" else torch.arange(query, -1, -1)
+        sampled = Sampled(output, self.mask, self.tokens, constants, None)
+        row = block(sampled, query + 1, torch.tensor([query]), keys)[:, 0]  # [heads or 1, keys]
+        if self.kind == "slopes":
+            found = (row[:, 1] - row[:, 0]) / self.seen
+        else:
+            found = torch.nn.functional.pad(row, (0, self.limit - self.seen))
         return found.expand(self.heads, *found.shape[1:]).contiguous()
 
 
-def score_table(state: GraphState, mask: fx.Node, kind: str, heads: int, limit: int) -> Table:
+def score_table(state: GraphState, mask: fx.Node, kind: str, heads: int, limit: int, seen: int) -> Table:
     """The weight expression of a mask's slopes or biases."""
     part = cone(mask, state.gm)
-    function = ScoreTable(part, state.tokens, kind, heads, limit)
+    function = ScoreTable(part, state.tokens, kind, heads, limit, seen)
     inputs = tuple((n.name, state.weights[n.name]) for n in part.graph.nodes if n.name in state.weights)
     value = mask.meta["val"]
     return Table(function, inputs, function.shape, value.dtype, value.device)

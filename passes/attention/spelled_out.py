@@ -65,6 +65,14 @@ class Reader:
 
     def __init__(self, state: GraphState, forms: ClosedForms, repeated: Callable[[fx.Node], fx.Node | None]) -> None:
         self.state, self.forms, self.repeated = state, forms, repeated
+        self.rounded: fx.Node | None = None
+        """What rounds scores or weights to a type that holds less than the queries': attention would leave it out."""
+
+    def keeps(self, queries: fx.Node, node: fx.Node) -> bool:
+        """Whether the type of `node` holds what the queries' does."""
+        if _rounds(queries, node):
+            self.rounded = node
+        return not _rounds(queries, node)
 
     def site(self, softmax: fx.Node) -> EagerSite | None:
         dim: Any = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
@@ -76,7 +84,8 @@ class Reader:
         values, output, dropped = found
         self.at = softmax
         scores = self.read(softmax.args[0])
-        if scores is None or scores.inner is not None or (scores.sinks is not None) != dropped:
+        kept = scores is not None and all(self.keeps(scores.q, n) for n in (softmax, *_path(softmax, output)))
+        if scores is None or not kept or scores.inner is not None or (scores.sinks is not None) != dropped:
             return None
         gate = sink_gate(softmax, output, self.forms, self.state.length)
         if gate is not None and scores.sinks is None and not scores.shifted:
@@ -165,6 +174,15 @@ class Reader:
 
     def emit(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.state.call(op, args, kwargs, like=self.at)
+
+
+def _path(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Every node from `start`, which has one user, as each one after it, to `end`."""
+    found, node = [], start
+    while node is not end:
+        node = next(iter(node.users))
+        found.append(node)
+    return found
 
 
 def _rank(node: Any) -> int:
@@ -259,9 +277,12 @@ def _sub(reader: Reader, node: fx.Node) -> Scores | None:
 
 
 def _is_row_maximum(node: Any, of: Any) -> bool:
+    """Whether a column of maxima, one a row: without keepdim it would stand under the columns."""
     if isinstance(node, fx.Node) and op_name(node) == "getitem":
         inner: Any = node.args[0]
-        return op_name(inner) == "aten.max" and inner.args[0] is of and inner.args[1] == -1 and node.args[1] == 0
+        if op_name(inner) != "aten.max" or inner.args[0] is not of or node.args[1] != 0:
+            return False
+        return len(inner.args) > 2 and inner.args[1] == -1 and bool(inner.args[2])
     if not isinstance(node, fx.Node) or op_name(node) != "aten.amax" or node.args[0] is not of:
         return False
     dims: Any = node.args[1]
@@ -288,7 +309,14 @@ def _cast(reader: Reader, node: fx.Node) -> Scores | None:
     before: Any = node.args[0]
     if not node.meta["val"].dtype.is_floating_point:
         return None
-    return reader.read(before)
+    scores = reader.read(before)
+    return scores if scores is not None and reader.keeps(scores.q, node) else None
+
+
+def _rounds(operand: fx.Node, node: fx.Node) -> bool:
+    """Whether `node` holds less of a number than the queries do: what rounds scores there is not left out."""
+    finest, here = (torch.finfo(n.meta["val"].dtype) for n in (operand, node))
+    return here.eps > finest.eps or here.max < finest.max
 
 
 def _reshape(reader: Reader, node: fx.Node) -> Scores | None:

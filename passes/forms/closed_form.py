@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from treespec_compiler.ir.private_torch import FakeTensor
 
-from .evaluate import cone, evaluate_for_length
+from .evaluate import SHAPE_ONLY, cone, evaluate_for_length
 from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
 from .rules import RULES, Call
 from .sequences import SEQUENCE_RULES
@@ -70,7 +70,10 @@ class ClosedForms:
         if node.op != "call_function" or not isinstance(value, Tensor):
             return None
         rule = RULES.get(packet(node)) or SEQUENCE_RULES.get(packet(node))
-        form = rule(Call(self, node)) if rule is not None else None
+        try:
+            form = rule(Call(self, node)) if rule is not None else None
+        except (TypeError, ValueError, NotImplementedError):  # sympy orders no infinite or undefined values
+            form = None
         return self._computed(node) if form is None else _normal(form)
 
     def _leaf(self, node: fx.Node) -> Form | None:
@@ -107,10 +110,6 @@ class ClosedForms:
             return None
         self.read |= {n.name for n in cone(node) if n.name in self.constants}
         return self._table(node, evaluate_for_length(node, self.tokens, self.constants, self.gm, 2))
-
-
-# Ops that read only the shape, dtype or device of their tensor argument.
-SHAPE_ONLY = {"new_ones", "new_zeros", "new_full", "new_empty", "ones_like", "zeros_like", "full_like", "sym_size"}
 
 
 def _content_dependent(gm: fx.GraphModule, tokens: str) -> set[fx.Node]:

@@ -47,6 +47,8 @@ class Scoring:
 
     mask: MaskSpec
     bias: str = ""
+    text: str = ""
+    """The closed form that it was read from by algebra; to be compared with the values (`score_check`)."""
 
 
 def classify(
@@ -67,7 +69,7 @@ def classify(
         extra = form.expr.free_symbols - {q, k}
         if extra:
             raise NotAMask(f"the mask differs between heads, or depends on the number of tokens: {_text(form, q, k)}")
-        return Scoring(_from_table(form, evaluate, sizes, q, k))
+        return Scoring(_from_table(form, evaluate, sizes, q, k), text=_text(form, q, k))
     return _analytic(form, length, evaluate, sizes, q, k, sinks)
 
 
@@ -113,6 +115,8 @@ def _analytic(
     text = _text(form, q, k)
     expr, chunk = _without_chunks(form.expr, q, k, text)
     cells = _cells(expr, q, k, text)
+    if any(map(_undecided, cells.values())):
+        cells = _cells(expr, q, k, text, every=True)
     hidden = {p for p, value in cells.items() if _is_hidden(value)}
     shown = {value for p, value in cells.items() if p not in hidden}
     if len(shown) > 1:
@@ -124,8 +128,7 @@ def _analytic(
         bias = ""  # at distance 0 it is 0, and no other one is seen that could tell the slope
     if chunk and spec.window >= chunk:
         spec = replace(spec, window=0)
-    _cross_check(spec, form, evaluate, bias)
-    return Scoring(spec, bias)
+    return Scoring(spec, bias, text)
 
 
 def _without_chunks(expr: Any, q: Any, k: Any, text: str) -> tuple[Any, int]:
@@ -156,15 +159,29 @@ def _text(form: Form, q: sympy.Symbol, k: sympy.Symbol) -> str:
     return str(form.expr.xreplace({q: sympy.Symbol("q"), k: sympy.Symbol("k")}))
 
 
-def _cells(expr: Any, q: sympy.Symbol, k: sympy.Symbol, text: str) -> dict[int, Any]:
-    """The expression's value around every breakpoint, with each condition on the distance decided."""
+def _undecided(value: Any) -> bool:
+    """Whether conditions on the distance that are not linear in it say what is hidden."""
+    if isinstance(value, sympy.logic.boolalg.Boolean):
+        return value not in (sympy.true, sympy.false)
+    pieces = [v for p in value.atoms(sympy.Piecewise) for v, _ in p.args]
+    return any(v.has(-sympy.oo) or (v.is_number and bool(v <= HIDDEN)) for v in pieces)
+
+
+def _cells(expr: Any, q: sympy.Symbol, k: sympy.Symbol, text: str, every: bool = False) -> dict[int, Any]:
+    """The expression's value around every breakpoint, with each condition on the distance decided.
+
+    `every`: conditions that are not linear in the distance too, at every distance up to the numbers in them.
+    """
     expr = expr.xreplace({q: k + _DISTANCE})
     atoms: dict[Any, Any] = {}
     breakpoints: set[int] = {0}
     for atom in expr.atoms(Relational):
         gap = sympy.expand(atom.lhs - atom.rhs)
-        if gap.free_symbols == {_DISTANCE} and not gap.is_polynomial(_DISTANCE):
-            continue  # stays undecided: fine in a bias, refused in a mask
+        if gap.free_symbols == {_DISTANCE} and not (gap.is_polynomial(_DISTANCE) and sympy.degree(gap, _DISTANCE) < 2):
+            if every:
+                atoms[atom] = atom.func(gap, 0)
+                breakpoints |= _small(gap)
+            continue  # else it stays undecided: fine in a bias, refused in a mask
         if gap.free_symbols - {_DISTANCE} or not gap.is_polynomial(_DISTANCE) or sympy.degree(gap, _DISTANCE) > 1:
             raise NotAMask(f"the mask is not a function of the distance q - k: {text}")
         # NOTE the cross-check runs for few tokens; q * 0.1 - k * 0.1 < 0.3 rounds differently for other q and k. Halves
@@ -177,19 +194,33 @@ def _cells(expr: Any, q: sympy.Symbol, k: sympy.Symbol, text: str) -> dict[int, 
             breakpoints |= {int(sympy.floor(at)), int(sympy.ceiling(at))}
     points = sorted({p + e for p in breakpoints for e in (-1, 0, 1)})
     here = {p: {a: sympy.sympify(g).xreplace({_DISTANCE: sympy.Integer(p)}) for a, g in atoms.items()} for p in points}
-    return {p: sympy.expand(_decided(expr.xreplace(here[p]))) for p in points}
+    return {p: _decided(expr.xreplace(here[p])) for p in points}
+
+
+def _small(gap: Any) -> set[int]:
+    """Every distance up to the largest number in a condition; what comes after is compared by value."""
+    reach = max([int(abs(x.p)) for x in gap.atoms(sympy.Rational)], default=0)
+    return set(range(-min(reach, _FARTHEST) - 8, min(reach, _FARTHEST) + 9))
+
+
+# Distances that are looked at one by one where a condition is not linear.
+_FARTHEST = 256
 
 
 def _decided(value: Any) -> Any:
     """Booleans as scores: a visible key adds nothing, a hidden one minus infinity."""
+    if value.has(sympy.zoo):
+        raise NotAMask("the mask divides by zero where its closed form does")
     if value == sympy.true or value == sympy.false:
         return sympy.Integer(0) if value == sympy.true else -sympy.oo
-    return value
+    return value if isinstance(value, sympy.logic.boolalg.Boolean) else sympy.expand(value)
 
 
 def _is_hidden(value: Any) -> bool:
     if value is sympy.nan or value.has(sympy.nan):
         raise NotAMask("the mask is not a number (0 * infinity) where it hides")
+    if isinstance(value, sympy.logic.boolalg.Boolean):
+        raise NotAMask(f"whether a key is hidden depends on {value}")
     if value.has(sympy.Piecewise, Relational):
         pieces = [v for p in value.atoms(sympy.Piecewise) for v, _ in p.args]
         if not pieces or any(v.has(-sympy.oo) or (v.is_number and v <= HIDDEN) for v in pieces):
@@ -274,37 +305,3 @@ def visible_matrix(mask: Tensor, text: str) -> Tensor:
     if not bool((flat == flat[:1]).all()):
         raise NotAMask(f"the mask differs between heads or batch entries: {text}")
     return flat[0]
-
-
-# Sizes up to this are evaluated in the cross-check: an n x n mask of 2048 takes 4 MB.
-_LARGEST_CHECK = 2048
-
-
-def _cross_check(spec: MaskSpec, form: Form, evaluate: Callable[[int], Tensor], bias: str) -> None:
-    """Run the mask itself for more tokens than any integer in it, and compare with the predicate."""
-    literals = [int(abs(x)) for x in form.expr.atoms(sympy.Integer) if abs(x) < _LARGEST_CHECK - 8]
-    literals += [int(x.q) for x in form.expr.atoms(sympy.Rational) if x.q < _LARGEST_CHECK - 8]
-    n = max([8, *literals]) + 5
-    if spec.limit is not None:
-        n = min(n, spec.limit)
-    n, values = _evaluated(evaluate, n)
-    index = torch.arange(n)
-    expected = spec.visible(index[:, None], index[None, :])
-    if bias:
-        seen = (values > HIDDEN).reshape(-1, n, n)
-        agrees = bool((seen == expected).all())
-    else:
-        agrees = torch.equal(visible_matrix(values, str(form.expr)).cpu(), expected)
-    if not agrees:
-        raise NotAMask(f"the mask's closed form {form.expr} disagrees with its values for {n} tokens")
-
-
-def _evaluated(evaluate: Callable[[int], Tensor], n: int) -> tuple[int, Tensor]:
-    """The mask for n tokens, or for fewer where the model itself ends before n."""
-    while True:
-        try:
-            return n, evaluate(n)
-        except (RuntimeError, IndexError) as error:
-            if n <= 8:
-                raise NotAMask(f"the mask cannot be evaluated for {n} tokens: {error}") from None
-            n = max(8, n // 2)

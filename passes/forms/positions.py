@@ -19,6 +19,7 @@ from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
 
 from ..framework.state import GraphState, refuse
+from .by_value import Sampled, proved_up_to, same_bits, same_everywhere
 from .closed_form import ClosedForms, Form, axis, shape_of
 
 
@@ -44,10 +45,12 @@ def position_cut(state: GraphState) -> dict[fx.Node, Cut]:
     cut: dict[fx.Node, Cut] = {}
     for node in state.graph.nodes:
         _refuse_length_as_number(state, node)
-        if node.op == "output" or not _follows(state, forms, node):
+        if node.op == "output" or not any(forms.of(user) is None for user in node.users):
             continue
-        if any(forms.of(user) is None for user in node.users):
+        if _follows(state, forms, node):
             _descend(state, forms, node, cut)
+        else:
+            _refuse_counted(state, forms, node)
     state.proved_from |= forms.numbers
     return cut
 
@@ -58,6 +61,50 @@ def _follows(state: GraphState, forms: ClosedForms, node: fx.Node) -> bool:
         return False
     form = forms.of(node)
     return form is not None and (bool(_token_dims(state, form)) or state.length in form.expr.free_symbols)
+
+
+def _refuse_counted(state: GraphState, forms: ClosedForms, node: fx.Node) -> None:
+    """A value of fixed shape that the number of tokens goes into is no constant, unless it is the same for each."""
+    value: Any = node.meta.get("val")
+    counted = node.op == "call_function" and node in forms.counting and node not in forms.tainted
+    if not counted or not isinstance(value, Tensor) or any(state.length in s.free_symbols for s in shape_of(node)):
+        return
+    if not same_everywhere(_sampled(state, node)):
+        raise refuse(
+            Refusal.LENGTH,
+            f"a value depends on the total number of tokens T = {state.length}, in {value.dtype}",
+            node,
+            "a tree's nodes lie on paths of different lengths, so the total has no meaning there",
+        )
+
+
+def _sampled(state: GraphState, node: fx.Node) -> Sampled:
+    return Sampled(node, state.gm, state.tokens, state.constants, state.max_context)
+
+
+def _counts(state: GraphState, node: fx.Node, at: int, offset: int | None) -> bool:
+    """Whether the node's values are i + offset (None: the same for every token), bit for bit, at every length."""
+    if node.op != "call_function":
+        return True  # the positions that a caller gives
+    if offset is not None and _only_moves(node):
+        return True
+    sampled, dtype = _sampled(state, node), node.meta["val"].dtype
+
+    def holds(n: int) -> bool:
+        places = sampled.places(n)
+        values = sampled.at(n, [places if i == at else None for i in range(node.meta["val"].dim())]).movedim(at, -1)
+        if offset is None:
+            return same_bits(values, values[..., :1].expand(values.shape))
+        return same_bits(values, (places + offset).to(dtype).expand(values.shape))
+
+    return proved_up_to(sampled, holds) >= sampled.ceiling
+
+
+def _only_moves(node: fx.Node) -> bool:
+    """Whether the node is an arange of int64 in another shape: nothing is computed that could round."""
+    while op_name(node) in ("aten.reshape", "aten.unsqueeze", "aten.expand", "aten.squeeze"):
+        node = node.args[0]
+    return op_name(node) == "aten.arange" and node.meta["val"].dtype is torch.int64
 
 
 def _token_dims(state: GraphState, form: Form) -> list[int]:
@@ -77,11 +124,11 @@ def _descend(state: GraphState, forms: ClosedForms, node: fx.Node, cut: dict[fx.
         user = next((u for u in node.users if forms.of(u) is None), node)
         raise refuse(Refusal.POSITIONS, "a table over pairs of tokens is used outside an attention mask", user)
     at = dims[0]
-    if axis(at) not in form.expr.free_symbols:
+    if axis(at) not in form.expr.free_symbols and _counts(state, node, at, None):
         cut[node] = Cut("constant", at)
         return
-    offset = _offset(form.expr, axis(at))
-    if offset is not None and not form.is_bool:
+    offset = None if form.is_bool else _offset(form.expr, axis(at))
+    if offset is not None and _counts(state, node, at, offset):
         if offset < 0:
             raise refuse(Refusal.POSITIONS, f"positions start below zero: {text}", node)
         cut[node] = Cut("position", at, offset)

@@ -157,6 +157,15 @@ def _clamp(call: Call) -> Form | None:
     return call.result(expr)
 
 
+def _log(value: Any) -> Any:
+    """The logarithm, and where it is none, what floating point has."""
+    if isinstance(value, sympy.Piecewise):
+        return sympy.Piecewise(*((_log(v), c) for v, c in value.args))
+    if value.is_number and value.is_extended_nonpositive:
+        return -sympy.oo if value == 0 else sympy.nan
+    return sympy.log(value)
+
+
 def _where(call: Call) -> Form | None:
     if len(call.node.args) != 3:
         return None
@@ -216,7 +225,7 @@ def _unsqueeze(call: Call) -> Form | None:
 def _reshape(call: Call) -> Form | None:
     """Only size-1 dimensions may come or go."""
     form = call.form(call.node.args[0])
-    if form is None:
+    if form is None or call.node.target is torch.ops.aten.view.dtype:  # the same bits are another number there
         return None
     before = [i for i, s in enumerate(form.shape) if s != 1]
     after = [i for i, s in enumerate(call.shape) if s != 1]
@@ -380,7 +389,7 @@ RULES: dict[str, Callable[[Call], Form | None]] = {
     "repeat": _repeat,
     "pow": _pointwise(operator.pow),
     "exp": _pointwise(sympy.exp),
-    "log": _pointwise(sympy.log),
+    "log": _pointwise(_log),
     "sqrt": _pointwise(sympy.sqrt),
     "floor": _pointwise(sympy.floor),
     "reciprocal": _pointwise(lambda a: 1 / a),

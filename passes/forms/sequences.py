@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import sympy
 
-from .form import Form, axis, number
+from .form import Form, axis
 from .rules import Call, choose, dimension
 
 
@@ -42,7 +42,9 @@ def _triangle(lower: bool) -> Callable[[Call], Form | None]:
         if form is None:
             return None
         row, column = axis(len(call.shape) - 2), axis(len(call.shape) - 1)
-        diagonal = number(call.arg(1, "diagonal", 0))
+        diagonal = call.size(call.arg(1, "diagonal", 0))
+        if diagonal is None:
+            return None
         kept = sympy.Le(column - row, diagonal) if lower else sympy.Ge(column - row, diagonal)
         return choose(call, Form(kept, call.shape), form, Form(sympy.Integer(0), call.shape))
 

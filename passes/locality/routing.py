@@ -5,7 +5,8 @@ indexing by a permutation, or by the tokens of its rows, moves rows; a grouped m
 that its rows are sorted by gives each row its own id's matrix; indexing by the inverse of the same permutation undoes
 it, and adding rows up at their own tokens keeps tokens apart. Everything else between goes through the rules of
 `token_rules`, with rows in the place of tokens. Counts of ids depend on every token and may only end groups: a capacity
-derived from them, or positions within an expert, is refused.
+derived from them, or positions within an expert, is refused. So does the place of a row in an order: it may only say
+which rows to take, and is no number that anything is computed from.
 """
 
 from __future__ import annotations
@@ -65,18 +66,40 @@ class Routing:
         self.length = length
         self.numbers: dict[fx.Node, RowNumbers] = {}
         self.inverses: dict[fx.Node, Inverse] = {}
+        self.counted: set[fx.Node] = set()
+        """Every tensor whose values are places of rows, whether it is known which or not."""
 
     def knows(self, node: fx.Node) -> bool:
         return op_name(node) in _ROUTES or _rule(node) is not None
 
     def place(self, node: fx.Node) -> Place:
         """The place of `node`; raises `Mixes` when it is not proved to keep tokens apart."""
+        self._refuse_places_as_values(node)
         route = _ROUTES.get(op_name(node))
-        if route is not None:
-            place = route(self, node)
-            if place is not NotImplemented:
-                return place
-        return self._row_by_row(node)
+        place = route(self, node) if route is not None else NotImplemented
+        if place is NotImplemented:
+            if op_name(node) in _INDEX_ARGUMENTS:
+                self._refuse_places_as_values(node, index=True)
+            place = self._row_by_row(node)
+        counts = node in self.numbers or node in self.inverses
+        if counts or (op_name(node) in _STILL_PLACES and any(a in self.counted for a in node.all_input_nodes)):
+            self.counted.add(node)
+        return place
+
+    def _refuse_places_as_values(self, node: fx.Node, index: bool = False) -> None:
+        """The place of a row among all of them depends on every token: it may index rows, and nothing else.
+
+        `index`: not even that, as where a table that holds no rows is read.
+        """
+        at = -1 if index else _INDEX_ARGUMENTS.get(op_name(node), -1)
+        values = [a for i, x in enumerate(node.args) if i != at for a in _nodes(x)]
+        values += _nodes(list(node.kwargs.values()))
+        used = next((a for a in values if a in self.counted), None)
+        value = node.meta["val"]
+        integers = isinstance(value, torch.Tensor) and value.dtype in _PLACE_TYPES
+        moved = op_name(node) in _STILL_PLACES and used is node.args[0] and integers
+        if used is not None and not moved:
+            raise Mixes(f"it computes with the places of tokens in an order ({used.name}), which depend on every token")
 
     def _row_by_row(self, node: fx.Node) -> Place:
         """An op that acts on each token alone, applied to rows."""
@@ -118,6 +141,32 @@ def _rule(node: fx.Node) -> Rule | None:
     """The rule of an op that acts on each token alone."""
     name = op_name(node)
     return RULES.get(name) or WRITES.get(name) or custom_rule(name)
+
+
+# Which argument takes places of rows.
+_INDEX_ARGUMENTS = {
+    "aten.index": 1,
+    "aten.index_select": 2,
+    "aten.index_put": 1,
+    "aten.index_add": 2,
+    "aten.sort": 0,
+    "aten.argsort": 0,
+    "aten.floor_divide": 0,
+    "aten.div": 0,
+    "aten.remainder": 0,
+}
+# What gives places of rows again; copies and divisions by k are followed where it is known of which.
+_STILL_PLACES = (
+    "aten._to_copy", "aten.unsqueeze", "aten.squeeze", "aten.expand", "aten.reshape", "aten.flatten", "aten.unflatten",
+    "aten.repeat", "aten.repeat_interleave", "aten.sort", "getitem",
+)  # fmt: skip
+_PLACE_TYPES = (torch.int32, torch.int64)
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    if isinstance(value, fx.Node):
+        return [value]
+    return [n for x in value for n in _nodes(x)] if isinstance(value, (list, tuple)) else []
 
 
 _COUNTS = (torch.int32, torch.int64, torch.float32, torch.float64)
@@ -178,6 +227,7 @@ def _sort(self: Routing, node: fx.Node) -> Place:
         return simplest(Rows(0, rows.layout))
     if rows.order is not None:
         raise Mixes(f"it sorts rows that are already in the order of {rows.order.name}")
+    self._refuse_places_as_values(node, index=True)
     if argsort:
         self.numbers[node] = RowNumbers(rows.layout, exact=True)
     return Rows(0, rows.layout, node)
@@ -199,6 +249,14 @@ def _divide(self: Routing, node: fx.Node) -> Place:
     if numbers is not None and whole and isinstance(by, int) and by > 0 and numbers.layout.inner % by == 0:
         divided = Layout(numbers.layout.outer, numbers.layout.inner // by)
         self.numbers[node] = RowNumbers(divided, exact=by == 1 and numbers.exact)
+        return self.places[node.args[0]]
+    return NotImplemented
+
+
+def _remainder(self: Routing, node: fx.Node) -> Place:
+    """Row number % k: which of its token's k copies a row is. Another remainder tells of the other tokens."""
+    numbers, by = self.numbers.get(node.args[0]), node.args[1]
+    if numbers is not None and isinstance(by, int) and by > 0 and numbers.layout.inner % by == 0:
         return self.places[node.args[0]]
     return NotImplemented
 
@@ -339,6 +397,7 @@ _ROUTES: dict[str, _Route] = {
     "getitem": _getitem,
     "aten.floor_divide": _divide,
     "aten.div": _divide,
+    "aten.remainder": _remainder,
     "aten.index": _index,
     "aten.index_select": _index_select,
     "aten.index_put": _index_put,

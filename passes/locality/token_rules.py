@@ -199,6 +199,9 @@ def _gather(node: fx.Node, axes: Axes) -> Axis:
     if index is None:
         raise Mixes("it picks the same entries for every token")
     if source is None:
+        # NOTE in every dimension but `at` the entry is read at the index's own place: row t of a table, for token t.
+        if index != at:
+            raise Mixes("it reads a table at the token's place in the sequence")
         return index
     if source != index or source == at:
         raise Mixes("it picks tokens by index")
@@ -219,6 +222,13 @@ def _index(node: fx.Node, axes: Axes) -> Axis:
     if carried or source in used:
         raise Mixes("it picks tokens by index")
     return source if source < used[0] else source - len(used) + rank
+
+
+def _reinterpret(node: fx.Node, axes: Axes) -> Axis:
+    """The bits of each whole number as another type of the same size (`view(dtype)`)."""
+    if node.meta["val"].dtype.itemsize != node.args[0].meta["val"].dtype.itemsize:
+        raise Mixes("it reads the bits of several elements as one")
+    return axes.axes[node.args[0]]
 
 
 def _reshape(node: fx.Node, axes: Axes) -> Axis:
@@ -269,6 +279,8 @@ def _slice(node: fx.Node, axes: Axes) -> Axis:
     at = axes.axes[node.args[0]]
     if at == int(_argument(node, 1, "dim", 0)) % rank_of(node.args[0]):
         raise Mixes("it cuts the token dimension")
+    if any(isinstance(a, fx.Node) for a in node.args[2:]):
+        raise Mixes("where it cuts depends on the number of tokens")
     return at
 
 
@@ -380,6 +392,7 @@ RULES: dict[str, Rule] = {f"aten.{name}": _pointwise for name in _POINTWISE} | {
     "aten.roll": _keeps_except(2, "dims"),
     "aten.topk": _keeps_except(2, "dim", default=-1),
     "aten.sort": _keeps_except(1, "dim", default=-1),
+    "aten.view": _reinterpret,  # after normalize, `view(dtype)` is the only one left
     "aten.reshape": _reshape,
     "aten.flatten": _reshape,
     "aten.unflatten": _reshape,

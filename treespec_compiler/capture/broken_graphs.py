@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -11,6 +12,8 @@ from ..errors import Refusal, Unsupported
 from .control_flow import where_specialised
 from .torch_errors import kind_of
 
+_HERE = os.path.dirname(__file__)
+LOGITS = "return the logits alone, first, or under the name 'logits'"
 _FALLBACK = "or use on_unsupported='fallback'"
 _EXPERTS = (
     "compute the experts on rows sorted by expert, with treespec.grouped_linear (docs/refusals.md shows it), "
@@ -35,6 +38,9 @@ def no_graph(model: nn.Module, error: BaseException, mode: Any = None) -> Unsupp
         )
     frames = list(getattr(error, "real_stack", None) or [])
     frame = frames[-1] if frames else None
+    if frame is not None and frame.name == "logits_of" and frame.filename.startswith(_HERE):
+        what = "the model returns no logits: neither a tensor, nor one that comes first"
+        return Unsupported(Refusal.CALL, what, way_out=LOGITS)
     line = (frame.line or "").strip() if frame is not None else ""
     layer, module = _module_at(model, frame) if frame is not None else (None, None)
     what, way_out = _first_line(error), f"remove the graph break (torch._dynamo.explain shows it), {_FALLBACK}"

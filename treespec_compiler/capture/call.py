@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Refusal, TreespecError, Unsupported
+from .broken_graphs import LOGITS
 
 # Length of the example prompt. Any length above 1 does: the dimension is dynamic and every guard on it is examined.
 EXAMPLE_TOKENS = 11
@@ -45,7 +46,15 @@ def logits_of(output: Any) -> Any:
                 way_out="return the logits under the name 'logits', or the tensor alone",
             )
         return output["logits"]
-    return output[0]
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(first, Tensor):
+        where = f"a {type(output).__name__} that starts with " if first is not output else ""
+        raise Unsupported(
+            Refusal.CALL,
+            f"the model returns {where}{'None' if first is None else f'a {type(first).__name__}'}, not logits",
+            way_out=LOGITS,
+        )
+    return first
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..errors import Refusal, Unsupported
@@ -31,6 +32,8 @@ def refuse_control_flow(gm: fx.GraphModule) -> None:
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             name = str(getattr(node.target, "__name__", node.target))
+            if node.op == "call_function" and name == "_enter_autocast":
+                _refuse_autocast(node)
             if node.op == "call_function" and name in _REASONS:
                 raise Unsupported(
                     _KINDS[_REASONS[name]],
@@ -41,6 +44,31 @@ def refuse_control_flow(gm: fx.GraphModule) -> None:
                     module=module_class(node),
                     way_out=None if _REASONS[name] is _BRANCH else "only attention may carry anything between tokens",
                 )
+
+
+def _refuse_autocast(node: fx.Node) -> None:
+    """A region that is switched on computes in another type than the graph, which knows of no regions, would."""
+    kind, dtype, enabled, *_ = (*node.args, None, None, True)[:3]
+    if enabled:
+        raise Unsupported(
+            Refusal.ROUNDING,
+            f"forward computes a part under torch.autocast({kind!r}, {dtype}): how it rounds there is not in the graph",
+            node=f"{node.name} = torch.autocast",
+            source=source_line(node),
+            layer=layer_path(node),
+            module=module_class(node),
+            way_out="convert that part's weights and inputs to the type, or call the model without autocast",
+        )
+
+
+def refuse_ambient_autocast(device: torch.device) -> None:
+    """A program made under autocast would hold its roundings, and run without them."""
+    if torch.is_autocast_enabled(device.type):
+        raise Unsupported(
+            Refusal.ROUNDING,
+            f"the program is made under torch.autocast({device.type!r}), whose roundings it would not repeat later",
+            way_out="leave the autocast context; model.to(torch.bfloat16) gives the weights the type to compute in",
+        )
 
 
 def where_specialised(mode: Any) -> str | None:

@@ -125,6 +125,8 @@ def _settings(device: torch.device) -> dict[str, Any]:
     """Inductor's settings for a decoding step."""
     settings: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "nan_asserts": False}
     settings |= {"fallback_random": True}
+    # x.to(bfloat16).to(float32) rounds; by default Inductor takes the two casts for none.
+    settings |= {"emulate_precision_casts": True}
     # Steps are recorded whole, with their metadata, by cuda_graphs.py; Inductor's recordings would copy every input.
     settings |= {"triton.cudagraphs": False}
     if device.type == "cpu":
