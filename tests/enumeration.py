@@ -155,7 +155,7 @@ class _OneByOne(Draws):
         super().__init__([], q, replacement)
         self._tree, self._node, self._width, self._chance = tree, node, width, chance
 
-    def in_order(self, tokens: Sequence[int], vocab_size: int, replacement: bool) -> Iterator[tuple[int, Row]]:
+    def in_order(self, tokens: Sequence[int], replacement: bool) -> Iterator[tuple[int, Row]]:
         assert replacement == self.replacement, "only for pairs that fit"
         q = self.q
         for _ in range(self._width):

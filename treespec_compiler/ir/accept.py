@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .acceptance import follow
 from .library import COMPLIANT, define
 from .private_torch import OpOverload
 
@@ -28,33 +29,26 @@ def reference(logits: Tensor, tokens: Tensor, parents: Tensor, node_offsets: Ten
     for r in range(requests):
         first, end = int(node_offsets[r]), int(node_offsets[r + 1])
         rows = logits[first:end]
-        path = _walk(rows.argmax(-1).tolist(), tokens[first:end].tolist(), parents[first:end].tolist())
+        choices, path = rows.argmax(-1).tolist(), [0] if end > first else []
+        if path:
+            follow(tokens[first:end].tolist(), parents[first:end].tolist(), path, choices[0], choices.__getitem__)
         unusable = [place for place, node in enumerate(path) if not rows[node].max().isfinite()]
         out[FIELDS * r] = len(path)
         if path:
             out[FIELDS * r + 1] = rows[path[-1]].argmax()
         out[FIELDS * r + 2] = unusable[0] if unusable else -1
-        out[FIELDS * r + 3] = any(near_tie(rows[node], tie) for node in path)
+        out[FIELDS * r + 3] = any_near_tie(rows[path], tie)
         out[FIELDS * requests + first :][: len(path)] = torch.tensor(path, dtype=torch.int64)
     return out
 
 
-def _walk(choices: list[int], tokens: list[int], parents: list[int]) -> list[int]:
-    """Children follow their parents, so one walk over the nodes finds the whole path."""
-    path = [0] if tokens else []
-    for node in range(1, len(tokens)):
-        if parents[node] == path[-1] and tokens[node] == choices[path[-1]]:
-            path.append(node)
-    return path
-
-
-def near_tie(row: Tensor, tie: float) -> bool:
-    """Whether the two largest logits of a row [V] are finite and within `tie` of the larger magnitude."""
-    if not tie or row.numel() < 2:
+def any_near_tie(rows: Tensor, tie: float) -> bool:
+    """Whether the two largest logits of any row [n, V] are finite and within `tie` of the larger magnitude."""
+    if not tie or rows.shape[1] < 2:
         return False
-    best = row.float().topk(2).values
-    gap = best[0] - best[1]
-    return bool(best.isfinite().all() and gap <= tie * best.abs().max())
+    best = rows.float().topk(2, dim=-1).values  # [n, 2]
+    near = best[:, 0] - best[:, 1] <= tie * best.abs().amax(-1)
+    return bool((near & best.isfinite().all(-1)).any())  # nothing is near a logit that stands alone
 
 
 def fake(logits: Tensor, tokens: Tensor, parents: Tensor, node_offsets: Tensor, tie: float) -> Tensor:

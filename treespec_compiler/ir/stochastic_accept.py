@@ -16,12 +16,14 @@ shift the numbers of what follows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
+from .acceptance import in_order, naive, rejection, traversal
 from .library import COMPLIANT, define
 from .private_torch import OpOverload
 
@@ -57,19 +59,21 @@ def reference(
         path: list[int] = []
         bonus, chance = -1, _Uniforms(uniforms[r])
         if end > first:
+            own, above = tokens[first:end].tolist(), parents[first:end].tolist()
+            target = p[first:end].__getitem__
             if rule == "naive":
-                path, bonus = _naive(p[first:end], tokens[first:end].tolist(), parents[first:end].tolist(), chance)
+                path, bonus = naive(own, above, target, chance)
             else:
 
-                def draws(node: int, first: int = first) -> list[tuple[int, int]]:
+                def drawn(node: int, first: int = first, own: list[int] = own) -> Iterator[tuple[int, Tensor | None]]:
                     which = slice(int(draw_offsets[first + node]), int(draw_offsets[first + node + 1]))
-                    return [(row - first, g) for row, g in zip(draw_rows[which].tolist(), draw_q[which].tolist())]
+                    pairs = zip(draw_rows[which].tolist(), draw_q[which].tolist())
+                    for row, draws in groupby(pairs, key=itemgetter(1)):
+                        below = [child - first for child, _ in draws]
+                        yield from in_order(below, own, q[row] if row >= 0 else None, rule == "multi-step")
 
-                def state(node: int, weight: float = 1.0, first: int = first, draws: _Draws = draws) -> _State:
-                    of_request = slice(first, None)
-                    return _State(p[of_request][node], q, tokens[of_request], draws(node), weight, rule == "multi-step")
-
-                path, bonus = (_traverse if rule == "traversal" else _walk)(state, chance)
+                walk = traversal if rule == "traversal" else rejection
+                path, bonus = walk(own, target, drawn, chance)
         out[FIELDS * r : FIELDS * (r + 1)] = torch.tensor([len(path), bonus, chance.used])
         out[FIELDS * requests + first :][: len(path)] = torch.tensor(path, dtype=torch.int64)
     return out
@@ -95,92 +99,6 @@ class _Uniforms:
         above = (cumulative > self._next() * cumulative[-1]) & (weights > 0)
         # NOTE: where rounding leaves nothing above, the last id that has a weight
         return int(above.nonzero()[0] if above.any() else weights.nonzero()[-1])
-
-
-def _naive(p: Tensor, tokens: list[int], parents: list[int], chance: _Uniforms) -> tuple[list[int], int]:
-    path, want = [0], chance.choose(p[0])
-    for node in range(1, len(tokens)):
-        if parents[node] == path[-1] and tokens[node] == want:
-            path.append(node)
-            want = chance.choose(p[node])
-    return path, want
-
-
-_Draws: TypeAlias = Callable[[int], list[tuple[int, int]]]
-"""Node -> child and row of q of each draw below it."""
-
-
-class _State:
-    """A node whose draws are tried and rejected in turn: its weight, and what is still owed after it."""
-
-    def __init__(
-        self, p: Tensor, q: Tensor, tokens: Tensor, draws: list[tuple[int, int]], weight: float, replacement: bool
-    ) -> None:
-        self.owed, self.weight = p, weight
-        self._q, self._tokens, self._draws, self._replacement = q, tokens, iter(draws), replacement
-        self._row, self._proposed = -1, p
-
-    def next_child(self) -> tuple[int, float] | None:
-        """The next drawn child, and the weight it gets."""
-        child, row = next(self._draws, (-1, -1))
-        if child < 0:
-            return None
-        if row < 0:
-            self._proposed = torch.zeros_like(self.owed).index_fill_(0, self._tokens[child], 1.0)
-        elif row != self._row:
-            self._proposed = self._q[row]
-        self._child, self._row = child, row
-        token = int(self._tokens[child])
-        return child, _ratio(self.weight * float(self.owed[token]), float(self._proposed[token]))
-
-    def reject(self, weigh: bool = False) -> None:
-        """The child was not accepted; `weigh`: nor anything below it, which changes this node's weight."""
-        rest = (self.weight * self.owed - self._proposed).clamp_min(0.0)
-        total = float(rest.sum())
-        if total > 0.0:
-            self.owed = rest / total
-        if weigh and total + 1.0 - self.weight > 0.0:
-            self.weight = min(1.0, total / (total + 1.0 - self.weight))
-        if not self._replacement and self._row >= 0:
-            left = self._proposed.index_fill(0, self._tokens[self._child], 0.0)
-            self._proposed = left / left.sum() if left.sum() > 0 else left
-
-
-def _walk(state: Callable[..., _State], chance: _Uniforms) -> tuple[list[int], int]:
-    path = [0]
-    while True:
-        here = state(path[-1])
-        while (drawn := here.next_child()) is not None:
-            child, probability = drawn
-            if chance.accept(probability):
-                path.append(child)
-                break
-            here.reject()
-        else:
-            return path, chance.choose(here.owed)
-
-
-def _traverse(state: Callable[..., _State], chance: _Uniforms) -> tuple[list[int], int]:
-    path, states = [0], [state(0)]
-    while True:
-        here = states[-1]
-        drawn = here.next_child()
-        if drawn is None:
-            if len(path) == 1 or chance.accept(here.weight):
-                return path, chance.choose(here.owed)
-            path.pop(), states.pop()
-            states[-1].reject(weigh=True)
-        elif drawn[1] > 0.0:
-            path.append(drawn[0])
-            states.append(state(*drawn))
-        else:
-            here.reject(weigh=True)
-
-
-def _ratio(p: float, q: float) -> float:
-    if p <= 0.0:
-        return 0.0
-    return 1.0 if p >= q else p / q
 
 
 def check(p: Tensor, q: Tensor, uniforms: Tensor, draw_rows: Tensor, rule: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
+from ..ir.acceptance import in_order
 from ..tree import TokenTree
 from .sampling.chance import Row
 
@@ -25,27 +25,10 @@ class Draws:
     """False: every later draw is from q without the tokens drawn before, renormalised."""
     proposer: str = "draft"
 
-    def in_order(self, tokens: Sequence[int], vocab_size: int, replacement: bool) -> Iterator[tuple[int, Row]]:
+    def in_order(self, tokens: Sequence[int], replacement: bool) -> Iterator[tuple[int, Row | None]]:
         """Every drawn node and the distribution it was drawn from, given the draws before it."""
         q = self.q.cpu().numpy() if isinstance(self.q, Tensor) else self.q
-        for child in self.children:
-            token = tokens[child]
-            if q is None:
-                yield child, _one_hot(token, vocab_size)
-                continue
-            yield child, q
-            if not replacement:
-                q = q.copy()
-                q[token] = 0.0
-                total = q.sum()
-                if total > 0:
-                    q /= total
-
-
-def _one_hot(token: int, vocab_size: int) -> Row:
-    row = np.zeros(vocab_size)
-    row[token] = 1.0
-    return row
+        return in_order(self.children, tokens, q, replacement)
 
 
 @dataclass(slots=True, eq=False)

@@ -8,11 +8,12 @@ from typing import ClassVar
 import numpy as np
 
 from ...errors import InvalidTree
+from ...ir.acceptance import ratio
 from ..proposal import Proposal
 from ..sampling.chance import Chance, Row
 from ..sampling.samplers import Kind
 from .greedy import Verdict
-from .rule import Target, ratio
+from .rule import Target
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,13 @@ def _chain(proposal: Proposal, vocab_size: int) -> tuple[list[int], list[Row]]:
                 expected="a chain, one draw a node, for block verification",
                 fix="Traversal verification is the same rule for trees: verifier='traversal'.",
             )
-        ((child, q),) = draws[0].in_order(proposal.tokens, vocab_size, True)
+        ((child, q),) = draws[0].in_order(proposal.tokens, True)
         chain.append(child)
-        qs.append(q)
+        qs.append(_one_hot(proposal.tokens[child], vocab_size) if q is None else q)
     return chain, qs
+
+
+def _one_hot(token: int, vocab_size: int) -> Row:
+    row = np.zeros(vocab_size)
+    row[token] = 1.0
+    return row

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from ...errors import InvalidOption, InvalidTree
+from ...ir.acceptance import follow
 from ..proposal import Proposal
 from ..sampling.ranking import likeliest
 
@@ -56,12 +57,7 @@ class GreedyVerifier:
             path, want = [0], choices[0]
         else:
             path, want = [], first
-        # Children follow their parents, so one walk over the nodes finds the whole path.
-        last = path[-1] if path else -1
-        for node in range(len(path), len(tokens)):
-            if parents[node] == last and tokens[node] == want:
-                path.append(node)
-                last, want = node, choices[node]
+        path, want = follow(tokens, parents, path, want, choices.__getitem__)
         if bad:
             return Verdict(path, want, next((i for i, node in enumerate(path) if node in bad), -1))
         return Verdict(path, want)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...ir.acceptance import rejection
 from ..proposal import Proposal
-from ..sampling.chance import Chance
+from ..sampling.chance import Chance, Row
 from ..sampling.samplers import Kind
 from .greedy import Verdict
-from .rule import Target, ratio, residual
+from .rule import Target
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,10 @@ class MultiStep:
 
 def rejection_walk(proposal: Proposal, target: Target, chance: Chance, *, replacement: bool) -> Verdict:
     """From the root down; `replacement` says whether a node's later draws could repeat its earlier ones."""
-    tokens, drawn = proposal.tokens, proposal.drawn()
-    path, node = [0], 0
-    while True:
-        p = target(node)
-        accepted = -1
+    drawn, tokens = proposal.drawn(), proposal.tokens
+
+    def below(node: int) -> Iterator[tuple[int, Row | None]]:
         for draws in drawn.get(node, ()):
-            for child, q in draws.in_order(tokens, len(p), replacement):
-                token = tokens[child]
-                if chance.accept(ratio(p[token], q[token])):
-                    accepted = child
-                    break
-                p = residual(p, q)
-            if accepted >= 0:
-                break
-        if accepted < 0:
-            return Verdict(path, chance.choose(p))
-        path.append(accepted)
-        node = accepted
+            yield from draws.in_order(tokens, replacement)
+
+    return Verdict(*rejection(tokens, target, below, chance))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...ir.acceptance import naive
 from ..proposal import Proposal
 from ..sampling.chance import Chance
 from ..sampling.samplers import Kind
@@ -25,12 +26,4 @@ class NaiveSampling:
     samplers: ClassVar[tuple[Kind, ...]] = ("top-k", "without-replacement", "iid")
 
     def verify(self, proposal: Proposal, target: Target, chance: Chance) -> Verdict:
-        tokens, parents = proposal.tokens, proposal.parents
-        path, last = [0], 0
-        want = chance.choose(target(0))
-        # Children follow their parents, so one walk over the nodes finds the whole path.
-        for node in range(1, len(tokens)):
-            if parents[node] == last and tokens[node] == want:
-                path.append(node)
-                last, want = node, chance.choose(target(node))
-        return Verdict(path, want)
+        return Verdict(*naive(proposal.tokens, proposal.parents, target, chance))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
-
 from ..proposal import Proposal
 from ..sampling.chance import Chance, Row
 from ..sampling.samplers import Kind
@@ -36,18 +34,3 @@ class StochasticVerifier(Protocol):
     def verify(self, proposal: Proposal, target: Target, chance: Chance) -> Verdict:
         """Judge the proposal, whose node 0 is its only root."""
         ...
-
-
-def ratio(p: float, q: float) -> float:
-    """min(1, p / q); q = 0 is reached only by draws that are not what the rule assumes."""
-    if p <= 0.0:
-        return 0.0
-    return 1.0 if p >= q else p / q
-
-
-def residual(p: Row, q: Row) -> Row:
-    """norm(max(0, p - q)): what is still owed after a draw from q was rejected."""
-    rest = np.maximum(p - q, 0.0)
-    total = rest.sum()
-    # NOTE: p <= q everywhere means p = q: rejection had probability 0, and only rounding can have led here.
-    return rest / total if total > 0.0 else p

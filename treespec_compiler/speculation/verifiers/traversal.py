@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from ..proposal import Draws, Proposal
+from ...ir.acceptance import Drawn, traversal
+from ..proposal import Proposal
 from ..sampling.chance import Chance, Row
 from ..sampling.samplers import Kind
 from .greedy import Verdict
-from .rule import Target, ratio
+from .rule import Target
 
 
 @dataclass(frozen=True)
@@ -35,65 +34,15 @@ class TraversalVerification:
     samplers: ClassVar[tuple[Kind, ...]] = ("without-replacement", "iid")
 
     def verify(self, proposal: Proposal, target: Target, chance: Chance) -> Verdict:
-        drawn = proposal.drawn()
-
-        def visit_of(node: int, weight: float) -> _Visit:
-            return _Visit(node, weight, lambda: target(node), drawn.get(node, ()), proposal.tokens)
-
-        visits = [visit_of(0, 1.0)]
-        while True:
-            visit = visits[-1]
-            child, weight = visit.next_child()
-            if child is not None:
-                if weight > 0.0:
-                    visits.append(visit_of(child, weight))
-                else:
-                    visit.reject_child()
-            elif len(visits) == 1 or chance.accept(visit.weight):
-                return Verdict([v.node for v in visits], chance.choose(visit.distribution()))
-            else:
-                visits.pop()
-                visits[-1].reject_child()
+        return Verdict(*traversal(proposal.tokens, target, draws_of(proposal), chance))
 
 
-class _Visit:
-    """A node on the way: its weight, its target and the draws below it that were not tried yet."""
+def draws_of(proposal: Proposal) -> Drawn:
+    """Each proposer's draws, renormalised where that one drew without replacement."""
+    drawn, tokens = proposal.drawn(), proposal.tokens
 
-    def __init__(
-        self, node: int, weight: float, target: Callable[[], Row], drawn: Sequence[Draws], tokens: Sequence[int]
-    ) -> None:
-        self.node, self.weight = node, weight
-        self._target, self._drawn, self._tokens = target, drawn, tokens
-        self._p: Row | None = None
-        self._q: Row | None = None
-        self._untried = self._in_order()
+    def below(node: int) -> Iterator[tuple[int, Row | None]]:
+        for draws in drawn.get(node, ()):
+            yield from draws.in_order(tokens, draws.replacement)
 
-    def distribution(self) -> Row:
-        """What is still owed after this node [V]."""
-        if self._p is None:
-            self._p = self._target()
-        return self._p
-
-    def next_child(self) -> tuple[int | None, float]:
-        """The next drawn child and its weight, or None after the last."""
-        for child, q in self._untried:
-            self._q = q
-            token = self._tokens[child]
-            return child, ratio(self.weight * float(self.distribution()[token]), float(q[token]))
-        return None, 0.0
-
-    def reject_child(self) -> None:
-        """Nothing of the subtree of the last child was accepted."""
-        assert self._q is not None
-        rest = np.maximum(self.weight * self.distribution() - self._q, 0.0)
-        total = float(rest.sum())
-        rejected = total + 1.0 - self.weight  # how likely that was
-        # NOTE: 0 means that a draw from p = q was rejected, which only rounding can do.
-        if rejected > 0.0:
-            self.weight = min(1.0, total / rejected)
-        if total > 0.0:
-            self._p = rest / total
-
-    def _in_order(self) -> Iterator[tuple[int, Row]]:
-        for draws in self._drawn:
-            yield from draws.in_order(self._tokens, len(self.distribution()), draws.replacement)
+    return below
