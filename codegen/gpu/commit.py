@@ -13,19 +13,18 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.library import implement
 from treespec_compiler.ir.private_torch import OpOverload
 
+from .launch import Launch
 from .sizes import power_of_two
 
 MAX_MOVES = 16  # of a block: a longer path goes in several
 WORDS = 2048  # of a block: 16 for each thread of 4 warps
 
-Layout: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], int]
+Storage: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], int]
 """Address, shape and strides of a pool [sites, pages, H, page_size, D], and bytes of an element."""
 
 
 def commit_path(pools: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     """As `treespec::commit_path`; pools of any dtypes with contiguous rows and one page size."""
-    from .kernels.commit import commit_kernel
-
     if not pools or not src.numel():
         return
     page_size = pools[0].shape[3]
@@ -34,24 +33,25 @@ def commit_path(pools: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
         raise ValueError(f"got pools of shapes and strides {found}, expected one page size and contiguous rows")
     layouts = tuple((p.data_ptr(), tuple(p.shape), p.stride(), p.element_size()) for p in pools)
     lanes, word_bytes, width = _lanes(layouts, pools[0].device)
+    commit_launch(lanes, src, dst, page_size, word_bytes, width).run()
+
+
+def commit_launch(lanes: Tensor, src: Tensor, dst: Tensor, page_size: int, word_bytes: int, width: int) -> Launch:
+    """`lanes`, `word_bytes` and `width` as `_lanes` gives them."""
+    from .kernels.commit import commit_kernel
+
     block_w = power_of_two(width)
-    with torch.cuda.device_of(lanes):
-        commit_kernel[(len(lanes),)](
-            lanes,
-            src.contiguous(),
-            dst.contiguous(),
-            src.numel(),
-            page_size,
-            WORD=_word(word_bytes),
-            BLOCK_J=min(MAX_MOVES, max(1, WORDS // block_w)),
-            BLOCK_W=block_w,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+    return Launch(
+        commit_kernel,
+        (len(lanes),),
+        (lanes, src.contiguous(), dst.contiguous(), src.numel(), page_size),
+        {"WORD": _word(word_bytes), "BLOCK_J": min(MAX_MOVES, max(1, WORDS // block_w)), "BLOCK_W": block_w},
+        fusion=False,
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _lanes(layouts: tuple[Layout, ...], device: torch.device) -> tuple[Tensor, int, int]:
+def _lanes(layouts: tuple[Storage, ...], device: torch.device) -> tuple[Tensor, int, int]:
     """A row [address, page stride, token stride, width] for every head of every site, in words; bytes of a word; the
     largest width.
 

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from treespec_compiler.ir import accept, ops, stochastic_accept
 from treespec_compiler.ir.library import arguments, definition
 from treespec_compiler.ir.specs import AttentionSpec, MaskSpec
 
 from .. import tables
-from .append import BLOCK
+from .append import append_launch, rope_append_launch
+from .launch import Launch
 from .offline import Offline, compile_offline
 from .sizes import PROMPT_CHUNK, power_of_two
 from .tree_attention_spec import DTYPES, MAX_PARTS, AttentionKernel, Config, default_config, merge_warps
 
 
 @dataclass(frozen=True)
-class Launch:
+class Listed:
     """A kernel as it is launched: its arguments' types, its constants, and how Triton compiles it."""
 
     op: str
@@ -111,7 +112,7 @@ def inventory(
     target: str,
     nodes: Sequence[int] = (1, 64),
     turns: Mapping[int, Turn] | None = None,
-) -> Iterator[Launch]:
+) -> Iterator[Listed]:
     """Every kernel of a program with these sites, for trees of so many nodes; needs triton.
 
     `turns`: by site, the rotations that are part of attention (`turns`).
@@ -140,13 +141,13 @@ def chosen_config(
     return (Config.parse(measured), True) if measured else (default_config(spec, nodes * spec.group, target), False)
 
 
-def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[int]) -> Iterator[Launch]:
+def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[int]) -> Iterator[Listed]:
     from . import tree_attention
 
     module = tree_attention.module(spec)
 
-    def attend(what: str, config: Config, measured: bool, **variant: bool) -> Launch:
-        return Launch(
+    def attend(what: str, config: Config, measured: bool, **variant: bool) -> Listed:
+        return Listed(
             "tree_attention",
             "attend",
             f"{where}, {what}",
@@ -171,54 +172,51 @@ def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[i
     sizes = dict.fromkeys(("requests", "rows", "parts"), "i32")
     aligned = ("partial", "lse", "out")
     parts = {"PARTS": MAX_PARTS}
-    yield Launch(
+    yield Listed(
         "tree_attention", "merge", where, module.merge, pointers | sizes, parts, aligned, merge_warps(spec, MAX_PARTS)
     )
 
 
-def _append(spec: AttentionKernel, turn: Turn | None, where: str) -> Launch:
-    from .kernels.append import append_kernel, rope_append_kernel
+NODES, PAGE = 64, 4096
+"""Of a step whose kernels are compiled: any sizes that are no special case, as launches do not depend on them."""
 
-    kind, pool = DTYPES[spec.dtype], DTYPES[spec.pool_dtype]
-    block_k, block_v = power_of_two(spec.key_dim), power_of_two(spec.value_dim)
-    constants = {"KEY_DIM": spec.key_dim, "VALUE_DIM": spec.value_dim, "BLOCK_K": block_k, "BLOCK_V": block_v}
-    constants |= {"BLOCK_T": max(1, BLOCK // max(block_k, block_v)), "k_d": 1, "v_d": 1, "pool_k_d": 1, "pool_v_d": 1}
-    types = {"k": f"*{kind}", "v": f"*{kind}", "pool_k": f"*{pool}", "pool_v": f"*{pool}", "write_index": "*i64"}
-    aligned = spec.key_dim % 16 == 0 and spec.value_dim % 16 == 0
+
+def _on_meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _append(spec: AttentionKernel, turn: Turn | None, where: str) -> Listed:
+    def projected(heads: int, dim: int) -> Tensor:  # as a model makes it: [1, T, H, D] transposed
+        return _on_meta(1, NODES, heads, dim, dtype=spec.dtype).transpose(1, 2)
+
+    k, v = projected(spec.kv_heads, spec.key_dim), projected(spec.kv_heads, spec.value_dim)
+    pool_k, pool_v = (
+        _on_meta(2, spec.kv_heads, PAGE, dim, dtype=spec.pool_dtype) for dim in (spec.key_dim, spec.value_dim)
+    )
+    index = _on_meta(NODES)
     if turn is None:
-        return _launch("append", append_kernel, where, types, constants, aligned=aligned)
-    constants |= {"HEADS": spec.heads, "ROTARY": turn.rotary, "COLUMNS": turn.width, "HALF": turn.style == "half"}
-    constants |= dict.fromkeys(("q_d", "out_d", "cos_d", "sin_d"), 1)
-    types |= dict.fromkeys(("q", "rotated_q"), f"*{kind}") | dict.fromkeys(("cos", "sin"), f"*{DTYPES[turn.dtype]}")
-    return _launch("rope_append", rope_append_kernel, where, types, constants, aligned=aligned and turn.width % 16 == 0)
+        return _listed("append", where, append_launch(k, v, pool_k, pool_v, index))
+    q, angles = projected(spec.heads, spec.key_dim), _on_meta(NODES, turn.width, dtype=turn.dtype)
+    launch = rope_append_launch(q, k, v, q.contiguous(), pool_k, pool_v, index, angles, angles, turn.style, turn.rotary)
+    return _listed("rope_append", where, launch)
 
 
-def _commit(sites: Sequence[AttentionSpec]) -> Launch:
-    import triton.language as tl
+def _commit(sites: Sequence[AttentionSpec]) -> Listed:
+    from .commit import commit_launch
 
-    from .commit import MAX_MOVES, WORDS
-    from .kernels.commit import commit_kernel
-
-    width = power_of_two(max(max(s.key_dim, s.value_dim) * s.dtype.itemsize // 4 for s in sites))
-    constants = {"WORD": tl.int32, "BLOCK_J": min(MAX_MOVES, max(1, WORDS // width)), "BLOCK_W": width}
-    types = dict.fromkeys(("lanes", "src", "dst"), "*i64")
-    return _launch("commit_path", commit_kernel, f"all {len(sites)} sites", types, constants, aligned=False)
+    width = max(max(s.key_dim, s.value_dim) * s.dtype.itemsize // 4 for s in sites)
+    lanes = _on_meta(2 * sum(s.kv_heads for s in sites), 4)
+    launch = commit_launch(lanes, _on_meta(NODES), _on_meta(NODES), PAGE, 4, width)
+    return _listed("commit_path", f"all {len(sites)} sites", launch)
 
 
-def _accept(vocab_size: int, dtype: torch.dtype, nodes: int) -> Iterator[Launch]:
-    from . import accept as launcher
-    from .kernels.accept import greedy_walk_kernel, row_best_kernel
+def _accept(vocab_size: int, dtype: torch.dtype, nodes: int) -> Iterator[Listed]:
+    from .accept import accept_launches
 
-    size = launcher.split_size(nodes, vocab_size)
-    constants: dict[str, Any] = {"id_stride": 1, "SPLIT": size, "BLOCK": launcher.BLOCK}
-    where = f"{nodes} nodes, {vocab_size} ids"
-    types = {"logits": f"*{DTYPES[dtype]}", "best": "*i64"}
-    yield _launch("greedy_accept", row_best_kernel, where, types, constants, aligned=vocab_size % 16 == 0)
-    block_n, block_s = launcher.walk_block(nodes), power_of_two(-(-vocab_size // size))
-    constants = {"TIE": 0.0, "FIELDS": accept.FIELDS, "BLOCK_N": block_n, "BLOCK_S": block_s}
-    types = dict.fromkeys(("best", "tokens", "parents", "node_offsets", "out"), "*i64")
-    warps = launcher.walk_warps(block_n, block_s)
-    yield _launch("greedy_accept", greedy_walk_kernel, where, types, constants, num_warps=warps)
+    numbers, offsets = _on_meta(nodes), _on_meta(2)
+    logits, out = _on_meta(nodes, vocab_size, dtype=dtype), _on_meta(accept.FIELDS + nodes)
+    for launch in accept_launches(logits, numbers, numbers, offsets, out, 0.0):
+        yield _listed("greedy_accept", f"{nodes} nodes, {vocab_size} ids", launch)
 
 
 def chance_pointers(kernel: Any) -> dict[str, str]:
@@ -230,7 +228,7 @@ def chance_pointers(kernel: Any) -> dict[str, str]:
     return {name: kind for name, kind in types.items() if name in kernel.arg_names}
 
 
-def _accept_by_chance(vocab_size: int, nodes: int) -> Iterator[Launch]:
+def _accept_by_chance(vocab_size: int, nodes: int) -> Iterator[Listed]:
     from . import stochastic_accept as by_chance
     from .kernels import stochastic_accept as kernels
 
@@ -243,29 +241,15 @@ def _accept_by_chance(vocab_size: int, nodes: int) -> Iterator[Launch]:
         (kernels.chance_walk_kernel, "recursive", {"NAIVE": False, "REPLACEMENT": False, **walk}),
         (kernels.traversal_kernel, "traversal", walk),
     ):
-        yield _launch(
-            "stochastic_accept",
-            kernel,
-            f"{rule}, {vocab_size} ids",
-            chance_pointers(kernel),
-            {**constants, "BLOCK": block},
-            aligned=False,
-        )
+        pointers, constants = chance_pointers(kernel), {**constants, "BLOCK": block}
+        integers = {name: "i32" for name in kernel.arg_names if name not in pointers and name not in constants}
+        known = [name for name in pointers if name not in kernel.do_not_specialize_on_alignment]
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        what = f"{rule}, {vocab_size} ids"
+        yield Listed("stochastic_accept", name, what, kernel, {**pointers, **integers}, constants, tuple(known))
 
 
-def _launch(
-    op: str,
-    kernel: Any,
-    where: str,
-    pointers: Mapping[str, str],
-    constants: Mapping[str, Any],
-    *,
-    num_warps: int = 4,
-    aligned: bool = True,
-) -> Launch:
-    """What is neither a pointer nor a constant is an integer. `aligned`: strides of rows are multiples of 16."""
-    integers = {name: "i32" for name in kernel.arg_names if name not in pointers and name not in constants}
-    strides = [name for name in integers if aligned and name.endswith(("_t", "_h", "_page", "_stride"))]
-    known = [name for name in pointers if name not in kernel.do_not_specialize_on_alignment]
-    name = kernel.fn.__name__.removesuffix("_kernel")
-    return Launch(op, name, where, kernel, {**pointers, **integers}, constants, (*known, *strides), num_warps)
+def _listed(op: str, where: str, launch: Launch) -> Listed:
+    types, constants, aligned = launch.signature()
+    name = launch.kernel.fn.__name__.removesuffix("_kernel")
+    return Listed(op, name, where, launch.kernel, types, constants, aligned, launch.num_warps)

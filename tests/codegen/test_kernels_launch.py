@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import types
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,23 @@ def test_append(launched: Any) -> None:
     angles = torch.zeros(1, 7, 1, 64)[0, :, 0]
     append.rope_append(k, k, k, pool, pool.clone(), torch.arange(7), angles, angles, "interleaved", 64)
     assert launched == [("append_kernel", (1, 2)), ("rope_append_kernel", (1, 4))]
+
+
+def test_a_launch_is_compiled_as_it_is_launched(launched: Any) -> None:
+    """Its types, constants and alignments are those that Triton's own launcher finds in the same arguments."""
+    k, pool = torch.zeros(1, 7, 2, 128, dtype=BF16).transpose(1, 2), torch.zeros(2, 2, 64, 128, dtype=BF16)
+    launch = append.append_launch(k, k, pool, pool, torch.arange(7))
+    kernel = launch.kernel.kernel  # behind the stand-in
+    types, constants, aligned = replace(launch, kernel=kernel).signature()
+    assert launch.grid == (1, 2) and launch.constants["BLOCK_T"] == 8
+    assert (types["k"], types["pool_v"], types["write_index"], types["nodes"]) == ("*bf16", "*bf16", "*i64", "i32")
+    assert constants["k_d"] == constants["pool_k_d"] == 1 and "k_d" not in types
+    assert {"k", "write_index", "page_size", "k_t", "k_h", "pool_k_page"} <= set(aligned) and "nodes" not in aligned
+    odd = append.append_launch(
+        k[..., :5], k[..., :5], pool[..., :5].contiguous(), pool[..., :5].contiguous(), k[0, 0, :, 0].long()
+    )
+    types, _, aligned = replace(odd, kernel=kernel).signature()
+    assert types["pool_k_t"] == "i32" and "pool_k_t" not in aligned and "k_t" in aligned
 
 
 @pytest.mark.parametrize("moves", [1, 16])

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..codegen.gpu.inventory import Launch, inventory, turns
+from ..codegen.gpu.inventory import Listed, inventory, turns
 from ..codegen.gpu.offline import TARGETS, Offline
 from ..errors import InvalidOption, Unsupported
 from ..pipeline import convert
@@ -66,7 +66,7 @@ def configure(parser: ArgumentParser) -> None:
 class Compiled:
     """A kernel and what became of it on the target."""
 
-    launch: Launch
+    launch: Listed
     offline: Offline
 
     @property
@@ -139,7 +139,7 @@ def _refuse(arguments: Namespace, subject: Any, error: Unsupported) -> None:
         show_refusal(console(), subject.name, type(subject.loaded.model).__name__, error)
 
 
-def _with_progress(launches: list[Launch], work: Callable[[Launch], T]) -> list[T]:
+def _with_progress(launches: list[Listed], work: Callable[[Listed], T]) -> list[T]:
     done = []
     with Console(stderr=True).status("") as status:
         for i, launch in enumerate(launches, 1):
