@@ -20,6 +20,7 @@ from ..errors import Refusal, TreespecError, Unsupported
 from ..logs import logger
 from .call import CallSpec, call_module, logits_of, tokens_of
 from .control_flow import refuse_ambient_autocast, refuse_control_flow, where_specialised
+from .fakes import forget_tensors
 from .found import finder
 from .functional import functional_graph
 from .reads import Reads
@@ -80,11 +81,13 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
             raise Unsupported(
                 Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids"
             )
-        captured = _tidy(traced, model, call, tokens.shape[1])
-        unheld = {ref.name: ref.tensor for ref in captured.weights.values() if ref.owner is None}
+        captured = _tidy(traced, model, call, tokens.shape[1], forward.__globals__)
+        unheld = {r.name: r.tensor for r in captured.weights.values() if r.owner is None and r.find is None}
         captured.reads = Reads(model, forward, unheld)
         return captured
     finally:
+        if traced:
+            forget_tensors(traced["mode"])
         traced.clear()  # Dynamo holds the backend as long as the guards, which outlive the capture
         for cell in forward.__closure__ or ():
             cell.cell_contents = None
@@ -132,8 +135,13 @@ def _source_name(node: fx.Node) -> str:
         return node.name
 
 
-def _tidy(traced: dict[str, Any], model: nn.Module, call: CallSpec, example_length: int) -> Capture:
-    """Name the placeholders: token ids, positions, weights; no SymInt placeholder is left."""
+def _tidy(
+    traced: dict[str, Any], model: nn.Module, call: CallSpec, example_length: int, names: dict[str, Any]
+) -> Capture:
+    """Name the placeholders: token ids, positions, weights; no SymInt placeholder is left.
+
+    `names` are the globals of the traced function.
+    """
     gm: fx.GraphModule = traced["graph"]
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     known = registered(model)
@@ -156,7 +164,7 @@ def _tidy(traced: dict[str, Any], model: nn.Module, call: CallSpec, example_leng
             positions.append(node.name)
         else:
             name, table, key = known.get(id(value), (source, None, ""))
-            find = finder(source, model, value, globals()) if table is None else None
+            find = finder(source, model, value, names) if table is None else None
             weights[node.name] = WeightRef(name, value, table, key, find)
     if tokens is None:
         raise Unsupported(Refusal.CALL, "the graph does not read the token ids")
