@@ -14,7 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import treespec_compiler as treespec
 import treespec_compiler.codegen
+from treespec_compiler.capture.call import call_spec
 from treespec_compiler.ir.provenance import op_name
+from treespec_compiler.ir.weights import Join, Shard
 from treespec_compiler.passes import (
     bind_kernels,
     classify,
@@ -28,6 +30,7 @@ from treespec_compiler.passes import (
 from treespec_compiler.passes import fuse as pack_linears
 from treespec_compiler.passes import recognize_attention as recognize
 from treespec_compiler.passes.framework.manager import run_passes
+from treespec_compiler.program.semantics import semantic_check
 
 
 def test_normalize() -> None:
@@ -187,9 +190,23 @@ def test_pack_linears_joins_products_of_one_input() -> None:
     old, new, matches, state = applied(RopeTril(layers=1), pack_linears.PASS)
     # q and kv; o; gate and up; down; head
     assert old.count("aten.linear") == matches == 7 and "aten.linear" not in new
-    assert (
-        new.count("treespec.packed_linear") == 5 and len(state.weights.derived) == 6
-    )  # five weights and the head's bias
+    assert new.count("treespec.packed_linear") == 5
+    assert len(state.weights.derived) == 6  # five weights and the head's bias
+
+
+def test_pack_linears_packs_what_is_joined_or_sharded() -> None:
+    """A product's weight may be any expression: here q and kv were joined before, and the head is a part of two."""
+    model = RopeTril(layers=1).eval()
+    state = before(model, join_linears.PASS)
+    run_passes(state, [join_linears.PASS])
+    head = next(name for name in state.weights if state.weights.label(name) == "head.weight")
+    whole = state.add_weight("whole", Shard(Join((state.weights[head], state.weights[head])), 0, 1, 2))
+    state.node(head).replace_all_uses_with(whole)
+    run_passes(state, [pack_linears.PASS, bind_kernels.PASS])
+    texts = [str(made) for made in state.weights.derived.values()]
+    assert sum(text.startswith("pack(join(join(") for text in texts) == 2
+    assert "pack(join(shard(join(head.weight, head.weight), dim 0, 1 of 2)))" in texts
+    semantic_check(model, call_spec(model))(state, "fuse")
 
 
 JOINED = {**EAGER, "kernels": "aten", "pipeline": "default,join-linears"}

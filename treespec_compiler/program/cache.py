@@ -5,7 +5,7 @@ A slot is one page of the pools. Tokens 0 .. length-1 are committed; the uncommi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class TreeCache:
         self._commit = commit_kernel
         self._lengths = [0] * slots
         self._trees: list[TokenTree | None] = [None] * slots
+        self._outdated: dict[int, str] = {}  # slot -> why its K/V are not what the model would compute now
         self.storages, self.pools = _allocate(sites, max_tokens, slots, device)
 
     def length(self, slot: int = 0) -> int:
@@ -55,12 +56,13 @@ class TreeCache:
         """Keep the K/V of these nodes and drop every other uncommitted node.
 
         `path`: node indices of slot 0's tree, root first; or {slot: path}, where slots that are not named keep their
-        trees. `[]` keeps nothing. Raises InvalidPath, before anything is changed.
+        trees. `[]` keeps nothing. A path may be an integer tensor [n]. Raises InvalidPath, before anything is changed.
         """
-        self._check_fresh()
-        paths = path if isinstance(path, Mapping) else {0: path}
+        given = path if isinstance(path, Mapping) else {0: path}
+        paths = {self._check_slot(slot): _nodes(nodes) for slot, nodes in given.items()}
+        self._check_fresh(paths)
         for slot, nodes in paths.items():
-            self._check_path(self._check_slot(slot), nodes)
+            self._check_path(slot, nodes)
         src: list[int] = []
         dst: list[int] = []
         for slot in sorted(paths):
@@ -81,15 +83,26 @@ class TreeCache:
         self._check_slot(slot)
         self._lengths[slot] = 0
         self._trees[slot] = None
+        self._outdated.pop(slot, None)
+
+    def _outdate(self, reason: str) -> None:
+        """What lies in the slots was computed by other weights; a freed slot is as good as new."""
+        for slot in range(self.slots):
+            if self._lengths[slot] or self._trees[slot] is not None:
+                self._outdated[slot] = reason
 
     def _check_slot(self, slot: int) -> int:
         if not isinstance(slot, int) or not 0 <= slot < self.slots:
             raise UnknownSlot(slot=slot, slots=self.slots)
         return slot
 
-    def _check_fresh(self) -> None:
+    def _check_fresh(self, slots: Iterable[int]) -> None:
         if self.stale is not None:
             raise StaleCache(reason=self.stale)
+        if self._outdated:
+            for slot in slots:
+                if slot in self._outdated:
+                    raise StaleCache(reason=self._outdated[slot])
 
     def _check_path(self, slot: int, path: Sequence[int]) -> None:
         tree = self._trees[slot]
@@ -111,6 +124,16 @@ class TreeCache:
     def _reserve(self, slot: int, nodes: int) -> None:
         if self._lengths[slot] + nodes > self.max_tokens:
             raise CacheOverflow(slot=slot, length=self._lengths[slot], new=nodes, capacity=self.max_tokens)
+
+
+def _nodes(path: Sequence[int] | Tensor) -> list[int]:
+    """NOTE the truth of a tensor is that of its number: an unconverted `tensor([0])` would pass for an empty path."""
+    if not isinstance(path, Tensor):
+        return list(path)
+    if path.dim() != 1 or path.is_floating_point() or path.is_complex() or path.dtype is torch.bool:
+        got = f"a {str(path.dtype).removeprefix('torch.')} tensor {list(path.shape)}"
+        raise InvalidPath(got=got, expected="node indices: integers, or an integer tensor [n]")
+    return path.tolist()
 
 
 def _allocate(

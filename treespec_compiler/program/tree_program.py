@@ -31,9 +31,10 @@ from .cuda_graphs import GraphStats
 from .executor import Bound, Executor, Tally
 from .keys import example_key
 from .made import Made
+from .optimizer_steps import steps
 from .outputs import tapped, taps_of
 from .semantics import lengths_check, semantic_check
-from .weights import WeightWatch
+from .weights import Changes, WeightWatch
 
 log = logger(__name__)
 
@@ -98,6 +99,7 @@ class TreeProgram:
         self._earlier: list[Made] = []
         self._model = weakref.ref(model)
         self._caches: weakref.WeakSet[TreeCache] = weakref.WeakSet()
+        self._steps = steps()
         self._build(model)
 
     def _build(self, model: nn.Module) -> None:
@@ -116,16 +118,18 @@ class TreeProgram:
     def _convert(self, model: nn.Module) -> None:
         started = time.perf_counter()
         meaning = [semantic_check(model, self._call)]
-        self._converted: Converted = convert(
+        converted: Converted = convert(
             model,
             self._call,
             self.options,
             checks=meaning if self.options.verify_each == "semantic" else (),
             user_checks=meaning if self.options.verify_each == "spec" else (),
         )
-        state = self._converted.state
-        self._watch = WeightWatch(model, self._converted.sources, self._converted.proved_from)
+        state = converted.state
+        watch = WeightWatch(model, converted.sources, converted.proved_from)
         lengths_check(model, self._call, state)
+        # NOTE nothing is kept before the last refusal: the old program must go on seeing that its model changed.
+        self._converted, self._watch = converted, watch
         logits: Any = state.logits.meta["val"]
         self.dtype, self.device, self.vocab_size = logits.dtype, logits.device, int(logits.shape[-1])
         self._bound = Bound({})
@@ -141,13 +145,14 @@ class TreeProgram:
         reads = self._converted.reads
         return reads.changed(model, self._call.args, self._call.kwargs) if model is not None and reads else None
 
-    def _bind_weights(self) -> None:
-        """The module's present weights, and the packed ones made of them."""
+    def _bind_weights(self) -> Changes:
+        """The module's present weights, and what is made of those that changed."""
         weights = self._converted.state.weights
         changes = self._watch.renew()
-        weights.changed(changes.replaced | changes.rewritten)
+        weights.changed(changes.any)
         self._bound.tensors = dict(weights.tensors)
         self.packed_bytes = weights.own_bytes
+        return changes
 
     def executor(self, derive: Derive, options: Options | None = None, tally: Tally | None = None) -> Executor:
         """What runs another graph made of this program's, over the same weights and on the same caches; see `call`.
@@ -260,7 +265,7 @@ class TreeProgram:
         `outputs` as in `verify`: hidden states are of the whole prompt, [S, D].
         """
         ids = prompt_ids_of(prompt_ids)
-        self._ready(cache)
+        self._ready(cache, [slot])
         cache._check_slot(slot)
         check_tokens(ids, self.input_vocab, "the prompt")
         self._check_context(cache.length(slot) + len(ids))
@@ -341,7 +346,7 @@ class TreeProgram:
         `executor` is asked for after weights were looked at, since other ones may need other graphs.
         """
         items: Sequence[tuple[int, TokenTree]] = tree.items if isinstance(tree, Forest) else ((0, tree),)
-        self._ready(cache)
+        self._ready(cache, [s for s, _ in items])
         parts = [new_part(cache, s, t, start.get(s, 0) if isinstance(start, Mapping) else start) for s, t in items]
         for part in parts:
             check_tokens(part.tree.tokens, self.input_vocab, f"the tree of slot {part.slot}")
@@ -357,20 +362,21 @@ class TreeProgram:
 
     def refresh(self) -> None:
         """Take the module's present weights, whatever was noticed; rebuild when dtype, device or shape changed."""
-        self._update(force=True)
+        self._update()
 
     def check_weights(self, contents: bool = False) -> None:
-        """Notice weights that changed: identity, address and version; with `contents`, a checksum as well, and the rest
-        of what the model's code reads: hooks, attributes, methods, adapters.
+        """Notice weights that changed: identity, address and version; with `contents`, or after a step of an optimizer,
+        a checksum as well; with `contents` the rest of what the model's code reads, too: hooks, attributes, methods,
+        adapters. K/V that other weights made raise StaleCache from then on.
         """
         if contents and (reason := self._otherwise(self._model())):
             self._switch(reason)
         if self._watch.touched() or self._watch.mode_changed():
             self._update()
-        elif contents and (
-            self._watch.deep_mode_changed() or self._watch.rearranged() or self._watch.contents_changed()
-        ):
-            self._update(force=True)
+        elif contents or steps() != self._steps:
+            self._steps = steps()
+            if self._watch.deep_mode_changed() or self._watch.rearranged() or self._watch.contents_changed():
+                self._update()
 
     def _switch(self, reason: str) -> None:
         """Take the program of the model as it reads now: one made before, if it was so once, or a new one."""
@@ -395,7 +401,7 @@ class TreeProgram:
             cache.stale = reason
         self._caches.clear()
 
-    def _update(self, force: bool = False) -> None:
+    def _update(self) -> None:
         model = self._model()
         reason = self._watch.incompatible()
         if model is not None and (reason or self._watch.deep_mode_changed()):
@@ -404,16 +410,21 @@ class TreeProgram:
             self._outdate(reason)
             self._build(model)
             return
-        log.info("repacking weights")
-        self._bind_weights()
+        changes = self._bind_weights()
+        log.info("bound %d weights anew, %d of them with other values", len(changes.any), len(changes.rewritten))
+        if changes.rewritten:
+            first, *others = sorted(changes.rewritten)
+            reason = f"{first} got other values" if not others else f"{first} and {len(others)} more got other values"
+            for cache in self._caches:
+                cache._outdate(reason)
 
-    def _ready(self, cache: TreeCache) -> None:
+    def _ready(self, cache: TreeCache, slots: Sequence[int]) -> None:
         if not isinstance(cache, TreeCache):
             raise InvalidOption(
                 name="cache", got=type(cache).__name__, expected="a TreeCache", fix="Use program.new_cache()."
             )
         self.check_weights()
-        cache._check_fresh()
+        cache._check_fresh(slots)
         if cache not in self._caches:
             raise StaleCache(reason="this program (it belongs to another one)")
 

@@ -22,6 +22,10 @@ class Changes:
     replaced: frozenset[str]
     rewritten: frozenset[str]
 
+    @property
+    def any(self) -> frozenset[str]:
+        return self.replaced | self.rewritten
+
 
 @dataclass(frozen=True)
 class Seen:
