@@ -22,7 +22,8 @@ from treespec_compiler.cli.models import DTYPES
 from treespec_compiler.cli.tune_kernels import add_limit, gpu, tune_kernels
 from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
-from treespec_compiler.codegen.gpu.tune import OP, SHAPES, Shape
+from treespec_compiler.codegen.gpu.trial import Shape
+from treespec_compiler.codegen.gpu.tune import OP, SHAPES
 from treespec_compiler.errors import InvalidOption, TreespecError
 from treespec_compiler.ir.specs import MaskSpec
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from treespec_compiler.errors import Unsupported
 from treespec_compiler.ir.inputs import ROWS
+from treespec_compiler.ir.private_torch import enable_python_dispatcher
 
 from .framework.manager import Pass
 from .framework.state import GraphState

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
-from treespec_compiler.codegen.gpu.tune import TOLERANCE, Shape
-from treespec_compiler.codegen.gpu.tune_device import Inputs, binary_tree, relative_error
+from treespec_compiler.codegen.gpu.trial import TOLERANCE, Shape, binary_tree, relative_error
+from treespec_compiler.codegen.gpu.tune_device import Inputs
 
 from .base import Context, copy_rate, milliseconds, reason
 from .numerics import eager_attention

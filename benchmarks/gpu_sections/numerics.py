@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
-from treespec_compiler.codegen.gpu.tune import TOLERANCE, Shape
-from treespec_compiler.codegen.gpu.tune_device import Inputs, relative_error
+from treespec_compiler.codegen.gpu.trial import TOLERANCE, Shape, relative_error
+from treespec_compiler.codegen.gpu.tune_device import Inputs
 from treespec_compiler.ir import accept, commit, ops
 from treespec_compiler.ir import attention as reference
 from treespec_compiler.ir import stochastic_accept as stochastic

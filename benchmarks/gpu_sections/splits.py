@@ -10,7 +10,7 @@ import functools
 import torch
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import MAX_SPLITS, AttentionKernel, default_config, split_count
-from treespec_compiler.codegen.gpu.tune import Shape
+from treespec_compiler.codegen.gpu.trial import Shape
 from treespec_compiler.codegen.gpu.tune_device import Inputs
 
 from .base import Context, milliseconds

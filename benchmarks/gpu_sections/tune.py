@@ -10,7 +10,8 @@ import torch
 from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu import triton_installed
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, default_config
-from treespec_compiler.codegen.gpu.tune import OP, Shape, Tuner, tune
+from treespec_compiler.codegen.gpu.trial import Shape
+from treespec_compiler.codegen.gpu.tune import OP, Tuner, tune
 from treespec_compiler.errors import TreespecError
 
 from .base import Context, milliseconds, reason

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from treespec_compiler.errors import WrongKernel
 from treespec_compiler.logs import logger
 
 from .source import kernel_versions
 from .tree_attention_spec import AttentionKernel, Config
-from .tune import TOLERANCE, Shape
+from .trial import TOLERANCE, Shape, Trial, relative_error
 
 log = logger(__name__)
 
@@ -28,14 +30,24 @@ CONTEXTS = 173, 128
 
 @functools.cache
 def confirm(
-    spec: AttentionKernel, config: Config, split: bool, several: bool, chain: bool, device: torch.device
+    attend: Callable[..., Tensor],
+    spec: AttentionKernel,
+    config: Config,
+    split: bool,
+    several: bool,
+    chain: bool,
+    device: torch.device,
 ) -> None:
-    """Raise WrongKernel unless the kernel gives the reference's numbers. `several`: requests in a launch."""
+    """Raise WrongKernel unless `attend` (`tree_attention.attend`) gives the reference's numbers.
+
+    `several`: requests in a launch.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a kernel is recorded that has never been launched")  # `Graphs` launches every size first
     began = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad():
-        error = max(_error(spec, config, split, several, chain, context, device) for context in CONTEXTS)
+        trials = [Trial(spec, Shape(NODES, 1 + several, tokens), device, seed=1, chain=chain) for tokens in CONTEXTS]
+        error = max(_error(attend, trial, config, 3 if split else 1) for trial in trials)
     # NOTE written so that NaN is wrong too
     if not error <= TOLERANCE[spec.dtype]:
         raise WrongKernel(
@@ -47,10 +59,5 @@ def confirm(
     log.debug("%s of %s: an error of %.1e, in %.2f s", config, spec.key(), error, time.perf_counter() - began)
 
 
-def _error(
-    spec: AttentionKernel, config: Config, split: bool, several: bool, chain: bool, context: int, device: torch.device
-) -> float:
-    from .tune_device import Inputs, relative_error
-
-    inputs = Inputs(spec, Shape(NODES, 1 + several, context), device, seed=1, chain=chain)
-    return relative_error(inputs.attend(config, 3 if split else 1), inputs.expected())
+def _error(attend: Callable[..., Tensor], trial: Trial, config: Config, splits: int) -> float:
+    return relative_error(attend(*trial.arguments(), config=config, splits=splits), trial.expected())

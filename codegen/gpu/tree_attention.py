@@ -119,7 +119,7 @@ def attend(
         splits = split_count(spec, blocks * spec.kv_heads, reach, config, _processors(device))
     kernels, parts = module(spec), splits + 1 if splits > 1 else 1
     if given_config is None and device >= 0:
-        self_check.confirm(spec, config, parts > 1, requests > 1, chain, q.device)
+        self_check.confirm(attend, spec, config, parts > 1, requests > 1, chain, q.device)
     partial, lse = out, out
     if parts > 1:
         partial = q.new_empty(parts, nodes, spec.heads, spec.value_dim, dtype=torch.float32)

@@ -14,44 +14,16 @@ from treespec_compiler.errors import InvalidOption
 from treespec_compiler.logs import logger
 
 from ..tables import Entry, Table, identity, merge
+from . import tree_attention
 from .offline import Offline, compile_offline
 from .tree_attention_spec import AttentionKernel, Config, default_config, search_space
+from .trial import TOLERANCE, Shape
 
 log = logger(__name__)
 
 OP = "tree_attention"
-# Of ‖out - reference‖ / ‖reference‖: sums of rounded products, and a softmax in float32.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 # A product in tensor cores, by target; on sm_90 those of 64 rows and more are the warp group's.
 TENSOR_CORES = {"sm_80": ("HMMA",), "sm_90": ("HMMA", "HGMMA"), "sm_100": ("HMMA", "UTCHMMA"), "gfx942": ("v_mfma",)}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """New nodes of each of `requests` trees behind `context` committed tokens each."""
-
-    nodes: int
-    requests: int
-    context: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shape:
-        """`64x1x2048`: nodes, requests, context."""
-        try:
-            nodes, requests, context = map(int, text.split("x"))
-        except ValueError:
-            nodes = requests = context = 0
-        if min(nodes, requests, context) < 1:
-            raise InvalidOption(name="shape", got=text, expected="NODESxREQUESTSxCONTEXT, such as 64x1x2048")
-        return cls(nodes, requests, context)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a slot has room for."""
-        return self.context + max(64, self.nodes)
-
-    def __str__(self) -> str:
-        return f"{self.nodes}x{self.requests}x{self.context}"
 
 
 SHAPES = tuple(
@@ -86,8 +58,6 @@ def objection(spec: AttentionKernel, config: Config, target: str, made: Offline)
 
 def compile_config(spec: AttentionKernel, config: Config, target: str) -> Offline:
     """The kernel that shares keys out, which needs the most registers."""
-    from . import tree_attention
-
     return compile_offline(
         tree_attention.module(spec).attend,
         tree_attention.signature(spec, split=True),

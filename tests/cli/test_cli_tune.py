@@ -19,7 +19,8 @@ from treespec_compiler.cli.main import main
 from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu import tune as tuning
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
-from treespec_compiler.codegen.gpu.tune import Shape, candidates
+from treespec_compiler.codegen.gpu.trial import Shape
+from treespec_compiler.codegen.gpu.tune import candidates
 from treespec_compiler.ir.specs import MaskSpec
 
 

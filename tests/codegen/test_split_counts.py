@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config, split_count
-from treespec_compiler.codegen.gpu.tune import Shape
+from treespec_compiler.codegen.gpu.trial import Shape
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200" / "gpu_suite-splits.json"
 RUN = json.loads(RESULTS.read_text())

@@ -16,7 +16,8 @@ from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu import tune as tuning
 from treespec_compiler.codegen.gpu.offline import Resources
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config, default_config, search_space
-from treespec_compiler.codegen.gpu.tune import Shape, Tuner, candidates, prune, tune
+from treespec_compiler.codegen.gpu.trial import Shape
+from treespec_compiler.codegen.gpu.tune import Tuner, candidates, prune, tune
 from treespec_compiler.codegen.tables import Table
 from treespec_compiler.errors import CorruptTable, InvalidOption
 from treespec_compiler.ir.specs import MaskSpec

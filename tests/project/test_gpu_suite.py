@@ -27,7 +27,7 @@ from gpu_sections.base import Context  # noqa: E402
 
 from treespec_compiler.codegen.gpu import timing  # noqa: E402
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel  # noqa: E402
-from treespec_compiler.codegen.gpu.tune import Shape  # noqa: E402
+from treespec_compiler.codegen.gpu.trial import Shape  # noqa: E402
 from treespec_compiler.codegen.gpu.tune_device import Inputs  # noqa: E402
 from treespec_compiler.program import tree_program as program  # noqa: E402
 

@@ -26,18 +26,6 @@ STOREYS: tuple[tuple[str, ...], ...] = (
 )
 
 
-def _circle(room: str, *files: str) -> frozenset[str]:
-    return frozenset(f"{PACKAGE}.{room}.{file}" for file in files)
-
-
-# Circles that are still there. None may be added.
-KNOWN_CIRCLES: tuple[frozenset[str], ...] = (
-    _circle("codegen.gpu", "self_check", "tree_attention", "tune", "tune_device"),
-    _circle("speculation", "cost.interleaving", "drafts.growth", "drafts.model", "drafts.sampled", "policies.auto")
-    | _circle("speculation", "policies.policy"),
-)
-
-
 def upward(found: list[Import]) -> list[str]:
     """Imports of a room that is not below the importing one."""
     storey = {room: height for height, rooms in enumerate(STOREYS) for room in rooms}
@@ -57,8 +45,7 @@ def test_rooms_import_what_is_below_them() -> None:
 
 
 def test_no_circle_between_files() -> None:
-    found = circles(imports(modules()))
-    assert [circle for circle in found if not any(known.issuperset(circle) for known in KNOWN_CIRCLES)] == []
+    assert circles(imports(modules())) == []
 
 
 def package(folder: Path, files: dict[str, str]) -> Path:

@@ -18,7 +18,8 @@ from ..codegen import tables
 from ..codegen.gpu.inventory import attention_kernels
 from ..codegen.gpu.offline import TARGETS
 from ..codegen.gpu.tree_attention_spec import AttentionKernel, default_config
-from ..codegen.gpu.tune import OP, SHAPES, Outcome, Shape, Tuner, tune
+from ..codegen.gpu.trial import Shape
+from ..codegen.gpu.tune import OP, SHAPES, Outcome, Tuner, tune
 from ..codegen.tables import Table
 from ..errors import CorruptTable, InvalidOption, Unsupported
 from ..pipeline import convert

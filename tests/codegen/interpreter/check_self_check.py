@@ -11,7 +11,7 @@ from treespec_compiler.codegen.gpu import self_check, tree_attention
 from treespec_compiler.codegen.gpu.source import load
 from treespec_compiler.codegen.gpu.tree_attention_source import source
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config
-from treespec_compiler.codegen.gpu.tune import Shape
+from treespec_compiler.codegen.gpu.trial import Shape
 from treespec_compiler.codegen.gpu.tune_device import Inputs
 from treespec_compiler.errors import WrongKernel
 from treespec_compiler.ir.specs import MaskSpec
@@ -36,7 +36,7 @@ def _nothing_is_confirmed():
     [(PLAIN, False, False, False), (PLAIN, True, False, True), (CHANGED, True, True, False)],
 )
 def test_right_kernels_are_confirmed(spec, split, several, chain):
-    self_check.confirm(spec, CONFIG, split, several, chain, CPU)
+    self_check.confirm(tree_attention.attend, spec, CONFIG, split, several, chain, CPU)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_wrong_kernels_are_refused(monkeypatch, right, wrong):
     module = load("tree_attention", PLAIN.key(), text.replace(right, wrong))
     monkeypatch.setattr(tree_attention, "module", lambda spec: module)
     with pytest.raises(WrongKernel) as caught:
-        self_check.confirm(PLAIN, CONFIG, True, False, False, CPU)
+        self_check.confirm(tree_attention.attend, PLAIN, CONFIG, True, False, False, CPU)
     for part in ("4 heads over 2 of 16 numbers", "block_m=16", "expected at most 1.0e-05", "triton", 'kernels="aten"'):
         assert part in str(caught.value)
 
@@ -61,7 +61,7 @@ def test_wrong_kernels_are_refused(monkeypatch, right, wrong):
 def test_nothing_is_confirmed_while_a_graph_is_recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="never been launched"):
-        self_check.confirm(PLAIN, CONFIG, True, False, False, torch.device("cuda"))
+        self_check.confirm(tree_attention.attend, PLAIN, CONFIG, True, False, False, torch.device("cuda"))
 
 
 def test_what_a_launch_chose_itself_is_confirmed(monkeypatch):
@@ -72,7 +72,7 @@ def test_what_a_launch_chose_itself_is_confirmed(monkeypatch):
     monkeypatch.setattr(tree_attention, "self_check", types.SimpleNamespace(confirm=lambda *given: asked.append(given)))
     for requests, context, chain in ((1, 5, False), (2, 5, False), (1, 4096, False), (1, 5, True)):
         Inputs(PLAIN, Shape(2, requests, context), CPU, chain=chain).attend()
-    flags = [(split, several, chain) for _, _, split, several, chain, _ in asked]
+    flags = [(split, several, chain) for _, _, _, split, several, chain, _ in asked]
     assert flags == [(False, False, False), (False, True, False), (True, False, False), (False, False, True)]
     Inputs(PLAIN, Shape(2, 1, 5), CPU).attend(CONFIG, 1)
     assert len(asked) == 4  # the caller's own choice is the caller's

@@ -7,8 +7,8 @@ import torch
 
 from treespec_compiler.codegen.gpu import tune_device
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config
-from treespec_compiler.codegen.gpu.tune import TOLERANCE, Shape
-from treespec_compiler.codegen.gpu.tune_device import DeviceBench, Inputs, binary_tree
+from treespec_compiler.codegen.gpu.trial import TOLERANCE, Shape, binary_tree
+from treespec_compiler.codegen.gpu.tune_device import DeviceBench, Inputs
 from treespec_compiler.ir.specs import MaskSpec
 
 CPU = torch.device("cpu")

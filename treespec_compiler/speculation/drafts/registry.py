@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ...errors import InvalidOption
+from ...logs import logger
 from ...options import Options
 from .protocol import Draft
 
 if TYPE_CHECKING:
     from ...program.tree_program import TreeProgram
 
-log = logging.getLogger("treespec.drafts")
+log = logger(__name__)
 
 GROUP = "treespec.drafts"
 
