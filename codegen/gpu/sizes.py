@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-PROMPT_CHUNK = 2048
-"""Tokens of a prompt that a GPU takes at once: it reads weights for about 200 rows in the time it computes with them
-(H200, bfloat16), and needs several times that to be busy with computing. Measured on none yet."""
+from treespec_compiler.ir.device import CUDA
+
+PROMPT_CHUNK = CUDA.prompt_chunk
+"""Tokens of a prompt that a GPU takes at once."""
 
 
 def power_of_two(n: int) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from ..codegen.gpu.grouped_linear import has_kernel
 from ..codegen.gpu.sizes import power_of_two
 from ..errors import CaptureFailed
+from ..ir.device import profile
 from ..ir.registry import kernel_of
 from ..logs import logger
 from ..options import Options
@@ -69,7 +70,7 @@ def bucket(parts: Sequence[Part]) -> Shape | None:
 
 def obstacle(graph: fx.Graph, device: torch.device) -> str:
     """Why calls of a bound tree graph cannot be recorded on this device; empty: they can."""
-    if device.type != "cuda":
+    if not profile(device).records:
         return f"the model is on {device.type}"
     for node in graph.nodes:
         if node.op == "call_function" and getattr(node.target, "namespace", "").startswith("treespec"):

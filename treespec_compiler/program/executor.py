@@ -16,6 +16,7 @@ from torch import Tensor
 from ..capture.alone import alone
 from ..capture.surroundings import outside_autocast
 from ..errors import InvalidOption
+from ..ir.device import profile
 from ..ir.inputs import BY_NAME, TOKENS, pool_names
 from ..options import Options
 from ..passes.framework.state import GraphState
@@ -64,6 +65,7 @@ class Executor:
         self.tally = tally or Tally()
         logits: Any = state.logits.meta["val"]
         self.device: torch.device = logits.device
+        self._profile = profile(self.device)
         self._weights, self._own = bound, dict(own or {})
         self._placeholders = [n for n in state.graph.nodes if n.op == "placeholder"]
         added = {name: name for name in state.inputs} | {state.tokens: TOKENS}
@@ -131,7 +133,7 @@ class Executor:
         return self._template
 
     def _inputs(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None) -> list[Tensor]:
-        if self.device.type != "cpu":
+        if not self._profile.synchronous:
             return self._place(pack(parts, cache, self.device, rows), cache)
         shape, numbers = lay_out(parts, cache, rows)
         # NOTE an id may be that of a graph that is gone; its template cannot be this one's.

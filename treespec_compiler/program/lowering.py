@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ..capture.alone import alone
+from ..ir.device import profile
 from ..ir.inputs import input_of
 from ..logs import logger
 
@@ -84,7 +85,7 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
         return compiled(*inputs)
 
     lowered = Lowered(run, time.perf_counter() - started)
-    found = _compiled_graph(compiled) if examples[0].device.type == "cpu" else None
+    found = _compiled_graph(compiled) if profile(examples[0].device).direct_calls else None
     if found is not None:
         _shorten(lowered, found.current_callable)
     return lowered
@@ -129,12 +130,7 @@ def _settings(device: torch.device) -> dict[str, Any]:
     settings |= {"emulate_precision_casts": True}
     # Steps are recorded whole, with their metadata, by cuda_graphs.py; Inductor's recordings would copy every input.
     settings |= {"triton.cudagraphs": False}
-    if device.type == "cpu":
-        # Between the matrix products a step has only microseconds of work: a barrier costs more than it saves, and
-        # far more when a core is busy. Measured, 11.5M parameters, 2 threads, one node: 0.92 ms with Inductor's own
-        # threads, 0.72 with one; the C++ wrapper takes a 0.5M-parameter draft from 0.118 to 0.093 ms.
-        settings |= {"cpp.threads": 1, "cpp_wrapper": True}
-    return settings
+    return settings | dict(profile(device).inductor)
 
 
 def _without_values(graph: fx.Graph) -> fx.Graph:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..capture.alone import alone
 from ..capture.call import CallSpec, call_spec, original_module
 from ..capture.surroundings import outside_autocast
-from ..codegen.gpu.sizes import PROMPT_CHUNK
 from ..errors import ContextOverflow, InvalidOption, Refusal, StaleCache, Unsupported
 from ..ir import ops
+from ..ir.device import profile
 from ..ir.registry import best_kernel
 from ..ir.specs import AttentionSpec, Limit
 from ..logs import logger
@@ -38,8 +38,6 @@ from .weights import Changes, WeightWatch
 
 log = logger(__name__)
 
-# Prompt tokens of a call: a CPU computes at its peak from some dozens of rows on, and more are more scores at a time.
-CHUNK_CPU = 256
 # Programs of other states of a model's code, such as its adapters on and off, that are kept without packed weights.
 MAX_EARLIER = 3
 
@@ -271,13 +269,13 @@ class TreeProgram:
         self._check_context(cache.length(slot) + len(ids))
         executor = self._executor if outputs is None else self._returning(outputs)
         cache._reserve(slot, len(ids))
-        chunk = self.options.prefill_chunk or (CHUNK_CPU if self.device.type == "cpu" else PROMPT_CHUNK)
+        device = profile(self.device)
+        chunk = self.options.prefill_chunk or device.prompt_chunk
         pieces: list[Sequence[Tensor]] = []
         for start in range(0, len(ids), chunk):
             piece = ids[start : start + chunk]
             tree = TokenTree._trusted(piece, range(-1, len(piece) - 1))
-            # NOTE the CPU's kernels look at every page number; others take the slot's emptiness from the shape
-            pages = 1 if cache._lengths[slot] or self.device.type == "cpu" else 0
+            pages = 0 if device.empty_tables and not cache._lengths[slot] else 1
             part = Part(slot, tree, prompt=True, pages=pages)
             found = executor.run([part], cache, rows=[len(piece) - 1])
             pieces = [found] if outputs is None else [*pieces, found]

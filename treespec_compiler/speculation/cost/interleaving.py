@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ...errors import CorruptTable
+from ...ir.device import profile
 from ...logs import logger
 from ...tree import TokenTree
 from ...user_cache import read_table, write_whole
@@ -117,6 +118,5 @@ def measure_factor(target: Any, draft: ModelDraft, clock: Callable[[], float] = 
 
 def _seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
     began = clock()
-    if call().is_cuda:
-        torch.cuda.synchronize()
+    profile(call().device).synchronize()
     return clock() - began

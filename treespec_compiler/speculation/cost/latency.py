@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ import torch
 
 from ... import user_cache
 from ...errors import CorruptTable
+from ...ir.device import profile
 from ...logs import logger
 from ...tree import Forest, TokenTree
 from ...versions import versions
@@ -176,7 +176,7 @@ def fingerprint(program: Any) -> str | None:
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and "val" in node.meta]
     shapes = [f"{node.name}:{tuple(node.meta['val'].shape)}:{node.meta['val'].dtype}" for node in inputs]
     options = program.options
-    how = [options.lowering, options.kernels, *([options.cuda_graphs] if program.device.type == "cuda" else [])]
+    how = [options.lowering, options.kernels, *([options.cuda_graphs] if profile(program.device).records else [])]
     parts = [SCHEMA, gm.code, *shapes, repr(how), *meta(program).values()]
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
 
@@ -184,7 +184,7 @@ def fingerprint(program: Any) -> str | None:
 def meta(program: TreeProgram) -> dict[str, Any]:
     """What a table is valid for, readable."""
     device = program.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    name = profile(device).describe(device)
     return {"device": name, "threads": torch.get_num_threads(), **versions("torch")}
 
 
@@ -274,8 +274,8 @@ def _time(call: Callable[[], Any], budget: float, clock: Clock) -> float:
         while len(seconds) < 2 or (sum(seconds) < budget and len(seconds) < 1000):
             began = clock()
             out = call()
-            if out is not None and out.is_cuda:
-                torch.cuda.synchronize()
+            if out is not None:
+                profile(out.device).synchronize()
             seconds.append(clock() - began)
     return min(seconds)
 

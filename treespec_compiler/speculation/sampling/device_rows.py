@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...ir.device import profile
 from .chance import REPEATS, Chance, SeededChance, without_repeats
 from .rows import NONE, Drawn, HostRows, RowSampler
 from .samplers import SAMPLERS, ChildSampler, Kind
@@ -172,7 +173,7 @@ class DeviceRows:
 
 def stays_on_device(program: TreeProgram) -> bool:
     """Whether rows of the program's logits are used where they are: on a CPU, reading them costs nothing."""
-    return program.device.type != "cpu"
+    return not profile(program.device).host_rows
 
 
 def row_sampler(

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, cat, float32
 
+from ...ir.device import profile
+
 # NOTE: torch's CPU argmax is not vectorised over a row: 8 rows of 4096 take 36 us, numpy's 2.4 us (one thread,
 # AVX-512), and k argmaxes are faster than torch's topk for small k (3 of 4096: 5 us against 9).
 SMALL_K = 6
@@ -20,7 +22,7 @@ def likeliest(logits: Tensor, k: int = 1, bad: list[int] | None = None) -> list[
     `bad`: gets the rows that are NaN or infinite appended. Their largest logit tells: NaN and +inf are above all
     others, and -inf is the largest if there is nothing else.
     """
-    if logits.dtype is not float32 or not logits.is_cpu or k > SMALL_K:
+    if logits.dtype is not float32 or not profile(logits.device).host_rows or k > SMALL_K:
         ids = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
         if bad is None:
             return ids.flatten().tolist()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import InvalidLogits
 from ...ir import ops
+from ...ir.device import profile
 from ...ir.private_torch import OpOverload
 from ..proposal import Proposal
 from ..sampling.chance import Chance, Row, SeededChance
@@ -142,7 +143,7 @@ class SamplingJudge:
 
 def row_reader(logits: Tensor) -> Callable[[int], NDArray[np.float32]]:
     """Rows of logits [N, V] as they are asked for: most rules look at the path's rows only."""
-    if logits.is_cpu:
+    if profile(logits.device).host_rows:
         return _rows(logits).__getitem__
     # NOTE: from another device one row at a time; all rows of 64 nodes and 128000 ids would be 33 MB a step
     return lambda node: _rows(logits[node])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ir.accept import FIELDS
+from ...ir.device import profile
 from ...ir.private_torch import OpOverload
 from ...ir.registry import best_kernel
 from ...ir.stochastic_accept import FIELDS as CHANCE_FIELDS
@@ -90,4 +91,4 @@ def _integers(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
 
 
 def _to(x: Tensor, device: torch.device) -> Tensor:
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return x.pin_memory().to(device, non_blocking=True) if profile(device).pinned_copies else x.to(device)
