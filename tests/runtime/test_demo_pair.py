@@ -29,7 +29,7 @@ def test_files_are_complete_and_small() -> None:
             assert (path / name).is_file(), f"{path.name}/{name}"
     for path in (
         demo.paths.early_exit,
-        demo.paths.early_exit_config,
+        demo.paths.early_exit.with_suffix(".json"),
         demo.paths.heldout,
         demo.paths.root / "README.md",
     ):
@@ -82,7 +82,7 @@ def test_early_exit_reads_the_layer_it_was_trained_on(pair) -> None:
     from safetensors.torch import load_file
 
     target, _ = pair
-    about = json.loads(demo.paths.early_exit_config.read_text())
+    about = json.loads(demo.paths.early_exit.with_suffix(".json").read_text())
     weights = {name: w.float() for name, w in load_file(demo.paths.early_exit).items()}
     tokenizer = demo.load_tokenizer()
     agreement = torch.zeros(target.config.num_hidden_layers)  # by layer; the last hidden state is normed already

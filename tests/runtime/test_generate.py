@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 
 import pytest
@@ -393,3 +394,11 @@ def test_a_draft_of_ones_own():
         out = treespec.generate(target(), PROMPT, draft=draft, max_new_tokens=31)
         assert out.sequences.tolist() == [greedy(TARGET, PROMPT, 31)]
         assert out.stats.tokens_per_step >= 2.9
+
+
+def test_generate_takes_what_stream_takes():
+    one, other = inspect.signature(treespec.generate), inspect.signature(treespec.stream)
+    assert one.parameters == other.parameters and "temperature" in one.parameters
+    assert "GenerationOutput" in str(one.return_annotation)
+    with pytest.raises(TypeError, match="temprature"):
+        treespec.generate(target(), PROMPT, temprature=1.0)

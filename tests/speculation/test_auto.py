@@ -180,8 +180,8 @@ def test_only_chains_where_only_chains_are_allowed():
     memory = Acceptance()
     memory.tried, memory.accepted = [50.0, 20, 20, 20], [20.0, 8, 4, 2]
     cost = CostModel(table(1.0, 0.001), [table(0.2, 0.0)], 0.02)
-    assert not Controller(Auto(), cost, [memory]).plan(0, 100)[0].is_chain
-    assert Controller(Auto(chain=True), cost, [memory]).plan(0, 100)[0].is_chain
+    forked, chain = (Controller(Auto(chain=c), cost, [memory]).plan(0, 100)[0] for c in (False, True))
+    assert forked.max_nodes > forked.max_depth + 1 and chain.max_nodes == chain.max_depth + 1
 
 
 def test_no_deeper_than_what_is_still_wanted():

@@ -85,7 +85,7 @@ def test_a_nearly_full_cache_cuts_the_tree(policy):
 def test_widths_of_a_fixed_tree_are_given_level_by_level():
     tree = FixedTree((-1, 0, 0, 0, 1, 1, 2, 4))
     assert tree.levels == ((3,), (2, 1, 0), (1, 0, 0), (0,))
-    assert tree.max_nodes == 8 and tree.max_depth == 3 and not tree.is_chain
+    assert tree.max_nodes == 8 and tree.max_depth == 3
     proposal = propose(session(draft(0.5)), tree, WIDE)
     assert tuple(proposal.parents) == tree.parents
 
@@ -166,7 +166,8 @@ def test_the_fastest_tree_follows_the_costs():
     wide = fastest_tree([0.4, 0.2, 0.1], lambda nodes, rows: 1.0 + 0.4 * len(rows), 8, 6).tree
     assert wide.max_depth == 1 and wide.max_nodes == 4
     # Wide levels cost much: a chain.
-    assert fastest_tree([0.8, 0.1], lambda n, rows: 1 + sum(r - 1 for r in rows) + 0.3 * (n > 5), 8, 8).tree.is_chain
+    tree = fastest_tree([0.8, 0.1], lambda n, rows: 1 + sum(r - 1 for r in rows) + 0.3 * (n > 5), 8, 8).tree
+    assert tree == FixedTree.chain(tree.max_depth)
     best = fastest_tree([0.6, 0.2, 0.05], lambda n, rows: 1 + 0.05 * n + 0.1 * len(rows), 12, 5)
     brute = max(
         value / (1 + 0.05 * tree.max_nodes + 0.1 * tree.max_depth)

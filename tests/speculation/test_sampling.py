@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from treespec_compiler.errors import InvalidOption
 from treespec_compiler.speculation.sampling.chance import SeededChance
+from treespec_compiler.speculation.sampling.device_rows import DeviceProcessor
 from treespec_compiler.speculation.sampling.samplers import SAMPLERS, ChildSampler, as_sampler
 from treespec_compiler.speculation.sampling.settings import Processor, Sampling
 
@@ -183,3 +184,14 @@ def test_samplers_by_name():
     assert all(isinstance(sampler, ChildSampler) for sampler in SAMPLERS.values())
     with pytest.raises(InvalidOption, match="expected one of 'top-k', 'iid', 'without-replacement', or a ChildSampler"):
         as_sampler("topk")
+
+
+@pytest.mark.parametrize("temperature", [1e-199, 1e-300, 5e-324])
+@pytest.mark.parametrize("more", [{}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}])
+def test_the_smallest_temperatures_are_greedy(temperature, more):
+    logits = np.array([[3.0, -900.0, 4.5, -np.inf], [-1.0, -2.0, -3.0, -4.0]], dtype=np.float32)
+    sampling = Sampling(temperature=temperature, **more)
+    found, usable = DeviceProcessor(sampling, torch.device("cpu")).rows(torch.from_numpy(logits))
+    assert usable.all() and found.tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    for row, want in zip(logits, found.tolist(), strict=True):
+        assert Processor(sampling).row(row, ()).tolist() == want

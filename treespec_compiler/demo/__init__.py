@@ -34,10 +34,6 @@ class Paths:
         return self.root / "early_exit.safetensors"
 
     @property
-    def early_exit_config(self) -> Path:
-        return self.root / "early_exit.json"
-
-    @property
     def heldout(self) -> Path:
         return self.root / "heldout.json"
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ log = logger(__name__)
 
 Model = Any  # nn.Module or TreeProgram
 DraftLike = Any  # Model, Draft, or a list of them
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,71 +98,6 @@ class Stream(Iterator[Step]):
     def __del__(self) -> None:
         if getattr(self, "_engine", None) is not None:
             self.close()
-
-
-def generate(
-    model: Model,
-    input_ids: Tensor | Sequence[int],
-    *,
-    draft: DraftLike = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    logit_bias: Mapping[int, float] | None = None,
-    seed: int | None = None,
-    policy: TreePolicy | str | Sequence[int] | None = None,
-    verifier: AnyVerifier | None = None,
-    sampler: ChildSampler | str | None = None,
-    eos_token_id: int | Iterable[int] | None = None,
-    stop_ids: Iterable[int] = (),
-    options: Mapping[str, Any] | Options | None = None,
-    on_unsupported: OnUnsupported | None = None,
-    tokenizer: Any = None,
-    draft_tokenizer: Any = None,
-) -> GenerationOutput:
-    """The target's own continuation of `input_ids`, sped up by what `draft` guesses right.
-
-    With `temperature` 0 it is the greedy one; above, a sample that has exactly the target's distribution after
-    `logit_bias`, `repetition_penalty`, `temperature`, `top_k`, `top_p` and `min_p` (as in transformers, in this order).
-    `verifier` ("traversal", "multi-step", "recursive", "naive", "block") and `sampler` ("without-replacement", "iid",
-    "top-k") say how; pairs that are not lossless are refused. `out.stats.seed` gives the same sample again; it is None
-    where the trees follow earlier calls too (`policy="auto"` with a draft, and no `seed` given).
-
-    `model` and `draft` are modules (converted on first use) or tree programs; `draft` may also be a `Draft` or a list,
-    whose trees are merged, or None for no speculation. `policy` shapes the tree: `StaticExpansion((1, 1, 3))` or
-    "1,1,3". Generation ends after an id of `eos_token_id` (default: the model's own; `()` for none) or `stop_ids`,
-    which is kept, after `max_new_tokens`, or where the model's context ends: `out.stats.finish_reason` says which.
-    `on_unsupported="fallback"` runs a model that cannot be converted in a plain loop, with a warning.
-    `tokenizer` and `draft_tokenizer`, if given, are checked to mean the same by every common id.
-    """
-    steps = stream(
-        model,
-        input_ids,
-        draft=draft,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        logit_bias=logit_bias,
-        seed=seed,
-        policy=policy,
-        verifier=verifier,
-        sampler=sampler,
-        eos_token_id=eos_token_id,
-        stop_ids=stop_ids,
-        options=options,
-        on_unsupported=on_unsupported,
-        tokenizer=tokenizer,
-        draft_tokenizer=draft_tokenizer,
-    )
-    for _ in steps:
-        pass
-    return GenerationOutput(steps.sequences, steps.stats)
 
 
 def stream(
@@ -220,6 +159,41 @@ def stream(
     parse_prompt(prompt, vocab_size=program.input_vocab, max_context=program.max_context)
     drafts = _drafts(draft, parsed, stats, program)
     return Stream(Request(program, prompt, ending, drafts, tree_policy, judge, stats, drawing), device)
+
+
+def _takes_what(function: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """The decorated function has the arguments of `function`, which are spelled there."""
+
+    def decorate(decorated: Callable[..., T]) -> Callable[P, T]:
+        signature = inspect.signature(function)
+        returns = inspect.signature(decorated).return_annotation
+        decorated.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
+        return decorated
+
+    return decorate
+
+
+@_takes_what(stream)
+def generate(*args: Any, **settings: Any) -> GenerationOutput:
+    """The target's own continuation of `input_ids`, sped up by what `draft` guesses right.
+
+    With `temperature` 0 it is the greedy one; above, a sample that has exactly the target's distribution after
+    `logit_bias`, `repetition_penalty`, `temperature`, `top_k`, `top_p` and `min_p` (as in transformers, in this order).
+    `verifier` ("traversal", "multi-step", "recursive", "naive", "block") and `sampler` ("without-replacement", "iid",
+    "top-k") say how; pairs that are not lossless are refused. `out.stats.seed` gives the same sample again; it is None
+    where the trees follow earlier calls too (`policy="auto"` with a draft, and no `seed` given).
+
+    `model` and `draft` are modules (converted on first use) or tree programs; `draft` may also be a `Draft` or a list,
+    whose trees are merged, or None for no speculation. `policy` shapes the tree: `StaticExpansion((1, 1, 3))` or
+    "1,1,3". Generation ends after an id of `eos_token_id` (default: the model's own; `()` for none) or `stop_ids`,
+    which is kept, after `max_new_tokens`, or where the model's context ends: `out.stats.finish_reason` says which.
+    `on_unsupported="fallback"` runs a model that cannot be converted in a plain loop, with a warning.
+    `tokenizer` and `draft_tokenizer`, if given, are checked to mean the same by every common id.
+    """
+    steps = stream(*args, **settings)
+    for _ in steps:
+        pass
+    return GenerationOutput(steps.sequences, steps.stats)
 
 
 def _count(draft: DraftLike) -> int:

@@ -68,10 +68,6 @@ class FixedTree:
     def needs_q(self) -> bool:
         return False
 
-    @property
-    def is_chain(self) -> bool:
-        return len(self.parents) == len(self.levels)
-
     def widths(self, depth: int, proposal: Proposal) -> int | Sequence[int]:
         if depth >= len(self.levels) - 1:
             return 0

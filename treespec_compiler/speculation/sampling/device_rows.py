@@ -16,7 +16,7 @@ from ...ir.device import profile
 from .chance import REPEATS, Chance, SeededChance, without_repeats
 from .rows import NONE, Drawn, HostRows, RowSampler
 from .samplers import SAMPLERS, ChildSampler, Kind
-from .settings import Sampling
+from .settings import TINY, Sampling
 
 if TYPE_CHECKING:
     from ...program.tree_program import TreeProgram
@@ -58,6 +58,8 @@ class DeviceProcessor:
         if sampling.greedy:
             return torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1.0), usable
         if sampling.temperature != 1.0:
+            if sampling.temperature < TINY:
+                scores -= scores.amax(1, keepdim=True)
             scores /= sampling.temperature
         if sampling.top_k is not None and sampling.top_k < scores.shape[1]:
             scores.masked_fill_(scores < scores.topk(sampling.top_k).values[:, -1:], -torch.inf)

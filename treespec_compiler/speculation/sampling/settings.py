@@ -15,6 +15,8 @@ from .chance import Row
 
 # Tokens sorted at first to find the top p: sorting all of 128000 takes 20 times as long as the rest of a row.
 FEW = 128
+TINY = 1e-200
+"""Below this temperature a logit over it may overflow, so that scores are taken from the largest one first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,10 @@ class Processor:
             best[scores.argmax()] = 1.0
             return best
         if sampling.temperature != 1.0:
-            scores /= sampling.temperature
+            if sampling.temperature < TINY:
+                scores -= largest
+            with np.errstate(over="ignore"):  # to -inf, where nothing is left of a score
+                scores /= sampling.temperature
         if sampling.top_k is not None and sampling.top_k < len(scores):
             scores[scores < np.partition(scores, -sampling.top_k)[-sampling.top_k]] = -np.inf
         if sampling.top_p is not None and sampling.top_p < 1.0:
