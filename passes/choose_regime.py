@@ -31,7 +31,7 @@ def choose_regime(state: GraphState) -> int:
 
 
 def _choices(state: GraphState) -> int:
-    found = [n for n in state.graph.nodes if op_name(n) == "aten.where" and len(n.args) == 3 and _is_scalar(n.args[0])]
+    found = [n for n in state.graph.nodes if _chooses(n) and _is_scalar(n.args[0])]
     forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens) if found else None
     matches = 0
     for node in found:
@@ -53,6 +53,10 @@ def _choices(state: GraphState) -> int:
         state.graph.erase_node(node)
         matches += 1
     return matches
+
+
+def _chooses(node: fx.Node) -> bool:
+    return op_name(node) == "aten.where" and node.target is not aten.where.default
 
 
 def _is_scalar(node: Any) -> bool:

@@ -1,7 +1,8 @@
 """normalize: one spelling per meaning.
 
-Assertions, aliases and inference-time dropout go; views become reshapes, inverted permutations argsorts, tensors that
-are written part by part concatenations, and experts that are run one after the other one grouped matmul.
+Every aten call gets all its arguments (`ir.arguments`). Assertions, aliases and inference-time dropout go; views become
+reshapes, inverted permutations argsorts, tensors that are written part by part concatenations, and experts that are run
+one after the other one grouped matmul.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from treespec_compiler.errors import Refusal
+from treespec_compiler.ir.arguments import argument, fill
 from treespec_compiler.ir.provenance import op_name
 
 from .framework.manager import Pass
@@ -65,6 +67,7 @@ def normalize(state: GraphState) -> int:
     for node in list(state.graph.nodes):
         if node.op != "call_function":
             continue
+        fill(node)
         name = op_name(node)
         if name in _ASSERTIONS:
             state.graph.erase_node(node)
@@ -73,6 +76,7 @@ def normalize(state: GraphState) -> int:
         elif name == "aten.type_as" and not _is_noop(node, name):
             node.target, node.args = aten._to_copy.default, (node.args[0],)
             node.kwargs = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
+            fill(node)
         elif name in _ALIASES or _is_noop(node, name):
             node.replace_all_uses_with(node.args[0])
             state.graph.erase_node(node)
@@ -94,7 +98,7 @@ def _name_squeezed(node: fx.Node) -> None:
     """Say which dimensions go: a tree of one node has a token dimension of size 1, which must stay."""
     source: Any = node.args[0]
     shape, rank = source.meta["val"].shape, source.meta["val"].dim()
-    asked = node.args[1] if len(node.args) > 1 else list(range(rank))
+    asked = argument(node, "dim", list(range(rank)))
     dims = [int(d) % rank for d in (asked if isinstance(asked, (list, tuple)) else [asked])]
     node.target = aten.squeeze.dims
     node.args = (source, [d for d in dims if isinstance(shape[d], int) and shape[d] == 1])
@@ -127,9 +131,8 @@ def _is_noop(node: fx.Node, name: str) -> bool:
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     if name == "aten.slice":
-        step = node.args[4] if len(node.args) > 4 else 1
         # As many elements as there are, one after the other, are all of them: `x[-T:]` for T rows as well as `x[:T]`.
-        return step == 1 and _same_shape(before, after)
+        return node.args[4] == 1 and _same_shape(before, after)
     if name in ("aten._to_copy", "aten.to", "aten.type_as"):
         return before.dtype == after.dtype and before.device == after.device
     if name == "aten.expand":

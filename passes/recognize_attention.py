@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.ir import ops  # noqa: F401  (defines them)
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from .attention.key_bias import BIASED, Splitter, with_key_bias
@@ -24,8 +25,6 @@ from .framework.state import GraphState, refuse
 from .locality.mixers import no_attention
 
 aten = torch.ops.aten
-
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def recognize_attention(state: GraphState) -> int:
@@ -41,27 +40,20 @@ def recognize_attention(state: GraphState) -> int:
     return matches
 
 
-def _bound(node: fx.Node) -> dict[str, Any]:
-    values = dict(zip(_ARGUMENTS, node.args, strict=False))
-    return values | dict(node.kwargs)
-
-
 def _rewrite(state: GraphState, forms: ClosedForms, node: fx.Node) -> None:
-    call = _bound(node)
-    if call.get("dropout_p"):
-        raise refuse(
-            Refusal.TRAINING, f"attention dropout is active (p = {call['dropout_p']})", node, "call model.eval() first"
-        )
-    q, k, v = call["query"], call["key"], call["value"]
-    scale = call.get("scale")
+    dropout = argument(node, "dropout_p")
+    if dropout:
+        raise refuse(Refusal.TRAINING, f"attention dropout is active (p = {dropout})", node, "call model.eval() first")
+    q, k, v = (argument(node, name) for name in ("query", "key", "value"))
+    scale = argument(node, "scale")
     if scale is None:
         scale = 1.0 / math.sqrt(int(shape_of(q)[-1]))
     if not isinstance(scale, (int, float)):
         raise refuse(Refusal.ATTENTION, f"the attention scale is computed in the graph: {scale}", node)
-    mask: Any = call.get("attn_mask")
+    mask: Any = argument(node, "attn_mask")
     found = Splitter(state, forms, node, _repeated).split(mask) if isinstance(mask, fx.Node) else None
     mask, bias = (mask, None) if found is None else (found.mask, found.bias)
-    rest = (mask, bool(call.get("is_causal", False)), float(scale))
+    rest = (mask, bool(argument(node, "is_causal")), float(scale))
     site = make_site(state, node, q, k, v, rest, bias)
     node.replace_all_uses_with(site)
     state.graph.erase_node(node)
@@ -233,7 +225,7 @@ def _unrepeat(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _repeated(node: fx.Node) -> fx.Node | None:
     """x of `x[:, :, None].expand(1, Hkv, G, T, D).reshape(1, Hkv * G, T, D)` or of `repeat_interleave(x, G, 1)`."""
-    if op_name(node) == "aten.repeat_interleave" and len(node.args) > 2 and node.args[2] in (1, -3):
+    if op_name(node) == "aten.repeat_interleave" and argument(node, "dim") in (1, -3):
         return node.args[0] if isinstance(node.args[1], int) else None
     if op_name(node) != "aten.reshape" or op_name(node.args[0]) != "aten.expand":
         return None

@@ -124,13 +124,13 @@ def _spelling(state: GraphState, forms: ClosedForms, cache: fx.Node, node: fx.No
         raise _changes_state(state, cache, f"it is not one write: {op_name(first)}, then {name}", node)
     if name == "aten.index_put":
         used = [i for i, index in enumerate(args[1]) if index is not None]
-        if len(used) != 1 or (len(args) > 3 and args[3]) or node.kwargs.get("accumulate"):
+        if len(used) != 1 or args[3]:
             raise _changes_state(state, cache, "the write adds up, or has several indices", node)
         at, index, value = used[0], args[1][used[0]], args[2]
     elif name == "aten.index_copy":
         at, index, value = int(args[1]) % len(shape_of(cache)), args[2], args[3]
     elif name == "aten.slice_scatter":
-        at = int(args[2] if len(args) > 2 else 0) % len(shape_of(cache))
+        at = int(args[2]) % len(shape_of(cache))
         if not _from_the_start(state, args[3:]):
             raise _changes_state(state, cache, "the slice that is written is not that of the tokens", node)
         return at, args[1]
@@ -145,8 +145,7 @@ def _spelling(state: GraphState, forms: ClosedForms, cache: fx.Node, node: fx.No
 
 def _from_the_start(state: GraphState, bounds: Sequence[Any]) -> bool:
     """Whether (start, end, step) are (0, T, 1)."""
-    defaults: list[Any] = [None, None, 1]
-    start, end, step = [*bounds, *defaults[len(bounds) :]]
+    start, end, step = bounds
     length = end.meta["val"].node.expr if isinstance(end, fx.Node) else end
     return start in (0, None) and length == state.length and step == 1
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from treespec_compiler.errors import Refusal
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import ClosedForms, shape_of
@@ -132,7 +133,7 @@ def _masked_fill(splitter: Splitter, node: fx.Node) -> SplitMask | None:
 
 
 def _where(splitter: Splitter, node: fx.Node) -> SplitMask | None:
-    if len(node.args) != 3:
+    if node.target is aten.where.default:
         return None
     condition, yes, no = node.args
     if splitter._depends(yes):
@@ -142,7 +143,7 @@ def _where(splitter: Splitter, node: fx.Node) -> SplitMask | None:
 
 def _add(splitter: Splitter, node: fx.Node) -> SplitMask | None:
     a, b = node.args[:2]
-    if node.kwargs.get("alpha", 1) != 1 or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+    if argument(node, "alpha") != 1 or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return None
     if splitter._depends(a) == splitter._depends(b):
         return None

@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import ClosedForms, shape_of
@@ -34,7 +35,7 @@ def sink_gate(
         return None
     sigmoid = _through(factor)
     difference = _through(sigmoid.args[0]) if op_name(sigmoid) == "aten.sigmoid" else None
-    if difference is None or op_name(difference) != "aten.sub" or difference.kwargs.get("alpha", 1) != 1:
+    if difference is None or op_name(difference) != "aten.sub" or argument(difference, "alpha") != 1:
         return None
     total, sinks = difference.args[:2]
     if not isinstance(sinks, fx.Node) or sinks in forms.tainted or not _is_total(total, softmax):

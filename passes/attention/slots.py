@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import ClosedForms, axis, shape_of
@@ -164,15 +165,15 @@ class Slots:
                         )
 
     def _attention(self, node: fx.Node, size: int) -> fx.Node:
-        call = dict(zip(("q", "k", "v", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)) | node.kwargs
-        q, k, v, mask = call["q"], call["k"], call["v"], call.get("attn_mask")
+        q, k, v = node.args[:3]
+        mask, is_causal = argument(node, "attn_mask"), argument(node, "is_causal")
         for operand in (k, v):
             if self.axes.get(operand) != rank_of(operand) - 2:
                 raise self._elsewhere(node, "keys and values must both come from the cache, slots in dimension 2")
         if self.axes.get(q) is not None or (mask is not None and self.axes.get(mask) is not None):
             raise self._elsewhere(node, "the query or the mask is computed from the cache")
-        if mask is None or call.get("is_causal"):
-            what = "is_causal=True" if call.get("is_causal") else "no mask"
+        if mask is None or is_causal:
+            what = "is_causal=True" if is_causal else "no mask"
             raise refuse(
                 Refusal.STATE,
                 f"attention reads the whole cache with {what}: slots that no token has written are not hidden by "

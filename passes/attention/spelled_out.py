@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import ClosedForms, shape_of
@@ -75,7 +76,7 @@ class Reader:
         return not _rounds(queries, node)
 
     def site(self, softmax: fx.Node) -> EagerSite | None:
-        dim: Any = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
+        dim: Any = argument(softmax, "dim")
         if dim not in (-1, _rank(softmax) - 1):
             return None
         found = self._values(softmax)
@@ -193,7 +194,7 @@ def _drops_last(node: fx.Node) -> bool:
     """`x[..., :-1]`."""
     args: Any = node.args
     rank = _rank(node)
-    return args[1] in (-1, rank - 1) and args[2] in (0, None) and args[3] == -1 and len(args) < 5
+    return args[1] in (-1, rank - 1) and args[2] in (0, None) and args[3:] == (-1, 1)
 
 
 def _same_matrix(before: fx.Node, after: fx.Node) -> bool:
@@ -250,7 +251,7 @@ def _tanh(reader: Reader, node: fx.Node) -> Scores | None:
 
 def _add(reader: Reader, node: fx.Node) -> Scores | None:
     a, b = node.args[0], node.args[1]
-    if node.kwargs.get("alpha", 1) != 1:
+    if argument(node, "alpha") != 1:
         return None
     if reader._depends(a) and not reader._depends(b):
         scores, extra = reader.read(a), b
@@ -273,7 +274,7 @@ def _sub(reader: Reader, node: fx.Node) -> Scores | None:
     if _is_row_maximum(b, a):
         # With the sinks among them, scores and sinks are shifted alike.
         return scores if scores.sinks is not None else replace(scores, shifted=True)
-    return None if reader._depends(b) or node.kwargs.get("alpha", 1) != 1 else reader.add(scores, b, -1)
+    return None if reader._depends(b) or argument(node, "alpha") != 1 else reader.add(scores, b, -1)
 
 
 def _is_row_maximum(node: Any, of: Any) -> bool:
@@ -286,11 +287,11 @@ def _is_row_maximum(node: Any, of: Any) -> bool:
     if not isinstance(node, fx.Node) or op_name(node) != "aten.amax" or node.args[0] is not of:
         return False
     dims: Any = node.args[1]
-    return list(dims) == [-1] and len(node.args) > 2 and bool(node.args[2])
+    return list(dims) == [-1] and bool(argument(node, "keepdim"))
 
 
 def _where(reader: Reader, node: fx.Node) -> Scores | None:
-    if len(node.args) != 3:
+    if node.target is aten.where.default:
         return None
     condition, yes, no = node.args
     if reader._depends(yes):
@@ -335,7 +336,7 @@ def _reshape(reader: Reader, node: fx.Node) -> Scores | None:
 
 def _baddbmm(reader: Reader, node: fx.Node) -> Scores | None:
     extra, a, b = node.args[:3]
-    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    alpha, beta = argument(node, "alpha"), argument(node, "beta")
     if reader._depends(extra) or not (reader._depends(a) and reader._depends(b)):
         return None
     if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
@@ -349,14 +350,15 @@ def _baddbmm(reader: Reader, node: fx.Node) -> Scores | None:
 
 def _floor(reader: Reader, node: fx.Node) -> Scores | None:
     """maximum(scores, lowest float): the mask's own values, kept from running over."""
-    bound = reader.number(node.args[1]) if len(node.args) == 2 else None
+    lowest = argument(node, "other", argument(node, "min"))
+    bound = reader.number(lowest) if argument(node, "max") is None else None
     return reader.read(node.args[0]) if bound is not None and bound <= _LOWEST else None
 
 
 def _cat(reader: Reader, node: fx.Node) -> Scores | None:
     """[scores, sink]: one more column, the same for every query."""
     parts: Any = node.args[0]
-    dim: Any = node.args[1] if len(node.args) > 1 else 0
+    dim: Any = node.args[1]
     if len(parts) != 2 or dim not in (-1, _rank(node) - 1) or reader._depends(parts[1]) or shape_of(parts[1])[-1] != 1:
         return None
     scores = reader.read(parts[0])

@@ -177,11 +177,11 @@ def _table_slice(state: GraphState, forms: ClosedForms, node: fx.Node, at: int) 
     if op_name(node) != "aten.slice":
         return None
     source: Any = node.args[0]
-    dim = int(node.args[1] if len(node.args) > 1 else 0) % len(shape_of(source))
+    dim = int(node.args[1]) % len(shape_of(source))
     if dim != at or any(state.length in s.free_symbols for s in shape_of(source)):
         return None
-    step = node.args[4] if len(node.args) > 4 else 1
-    start = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
+    start, _, step = node.args[2:]
+    start = 0 if start is None else start
     return start if isinstance(start, int) and start >= 0 and step == 1 else None
 
 

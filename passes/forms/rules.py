@@ -11,6 +11,8 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument, signature
+
 from .form import Form, axis, broadcast, number, packet, rename, shape_of, varies
 
 
@@ -28,10 +30,14 @@ class Call:
         self.shape = shape_of(node)
         self.dtype: torch.dtype = node.meta["val"].dtype
 
-    def arg(self, index: int, name: str, default: Any = None) -> Any:
-        if len(self.node.args) > index:
-            return self.node.args[index]
-        return self.node.kwargs.get(name, default)
+    def arg(self, name: str, default: Any = None) -> Any:
+        return argument(self.node, name, default)
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """What an elementwise op combines: its arguments up to `alpha`, which some overloads have behind them."""
+        known = signature(self.node.target)
+        return self.node.args if known is None else self.node.args[: known.at.get("alpha")]
 
     def form(self, value: Any) -> Form | None:
         if isinstance(value, fx.Node):
@@ -71,10 +77,9 @@ class Call:
 
 
 def _arange(call: Call) -> Form | None:
-    args = [call.size(a) for a in call.node.args]
-    if any(a is None for a in args):
+    start, step = call.size(call.arg("start", 0)), call.size(call.arg("step", 1))
+    if start is None or step is None or call.size(call.arg("end")) is None:
         return None
-    start, step = (sympy.Integer(0) if len(args) == 1 else args[0]), (args[2] if len(args) == 3 else sympy.Integer(1))
     return call.result(start + step * axis(0))
 
 
@@ -84,9 +89,9 @@ def _constant(value: Any) -> Callable[[Call], Form | None]:
     )
 
 
-def _filled(index: int) -> Callable[[Call], Form | None]:
+def _filled(name: str) -> Callable[[Call], Form | None]:
     def rule(call: Call) -> Form | None:
-        value = call.form(call.arg(index, "fill_value"))
+        value = call.form(call.arg(name))
         return None if value is None or value.shape != () else call.result(value.expr)
 
     return rule
@@ -94,9 +99,9 @@ def _filled(index: int) -> Callable[[Call], Form | None]:
 
 def _pointwise(function: Callable[..., Any], *, numeric: bool = True) -> Callable[[Call], Form | None]:
     def rule(call: Call) -> Form | None:
-        if call.node.kwargs.get("alpha", 1) != 1 or (len(call.node.args) > 2 and packet(call.node) in ("add", "sub")):
+        if call.arg("alpha", 1) != 1:
             return None
-        forms = [call.broadcast(a) for a in call.node.args]
+        forms = [call.broadcast(a) for a in call.operands]
         values = [(f.as_number() if numeric else f.as_bool()) for f in forms if f is not None]
         return call.result(function(*values)) if len(values) == len(forms) else None
 
@@ -136,7 +141,7 @@ def _divide(call: Call) -> Form | None:
     a, b = call.broadcast(call.node.args[0]), call.broadcast(call.node.args[1])
     if a is None or b is None or b.as_number() == 0:
         return None
-    mode = call.node.kwargs.get("rounding_mode")
+    mode = call.arg("rounding_mode")
     quotient = a.as_number() / b.as_number()
     if mode is None:
         return call.result(quotient)
@@ -148,7 +153,7 @@ def _clamp(call: Call) -> Form | None:
     if form is None:
         return None
     expr = form.as_number()
-    for bound, pick in ((call.arg(1, "min"), sympy.Max), (call.arg(2, "max"), sympy.Min)):
+    for bound, pick in ((call.arg("min"), sympy.Max), (call.arg("max"), sympy.Min)):
         if bound is not None:
             limit = call.broadcast(bound)
             if limit is None:
@@ -167,7 +172,7 @@ def _log(value: Any) -> Any:
 
 
 def _where(call: Call) -> Form | None:
-    if len(call.node.args) != 3:
+    if call.arg("self") is None or call.arg("other") is None:
         return None
     return choose(call, *(call.broadcast(a) for a in call.node.args))
 
@@ -280,9 +285,9 @@ def _slice(call: Call) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None:
         return None
-    at = dimension(call, call.arg(1, "dim", 0), len(form.shape))
-    step = call.size(call.arg(4, "step", 1))
-    start = _start(call, call.arg(2, "start"), form.shape[at])
+    at = dimension(call, call.arg("dim"), len(form.shape))
+    step = call.size(call.arg("step"))
+    start = _start(call, call.arg("start"), form.shape[at])
     return None if start is None or step is None else call.result(rename(form, {at: start + step * axis(at)}))
 
 
@@ -339,10 +344,10 @@ RULES: dict[str, Callable[[Call], Form | None]] = {
     "new_zeros": _constant(0),
     "ones_like": _constant(1),
     "zeros_like": _constant(0),
-    "full": _filled(1),
-    "full_like": _filled(1),
-    "new_full": _filled(2),
-    "scalar_tensor": _filled(0),
+    "full": _filled("fill_value"),
+    "full_like": _filled("fill_value"),
+    "new_full": _filled("fill_value"),
+    "scalar_tensor": _filled("s"),
     "add": _pointwise(operator.add),
     "sub": _pointwise(operator.sub),
     "rsub": _pointwise(lambda a, b: b - a),

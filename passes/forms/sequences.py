@@ -20,15 +20,9 @@ def _cumsum(call: Call) -> Form | None:
 
 
 def _diff(call: Call) -> Form | None:
-    form, before = call.form(call.node.args[0]), call.form(call.arg(3, "prepend"))
-    at = dimension(call, call.arg(2, "dim", -1), len(call.shape))
-    if (
-        form is None
-        or before is None
-        or call.arg(1, "n", 1) != 1
-        or before.shape[at] != 1
-        or call.arg(4, "append") is not None
-    ):
+    form, before = call.form(call.node.args[0]), call.form(call.arg("prepend"))
+    at = dimension(call, call.arg("dim"), len(call.shape))
+    if form is None or before is None or call.arg("n") != 1 or before.shape[at] != 1 or call.arg("append") is not None:
         return None
     expr = form.as_number()
     later = sympy.expand(expr - expr.xreplace({axis(at): axis(at) - 1}))
@@ -42,7 +36,7 @@ def _triangle(lower: bool) -> Callable[[Call], Form | None]:
         if form is None:
             return None
         row, column = axis(len(call.shape) - 2), axis(len(call.shape) - 1)
-        diagonal = call.size(call.arg(1, "diagonal", 0))
+        diagonal = call.size(call.arg("diagonal"))
         if diagonal is None:
             return None
         kept = sympy.Le(column - row, diagonal) if lower else sympy.Ge(column - row, diagonal)
@@ -56,7 +50,7 @@ def _extreme(largest: bool) -> Callable[[Call], Form | None]:
 
     def rule(call: Call) -> Form | None:
         form = call.form(call.node.args[0])
-        if form is None or form.is_bool or len(call.node.args) != 1 or call.node.kwargs:
+        if form is None or form.is_bool or call.arg("dim") or call.arg("other") is not None:
             return None
         expr = sympy.expand(form.expr)
         for i, size in enumerate(form.shape):

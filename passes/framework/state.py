@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal, Unsupported
+from treespec_compiler.ir.arguments import filled
 from treespec_compiler.ir.private_torch import enable_python_dispatcher
 from treespec_compiler.ir.provenance import layer_path, module_class, op_name, source_line
 from treespec_compiler.ir.specs import AttentionSpec, Limit, PositionSpec
@@ -86,11 +87,12 @@ class GraphState:
     def call(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: fx.Node
     ) -> fx.Node:
-        """Insert a call before `like`, with its fake value and `like`'s provenance."""
+        """Insert a call before `like`, with all arguments of its schema, its fake value and `like`'s provenance."""
+        args, named = filled(target, args, kwargs or {})
         with self.graph.inserting_before(like):
-            node = self.graph.call_function(target, args, kwargs or {})
+            node = self.graph.call_function(target, args, named)
         node.meta = {k: like.meta[k] for k in ("stack_trace", "nn_module_stack") if k in like.meta}
-        values = torch.fx.node.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
+        values = torch.fx.node.map_arg((args, named), lambda n: n.meta["val"])
         # NOTE composite ops (linear, say) ask in C++ for sizes that are symbols here; torch 2.11 and 2.12 answer that
         # only through Python's dispatcher.
         with self.fake_mode, enable_python_dispatcher():

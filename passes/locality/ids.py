@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
@@ -30,7 +31,7 @@ def id_bound(node: Any) -> int | None:
     """n where every value is an integer in 0..n-1; None when that is not known."""
     name = op_name(node)
     if name in ("aten.argmax", "aten.argmin", "aten.argsort"):
-        return _choices(node, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"))
+        return _choices(node, argument(node, "dim"))
     if node.target is operator.getitem:
         return _chosen(node)
     if name in _PICKS:
@@ -49,10 +50,9 @@ def _chosen(node: fx.Node) -> int | None:
     source: Any = node.args[0]
     name = op_name(source)
     if name == "aten.topk" and node.args[1] == 1:
-        dim = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", -1)
-        return _choices(source, dim)
-    if name in ("aten.max", "aten.min") and node.args[1] == 1 and len(source.args) > 1:
-        return _choices(source, source.args[1])
+        return _choices(source, argument(source, "dim"))
+    if name in ("aten.max", "aten.min") and node.args[1] == 1:
+        return _choices(source, argument(source, "dim"))
     if (name == "aten.sort" and node.args[1] == 0) or name in ("aten.split", "aten.unbind", "aten.chunk"):
         return id_bound(source.args[0])
     return None

@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
@@ -172,10 +173,6 @@ def _nodes(value: Any) -> list[fx.Node]:
 _COUNTS = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
-def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def _reshape(self: Routing, node: fx.Node) -> Place:
     rows = rows_of(self.places[node.args[0]])
     if rows is None:
@@ -186,7 +183,7 @@ def _reshape(self: Routing, node: fx.Node) -> Place:
 def _repeat_interleave(self: Routing, node: fx.Node) -> Place:
     """Each row k times, one copy after the other."""
     rows, times = rows_of(self.places[node.args[0]]), node.args[1]
-    dim = argument(node, 2, "dim")
+    dim = argument(node, "dim")
     if rows is None or dim is None or int(dim) % rank_of(node) != rows.at or rows.order is not None:
         return NotImplemented
     if not isinstance(times, int):
@@ -205,10 +202,8 @@ def _repeat(self: Routing, node: fx.Node) -> Place:
 
 def sort_call(node: fx.Node) -> tuple[int, bool]:
     """(dimension, descending) of a sort or argsort."""
-    stable = node.target in (aten.sort.stable, aten.argsort.stable)
-    first = 2 if stable and len(node.args) > 1 and isinstance(node.args[1], bool) else 1
-    dim = int(argument(node, first, "dim", -1)) % max(rank_of(node.args[0]), 1)
-    return dim, bool(argument(node, first + 1, "descending", False))
+    dim = int(argument(node, "dim")) % max(rank_of(node.args[0]), 1)
+    return dim, bool(argument(node, "descending"))
 
 
 def _sort(self: Routing, node: fx.Node) -> Place:
@@ -244,7 +239,7 @@ def _getitem(self: Routing, node: fx.Node) -> Place:
 def _divide(self: Routing, node: fx.Node) -> Place:
     """Row number // k: the number of the row it was copied from, of the same token."""
     numbers = self.numbers.get(node.args[0])
-    whole = op_name(node) == "aten.floor_divide" or node.kwargs.get("rounding_mode") in ("floor", "trunc")
+    whole = op_name(node) == "aten.floor_divide" or argument(node, "rounding_mode") in ("floor", "trunc")
     by = node.args[1]
     if numbers is not None and whole and isinstance(by, int) and by > 0 and numbers.layout.inner % by == 0:
         divided = Layout(numbers.layout.outer, numbers.layout.inner // by)
@@ -296,7 +291,7 @@ def _index_put(self: Routing, node: fx.Node) -> Place:
     numbers, moved = self.numbers.get(index), rows_of(self.places.get(values))
     if numbers is None:
         raise Mixes("it writes rows to places that are not a known permutation of them")
-    if argument(node, 3, "accumulate", False):
+    if argument(node, "accumulate", False):
         return _added(self, node, target, 0, index, values)
     if not numbers.exact or moved is None or moved != rows_of(self.places[index]).moved(moved.at) or moved.at != 0:  # type: ignore[union-attr]
         raise Mixes("it writes rows to places that are not a known permutation of them")
@@ -325,8 +320,8 @@ def _added(self: Routing, node: fx.Node, target: Any, dim: int, index: Any, valu
 def _histc(self: Routing, node: fx.Node) -> Place:
     """Counts of each id, when every id has a bin of its own."""
     source: Any = node.args[0]
-    groups = int(argument(node, 1, "bins", 100))
-    low, high = argument(node, 2, "min", 0), argument(node, 3, "max", 0)
+    groups = int(argument(node, "bins", 100))
+    low, high = argument(node, "min", 0), argument(node, "max", 0)
     bound = id_bound(source)
     if bound is None or bound > groups or rank_of(source) != 1:
         raise Mixes("it counts a value over all tokens")
@@ -366,7 +361,7 @@ def _cast(self: Routing, node: fx.Node) -> Place:
 
 def _grouped_matmul(self: Routing, node: fx.Node) -> Place:
     """Rows sorted by id, times the matrix of each row's id."""
-    rows_node, weight, ends_node = node.args[0], node.args[1], argument(node, 2, "offs")
+    rows_node, weight, ends_node = node.args[0], node.args[1], argument(node, "offs", argument(node, "ends"))
     rows, ends = rows_of(self.places[rows_node]), self.places.get(ends_node)
     shapes, more = (rank_of(rows_node), rank_of(weight)), [a for a in node.args[3:] if isinstance(a, fx.Node)]
     if rows is None or rows.at != 0 or shapes != (2, 3) or self.places[weight] is not None or more:

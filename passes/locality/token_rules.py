@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import sympy
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import Shape, shape_of
@@ -44,10 +45,6 @@ def _dims(value: Any, rank: int) -> set[int]:
     return {int(d) % max(rank, 1) for d in (value if isinstance(value, (list, tuple)) else [value])}
 
 
-def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def _pointwise(node: fx.Node, axes: Axes) -> Axis:
     rank = rank_of(node)
     found: set[int] = set()
@@ -62,7 +59,7 @@ def _pointwise(node: fx.Node, axes: Axes) -> Axis:
     return at
 
 
-def _keeps_except(index: int, name: str, *, keepdim: tuple[int, str] | None = None, default: Any = None) -> Any:
+def _keeps_except(name: str, *, keepdim: bool = False) -> Any:
     """Ops that work along `dim`: it must not be the token dimension."""
 
     def rule(node: fx.Node, axes: Axes) -> Axis:
@@ -70,10 +67,10 @@ def _keeps_except(index: int, name: str, *, keepdim: tuple[int, str] | None = No
         at, rank = axes.axes[operand], rank_of(operand)
         if at is None or any(a is not None for o, a in _operands(node, axes) if o is not operand):
             raise Mixes("an operand other than the first carries tokens")
-        dims = _dims(_argument(node, index, name, default), rank)
+        dims = _dims(argument(node, name), rank)
         if at in dims:
             raise Mixes(f"it works along dimension {at}, the tokens")
-        if keepdim is None or _argument(node, *keepdim, False):
+        if not keepdim or argument(node, "keepdim"):
             return at
         return at - sum(d < at for d in dims)
 
@@ -151,7 +148,7 @@ def _repeat(node: fx.Node, axes: Axes) -> Axis:
 
 
 def _repeat_interleave(node: fx.Node, axes: Axes) -> Axis:
-    at, dim = axes.axes[node.args[0]], _argument(node, 2, "dim")
+    at, dim = axes.axes[node.args[0]], argument(node, "dim")
     if not isinstance(node.args[1], int) or dim is None or at == int(dim) % rank_of(node):
         raise Mixes("it repeats the tokens")
     return at
@@ -277,7 +274,7 @@ def _expand(node: fx.Node, axes: Axes) -> Axis:
 
 def _slice(node: fx.Node, axes: Axes) -> Axis:
     at = axes.axes[node.args[0]]
-    if at == int(_argument(node, 1, "dim", 0)) % rank_of(node.args[0]):
+    if at == int(argument(node, "dim")) % rank_of(node.args[0]):
         raise Mixes("it cuts the token dimension")
     if any(isinstance(a, fx.Node) for a in node.args[2:]):
         raise Mixes("where it cuts depends on the number of tokens")
@@ -296,7 +293,7 @@ def _cat(node: fx.Node, axes: Axes) -> Axis:
     at = next(iter(found))
     if len(found) != 1 or at is None:
         raise Mixes("its parts do not all carry the tokens in the same dimension")
-    if at == int(_argument(node, 1, "dim", 0)) % rank_of(node):
+    if at == int(argument(node, "dim")) % rank_of(node):
         raise Mixes("it joins along the token dimension")
     return at
 
@@ -306,7 +303,7 @@ def _stack(node: fx.Node, axes: Axes) -> Axis:
     at = next(iter(found))
     if len(found) != 1 or at is None:
         raise Mixes("its parts do not all carry the tokens in the same dimension")
-    return at + (int(_argument(node, 1, "dim", 0)) % rank_of(node) <= at)
+    return at + (int(argument(node, "dim")) % rank_of(node) <= at)
 
 
 def _getitem(node: fx.Node, axes: Axes) -> Axis:
@@ -314,7 +311,7 @@ def _getitem(node: fx.Node, axes: Axes) -> Axis:
 
 
 def _unbind(node: fx.Node, axes: Axes) -> Axis:
-    at, dim = axes.axes[node.args[0]], int(_argument(node, 1, "dim", 0)) % rank_of(node.args[0])
+    at, dim = axes.axes[node.args[0]], int(argument(node, "dim")) % rank_of(node.args[0])
     if at == dim or at is None:
         raise Mixes("it takes the tokens apart")
     return at - (dim < at)
@@ -322,7 +319,7 @@ def _unbind(node: fx.Node, axes: Axes) -> Axis:
 
 def _split(node: fx.Node, axes: Axes) -> Axis:
     at = axes.axes[node.args[0]]
-    if at == int(_argument(node, 2, "dim", 0)) % rank_of(node.args[0]):
+    if at == int(argument(node, "dim")) % rank_of(node.args[0]):
         raise Mixes("it cuts the token dimension")
     return at
 
@@ -369,13 +366,13 @@ RULES: dict[str, Rule] = {f"aten.{name}": _pointwise for name in _POINTWISE} | {
     "aten.layer_norm": _layer_norm,
     "aten.rms_norm": _layer_norm,
     "aten.native_layer_norm": _layer_norm,
-    "aten.mean": _keeps_except(1, "dim", keepdim=(2, "keepdim")),
-    "aten.sum": _keeps_except(1, "dim", keepdim=(2, "keepdim")),
-    "aten.amax": _keeps_except(1, "dim", keepdim=(2, "keepdim")),
-    "aten.amin": _keeps_except(1, "dim", keepdim=(2, "keepdim")),
-    "aten.var": _keeps_except(1, "dim", keepdim=(3, "keepdim")),
-    "aten.std": _keeps_except(1, "dim", keepdim=(3, "keepdim")),
-    "aten.logsumexp": _keeps_except(1, "dim", keepdim=(2, "keepdim")),
+    "aten.mean": _keeps_except("dim", keepdim=True),
+    "aten.sum": _keeps_except("dim", keepdim=True),
+    "aten.amax": _keeps_except("dim", keepdim=True),
+    "aten.amin": _keeps_except("dim", keepdim=True),
+    "aten.var": _keeps_except("dim", keepdim=True),
+    "aten.std": _keeps_except("dim", keepdim=True),
+    "aten.logsumexp": _keeps_except("dim", keepdim=True),
     "aten.batch_norm": _batch_norm,
     "aten._native_batch_norm_legit_no_training": _batch_norm,
     "aten.repeat": _repeat,
@@ -383,15 +380,15 @@ RULES: dict[str, Rule] = {f"aten.{name}": _pointwise for name in _POINTWISE} | {
     "aten.outer": _outer,
     "aten.view_as_complex": _complex,
     "aten.view_as_real": _complex,
-    "aten.linalg_vector_norm": _keeps_except(2, "dim", keepdim=(3, "keepdim")),
-    "aten.norm": _keeps_except(2, "dim", keepdim=(3, "keepdim")),
-    "aten.softmax": _keeps_except(1, "dim"),
-    "aten.log_softmax": _keeps_except(1, "dim"),
-    "aten.cumsum": _keeps_except(1, "dim"),
-    "aten.flip": _keeps_except(1, "dims"),
-    "aten.roll": _keeps_except(2, "dims"),
-    "aten.topk": _keeps_except(2, "dim", default=-1),
-    "aten.sort": _keeps_except(1, "dim", default=-1),
+    "aten.linalg_vector_norm": _keeps_except("dim", keepdim=True),
+    "aten.norm": _keeps_except("dim", keepdim=True),
+    "aten.softmax": _keeps_except("dim"),
+    "aten.log_softmax": _keeps_except("dim"),
+    "aten.cumsum": _keeps_except("dim"),
+    "aten.flip": _keeps_except("dims"),
+    "aten.roll": _keeps_except("dims"),
+    "aten.topk": _keeps_except("dim"),
+    "aten.sort": _keeps_except("dim"),
     "aten.view": _reinterpret,  # after normalize, `view(dtype)` is the only one left
     "aten.reshape": _reshape,
     "aten.flatten": _reshape,

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
+
 from ..forms.closed_form import shape_of
 from .token_rules import RULES, Axes, Axis, Mixes, Rule, rank_of
 
@@ -14,15 +16,11 @@ def _places(nodes: list[Any], axes: Axes) -> set[Axis]:
     return {axes.axes[n] for n in nodes if isinstance(n, fx.Node) and n in axes.axes and rank_of(n) > 0}
 
 
-def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def _along(dim_at: int, operands: tuple[int, ...]) -> Rule:
     """Operands of one rank that carry the tokens in the same dimension, which `dim` is not."""
 
     def rule(node: fx.Node, axes: Axes) -> Axis:
-        found = _places([node.args[i] for i in operands if i < len(node.args)], axes)
+        found = _places([node.args[i] for i in operands], axes)
         at, dim = next(iter(found)), int(node.args[dim_at]) % rank_of(node.args[0])
         if len(found) != 1 or at is None:
             raise Mixes("its operands do not all carry the tokens in the same dimension")
@@ -36,7 +34,7 @@ def _along(dim_at: int, operands: tuple[int, ...]) -> Rule:
 def _slice_scatter(node: fx.Node, axes: Axes) -> Axis:
     found = _places(list(node.args[:2]), axes)
     at = next(iter(found))
-    if len(found) != 1 or at is None or at == int(_argument(node, 2, "dim", 0)) % rank_of(node):
+    if len(found) != 1 or at is None or at == int(argument(node, "dim")) % rank_of(node):
         raise Mixes("it writes along the token dimension")
     return at
 
@@ -59,7 +57,7 @@ def _blank(node: fx.Node, axes: Axes) -> Axis:
 
 def _extreme(node: fx.Node, axes: Axes) -> Axis:
     """max and min: along a dimension, or of two tensors."""
-    two = len(node.args) > 1 and isinstance(node.args[1], fx.Node)
+    two = isinstance(argument(node, "other"), fx.Node)
     return RULES["aten.maximum" if two else "aten.amax"](node, axes)
 
 

@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.form import Shape, shape_of
@@ -165,11 +166,6 @@ def _axis(dim: Any, rank: int) -> int | None:
     return dim - LEADING if dim >= LEADING else None
 
 
-def _arguments(node: fx.Node, *defaults: Any) -> list[Any]:
-    """Positional arguments behind the first, then defaults."""
-    return [*node.args[1:], *defaults[len(node.args) - 1 :]]
-
-
 def _moved(change: Callable[[Head, fx.Node], Entries | None]) -> Rule:
     """A rule for an op that moves the numbers of its first argument."""
 
@@ -182,7 +178,7 @@ def _moved(change: Callable[[Head, fx.Node], Entries | None]) -> Rule:
 
 
 def _slice(head: Head, node: fx.Node) -> Entries | None:
-    dim, start, end, step = _arguments(node, 0, None, None, 1)
+    dim, start, end, step = node.args[1:]
     axis = _axis(dim, LEADING + head.entries.ndim)
     if axis is None or any(isinstance(bound, fx.Node) for bound in (start, end, step)):
         return None
@@ -240,7 +236,7 @@ def _same(walk: Walk, node: fx.Node) -> Head | None:
 def _joined(walk: Walk, node: fx.Node) -> Head | None:
     """cat and stack."""
     heads = [walk.head(part) for part in node.args[0]]
-    (dim,) = _arguments(node, 0)
+    dim = argument(node, "dim")
     known = [head for head in heads if head is not None]
     if len(known) < len(heads) or len({head.swapped for head in known}) > 1:
         return None
@@ -257,7 +253,7 @@ def _parted(walk: Walk, node: fx.Node) -> tuple[Head, ...] | None:
     head, name = walk.head(node.args[0]), op_name(node)
     if head is None:
         return None
-    dim = _arguments(node, 0)[0] if name == "aten.unbind" else _arguments(node, None, 0)[1]
+    dim: Any = argument(node, "dim")
     axis = _axis(dim, LEADING + head.entries.ndim)
     if axis is None:
         return None
@@ -288,8 +284,14 @@ def _product(walk: Walk, node: fx.Node) -> Head | None:
 
 def _sum(walk: Walk, node: fx.Node) -> Head | None:
     """add and sub."""
-    a, b = (walk.head(operand) for operand in node.args)
-    if a is None or b is None or node.kwargs or a.swapped != b.swapped or a.entries.shape != b.entries.shape:
+    a, b = (walk.head(operand) for operand in node.args[:2])
+    if (
+        a is None
+        or b is None
+        or argument(node, "alpha") != 1
+        or a.swapped != b.swapped
+        or a.entries.shape != b.entries.shape
+    ):
         return None
     sign = -1.0 if op_name(node) == "aten.sub" else 1.0
     made = []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.ir.arguments import short
 from treespec_compiler.ir.private_torch import OpOverload
 from treespec_compiler.ir.provenance import layer_path, op_name, source_line
 
@@ -103,12 +104,13 @@ def snapshot(state: GraphState, after: str, graph: fx.Graph | None = None) -> Sn
 
 def _node(node: fx.Node, symbol: str, weights: Weights) -> NodeData:
     source = source_line(node) or ""
+    args, kwargs = short(node)
     return NodeData(
         name=node.name,
         op=node.op,
         target=target_name(node),
-        args=encode(node.args),
-        kwargs=encode(dict(node.kwargs)),
+        args=encode(args),
+        kwargs=encode(kwargs),
         type=type_text(node.meta.get("val"), symbol),
         layer=(layer_path(node) or "") if node.op == "call_function" else "",
         source=source,

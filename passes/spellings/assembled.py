@@ -78,13 +78,9 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 def _write(node: fx.Node) -> tuple[int, Any, Any, Any]:
     """(dimension, start, end, step) of a slice_scatter."""
-
-    def argument(index: int, name: str, default: Any) -> Any:
-        value = node.args[index] if len(node.args) > index else node.kwargs.get(name)
-        return default if value is None else value
-
-    dim = int(argument(2, "dim", 0)) % node.meta["val"].dim()
-    return dim, argument(3, "start", 0), argument(4, "end", _END), argument(5, "step", 1)
+    dim, start, end, step = node.args[2:]
+    at = int(dim) % node.meta["val"].dim()
+    return at, 0 if start is None else start, _END if end is None else end, step
 
 
 def _fills(parts: dict[int, tuple[int, Any]], size: Any) -> bool:

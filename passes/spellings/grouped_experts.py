@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.grouped_linear import grouped_linear
 from treespec_compiler.ir.provenance import op_name
 
@@ -27,7 +28,7 @@ _ZEROS = ("aten.zeros", "aten.new_zeros", "aten.zeros_like")
 
 def spell_counts(state: GraphState, node: fx.Node) -> bool:
     """Rewrite `scatter(zeros [T, E], 1, choices, 1).to(int).sum(0)` to a histogram of the choices."""
-    if op_name(node) != "aten.sum" or len(node.args) != 2 or list(node.args[1]) != [0]:
+    if op_name(node) != "aten.sum" or list(argument(node, "dim") or ()) != [0] or argument(node, "keepdim"):
         return False
     marks, value = node.args[0], node.meta["val"]
     while op_name(marks) == "aten._to_copy":
@@ -58,8 +59,7 @@ def _chosen_once(node: Any) -> bool:
     if node.target is not operator.getitem or node.args[1] != 1 or op_name(_choice(node)) != "aten.topk":
         return False
     topk: Any = _choice(node)
-    dim = topk.args[2] if len(topk.args) > 2 else topk.kwargs.get("dim", -1)
-    return len(shape_of(topk.args[0])) == 2 and dim in (1, -1)
+    return len(shape_of(topk.args[0])) == 2 and argument(topk, "dim") in (1, -1)
 
 
 def spell_grouped(state: GraphState, node: fx.Node) -> bool:
@@ -78,20 +78,20 @@ def spell_grouped(state: GraphState, node: fx.Node) -> bool:
 
 def _experts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(rows, matrices [E, M, K], counts [E]) of a `cat` of linears of the parts of one split."""
-    if op_name(node) != "aten.cat" or (len(node.args) > 1 and node.args[1] != 0):
+    if op_name(node) != "aten.cat" or node.args[1] != 0:
         return None
     parts: Any = node.args[0]
     split = weight = None
     for i, part in enumerate(parts):
-        if op_name(part) != "aten.linear" or len(part.args) != 2 or part.kwargs:
+        if op_name(part) != "aten.linear" or argument(part, "bias") is not None:
             return None
-        source, matrix = part.args
+        source, matrix = part.args[:2]
         if source.target is not operator.getitem or source.args[1] != i or not _is_row(matrix, i):
             return None
         if (split is not None and split is not source.args[0]) or (weight is not None and weight is not matrix.args[0]):
             return None
         split, weight = source.args[0], matrix.args[0]
-    if split is None or weight is None or op_name(split) != _SPLIT or len(split.args) > 2 or split.kwargs:
+    if split is None or weight is None or op_name(split) != _SPLIT or argument(split, "dim") != 0:
         return None
     counts = _counted(split.args[1])
     wanted = torch.Size([len(parts)])

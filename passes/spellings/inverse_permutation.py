@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
@@ -43,9 +44,9 @@ def _written(node: fx.Node) -> tuple[Any, Any] | None:
     """(places, values) of a write to a 1-D tensor that keeps nothing of it but what is not written."""
     args: Any = node.args
     name = op_name(node)
-    if name == "aten.index_put" and len(args[1]) == 1 and not (len(args) > 3 and args[3]):
+    if name == "aten.index_put" and len(args[1]) == 1 and not args[3]:
         return args[1][0], args[2]
-    if node.target is aten.scatter.src and len(args) == 4:
+    if node.target is aten.scatter.src:
         return args[2], args[3]
     return None
 
@@ -68,5 +69,8 @@ def _counts_from_zero(node: Any) -> bool:
         return node.meta["val"].dtype in (torch.int32, torch.int64) and _counts_from_zero(node.args[0])
     if op_name(node) != "aten.arange":
         return False
-    start, step = (0 if len(node.args) == 1 else node.args[0]), (node.args[2] if len(node.args) > 2 else 1)
-    return start == 0 and step == 1 and all(isinstance(s, sympy.Expr) for s in shape_of(node))
+    return (
+        argument(node, "start", 0) == 0
+        and argument(node, "step", 1) == 1
+        and all(isinstance(s, sympy.Expr) for s in shape_of(node))
+    )

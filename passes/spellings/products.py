@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 from treespec_compiler.ir.weights import Expression, Join, Transpose
 
@@ -89,9 +90,9 @@ def _rank(node: fx.Node) -> int:
 def _product(state: GraphState, node: fx.Node, usable: Usable) -> Product | None:
     name, args = op_name(node), node.args
     if name == "aten.linear":
-        x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else node.kwargs.get("bias")
+        x, weight, bias = args
         flip = False
-    elif name == "aten.addmm" and not node.kwargs:
+    elif name == "aten.addmm" and argument(node, "alpha") == 1 and argument(node, "beta") == 1:
         bias, x, weight = args[:3]
         flip = True
     elif name in ("aten.matmul", "aten.mm"):

@@ -11,19 +11,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from .arguments import is_filled
 from .attention import tree_attention
 from .inputs import ROWS, is_pool, pool_names
 from .library import definition
+from .provenance import op_name
 
 Rule = Callable[[fx.Graph], str | None]
 
 LOGITS = "logits"
 LEVELS = ("captured", "normalized", "recognized", "classified", "treeified", "stateful", "rows", "bound")
-
-
-def _name(node: fx.Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(packet) if packet is not None else getattr(node.target, "__name__", str(node.target))
 
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:
@@ -32,7 +29,7 @@ def _calls(graph: fx.Graph) -> list[fx.Node]:
 
 def _without(names: set[str], what: str) -> Rule:
     def rule(graph: fx.Graph) -> str | None:
-        found = (n for n in _calls(graph) if _name(n) in names)
+        found = (n for n in _calls(graph) if op_name(n) in names)
         bad = next((n for n in found if n.target is not torch.ops.aten.view.dtype), None)  # another value, no alias
         return f"{what}: {bad.format_node()}" if bad is not None else None
 
@@ -109,6 +106,11 @@ def _rows_selected(graph: fx.Graph) -> str | None:
     return None if rows is not None and rows.users else "logits are computed for every node"
 
 
+def _all_arguments(graph: fx.Graph) -> str | None:
+    bad = next((n for n in _calls(graph) if not is_filled(n)), None)
+    return f"an aten call without all its arguments (`state.call` fills them): {bad.format_node()}" if bad else None
+
+
 _NORMAL = {"aten.view", "aten._unsafe_view", "aten.detach", "aten.alias", "aten.lift_fresh_copy", "aten.dropout"}
 _NORMAL_RULE = _without(_NORMAL | {"aten._assert_tensor_metadata"}, "an op that normalize removes")
 _NO_SDPA = _without({"aten.scaled_dot_product_attention"}, "attention that is not recognized")
@@ -118,8 +120,8 @@ _NO_MASKED = _without({"treespec.attention"}, "attention with an unclassified ma
 def _no_counting(graph: fx.Graph) -> str | None:
     """No arange, and no running sum, along a dimension whose size is not fixed."""
     for node in _calls(graph):
-        counts = _name(node) == "aten.arange" and not isinstance(node.meta["val"].shape[0], int)
-        if _name(node) == "aten.cumsum":
+        counts = op_name(node) == "aten.arange" and not isinstance(node.meta["val"].shape[0], int)
+        if op_name(node) == "aten.cumsum":
             shape = node.args[0].meta["val"].shape
             counts = bool(shape) and not isinstance(shape[node.args[1]], int)
         if counts:
@@ -131,7 +133,7 @@ _NO_SEQUENCE = _without({"treespec.causal_attention", "treespec.attention"}, "at
 
 _ADDED: dict[str, tuple[Rule, ...]] = {
     "captured": (_tensor_inputs_only, _logits_first, _every_value_known),
-    "normalized": (_NORMAL_RULE,),
+    "normalized": (_NORMAL_RULE, _all_arguments),
     "recognized": (_NO_SDPA,),
     "classified": (_NO_MASKED,),
     "treeified": (_no_counting,),
