@@ -17,7 +17,7 @@ from torch import fx
 from treespec_compiler.ir.provenance import op_name, source_line
 from treespec_compiler.ir.specs import Limit
 
-from .forms.closed_form import ClosedForms, shape_of
+from .forms.closed_form import shape_of
 from .forms.turning_point import turning_point
 from .framework.manager import Pass
 from .framework.state import GraphState
@@ -32,7 +32,7 @@ def choose_regime(state: GraphState) -> int:
 
 def _choices(state: GraphState) -> int:
     found = [n for n in state.graph.nodes if _chooses(n) and _is_scalar(n.args[0])]
-    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens) if found else None
+    forms = state.closed_forms() if found else None
     matches = 0
     for node in found:
         assert forms is not None

@@ -30,7 +30,7 @@ from .locality.mixers import content_mask
 
 
 def classify_masks(state: GraphState) -> int:
-    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    forms = state.closed_forms()
     checks: Checks = {}
     scorings: dict[Any, tuple[Scoring, fx.Node | None]] = {}
     sites = [n for n in state.graph.nodes if n.target is ops.attention]

@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 def recognize_attention(state: GraphState) -> int:
     matches = 0
-    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    forms = state.closed_forms()
     for node in list(state.graph.nodes):
         if op_name(node) == "aten.scaled_dot_product_attention":
             _rewrite(state, forms, node)
@@ -87,7 +87,8 @@ def make_site(
 def recognize_eager(state: GraphState) -> int:
     """Attention spelled as matmul, softmax, matmul."""
     plain_layouts(state)
-    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    state.rewritten()
+    forms = state.closed_forms()
     matches = 0
     for node in list(state.graph.nodes):
         if op_name(node) not in SOFTMAXES or node not in forms.tainted:
@@ -150,7 +151,7 @@ def _check_replaced(state: GraphState, at: fx.Node, scores: Scores) -> None:
     for where in scores.replaced:
         hiding = state.call(aten.full.default, ([], -math.inf), {"device": where.meta["val"].device}, like=at)
         mask = hiding if scores.mask is None else state.call(aten.where.self, (where, scores.mask, hiding), like=at)
-        forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+        forms = state.closed_forms()
         form = forms.of(mask)
         shape = (sympy.Integer(1), shape_of(scores.q)[-3], state.length, state.length)
 

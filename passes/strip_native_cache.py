@@ -50,7 +50,7 @@ def strip_cache(state: GraphState) -> int:
     matches = _drop_empty_pasts(state)
     if not state.written:
         return matches
-    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    forms = state.closed_forms()
     updates = state.output.args[0][1:]
     writes = [_write(state, forms, state.node(name), node) for name, node in zip(state.written, updates, strict=True)]
     state.output.args = ((state.logits,),)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
 
-from .forms.closed_form import SHAPE_ONLY, ClosedForms, shape_of
+from .forms.closed_form import SHAPE_ONLY, shape_of
 from .forms.form import packet
 from .forms.positions import position_cut
 from .framework.manager import Pass
@@ -35,7 +35,7 @@ class TokenAxes:
     def __init__(self, state: GraphState) -> None:
         self.length = state.length
         self.cut = position_cut(state)
-        self.forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+        self.forms = state.closed_forms()
         self.axes: dict[fx.Node, Place] = {}
         self.routing = Routing(self.axes, self.length)
         for node in state.graph.nodes:

@@ -12,19 +12,14 @@ from torch import Tensor, fx
 from treespec_compiler.ir.weights import Table
 
 from ..forms.by_value import Sampled
+from ..forms.evaluate import cone
 from ..forms.score_check import block
 from ..framework.state import GraphState
 
 
-def cone(node: fx.Node, gm: fx.GraphModule) -> fx.GraphModule:
+def subgraph(node: fx.Node, gm: fx.GraphModule) -> fx.GraphModule:
     """The part of the graph that computes `node`, as a graph of its own (names kept)."""
-    needed: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in needed:
-            needed.add(current)
-            stack.extend(current.all_input_nodes)
+    needed = cone(node)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for current in gm.graph.nodes:
@@ -69,7 +64,7 @@ class ScoreTable:
 
 def score_table(state: GraphState, mask: fx.Node, kind: str, heads: int, limit: int, seen: int) -> Table:
     """The weight expression of a mask's slopes or biases."""
-    part = cone(mask, state.gm)
+    part = subgraph(mask, state.gm)
     function = ScoreTable(part, state.tokens, kind, heads, limit, seen)
     inputs = tuple((n.name, state.weights[n.name]) for n in part.graph.nodes if n.name in state.weights)
     value = mask.meta["val"]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from treespec_compiler.ir.private_torch import FakeTensor
+from treespec_compiler.ir.provenance import op_name
 
 from .evaluate import SHAPE_ONLY, cone, evaluate_for_length
 from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
@@ -69,7 +70,7 @@ class ClosedForms:
             return self._leaf(node)
         if node.op != "call_function" or not isinstance(value, Tensor):
             return None
-        rule = RULES.get(packet(node)) or SEQUENCE_RULES.get(packet(node))
+        rule = RULES.get(op_name(node)) or SEQUENCE_RULES.get(op_name(node))
         try:
             form = rule(Call(self, node)) if rule is not None else None
         except (TypeError, ValueError, NotImplementedError):  # sympy orders no infinite or undefined values

@@ -12,6 +12,8 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 from torch import Tensor, fx
 
+from treespec_compiler.ir.provenance import op_name
+
 Shape = tuple[sympy.Expr, ...]
 
 
@@ -48,11 +50,8 @@ class Form:
 
 
 def packet(node: fx.Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is not None:
-        namespace, _, name = str(packet).partition(".")
-        return name if namespace == "aten" else str(packet)
-    return getattr(node.target, "__name__", "")
+    """A call's name without `aten.`; empty for anything else."""
+    return op_name(node).removeprefix("aten.") if node.op == "call_function" else ""
 
 
 def number(value: Any) -> sympy.Expr:

@@ -41,7 +41,7 @@ _SIZE_OPS = {
 
 def position_cut(state: GraphState) -> dict[fx.Node, Cut]:
     """The cut of a classified graph; raises the refusal for positions of any other form."""
-    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    forms = state.closed_forms()
     cut: dict[fx.Node, Cut] = {}
     for node in state.graph.nodes:
         _refuse_length_as_number(state, node)
@@ -215,7 +215,7 @@ def chunk_of(size: sympy.Expr) -> int | None:
 
 def table_limits(state: GraphState) -> list[tuple[fx.Node, int, int]]:
     """(node, offset, limit) for every read of a table at a position: context lengths above `limit` leave the table."""
-    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    forms = state.closed_forms()
     found = []
     for node in state.graph.nodes:
         for table, dim, index in _reads(node):

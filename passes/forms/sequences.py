@@ -64,12 +64,12 @@ def _extreme(largest: bool) -> Callable[[Call], Form | None]:
 
 
 SEQUENCE_RULES: dict[str, Callable[[Call], Form | None]] = {
-    "cumsum": _cumsum,
-    "diff": _diff,
-    "tril": _triangle(lower=True),
-    "triu": _triangle(lower=False),
-    "max": _extreme(largest=True),
-    "amax": _extreme(largest=True),
-    "min": _extreme(largest=False),
-    "amin": _extreme(largest=False),
+    "aten.cumsum": _cumsum,
+    "aten.diff": _diff,
+    "aten.tril": _triangle(lower=True),
+    "aten.triu": _triangle(lower=False),
+    "aten.max": _extreme(largest=True),
+    "aten.amax": _extreme(largest=True),
+    "aten.min": _extreme(largest=False),
+    "aten.amin": _extreme(largest=False),
 }

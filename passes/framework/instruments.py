@@ -24,7 +24,7 @@ Show = Callable[[str, Snapshot], None]  # (title, graph)
 
 
 @dataclass
-class Printer(Instrument):
+class GraphPrinter(Instrument):
     """Shows graphs before and after the passes asked for; names are slugs, "*" is every pass."""
 
     show: Show

@@ -169,6 +169,8 @@ def _run(state: GraphState, step: Pass, checks: Sequence[Check], user_checks: Se
         state.level = step.level
     seconds = time.perf_counter() - started
     changed = fingerprint(state) != print_before
+    if changed:
+        state.rewritten()
     if changed and not step.changes:
         raise PassError(
             pass_name=step.name, problem="a changed graph", expected="the same graph (changes=False)", user=step.user

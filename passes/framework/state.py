@@ -17,6 +17,7 @@ from treespec_compiler.ir.provenance import layer_path, module_class, op_name, s
 from treespec_compiler.ir.specs import AttentionSpec, Limit, PositionSpec
 from treespec_compiler.ir.weights import Expression
 
+from ..forms.closed_form import ClosedForms
 from .weights import Weights
 
 
@@ -55,6 +56,7 @@ class GraphState:
     portable: bool = False  # whether ops are bound to kernels for any device (ATen) only
     outputs: list[str] = field(default_factory=lambda: ["logits"])  # names of the graph's, but for `written`
     other_length: OtherLength | None = None  # the model analysed for another length
+    _forms: ClosedForms | None = field(default=None, init=False, repr=False)  # of the graph as it is
 
     @property
     def graph(self) -> fx.Graph:
@@ -84,10 +86,21 @@ class GraphState:
     def logits(self) -> fx.Node:
         return self.output.args[0][0]
 
+    def closed_forms(self) -> ClosedForms:
+        """The closed forms of the graph as it is; one that was rewritten since gets others."""
+        if self._forms is None:
+            self._forms = ClosedForms(self.gm, self.constants, self.position_inputs, self.tokens)
+        return self._forms
+
+    def rewritten(self) -> None:
+        """The graph is another one: what was computed from it is void. `run_passes` says so after a pass as well."""
+        self._forms = None
+
     def call(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: fx.Node
     ) -> fx.Node:
         """Insert a call before `like`, with all arguments of its schema, its fake value and `like`'s provenance."""
+        self.rewritten()
         args, named = filled(target, args, kwargs or {})
         with self.graph.inserting_before(like):
             node = self.graph.call_function(target, args, named)
@@ -121,12 +134,14 @@ class GraphState:
             node = self.graph.placeholder(name)
         node.meta["val"] = value
         self.inputs.append(node.name)
+        self.rewritten()
         return node
 
     def forget(self, name: str) -> None:
         """Drop a weight that nothing reads."""
         self.graph.erase_node(self.node(name))
         self.weights.drop(name)
+        self.rewritten()
 
     def copy(self) -> GraphState:
         """A state whose graph can be changed; fake values, weights and proofs are shared."""

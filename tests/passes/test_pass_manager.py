@@ -25,7 +25,7 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import best_kernel
 from treespec_compiler.options import Options
 from treespec_compiler.passes.framework.found import built_in, in_order
-from treespec_compiler.passes.framework.instruments import Dumper, Printer
+from treespec_compiler.passes.framework.instruments import Dumper, GraphPrinter
 from treespec_compiler.passes.framework.manager import Pass, run_passes
 from treespec_compiler.passes.framework.plan import plan
 from treespec_compiler.passes.framework.registry import register_pass, registered_passes, unregister_pass
@@ -239,7 +239,7 @@ def test_meaning_is_checked_after_every_pass() -> None:
 
 def test_printer_and_dumps(tmp_path: Path) -> None:
     shown: list[str] = []
-    printer = Printer(lambda title, graph: shown.append(title), frozenset({"treeify"}), on_change=True)
+    printer = GraphPrinter(lambda title, graph: shown.append(title), frozenset({"treeify"}), on_change=True)
     model, dumper = decoder(), Dumper(folder=tmp_path)
     convert(model, call_spec(model), Options.parse(EAGER), instruments=[printer, dumper])
     assert "before treeify" in shown and "after treeify (changed)" in shown

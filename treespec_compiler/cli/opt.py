@@ -13,7 +13,7 @@ from rich.table import Table
 from ..errors import InvalidPipeline, Unsupported
 from ..options import VerifyEach
 from ..passes.framework.found import built_in
-from ..passes.framework.instruments import Dumper, Printer, Recorder, always
+from ..passes.framework.instruments import Dumper, GraphPrinter, Recorder, always
 from ..passes.framework.manager import History, Instrument, Pass, run_passes, slug
 from ..passes.framework.plan import plan
 from ..passes.framework.registry import registered_passes
@@ -81,7 +81,7 @@ def run(arguments: Namespace) -> int:
 
     wanted = _names(arguments.print_before, passes), _names(arguments.print_after, passes)
     after = frozenset("*") if arguments.print_after_all else wanted[1]
-    printer = Printer(show, wanted[0], after, arguments.print_after_change, arguments.print_on_failure)
+    printer = GraphPrinter(show, wanted[0], after, arguments.print_after_change, arguments.print_on_failure)
     recorder = Dumper(folder=arguments.dump_dir) if arguments.dump_dir else Recorder()
     reproducer = Reproducer(subject.options, arguments.reproducer, arguments.model, bool(arguments.reproducer))
     instruments: list[Instrument] = [*always(), recorder, printer, reproducer]
