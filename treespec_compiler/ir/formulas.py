@@ -10,15 +10,16 @@ from typing import Any
 
 import sympy
 
+from .predicates import CAUSAL as CAUSAL
+from .predicates import K as K
+from .predicates import Q as Q
 from .specs import MaskSpec, PositionSpec
 
-Q, K, D, H = sympy.symbols("q k d h", integer=True, nonnegative=True)
+D, H = sympy.symbols("d h", integer=True, nonnegative=True)
 S = sympy.Symbol("s", real=True)
 DISTANCES = sympy.Symbol("distances", integer=True, positive=True)
 """How many distances a bias table has; farther keys get the bias of the last one."""
 slopes, bias = sympy.Function("slopes", real=True), sympy.Function("bias", real=True)
-
-CAUSAL = sympy.Le(K, Q)
 
 
 def number(value: float) -> Any:
@@ -28,12 +29,7 @@ def number(value: float) -> Any:
 
 def predicate(mask: MaskSpec) -> Any:
     """Which keys K a query Q sees."""
-    terms = [CAUSAL]
-    if mask.window:
-        terms.append(sympy.Lt(Q - K, mask.window))
-    if mask.chunk:
-        terms.append(sympy.Eq(sympy.floor(Q / mask.chunk), sympy.floor(K / mask.chunk)))
-    return sympy.And(*terms)
+    return sympy.And(*mask.terms)
 
 
 def without_causal(formula: Any) -> Any:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import sympy
 import torch
+
+from .predicates import CAUSAL, K, Q, function, text
 
 
 @dataclass(frozen=True)
@@ -20,24 +27,22 @@ class MaskSpec:
     chunk: int = 0
 
     @property
+    def terms(self) -> tuple[Any, ...]:
+        """What must hold of Q and K (`ir.predicates`), all of it. Values, texts and the formulas of kernels are derived
+        from this."""
+        return _terms(self.window, self.chunk)
+
+    @property
     def formula(self) -> str:
-        terms = ["k <= q"]
-        if self.window:
-            terms.append(f"q - k < {self.window}")
-        if self.chunk:
-            terms.append(f"floor(q / {self.chunk}) == floor(k / {self.chunk})")
-        return " and ".join(terms)
+        return " and ".join(map(text, self.terms))
 
     def visible(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """The predicate on index tensors; broadcasts."""
-        seen = k <= q
-        if self.window:
-            seen = seen & (q - k < self.window)
-        return seen & (q // self.chunk == k // self.chunk) if self.chunk else seen
+        return functools.reduce(operator.and_, (sees(q, k) for sees in _functions(self.terms)))
 
     def sees(self, q: int, k: int) -> bool:
         """The predicate on two positions."""
-        return bool(self.visible(torch.tensor(q), torch.tensor(k)))
+        return all(sees(q, k) for sees in _functions(self.terms))
 
     def _repr_svg_(self) -> str:
         """What a notebook shows: 24 tokens, enough to see a short window."""
@@ -45,6 +50,19 @@ class MaskSpec:
 
         index = torch.arange(24)
         return mask_svg(self.visible(index[:, None], index[None, :]).tolist(), self.formula)
+
+
+@functools.cache
+def _functions(terms: tuple[Any, ...]) -> tuple[Callable[[Any, Any], Any], ...]:
+    return tuple(function(term, (Q, K)) for term in terms)
+
+
+@functools.cache
+def _terms(window: int, chunk: int) -> tuple[Any, ...]:
+    """A further kind of mask is one more term here."""
+    near = [sympy.Lt(Q - K, window)] if window else []
+    together = [sympy.Eq(sympy.floor(Q / chunk), sympy.floor(K / chunk))] if chunk else []
+    return (CAUSAL, *near, *together)
 
 
 @dataclass(frozen=True)
