@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import ClosedForms, shape_of
@@ -168,19 +169,19 @@ class Tracer:
 
     def _reduced(self, node: fx.Node, layout: Layout) -> Layout | None:
         """A reduction over the keys that keeps the dimension."""
-        dims: Any = node.args[1] if len(node.args) > 1 else None
+        dims: Any = argument(node, "dim")
         if isinstance(dims, (list, tuple)):
             if len(dims) != 1:
                 return None
             dims = dims[0]
-        if not isinstance(dims, int) or not (len(node.args) > 2 and node.args[2]):
+        if not isinstance(dims, int) or not argument(node, "keepdim"):
             return None
         at = dims % len(layout)
         return (*layout[:at], (), *layout[at + 1 :]) if len(layout[at]) == 1 else None
 
 
 def softmax_dim(node: fx.Node) -> int:
-    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dim: Any = argument(node, "dim")
     return int(dim) % len(shape_of(node))
 
 
@@ -239,7 +240,7 @@ def _unsqueezed(node: fx.Node, layout: Layout) -> Layout:
 
 
 def _squeezed(node: fx.Node, layout: Layout) -> Layout | None:
-    dims: Any = node.args[1] if len(node.args) > 1 else range(len(layout))
+    dims: Any = argument(node, "dim", range(len(layout)))
     gone = {int(d) % len(layout) for d in (dims if isinstance(dims, (list, tuple, range)) else [dims])}
     return tuple(atoms for i, atoms in enumerate(layout) if i not in gone or atoms)
 

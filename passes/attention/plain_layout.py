@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def plain_layouts(state: GraphState) -> int:
     """Rewrite every attention whose scores are not laid out as [1, H, T, T] or [H, T, T]; returns how many."""
-    forms = ClosedForms(state.gm, state.constants, state.position_inputs, state.tokens)
+    forms = state.closed_forms()
     matches = 0
     for node in list(state.graph.nodes):
         if op_name(node) not in PRODUCTS or not all(a in forms.tainted for a in node.args[:2]):

@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
@@ -26,7 +27,7 @@ _SOFTMAXES = ("aten.softmax", "aten._softmax", "aten._safe_softmax")
 def spell_score_factor(state: GraphState, node: fx.Node) -> bool:
     """Rewrite scores times (or over) a tensor that is the same for all keys; numbers stay where they are."""
     name = op_name(node)
-    if name not in ("aten.mul", "aten.div") or len(node.args) != 2 or node.kwargs:
+    if name not in ("aten.mul", "aten.div") or argument(node, "rounding_mode") is not None:
         return False
     scores, factor = node.args
     if name == "aten.mul" and not _is_scores(state, scores):
@@ -64,15 +65,13 @@ def spell_constant_keys(state: GraphState, node: fx.Node) -> bool:
     """Rewrite attention to keys whose number is known, and is not the tokens', to the products that it is."""
     if op_name(node) != "aten.scaled_dot_product_attention":
         return False
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    call: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    q, k, v = call["query"], call["key"], call["value"]
+    q, k, v = (argument(node, name) for name in ("query", "key", "value"))
     sized = [s for x in (k, v) for s in shape_of(x)]
-    if any(not s.is_Integer for s in sized) or call.get("attn_mask") is not None or call.get("is_causal"):
+    if any(not s.is_Integer for s in sized) or argument(node, "attn_mask") is not None or argument(node, "is_causal"):
         return False
-    if call.get("dropout_p") or call.get("enable_gqa"):
+    if argument(node, "dropout_p") or argument(node, "enable_gqa"):
         return False
-    scale = call.get("scale")
+    scale = argument(node, "scale")
     scale = 1.0 / math.sqrt(int(shape_of(q)[-1])) if scale is None else scale
     keys = state.call(aten.transpose.int, (k, -2, -1), like=node)
     scores = state.call(aten.matmul.default, (state.call(aten.mul.Tensor, (q, scale), like=node), keys), like=node)
@@ -103,14 +102,16 @@ def _combines(node: Any) -> bool:
     name = op_name(node)
     if name in _SOFTMAXES:
         return True
-    if node.kwargs or len(node.args) != 2:
+    if name not in ("aten.add", "aten.sub", "aten.mul", "aten.div"):
         return False
-    a, b = node.args
+    if argument(node, "alpha", 1) != 1 or argument(node, "rounding_mode") is not None:
+        return False
+    a, b = node.args[:2]
     if name in ("aten.add", "aten.sub"):
         return _combines(a) and _combines(b)
     if name == "aten.mul":
         return (_combines(a) and _is_factor(b)) or (_combines(b) and _is_factor(a))
-    return name == "aten.div" and _combines(a) and _is_factor(b)
+    return _combines(a) and _is_factor(b)
 
 
 def _is_factor(value: Any) -> bool:
@@ -123,7 +124,7 @@ def _distributed(state: GraphState, weights: Any, values: Any, at: fx.Node) -> f
     name = op_name(weights)
     if name in _SOFTMAXES:
         return state.call(aten.matmul.default, (weights, values), like=at)
-    a, b = weights.args
+    a, b = weights.args[:2]
     if name in ("aten.add", "aten.sub"):
         pair = (_distributed(state, a, values, at), _distributed(state, b, values, at))
         return state.call(weights.target, pair, like=at)

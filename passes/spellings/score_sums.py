@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
@@ -20,9 +21,9 @@ aten = torch.ops.aten
 
 def spell_score_sum(state: GraphState, node: fx.Node) -> bool:
     """Rewrite the sum of two products of tokens by tokens, each perhaps permuted alike, to one product."""
-    if op_name(node) != "aten.add" or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+    if op_name(node) != "aten.add" or argument(node, "alpha") != 1:
         return False
-    one, other = node.args
+    one, other = node.args[:2]
     if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
         return False
     order: Any = None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
@@ -40,28 +41,32 @@ def _softmax(state: GraphState, x: fx.Node, at: fx.Node) -> fx.Node:
 
 def _exponential(state: GraphState, node: fx.Node) -> fx.Node | None:
     inner: Any = node.args[0]
-    if op_name(inner) == "aten.log_softmax" and _is_last(inner.args[1], inner.args[0]) and len(inner.args) == 2:
+    if (
+        op_name(inner) == "aten.log_softmax"
+        and _is_last(inner.args[1], inner.args[0])
+        and argument(inner, "dtype") is None
+    ):
         return _softmax(state, inner.args[0], node)
-    if op_name(inner) != "aten.sub" or inner.kwargs.get("alpha", 1) != 1:
+    if op_name(inner) != "aten.sub" or argument(inner, "alpha") != 1:
         return None
-    x, total = inner.args
+    x, total = inner.args[:2]
     if not isinstance(total, fx.Node) or op_name(total) != "aten.logsumexp" or total.args[0] is not x:
         return None
     return _softmax(state, x, node) if _over_last(total, x) else None
 
 
 def _quotient(state: GraphState, node: fx.Node) -> fx.Node | None:
-    if "rounding_mode" in node.kwargs or len(node.args) != 2:
+    if argument(node, "rounding_mode") is not None:
         return None
-    top, below = node.args
+    top, below = node.args[:2]
     if not isinstance(top, fx.Node) or not isinstance(below, fx.Node) or op_name(top) != "aten.exp":
         return None
     x: Any = top.args[0]
     if _is_sum(below, top):
         return _softmax(state, x, node)
-    if op_name(below) != "aten.add" or below.kwargs.get("alpha", 1) != 1:
+    if op_name(below) != "aten.add" or argument(below, "alpha") != 1:
         return None
-    for total, extra in (below.args, reversed(below.args)):
+    for total, extra in (below.args[:2], below.args[1::-1]):
         if isinstance(total, fx.Node) and _is_sum(total, top):
             column = _column(state, x, extra, node)
             return None if column is None else _with_column(state, x, column, node)
@@ -104,9 +109,9 @@ def _with_column(state: GraphState, x: fx.Node, column: fx.Node, at: fx.Node) ->
 
 def _shift(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(s, m) of x = s - m for m [.., 1]."""
-    if op_name(x) != "aten.sub" or x.kwargs.get("alpha", 1) != 1:
+    if op_name(x) != "aten.sub" or argument(x, "alpha") != 1:
         return None
-    s, m = x.args
+    s, m = x.args[:2]
     both = isinstance(s, fx.Node) and isinstance(m, fx.Node)
     return (s, m) if both and shape_of(m) == (*shape_of(s)[:-1], 1) else None
 
@@ -117,9 +122,8 @@ def _is_sum(node: fx.Node, of: fx.Node) -> bool:
 
 def _over_last(node: fx.Node, of: fx.Node) -> bool:
     """A reduction over the last dimension that keeps it."""
-    dims: Any = node.args[1] if len(node.args) > 1 else None
-    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    if not isinstance(dims, (list, tuple)) or len(dims) != 1 or not keep or node.kwargs.get("dtype") is not None:
+    dims, keep = argument(node, "dim"), argument(node, "keepdim")
+    if not isinstance(dims, (list, tuple)) or len(dims) != 1 or not keep or argument(node, "dtype") is not None:
         return False
     return _is_last(dims[0], of)
 
