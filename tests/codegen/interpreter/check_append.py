@@ -139,7 +139,7 @@ def test_rope_append_reads_strided_angles():
 
 
 @pytest.mark.parametrize("scored", [False, True])
-def test_rope_attention_is_rotation_then_attention(scored):
+def test_attention_that_rotates_is_rotation_then_attention(scored):
     case = Case([(5, [-1, 0, 0], 2), (3, [-1, 0], 2)], page_size=16)
     arguments = case.arguments()
     cos, sin = angles(4, 16)
