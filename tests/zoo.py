@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from treespec_compiler.cli.coverage.models import spread as spread
+
 VOCAB = 97
 CONTEXT = 256
 
@@ -55,14 +57,3 @@ def make(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     config = transformers.AutoConfig.for_model(name, **{**CONFIGS[name], **changes})
     torch.manual_seed(seed)
     return spread(transformers.AutoModelForCausalLM.from_config(config).eval())
-
-
-def spread(model: nn.Module) -> nn.Module:
-    """Larger random weights: with the usual tiny ones every prediction is nearly the same."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model

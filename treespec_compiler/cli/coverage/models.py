@@ -274,6 +274,11 @@ def tiny_model(model_type: str, window: int | None = None, experts: str | None =
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(model_type, window, **fields)).eval()
     if experts is not None and model._can_set_experts_implementation():
         model.set_experts_implementation(experts)
+    return spread(model)
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Larger random weights: with the usual tiny ones every prediction is nearly the same."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
