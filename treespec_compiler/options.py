@@ -12,12 +12,14 @@ from .errors import InvalidOption, UnknownOption
 
 Lowering = Literal["inductor", "eager"]
 OnUnsupported = Literal["raise", "fallback"]
+Verify = Literal["build", "off"]
 VerifyEach = Literal["none", "spec", "semantic"]
 Kernels = Literal["auto", "aten", "reference"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "lowering": get_args(Lowering),
     "on_unsupported": get_args(OnUnsupported),
+    "verify": get_args(Verify),
     "verify_each": get_args(VerifyEach),
     "kernels": get_args(Kernels),
 }
@@ -37,6 +39,8 @@ class Options:
     """How the rewritten graph is run: compiled by Inductor, or op by op."""
     on_unsupported: OnUnsupported = "raise"
     """What `generate`/`stream` do with a model that cannot be converted."""
+    verify: Verify = "build"
+    """Whether a program is compared with the eager model before its first use, as it will run."""
     verify_each: VerifyEach = "spec"
     """What is checked after every pass: nothing, the level's rules, or the rules and the meaning on random trees."""
     max_context: int | None = None

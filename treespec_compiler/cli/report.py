@@ -39,4 +39,6 @@ def run(arguments: Namespace) -> int:
     arguments.output.write_text(page(content), encoding="utf-8")
     size = arguments.output.stat().st_size / 1e6
     print(f"treespec: {arguments.output}, {size:.1f} MB", file=sys.stderr)
+    if content["failure"]:
+        print(f"treespec: not converted\n{content['failure']}", file=sys.stderr)
     return REFUSED if content["failure"] else CONVERTED

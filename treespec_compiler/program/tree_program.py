@@ -31,6 +31,7 @@ from .cuda_graphs import GraphStats
 from .executor import Bound, Executor, Tally
 from .keys import example_key
 from .made import Made
+from .net import check_program
 from .optimizer_steps import steps
 from .outputs import tapped, taps_of
 from .semantics import lengths_check, semantic_check
@@ -95,6 +96,9 @@ class TreeProgram:
         self._tallies: dict[Hashable, Tally] = {}  # of variants, through rebuilds
         self._call = call
         self._earlier: list[Made] = []
+        self._checked: weakref.WeakSet[Executor] = weakref.WeakSet()
+        self.verify_seconds = 0.0
+        """Spent on comparing the program with the model, its lowering included; part of `compile_seconds`."""
         self._model = weakref.ref(model)
         self._caches: weakref.WeakSet[TreeCache] = weakref.WeakSet()
         self._steps = steps()
@@ -243,9 +247,27 @@ class TreeProgram:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidOption(name=name, got=value, expected="a positive integer")
         self.check_weights(contents=True)
+        self.check()
+        return self._cache(max_tokens, slots)
+
+    def _cache(self, max_tokens: int, slots: int) -> TreeCache:
         cache = TreeCache(self.sites, max_tokens, slots, self.device, self._commit)
         self._caches.add(cache)
         return cache
+
+    def check(self) -> None:
+        """Compare the program with the model as it will run, once (`program.net`); the first `new_cache` does it too.
+
+        Raises `Unsupported` where they differ.
+        """
+        model = self._model()
+        if model is None or self.options.verify == "off" or self._executor in self._checked:
+            return
+        with alone(), outside_autocast():
+            compiled = self._tally.seconds
+            self.verify_seconds += (took := check_program(self, model, self._call))
+            self._tally.seconds = max(self._tally.seconds, compiled + took)  # lowering is part of it
+        self._checked.add(self._executor)
 
     @overload
     def prefill(self, prompt_ids: Any, cache: TreeCache, slot: int = 0) -> Tensor: ...

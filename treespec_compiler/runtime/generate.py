@@ -227,6 +227,7 @@ def _program(model: Model, options: Options, stats: Stats) -> TreeProgram:
         return program
     began = perf_counter()
     program = tree_program(model, options=options)
+    program.check()  # here, where a refusal may still mean the plain loop
     if program.compile_seconds <= perf_counter() - began:  # made just now, not by an earlier call
         stats.compile_seconds += program.compile_seconds
     return program
