@@ -362,3 +362,15 @@ def test_a_context_ends_where_a_bias_overcomes_what_hides() -> None:
     # Key q + 101 is shown 1e5 * 101 ** 2 - 1e9 > 0: seen by the first query of 102 tokens.
     assert program.max_context is not None and program.max_context < 102
     assert_decodes(model, program, VOCAB, rounds=2, prompt=17)
+
+
+class OneTokenApart(Tiny):
+    def finish(self, x: Tensor) -> Tensor:
+        return self.head(x) * 1.4 if x.shape[1] == 1 else self.head(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_function_of_one_token_is_no_rounding(dtype: torch.dtype) -> None:
+    with pytest.raises(treespec.Unsupported) as refusal:
+        treespec.tree_program(_model(OneTokenApart).to(dtype), options=EAGER)
+    assert refusal.value.kind is Refusal.BRANCH
