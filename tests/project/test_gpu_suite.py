@@ -29,7 +29,7 @@ from treespec_compiler.codegen.gpu import timing  # noqa: E402
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel  # noqa: E402
 from treespec_compiler.codegen.gpu.trial import Shape  # noqa: E402
 from treespec_compiler.codegen.gpu.tune_device import Inputs  # noqa: E402
-from treespec_compiler.program import tree_program as program  # noqa: E402
+from treespec_compiler.program import executor  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -223,7 +223,7 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.setattr(Inputs, "attend", lambda self, config=None, splits=None: numerics.eager_attention(self))
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **more: f if f is flex_attention else compile_(f, **more))
-    monkeypatch.setattr(program, "obstacle", lambda graph, device: "")
+    monkeypatch.setattr(executor, "obstacle", lambda graph, device: "")
     monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path / "cache"))
     timing._flush_buffer.cache_clear()
     yield

@@ -43,7 +43,7 @@ def by_distance(formula: Any) -> Any:
 
 
 def score(softcap: float = 0.0, has_slopes: bool = False, has_bias: bool = False) -> Any:
-    """A score after softcap, ALiBi and relative bias, in S, H and D (see `ir.scored_attention`)."""
+    """A score after softcap, ALiBi and relative bias, in S, H and D (see `ir.scores`)."""
     result: Any = S
     if softcap:
         cap = number(softcap)
