@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
+
+from .private_torch import OpOverload
 
 _MISSING = object()
 
@@ -38,7 +39,7 @@ class Signature:
 @functools.cache
 def signature(target: Any) -> Signature | None:
     """Of an operator of torch or of a library; None for anything else."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return None
     places: list[tuple[str, Any]] = []
     named: list[tuple[str, Any]] = []
@@ -68,7 +69,7 @@ def filled(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
 
 
 def _is_aten(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    return isinstance(target, OpOverload) and target.namespace == "aten"
 
 
 def fill(node: fx.Node) -> None:
