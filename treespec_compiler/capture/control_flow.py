@@ -63,7 +63,7 @@ def _refuse_autocast(node: fx.Node) -> None:
 
 def refuse_ambient_autocast(device: torch.device) -> None:
     """A program made under autocast would hold its roundings, and run without them."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         raise Unsupported(
             Refusal.ROUNDING,
             f"the program is made under torch.autocast({device.type!r}), whose roundings it would not repeat later",
