@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 
 from ..capture.call import CallSpec
 from ..errors import Refusal, Unsupported
 from ..logs import logger
+from ..passes.framework.state import GraphState
 from ..tree import TokenTree
+from .cache import TreeCache
 from .rounding import is_rounding, relative_error
 from .semantics import eager_logits, kept
-
-if TYPE_CHECKING:
-    from .tree_program import TreeProgram
 
 log = logger(__name__)
 
@@ -29,7 +29,32 @@ MOST = 600  # longer literals are left to the proofs: the eager model's time gro
 TREE = ([-1, 0, 0, 1, 3], [-1, 0, -1])  # parents of the two trees
 
 
-def check_program(program: TreeProgram, model: nn.Module, call: CallSpec) -> float:
+class Runs(Protocol):
+    """What is needed of a tree program: its graph, its limits, and that it runs."""
+
+    vocab_size: int
+    device: torch.device
+
+    @property
+    def state(self) -> GraphState: ...
+
+    @property
+    def graph_module(self) -> fx.GraphModule: ...
+
+    @property
+    def input_vocab(self) -> int: ...
+
+    @property
+    def max_context(self) -> int | None: ...
+
+    def prefill(self, prompt_ids: Any, cache: TreeCache) -> Tensor: ...
+
+    def verify(self, tree: Any, cache: TreeCache) -> Tensor: ...
+
+    def unchecked_cache(self, max_tokens: int, slots: int) -> TreeCache: ...
+
+
+def check_program(program: Runs, model: nn.Module, call: CallSpec) -> float:
     """Seconds it took; raises `Unsupported` where a row is not the model's, on two prompts of two."""
     began = time.perf_counter()
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
@@ -47,7 +72,7 @@ def check_program(program: TreeProgram, model: nn.Module, call: CallSpec) -> flo
     return time.perf_counter() - began
 
 
-def _difference(program: TreeProgram, model: nn.Module, call: CallSpec, seed: int) -> str | None:
+def _difference(program: Runs, model: nn.Module, call: CallSpec, seed: int) -> str | None:
     rng = random.Random(seed)
     nodes = sum(map(len, TREE))
     length = min(max(PREFIX, _literal(program) + 2), MOST, (program.max_context or MOST + nodes) - nodes)
@@ -55,7 +80,7 @@ def _difference(program: TreeProgram, model: nn.Module, call: CallSpec, seed: in
         return None
     draw = [rng.randrange(min(program.input_vocab, program.vocab_size)) for _ in range(length + nodes)]
     prefix, fresh = draw[:length], iter(draw[length:])
-    cache = program._cache(length + 2 * nodes, 1)
+    cache = program.unchecked_cache(length + 2 * nodes, 1)
     rows = [(prefix, program.prefill(prefix, cache).clone())]
     for parents in TREE:
         tree = TokenTree([next(fresh) for _ in parents], parents)
@@ -73,7 +98,7 @@ def _difference(program: TreeProgram, model: nn.Module, call: CallSpec, seed: in
     return None
 
 
-def _literal(program: TreeProgram) -> int:
+def _literal(program: Runs) -> int:
     """The largest number in the graph that could be one of tokens."""
     found = [0]
     for node in program.graph_module.graph.nodes:

@@ -248,9 +248,10 @@ class TreeProgram:
                 raise InvalidOption(name=name, got=value, expected="a positive integer")
         self.check_weights(contents=True)
         self.check()
-        return self._cache(max_tokens, slots)
+        return self.unchecked_cache(max_tokens, slots)
 
-    def _cache(self, max_tokens: int, slots: int) -> TreeCache:
+    def unchecked_cache(self, max_tokens: int, slots: int) -> TreeCache:
+        """A cache as `new_cache` gives one, without a look at weights, state or the comparison with the model."""
         cache = TreeCache(self.sites, max_tokens, slots, self.device, self._commit)
         self._caches.add(cache)
         return cache
