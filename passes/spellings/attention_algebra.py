@@ -69,7 +69,7 @@ def spell_constant_keys(state: GraphState, node: fx.Node) -> bool:
     sized = [s for x in (k, v) for s in shape_of(x)]
     if any(not s.is_Integer for s in sized) or argument(node, "attn_mask") is not None or argument(node, "is_causal"):
         return False
-    if argument(node, "dropout_p") or argument(node, "enable_gqa"):
+    if argument(node, "dropout_p") or argument(node, "enable_gqa") or any(_reads(state.tokens, x) for x in (k, v)):
         return False
     scale = argument(node, "scale")
     scale = 1.0 / math.sqrt(int(shape_of(q)[-1])) if scale is None else scale
@@ -80,6 +80,18 @@ def spell_constant_keys(state: GraphState, node: fx.Node) -> bool:
     node.replace_all_uses_with(result)
     state.graph.erase_node(node)
     return True
+
+
+def _reads(name: str, node: fx.Node) -> bool:
+    """Whether a node is computed from the input called `name`; a cache of the model's own is, from the tokens."""
+    stack, seen = [node], {node}
+    while stack:
+        here = stack.pop()
+        if here.name == name:
+            return True
+        stack += [a for a in here.all_input_nodes if a not in seen]
+        seen.update(here.all_input_nodes)
+    return False
 
 
 def _is_scores(state: GraphState, node: Any) -> bool:

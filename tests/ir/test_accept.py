@@ -125,7 +125,7 @@ def test_who_accepts() -> None:
 class Elsewhere:
     """Logits on another device: what is read is kept."""
 
-    is_cpu = False
+    device = torch.device("cuda")
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits, self.read = logits, []

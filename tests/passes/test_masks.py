@@ -57,6 +57,12 @@ def test_window(name: str) -> None:
     assert_decodes(model, program, VOCAB, rounds=1, prompt=20)
 
 
+def test_a_bias_that_all_seen_keys_share_is_none() -> None:
+    model, program = program_with(lambda q, k: torch.where(k <= q, 1.0, float("-inf")))
+    assert not program.sites[0].bias
+    assert_decodes(model, program, VOCAB, rounds=1, prompt=20)
+
+
 REFUSED: dict[str, tuple[Mask, str]] = {
     "everything": (lambda q, k: k + q >= 0, "bidirectional attention: every query sees every key"),
     "all later": (lambda q, k: k >= q, "every later token"),
@@ -67,7 +73,6 @@ REFUSED: dict[str, tuple[Mask, str]] = {
     "mirrored": (lambda q, k: k + q <= 8, "distance"),
     "fractions": (lambda q, k: (q * 0.1 - k * 0.1 < 0.3) & (k <= q), "fractions"),
     "small bias": (lambda q, k: torch.where(k <= q, 0.0, -30.0), "bias|scores change"),
-    "kept ones": (lambda q, k: torch.where(k <= q, 1.0, float("-inf")), "bias"),
     "wide gap": (lambda q, k: (k <= q) & ((q - k < 4) | (q - k > 900)), "gap"),
 }
 

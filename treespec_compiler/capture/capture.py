@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from ..errors import Refusal, TreespecError, Unsupported
 from ..logs import logger
 from .call import CallSpec, call_module, logits_of, tokens_of
-from .control_flow import refuse_ambient_autocast, refuse_control_flow, where_specialised
+from .control_flow import refuse_control_flow, where_specialised
 from .fakes import forget_tensors
 from .found import finder
 from .functional import functional_graph
@@ -62,7 +62,6 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
     tokens = tokens_of(call)
     if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] < 2:
         raise TreespecError(f"The example token ids have shape {list(tokens.shape)}, expected [1, T] with T >= 2.")
-    refuse_ambient_autocast(tokens.device)
     traced: dict[str, Any] = {}
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

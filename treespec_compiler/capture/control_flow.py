@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..errors import Refusal, Unsupported
@@ -58,16 +57,6 @@ def _refuse_autocast(node: fx.Node) -> None:
             layer=layer_path(node),
             module=module_class(node),
             way_out="convert that part's weights and inputs to the type, or call the model without autocast",
-        )
-
-
-def refuse_ambient_autocast(device: torch.device) -> None:
-    """A program made under autocast would hold its roundings, and run without them."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        raise Unsupported(
-            Refusal.ROUNDING,
-            f"the program is made under torch.autocast({device.type!r}), whose roundings it would not repeat later",
-            way_out="leave the autocast context; model.to(torch.bfloat16) gives the weights the type to compute in",
         )
 
 

@@ -12,6 +12,8 @@ def forget_tensors(mode: Any) -> None:
     tensor that has one.
     """
     env = mode.shape_env
-    traced = [tracked.fake.fake_mode for tracked in (env.tracked_fakes if env is not None else None) or ()]
+    tracked = (env.tracked_fakes if env is not None else None) or ()
+    # NOTE a number that is read out of a tensor is tracked as well, and has no mode.
+    traced = [each.fake.fake_mode for each in tracked if hasattr(each.fake, "fake_mode")]
     for each in {id(m): m for m in (mode, *traced)}.values():
         each.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
