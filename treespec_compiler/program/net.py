@@ -81,20 +81,25 @@ def _difference(program: Runs, model: nn.Module, call: CallSpec, seed: int) -> s
     draw = [rng.randrange(min(program.input_vocab, program.vocab_size)) for _ in range(length + nodes)]
     prefix, fresh = draw[:length], iter(draw[length:])
     cache = program.unchecked_cache(length + 2 * nodes, 1)
-    rows = [(prefix, program.prefill(prefix, cache).clone())]
+    # One run of the model gives every row of a path: the prefix's own last row belongs to the first one.
+    first = program.prefill(prefix, cache).clone()
+    paths: list[tuple[list[int], dict[int, Tensor]]] = []  # token ids, and the program's row after each of some of them
     for parents in TREE:
         tree = TokenTree([next(fresh) for _ in parents], parents)
         got = program.verify(tree, cache).clone()
-        leaves = [i for i in range(len(tree)) if i not in parents]
-        rows += [(prefix + tree.path_tokens(i), got[i]) for i in leaves]
+        for leaf in (i for i in range(len(tree)) if i not in parents):
+            ids = prefix + tree.path_tokens(leaf)
+            paths.append((ids, {len(prefix) + depth: got[node] for depth, node in enumerate(tree.path(leaf))}))
         path = tree.path(len(tree) - 1)
         cache.commit(path)
         prefix = prefix + [tree.tokens[i] for i in path]
-    for ids, row in rows:
-        expected = eager_logits(model, call, ids, program.device)[-1]
-        if not is_rounding(model, call, ids, row, expected):
-            error = relative_error(row, expected)
-            return f"logits after {len(ids)} tokens differ by {error:.2e} of the largest"
+    paths[0][1][length - 1] = first
+    for ids, rows in paths:
+        expected = eager_logits(model, call, ids, program.device)
+        for at, row in rows.items():
+            if not is_rounding(model, call, ids[: at + 1], row, expected[at]):
+                error = relative_error(row, expected[at])
+                return f"logits after {at + 1} tokens differ by {error:.2e} of the largest"
     return None
 
 
