@@ -1,6 +1,6 @@
 """Exact or refused: decoders nobody chose. A new seed in every run, printed; TREESPEC_SEED repeats one.
 
-TREESPEC_DECODERS sets how many (200 in CI, 5000 on demand); the tally is printed at the end, with what repeats it.
+TREESPEC_DECODERS sets how many (40 in CI, 5000 on demand); the tally is printed at the end, with what repeats it.
 """
 
 from __future__ import annotations
