@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from ..speculation.work import Work, Working, perform
+from ..speculation.work import Answer, Work, Working, perform
 from .request import Request, Step
 
 
@@ -58,7 +57,7 @@ class Engine:
         for place, answer in perform([running.wanted for running in waiting if running.wanted is not None]):
             self._resume(waiting[place], answer)
 
-    def _resume(self, running: _Running, answer: Tensor | Exception | None = None) -> None:
+    def _resume(self, running: _Running, answer: Answer | Exception | None = None) -> None:
         steps = running.steps
         assert steps is not None
         try:

@@ -1,16 +1,17 @@
 """What requests and drafts want run.
 
-They are generators: they yield work and are sent its logits. So whoever drives them decides when it runs, and packs
+They are generators: they yield work and are sent its answer. So whoever drives them decides when it runs, and packs
 what several of them want of one program into one forest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar, cast
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from torch import Tensor
 
+from ..ir.verify import LOGITS
 from ..tree import Forest, TokenTree
 from .slots import Slot
 
@@ -21,6 +22,8 @@ class Nodes(NamedTuple):
     slot: Slot
     tree: TokenTree
     start: int = 0
+    outputs: tuple[str, ...] | None = None
+    """As in `TreeProgram.verify`: the answer is a dictionary of the tensors of these names."""
 
 
 class Prompt(NamedTuple):
@@ -28,19 +31,24 @@ class Prompt(NamedTuple):
 
     slot: Slot
     tokens: Sequence[int]
+    outputs: tuple[str, ...] | None = None
+    """As in `TreeProgram.prefill`: the answer is a dictionary of the tensors of these names."""
 
 
 Work: TypeAlias = Nodes | Prompt
+Answer: TypeAlias = Tensor | Mapping[str, Tensor]
+"""Logits, or the outputs that the work names, by name."""
 T = TypeVar("T")
-Working: TypeAlias = Generator[Work, Tensor, T]
-"""Yields work, is sent its logits, which are valid until it yields again, and returns a T."""
+Working: TypeAlias = Generator[Work, Any, T]
+"""Yields work, is sent its `Answer`, which is valid until it yields again, and returns a T."""
 
 
-def perform(wanted: Sequence[Work]) -> Iterator[tuple[int, Tensor | Exception]]:
+def perform(wanted: Sequence[Work]) -> Iterator[tuple[int, Answer | Exception]]:
     """Run everything, a call for all nodes of one program and cache.
 
-    Gives places in `wanted` and their logits, or why the call failed. NOTE logits are valid until the program's next
-    call, so they are to be used before the next item is asked for.
+    Gives places in `wanted` and their answers, or why the call failed. Nodes that want different outputs of a program
+    are one call all the same, for all of these. NOTE answers are valid until the program's next call, so they are to be
+    used before the next item is asked for.
     """
     if len(wanted) == 1:  # the commonest case, without the bookkeeping
         yield 0, _answer(wanted[0])
@@ -53,32 +61,53 @@ def perform(wanted: Sequence[Work]) -> Iterator[tuple[int, Tensor | Exception]]:
             yield place, _answer(work)
     for places in groups.values():
         try:
-            logits = _together([cast("Nodes", wanted[place]) for place in places])
+            answers = _together([cast("Nodes", wanted[place]) for place in places])
         except Exception as error:
             yield from ((place, error) for place in places)
         else:
-            yield from zip(places, logits, strict=True)
+            yield from zip(places, answers, strict=True)
 
 
-def _answer(work: Work) -> Tensor | Exception:
+def _answer(work: Work) -> Answer | Exception:
     """Of one piece of work."""
-    slot = work.slot
+    slot, named = work.slot, _named(work.outputs)
     try:
         if isinstance(work, Prompt):
-            return slot.program.prefill(work.tokens, slot.cache, slot=slot.index)
+            return slot.program.prefill(work.tokens, slot.cache, slot=slot.index, **named)
         forest = Forest._trusted(((slot.index, work.tree),))
         if work.start:
-            return slot.program.extend(forest, slot.cache, {slot.index: work.start})
-        return slot.program.verify(forest, slot.cache)
+            return slot.program.extend(forest, slot.cache, {slot.index: work.start}, **named)
+        return slot.program.verify(forest, slot.cache, **named)
     except Exception as error:
         return error
 
 
-def _together(parts: Sequence[Nodes]) -> Sequence[Tensor]:
+def _together(parts: Sequence[Nodes]) -> Sequence[Answer]:
     slot = parts[0].slot
     forest = Forest._trusted([(part.slot.index, part.tree) for part in parts])
-    logits = slot.program.extend(forest, slot.cache, {part.slot.index: part.start for part in parts})
-    return logits.split([len(part.tree.tokens) - part.start for part in parts])
+    starts = {part.slot.index: part.start for part in parts}
+    outputs = _union([part.outputs for part in parts])
+    found: Any = slot.program.extend(forest, slot.cache, starts, **_named(outputs))
+    sizes = [len(part.tree.tokens) - part.start for part in parts]
+    if outputs is None:
+        return found.split(sizes)
+    split = {name: found[name].split(sizes) for name in outputs}
+    return [
+        split[LOGITS][at] if part.outputs is None else {name: split[name][at] for name in part.outputs}
+        for at, part in enumerate(parts)
+    ]
+
+
+def _named(outputs: tuple[str, ...] | None) -> dict[str, Any]:
+    """Keywords of a program's call; not every program has named outputs."""
+    return {} if outputs is None else {"outputs": outputs}
+
+
+def _union(wanted: Sequence[tuple[str, ...] | None]) -> tuple[str, ...] | None:
+    """What one call has to return for all of these; None: logits alone."""
+    if all(outputs is None for outputs in wanted):
+        return None
+    return tuple(dict.fromkeys(name for outputs in wanted for name in outputs or (LOGITS,)))
 
 
 def alone(works: Working[T]) -> T:
