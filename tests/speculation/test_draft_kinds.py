@@ -91,6 +91,7 @@ def test_installed_packages_bring_kinds(name, monkeypatch, caplog):
         EntryPoint("broken", "no_such_package:factory", registry.GROUP),
     ]
     monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "treespec.drafts" else [])
+    registry._load_installed.cache_clear()
     assert generate("mine:3").sequences.tolist() == [greedy(ROW, PROMPT, 20)]
     assert "entry point broken" in caplog.text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -66,15 +67,21 @@ def unregister_draft(name: str) -> None:
 
 def kinds() -> dict[str, Kind]:
     """All kinds by name, those of installed packages included."""
+    _load_installed()
+    return dict(_kinds)
+
+
+@functools.cache  # reading the metadata of all installed packages takes as long as several decoding steps
+def _load_installed() -> None:
+    """An entry point names a factory, or a module that registers its kinds."""
     for point in entry_points(group=GROUP):
         if point.name not in _kinds:
             try:
-                found = point.load()  # a factory, or a module that registers its kinds
+                found = point.load()
                 if callable(found):
                     register_draft(point.name, found)
             except Exception as error:
                 log.warning("entry point %s (%s) gives no draft: %s", point.name, point.value, error)
-    return dict(_kinds)
 
 
 def is_named(text: str) -> bool:
