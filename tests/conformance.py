@@ -277,6 +277,7 @@ CALLS: dict[str, dict[str, Callable[[torch.dtype], Call]]] = {
     },
     "commit_path": {
         "a path": lambda dtype: commit(dtype, [18, 20, 21, 30, 33, 40], [18, 19, 20, 21, 32, 33]),
+        "pages in any order": lambda dtype: commit(dtype, [2, 3, 33, 34, 17], [47, 2, 3, 33, 16]),
         "no moves": lambda dtype: commit(dtype, [], []),
     },
     "greedy_accept": {

@@ -170,6 +170,20 @@ class CacheOverflow(TreespecError, ValueError):
 
 
 @dataclass(eq=False, kw_only=True)
+class OutOfPages(TreespecError, RuntimeError):
+    """More pages wanted of a paged cache than are free."""
+
+    wanted: int
+    free: int
+    total: int
+    page_size: int
+    template: ClassVar[str] = (
+        "The cache is out of pages: got {e.wanted} wanted, expected at most the {e.free} free ones of {e.total} (of "
+        "{e.page_size} tokens each). Free a slot, or make a larger cache, `new_cache(pages=...)`."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
 class ContextOverflow(TreespecError, ValueError):
     """More tokens than the model itself has positions for."""
 

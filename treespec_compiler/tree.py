@@ -70,6 +70,11 @@ class TokenTree:
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
         return tuple(depths)
 
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether every node continues the one before it."""
+        return self.parents == tuple(range(-1, len(self.parents) - 1))
+
     @property
     def roots(self) -> tuple[int, ...]:
         return self.children(-1)

@@ -1,6 +1,7 @@
 // The treespec_cpu ops: checks, threads, and the kernels of the headers. Schemas are declared in Python.
 #include <atomic>
 #include <cstdlib>
+#include <unordered_set>
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
@@ -200,9 +201,13 @@ void commit_path(at::TensorList pools, const Tensor& src_in, const Tensor& dst_i
   for (const Tensor& pool : pools) {
     TORCH_CHECK(pool.dim() == 5 && pool.stride(4) == 1, "pool must be [sites, pages, heads, page size, D]");
     for (int64_t j = 0; j < n; ++j)
-      TORCH_CHECK(to[j] >= 0 && to[j] <= from[j] && from[j] < pool.size(1) * pool.size(3) &&
-                      (!j || to[j] > to[j - 1]) && (!j || from[j] > from[j - 1]),
-                  "src and dst must increase within the pool, dst[j] <= src[j]");
+      TORCH_CHECK(std::min(to[j], from[j]) >= 0 && std::max(to[j], from[j]) < pool.size(1) * pool.size(3),
+                  "src and dst must lie within the pool");
+  }
+  std::unordered_set<int64_t> written;
+  for (int64_t j = 0; j < n; ++j) {
+    TORCH_CHECK(!written.count(from[j]), "a token is read after it was overwritten: no dst may be a later src");
+    if (from[j] != to[j]) written.insert(to[j]);
   }
   for (const Tensor& pool : pools) {
     const int64_t size = pool.size(3), bytes = pool.element_size(), token = pool.stride(3) * bytes;

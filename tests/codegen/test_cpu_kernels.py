@@ -146,8 +146,10 @@ def test_commit_path(dtype):
     ops.commit_path([expected, expected_other], src, dst)
     cpu.COMMIT_PATH([pool, other], src, dst)
     assert torch.equal(pool, expected) and torch.equal(other, expected_other)
-    with pytest.raises(RuntimeError, match="must increase"):
+    with pytest.raises(RuntimeError, match="no dst may be a later src"):
         cpu.COMMIT_PATH([pool], dst, src)
+    with pytest.raises(RuntimeError, match="within the pool"):
+        cpu.COMMIT_PATH([pool], src, dst + 48)
 
 
 @compiled

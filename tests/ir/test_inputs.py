@@ -37,10 +37,10 @@ def test_pools_are_inputs_and_weights_are_not(name):
 
 
 class _Cache:
-    max_tokens = 100
+    page_size, _pages = 100, None
 
     def __init__(self, lengths):
-        self._lengths = lengths
+        self._lengths, self._tables = lengths, [[slot] for slot in range(len(lengths))]
 
 
 @pytest.mark.parametrize("aligned", [False, True])

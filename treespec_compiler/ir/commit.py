@@ -16,8 +16,8 @@ def reference(pools: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     """Token dst[j] of every site and head of every pool becomes token src[j].
 
     Each pool [sites, pages, H, page_size, D], with sites, H and D of its own; src and dst are int64 token indices,
-    page * page_size + offset. Both increase and dst[j] <= src[j], so copying in order never overwrites a token that is
-    still to be read.
+    page * page_size + offset. No dst is a later src, so copying in order never overwrites a token that is still to be
+    read: within a slot both increase and dst[j] is not behind src[j], and no page is of two slots' trees.
     """
     for pool in pools:
         size = pool.shape[3]

@@ -87,7 +87,7 @@ class TreeMeta:
     positions: Tensor  # prefix length of the node's request + node depth
     write_index: Tensor  # where this node's K/V goes: page * page_size + offset; < 0: nowhere
     node_offsets: Tensor  # rows node_offsets[r]:node_offsets[r+1] are request r's new nodes
-    page_table: Tensor  # pages of request r's slot; today one, page = slot
+    page_table: Tensor  # pages of request r's slot, as many as its tokens need; any numbers behind those
     prefix_lens: Tensor  # committed tokens
     tree_lens: Tensor  # M_r: uncommitted nodes, new ones included, at offsets prefix_len .. prefix_len + M_r - 1
     rows: Tensor  # which of the T nodes' logits are wanted

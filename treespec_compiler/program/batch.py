@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..codegen.gpu.sizes import power_of_two
 from ..ir.inputs import INPUTS, TreeMeta
 from ..tree import WORD_BITS, TokenTree
 from .cache import TreeCache
@@ -22,10 +23,10 @@ class Part:
     slot: int
     tree: TokenTree
     start: int = 0
-    prompt: bool = False
-    """Whether the tree is a chain, all of it new and alone in its call: `TreeMeta` needs no words for it."""
+    chain: bool = False
+    """Whether the tree is known to be a chain: where all of a call's are, `TreeMeta` needs no words."""
     pages: int = 1
-    """0: a prompt into an empty slot, for which `TreeMeta` needs no pages either."""
+    """0: a prompt into an empty slot, alone in its call, for which `TreeMeta` needs no pages either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +95,20 @@ def lay_out(
     positions: list[int] = []
     write: list[int] = []
     bits: list[int] = []
-    offsets, prefixes, sizes, pages = [0], [], [], []
+    offsets, prefixes, sizes, pages = [0], [], [], list[int]()
     words = word_count(parts) if room is None else room.words
+    wide = page_count(parts, cache) if room is None else room.pages
     for part in parts:
         tree, start, size = part.tree, part.start, len(part.tree.tokens)
         prefix = cache._lengths[part.slot]
         tokens += tree.tokens[start:]
         positions += [prefix + d for d in tree.depths[start:]]
-        base = part.slot * cache.max_tokens + prefix
-        write += range(base + start, base + size)
+        table = cache._tables[part.slot]
+        if len(table) == 1:
+            base = table[0] * cache.page_size + prefix
+            write += range(base + start, base + size)
+        else:
+            write += cache._places(part.slot, range(start, size))
         if not words:
             pass
         elif words == 1 and size < WORD_BITS:
@@ -112,7 +118,8 @@ def lay_out(
         offsets.append(len(tokens))
         prefixes.append(prefix)
         sizes.append(size)
-        pages += [part.slot] * part.pages
+        pages += table[:wide]
+        pages += [0] * (wide - len(table))  # not read: no token lies there
     if room is not None:
         more, idle = room.nodes - len(tokens), [0] * (room.requests - len(parts))
         tokens += [0] * more
@@ -122,10 +129,10 @@ def lay_out(
         offsets += [offsets[-1]] * len(idle)
         prefixes += idle
         sizes += idle
-        pages += idle
+        pages += idle * wide
     count, requests = len(tokens), len(sizes)
     chosen: Sequence[int] = range(count) if rows is None else rows
-    shape = (count, requests, len(chosen), words, len(pages) // requests)
+    shape = (count, requests, len(chosen), words, wide)
     if aligned:
         for field in (tokens, positions, write, offsets, pages, prefixes, sizes, bits):
             field += [0] * (len(field) % 2)
@@ -135,9 +142,19 @@ def lay_out(
     return shape, numbers
 
 
+def page_count(parts: Sequence[Part], cache: TreeCache) -> int:
+    """Pages of the widest table: 0 if no table is needed, else a power of two, so that there are few widths."""
+    if not parts[0].pages:
+        return 0
+    if cache._pages is None:
+        return 1
+    size = cache.page_size
+    return power_of_two(max([-(-(cache._lengths[p.slot] + len(p.tree.tokens)) // size) for p in parts]))
+
+
 def word_count(parts: Sequence[Part]) -> int:
-    """Words of 64 nodes that the largest tree needs; a prompt needs none."""
-    if parts[0].prompt:
+    """Words of 64 nodes that the largest tree needs; chains need none."""
+    if parts[0].chain and all(part.chain for part in parts):
         return 0
     return -(-max([len(part.tree.tokens) for part in parts]) // WORD_BITS)
 

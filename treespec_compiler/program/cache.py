@@ -1,6 +1,8 @@
 """The tree KV cache: committed tokens of every slot, and one uncommitted tree behind each.
 
-A slot is one page of the pools. Tokens 0 .. length-1 are committed; the uncommitted tree's node j lies at length + j.
+Tokens 0 .. length-1 of a slot are committed; the uncommitted tree's node j lies at length + j. Where offset n lies in
+the pools is said by the slot's table of pages: on page `table[n // page_size]`, at `n % page_size`. Without `page_size`
+a slot is one page of its own; with it, slots take pages as they grow share what they have in common (`pages.Pages`).
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CacheOverflow, InvalidPath, StaleCache, UnknownSlot
+from ..errors import CacheOverflow, InvalidPath, OutOfPages, StaleCache, UnknownSlot
 from ..ir.specs import AttentionSpec
 from ..tree import TokenTree
+from .pages import FIRST, PageCounts, Pages
 
 
 class TreeCache:
     """K/V pools of a tree program and what lies in them. Made by `TreeProgram.new_cache`.
 
-    Bytes: `slots * max_tokens * sum(site.bytes_per_token())`.
+    `page_size` tokens make a page, of which there are `pages`. Bytes: their product times the sum of the sites'
+    `bytes_per_token()`.
     """
 
     def __init__(
@@ -29,6 +33,8 @@ class TreeCache:
         slots: int,
         device: torch.device,
         commit_kernel: Callable[[Sequence[Tensor], Tensor, Tensor], Any],
+        page_size: int | None = None,
+        pages: int | None = None,
     ) -> None:
         self.max_tokens, self.slots = max_tokens, slots
         self.stale: str | None = None
@@ -38,7 +44,16 @@ class TreeCache:
         self._lengths = [0] * slots
         self._trees: list[TokenTree | None] = [None] * slots
         self._outdated: dict[int, str] = {}  # slot -> why its K/V are not what the model would compute now
-        self.storages, self.pools = _allocate(sites, max_tokens, slots, device)
+        self.page_size = max_tokens if page_size is None else page_size
+        self._pages: Pages | None = None
+        self._tables = [[slot] for slot in range(slots)]
+        if page_size is not None:
+            self._pages = Pages(slots * -(-max_tokens // page_size) if pages is None else pages, page_size)
+            self._tables = [[] for _ in range(slots)]
+            self._tokens: list[list[int]] = [[] for _ in range(slots)]  # committed ones, for the blocks they make
+            self._known = [0] * slots  # pages of each slot that are known
+        count = slots if self._pages is None else self._pages.count
+        self.storages, self.pools = _allocate(sites, self.page_size, count, device)
 
     def length(self, slot: int = 0) -> int:
         """Committed tokens of the slot."""
@@ -51,6 +66,22 @@ class TreeCache:
     @property
     def bytes(self) -> int:
         return sum(s.numel() * s.element_size() for s in self.storages)
+
+    @property
+    def page_counts(self) -> PageCounts:
+        """What the pages are used for; without `page_size` every slot has one."""
+        if self._pages is None:
+            held = sum(length > 0 or tree is not None for length, tree in zip(self._lengths, self._trees, strict=True))
+            return PageCounts(self.slots, held, 0, 0)
+        return self._pages.counts
+
+    def lacking(self, slot: int, tokens: int) -> int:
+        """Pages to be taken before the slot can hold `tokens` tokens and nodes behind its committed ones."""
+        if self._pages is None:
+            return 0
+        length, table = self._lengths[slot], self._tables[slot]
+        new = max(0, -(-(length + tokens) // self.page_size) - len(table))
+        return new + (tokens > 0 and self._shared_end(slot))
 
     def commit(self, path: Sequence[int] | Mapping[int, Sequence[int]]) -> None:
         """Keep the K/V of these nodes and drop every other uncommitted node.
@@ -66,17 +97,57 @@ class TreeCache:
         src: list[int] = []
         dst: list[int] = []
         for slot in sorted(paths):
-            base = slot * self.max_tokens + self._lengths[slot]
-            for target, node in enumerate(paths[slot]):
-                if node != target:
-                    src.append(base + node)
-                    dst.append(base + target)
+            moved = [(node, target) for target, node in enumerate(paths[slot]) if node != target]
+            src += self._places(slot, [node for node, _ in moved])
+            dst += self._places(slot, [target for _, target in moved])
         if src:
             moves = torch.tensor([src, dst]).to(self.storages[0].device, non_blocking=True)
             self._commit(self.storages, moves[0], moves[1])
         for slot, nodes in paths.items():
-            self._lengths[slot] += len(nodes)
-            self._trees[slot] = None
+            tree = self._trees[slot]
+            self._append(slot, [tree.tokens[node] for node in nodes] if tree is not None else [])
+
+    def adopt(self, slot: int, tokens: Sequence[int]) -> int:
+        """Begin an empty slot with the pages of other slots that begin with the same tokens; full ones of former slots
+        too. A page that is not full is copied as soon as one of the slots writes to it.
+
+        How many of `tokens` are committed by that: never the last one, whose logits somebody wants. Always 0 without
+        `page_size`.
+        """
+        self._check_fresh([self._check_slot(slot)])
+        pages, table = self._pages, self._tables[slot]
+        if pages is None or self._lengths[slot] or table:
+            return 0
+        size, before, most = self.page_size, FIRST, min(len(tokens) - 1, self.max_tokens)
+        for start in range(0, most // size * size, size):
+            page = pages.find(before, tokens[start : start + size])
+            if page is None:
+                break
+            pages.hold(page)
+            table.append(page)
+            before = pages.serial(page)
+        found = len(table) * size
+        self._known[slot] = len(table)
+        page, more = self._begun(table, tokens[found : min(most, found + size)])
+        if more:
+            pages.hold(page)
+            table.append(page)
+        self._lengths[slot] = found + more
+        self._tokens[slot] = [*tokens[: found + more]]
+        return found + more
+
+    def _begun(self, table: Sequence[int], tokens: Sequence[int]) -> tuple[int, int]:
+        """Of the pages that slots have behind the pages of `table`, one with most of `tokens` at its beginning, and how
+        many. NOTE equal blocks are one page, so slots with the same beginning name the same pages.
+        """
+        best, start = (0, 0), len(table) * self.page_size
+        for other, pages in enumerate(self._tables):
+            if len(pages) > len(table) and pages[: len(table)] == table and other not in self._outdated:
+                text = self._tokens[other][start : start + len(tokens)]
+                same = next((i for i, (a, b) in enumerate(zip(text, tokens)) if a != b), min(len(text), len(tokens)))
+                if same > best[1]:
+                    best = pages[len(table)], same
+        return best
 
     def free(self, slot: int = 0) -> None:
         """Forget the slot's tokens; its memory is used again."""
@@ -84,12 +155,83 @@ class TreeCache:
         self._lengths[slot] = 0
         self._trees[slot] = None
         self._outdated.pop(slot, None)
+        if self._pages is not None:
+            self._give_up(slot, 0)
+            self._tokens[slot], self._known[slot] = [], 0
+
+    def _append(self, slot: int, tokens: Sequence[int]) -> None:
+        """These tokens are committed: their K/V lie behind the others, and nothing behind them counts."""
+        self._lengths[slot] += len(tokens)
+        self._trees[slot] = None
+        if self._pages is None:
+            return
+        size, table, held = self.page_size, self._tables[slot], self._tokens[slot]
+        held += tokens
+        self._give_up(slot, -(-self._lengths[slot] // size))
+        while (self._known[slot] + 1) * size <= self._lengths[slot] and slot not in self._outdated:
+            at = self._known[slot]
+            before = self._pages.serial(table[at - 1]) if at else FIRST
+            # NOTE two slots that ran the same tokens at the same time keep one of their pages from here on.
+            table[at] = self._pages.know(table[at], before, held[at * size : (at + 1) * size])
+            self._known[slot] = at + 1
+
+    def _give_up(self, slot: int, kept: int) -> None:
+        """Drop pages behind the first `kept`, the last first: of known ones, beginnings are kept longest."""
+        assert self._pages is not None
+        table = self._tables[slot]
+        while len(table) > kept:
+            self._pages.drop(table.pop())
+
+    def _reserve(self, slot: int, nodes: int) -> None:
+        """Make room for so many nodes behind the committed tokens."""
+        length = self._lengths[slot]
+        if length + nodes > self.max_tokens:
+            raise CacheOverflow(slot=slot, length=length, new=nodes, capacity=self.max_tokens)
+        if self._pages is None:
+            return
+        pages, table = self._pages, self._tables[slot]
+        lacking = self.lacking(slot, nodes)
+        if lacking > pages.free:
+            raise OutOfPages(wanted=lacking, free=pages.free, total=pages.count, page_size=self.page_size)
+        if nodes and length // self.page_size < len(table):
+            self._own(slot, length // self.page_size)
+        while len(table) * self.page_size < length + nodes:
+            table.append(pages.take())
+
+    def _shared_end(self, slot: int) -> bool:
+        """Whether the next token goes to a page that another slot holds, too."""
+        at, table = self._lengths[slot] // self.page_size, self._tables[slot]
+        assert self._pages is not None
+        return at < len(table) and self._pages.holders(table[at]) > 1
+
+    def _own(self, slot: int, at: int) -> None:
+        """Copy on write: the slot's page becomes one that nobody else holds, and that nobody else can find."""
+        assert self._pages is not None
+        old = self._tables[slot][at]
+        if self._pages.holders(old) == 1:
+            self._pages.forget(old)
+            return
+        new = self._pages.take()
+        for storage in self.storages:
+            storage[:, new].copy_(storage[:, old])
+        self._tables[slot][at] = new
+        self._pages.drop(old)
+
+    def _places(self, slot: int, nodes: Sequence[int]) -> list[int]:
+        """Where uncommitted nodes lie in the pools, as page * page_size + offset."""
+        size, table, length = self.page_size, self._tables[slot], self._lengths[slot]
+        if len(table) == 1:
+            base = table[0] * size + length
+            return [base + node for node in nodes]
+        return [table[(length + node) // size] * size + (length + node) % size for node in nodes]
 
     def _outdate(self, reason: str) -> None:
         """What lies in the slots was computed by other weights; a freed slot is as good as new."""
         for slot in range(self.slots):
             if self._lengths[slot] or self._trees[slot] is not None:
                 self._outdated[slot] = reason
+        if self._pages is not None:
+            self._pages.forget_all()
 
     def _check_slot(self, slot: int) -> int:
         if not isinstance(slot, int) or not 0 <= slot < self.slots:
@@ -121,10 +263,6 @@ class TreeCache:
                 )
             parent = node
 
-    def _reserve(self, slot: int, nodes: int) -> None:
-        if self._lengths[slot] + nodes > self.max_tokens:
-            raise CacheOverflow(slot=slot, length=self._lengths[slot], new=nodes, capacity=self.max_tokens)
-
 
 def _nodes(path: Sequence[int] | Tensor) -> list[int]:
     """NOTE the truth of a tensor is that of its number: an unconverted `tensor([0])` would pass for an empty path."""
@@ -137,9 +275,9 @@ def _nodes(path: Sequence[int] | Tensor) -> list[int]:
 
 
 def _allocate(
-    sites: Sequence[AttentionSpec], max_tokens: int, slots: int, device: torch.device
+    sites: Sequence[AttentionSpec], page_size: int, pages: int, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """One storage [pools, slots, kv_heads, max_tokens, dim] per distinct shape, and each site's K and V views of it."""
+    """One storage [pools, pages, kv_heads, page_size, dim] per distinct shape, and each site's K and V views of it."""
     shapes: dict[tuple[int, int, torch.dtype], list[tuple[int, int]]] = {}
     for site in sites:
         for kind, dim in enumerate((site.key_dim, site.value_dim)):
@@ -148,7 +286,7 @@ def _allocate(
     storages = []
     for (heads, dim, dtype), users in shapes.items():
         # NOTE zeros, not empty: a masked key with a NaN in it would still poison a product with weight 0.
-        storage = torch.zeros(len(users), slots, heads, max_tokens, dim, dtype=dtype, device=device)
+        storage = torch.zeros(len(users), pages, heads, page_size, dim, dtype=dtype, device=device)
         storages.append(storage)
         pools.update(zip(users, storage.unbind(0), strict=True))
     return storages, [pools[site.index, kind] for site in sites for kind in (0, 1)]

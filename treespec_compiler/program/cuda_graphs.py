@@ -31,7 +31,7 @@ from ..ir.device import profile
 from ..ir.registry import kernel_of
 from ..logs import logger
 from ..options import Options
-from .batch import Batch, Part, Shape, lay_out, word_count
+from .batch import Batch, Part, Shape, lay_out, page_count, word_count
 from .cache import TreeCache
 
 log = logger(__name__)
@@ -56,8 +56,11 @@ INDEXING = frozenset(
 )
 
 
-def bucket(parts: Sequence[Part]) -> Shape | None:
-    """The recorded size that holds this call: powers of two; None where it is larger than all of them."""
+def bucket(parts: Sequence[Part], pages: int = 1) -> Shape | None:
+    """The recorded size that holds this call: powers of two; None where it is larger than all of them.
+
+    `pages` is the width of the call's page table.
+    """
     nodes = sum(len(part.tree.tokens) - part.start for part in parts)
     if nodes > MAX_NODES or len(parts) > MAX_REQUESTS:
         return None
@@ -65,7 +68,7 @@ def bucket(parts: Sequence[Part]) -> Shape | None:
     if words > MAX_NODES // 64:
         return None
     padded = power_of_two(nodes)
-    return Shape(padded, power_of_two(len(parts)), padded, power_of_two(words))
+    return Shape(padded, power_of_two(len(parts)), padded, power_of_two(words), pages)
 
 
 def obstacle(graph: fx.Graph, device: torch.device) -> str:
@@ -158,7 +161,7 @@ class Graphs:
 
         `template` is the identity of the bound weights: with another one, every recording ends.
         """
-        shape = bucket(parts)
+        shape = bucket(parts, page_count(parts, cache))
         if shape is None:
             self._counts["launches"] += 1
             return None

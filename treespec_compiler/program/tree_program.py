@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import accumulate
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -241,18 +242,31 @@ class TreeProgram:
         """The rewritten graph, before lowering."""
         return self._converted.state.gm
 
-    def new_cache(self, max_tokens: int = 4096, slots: int = 1) -> TreeCache:
-        """A tree KV cache with room for `max_tokens` tokens in each slot, uncommitted nodes included."""
-        for name, value in (("max_tokens", max_tokens), ("slots", slots)):
+    def new_cache(
+        self, max_tokens: int = 4096, slots: int = 1, page_size: int | None = None, pages: int | None = None
+    ) -> TreeCache:
+        """A tree KV cache with room for `max_tokens` tokens in each slot, uncommitted nodes included.
+
+        With `page_size`, slots take pages of so many tokens as they grow, of `pages` in all (default: enough for every
+        slot), and may share them: `cache.adopt`. Raises `OutOfPages` where a call needs more.
+        """
+        wanted = {"max_tokens": max_tokens, "slots": slots}
+        wanted |= {} if page_size is None else {"page_size": page_size}
+        wanted |= {} if pages is None else {"pages": pages}
+        for name, value in wanted.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidOption(name=name, got=value, expected="a positive integer")
+        if pages is not None and page_size is None:
+            raise InvalidOption(name="pages", got=pages, expected="None, or a page_size beside it")
         self.check_weights(contents=True)
         self.check()
-        return self.unchecked_cache(max_tokens, slots)
+        return self.unchecked_cache(max_tokens, slots, page_size, pages)
 
-    def unchecked_cache(self, max_tokens: int, slots: int) -> TreeCache:
+    def unchecked_cache(
+        self, max_tokens: int, slots: int, page_size: int | None = None, pages: int | None = None
+    ) -> TreeCache:
         """A cache as `new_cache` gives one, without a look at weights, state or the comparison with the model."""
-        cache = TreeCache(self.sites, max_tokens, slots, self.device, self._commit)
+        cache = TreeCache(self.sites, max_tokens, slots, self.device, self._commit, page_size, pages)
         self._caches.add(cache)
         return cache
 
@@ -299,11 +313,11 @@ class TreeProgram:
             piece = ids[start : start + chunk]
             tree = TokenTree._trusted(piece, range(-1, len(piece) - 1))
             pages = 0 if device.empty_tables and not cache._lengths[slot] else 1
-            part = Part(slot, tree, prompt=True, pages=pages)
+            part = Part(slot, tree, chain=True, pages=pages)
+            cache._reserve(slot, len(piece))
             found = executor.run([part], cache, rows=[len(piece) - 1])
             pieces = [found] if outputs is None else [*pieces, found]
-            cache._trees[slot] = None
-            cache._lengths[slot] += len(piece)
+            cache._append(slot, piece)
         logits = pieces[-1][0][0]
         if outputs is None:
             return logits
@@ -370,13 +384,45 @@ class TreeProgram:
         self._ready(cache, [s for s, _ in items])
         parts = [new_part(cache, s, t, start.get(s, 0) if isinstance(start, Mapping) else start) for s, t in items]
         for part in parts:
-            check_tokens(part.tree.tokens, self.input_vocab, f"the tree of slot {part.slot}")
-            self._check_context(cache.length(part.slot) + max(part.tree.depths) + 1)
-            cache._reserve(part.slot, len(part.tree))
+            self._check_part(part, cache)
         outputs = executor().run(parts, cache)
         for part in parts:
             cache._trees[part.slot] = part.tree
         return outputs
+
+    def mixed(
+        self,
+        trees: Sequence[tuple[int, TokenTree, int]],
+        prompts: Sequence[tuple[int, Sequence[int]]],
+        cache: TreeCache,
+    ) -> list[Tensor]:
+        """One call for trees of some slots, as (slot, tree, start), and pieces of prompts of others, as (slot, tokens).
+
+        Gives logits [new nodes, V] of each tree, as `extend`, then those after each piece [V], which is committed.
+        Raises what `extend` and `prefill` raise, before anything is run.
+        """
+        self._ready(cache, [*(slot for slot, _, _ in trees), *(slot for slot, _ in prompts)])
+        parts = [replace(new_part(cache, s, t, start), chain=t.is_chain) for s, t, start in trees]
+        parts += [Part(s, TokenTree._trusted(ids, range(-1, len(ids) - 1)), chain=True) for s, ids in prompts]
+        for part in parts:
+            self._check_part(part, cache)
+        sizes = [len(part.tree) - part.start for part in parts]
+        ends = [*accumulate(sizes)]
+        nodes = ends[len(trees) - 1] if trees else 0
+        rows = [*range(nodes), *(end - 1 for end in ends[len(trees) :])]
+        outputs = self._executor.run(parts, cache, rows=rows if prompts else None)[0]
+        for part in parts[: len(trees)]:
+            cache._trees[part.slot] = part.tree
+        for slot, ids in prompts:
+            cache._append(slot, ids)
+        found = list(outputs.split([*sizes[: len(trees)], *([1] * len(prompts))]))
+        return [*found[: len(trees)], *(row[0] for row in found[len(trees) :])]
+
+    def _check_part(self, part: Part, cache: TreeCache) -> None:
+        """Its tokens are the model's, and there is room for it."""
+        check_tokens(part.tree.tokens, self.input_vocab, f"the tree of slot {part.slot}")
+        self._check_context(cache.length(part.slot) + max(part.tree.depths) + 1)
+        cache._reserve(part.slot, len(part.tree))
 
     def _main(self) -> Executor:
         return self._executor
