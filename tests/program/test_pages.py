@@ -246,9 +246,9 @@ def test_prompts_run_in_the_forest_of_others_trees(model, program):
 
 
 @pytest.mark.slow
-def test_inductor_compiles_once_for_every_page_size(model):
-    program = treespec.tree_program(spread(Tiny()))
-    judge = program._model()
+def test_inductor_compiles_once_for_every_page_size():
+    judge = spread(Tiny())
+    program = treespec.tree_program(judge)
     whole = program.new_cache(40)
     tree, counts = random_tree(7, VOCAB, 3), set()
     for cache in (whole, *(program.new_cache(40, page_size=size) for size in (1, 4, 64))):
