@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import treespec_compiler as treespec
-from treespec_compiler.speculation.drafts.ngram import NGramDraft, SuffixAutomaton
+from treespec_compiler.speculation.drafts.automaton import SuffixAutomaton
+from treespec_compiler.speculation.drafts.ngram import NGramDraft
 from treespec_compiler.speculation.drafts.protocol import Draft, DraftRequest
 from treespec_compiler.speculation.policies.best_first import BestFirst
 from treespec_compiler.speculation.policies.protocol import Limits

@@ -26,6 +26,8 @@ class Drawing:
     sampling: Sampling
     sampler: ChildSampler
     chance: Chance
+    seeded: bool
+    """Whether the user gave the seed."""
 
 
 def appoint(
@@ -47,12 +49,13 @@ def appoint(
     else:
         rule, chosen = as_pair(verifier, sampler)
         check_shape(rule, policy, drafts)
-    if sampling.seed is None:
+    seeded = sampling.seed is not None
+    if not seeded:
         # torch's generator, so that `torch.manual_seed` decides as it does elsewhere
         sampling = replace(sampling, seed=int(torch.randint(2**62, ()).item()))
     assert sampling.seed is not None
     chance = SeededChance(sampling.seed)
-    return SamplingJudge(rule, sampling, chance), Drawing(sampling, chosen, chance)
+    return SamplingJudge(rule, sampling, chance), Drawing(sampling, chosen, chance, seeded)
 
 
 def _greedy(verifier: AnyVerifier | None) -> Verifier:

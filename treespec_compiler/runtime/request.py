@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ..errors import DraftFailed
-from ..speculation.drafts.protocol import Draft, DraftRequest, DraftSession
+from ..speculation.drafts.protocol import Draft, DraftRequest, DraftSession, Learner
 from ..speculation.policies.protocol import Limits, TreePolicy
 from ..speculation.proposal import Proposal
 from ..speculation.slots import give_back, take
@@ -82,6 +82,7 @@ class Request:
         self.needs_q = judge.needs_q or policy.needs_q
         self.slot = take(program, self.capacity)
         self.sessions: list[DraftSession] = self._open(max_tokens, max_nodes, drawing)
+        self.learners = [session for session in self.sessions if isinstance(session, Learner)]
         self.controller = self._control()
         if self.remaining <= 0:
             stats.finish_reason = self.limit_reason
@@ -100,7 +101,13 @@ class Request:
             slot=self.slot.index,
         )
         if drawing is not None:
-            request = replace(request, sampling=drawing.sampling, sampler=drawing.sampler, chance=drawing.chance)
+            request = replace(
+                request,
+                sampling=drawing.sampling,
+                sampler=drawing.sampler,
+                chance=drawing.chance,
+                remember=not drawing.seeded,
+            )
         compiled = sum(draft.compile_seconds for draft in self.drafts)
         sessions = [draft.open(request) for draft in self.drafts]
         self.stats.compile_seconds += sum(draft.compile_seconds for draft in self.drafts) - compiled
@@ -129,6 +136,8 @@ class Request:
         self.stats.prefill_seconds += perf_counter() - began - compiled
         self.stats.compile_seconds += compiled
         self.judge.accept([token])
+        for learner in self.learners:
+            learner.learn(self.prompt[-1:], logits[None])
         self._tell([*self.prompt, token])
         self._emit([token])
         return Step([token], 0, token, None, [])
@@ -159,6 +168,8 @@ class Request:
             bonus = self.root = verdict.bonus
             self.slot.commit(path)
             self.judge.accept(tokens)
+            for learner in self.learners:
+                learner.learn(proposal.tokens, logits)
             self._tell(tokens)
             stats.commit_seconds += perf_counter() - verified
         if self.controller is not None:
@@ -226,7 +237,7 @@ class Request:
         """Give the slots back."""
         for session in self.sessions:
             session.close()
-        self.sessions = []
+        self.sessions, self.learners = [], []
         give_back(self.slot)
 
 

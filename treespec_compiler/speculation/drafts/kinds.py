@@ -7,6 +7,8 @@ from typing import Any
 from ...errors import InvalidOption
 from . import early_exit as early_exit
 from . import ngram as ngram
+from . import recycle as recycle
+from . import suffix as suffix
 from .model import ModelDraft
 from .protocol import Draft
 from .registry import DraftContext, draft_of, is_named, kinds, named_draft, register_draft

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from ..policies.protocol import Limits, TreePolicy
 from ..proposal import Proposal
 from ..sampling.chance import Chance
@@ -36,6 +38,9 @@ class DraftRequest:
     leaves `proposal.draws` empty, and every verifier stays lossless."""
     chance: Chance | None = None
     """Whom to ask for randomness."""
+    remember: bool = True
+    """Whether what earlier requests left may be used. Not where the user gave a seed: it must give the same sample
+    whatever went before, and a rule's chance depends on what is proposed."""
     prompt: Sequence[int] = ()
     target: TreeProgram | None = None
     """The target's program and cache, for drafts that run on them."""
@@ -67,6 +72,16 @@ class DraftSession(Protocol):
 
     def close(self) -> None:
         """The request is over; free what it held."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A session that learns from what verification computes anyway."""
+
+    def learn(self, tokens: Sequence[int], logits: Tensor) -> None:
+        """The target's logits [n, V] after each of `tokens` (the tree's nodes; first the prompt's last token). They are
+        valid until it returns."""
         ...
 
 

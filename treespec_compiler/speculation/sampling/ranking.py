@@ -6,7 +6,7 @@ from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, cat, float32
+from torch import Tensor, arange, cat, float32
 
 from ...ir.device import profile
 
@@ -14,6 +14,7 @@ from ...ir.device import profile
 # AVX-512), and k argmaxes are faster than torch's topk for small k (3 of 4096: 5 us against 9).
 SMALL_K = 6
 FEW_ROWS = 2
+BLOCK = 128
 
 
 def likeliest(logits: Tensor, k: int = 1, bad: list[int] | None = None) -> list[int]:
@@ -57,6 +58,27 @@ def likeliest(logits: Tensor, k: int = 1, bad: list[int] | None = None) -> list[
     if bad is not None:
         _unusable(original, found[::k], bad)
     return found
+
+
+def largest(logits: Tensor, k: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The k ids with the largest logits of every row of [n, V], best first [n, k], and whether the row is finite [n].
+
+    The largest k lie in the k blocks with the largest maxima, so torch's slow topk looks at few numbers: ten times
+    faster at 49152 ids on a CPU.
+    """
+    n, width = logits.shape
+    blocks = width // BLOCK
+    if blocks > 2 * k:
+        whole = logits[:, : blocks * BLOCK].view(n, blocks, BLOCK)
+        best = whole.amax(-1).topk(k).indices  # [n, k]
+        places = (best[..., None] * BLOCK + arange(BLOCK, device=logits.device)).flatten(1)
+        rest = arange(blocks * BLOCK, width, device=logits.device).expand(n, -1)
+        places = cat([places, rest], 1)
+        values, found = logits.gather(1, places).topk(k)
+        ids = places.gather(1, found)
+    else:
+        values, ids = logits.topk(k)
+    return ids.cpu().numpy(), values.isfinite().all(-1).cpu().numpy()
 
 
 def _unusable(rows: NDArray[np.float32], best: list[int], bad: list[int]) -> None:
