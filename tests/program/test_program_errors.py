@@ -45,13 +45,13 @@ def _keep(model: torch.nn.Module) -> Any:
 
 
 CASES: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], str]] = {
-    "empty prompt": (lambda p, c: p.prefill([], c), InvalidPrompt, "got no tokens, expected at least one"),
+    "empty prompt": (lambda p, c: p.prefill([], c), InvalidPrompt, "got no ids, expected at least one"),
     "float prompt": (lambda p, c: p.prefill([1.5], c), InvalidPrompt, r"1\.5.*integer token ids"),
     "bool prompt": (lambda p, c: p.prefill([True], c), InvalidPrompt, "integer token ids"),
     "text prompt": (lambda p, c: p.prefill("hello", c), InvalidPrompt, "Encode the text"),
     "number as prompt": (lambda p, c: p.prefill(5, c), InvalidPrompt, "int"),
     "float tensor": (lambda p, c: p.prefill(torch.ones(3), c), InvalidPrompt, r"float32, expected torch\.int64"),
-    "batch": (lambda p, c: p.prefill(torch.ones(2, 3).long(), c), InvalidPrompt, r"shape \[2, 3\].*own slot"),
+    "batch": (lambda p, c: p.prefill(torch.ones(2, 3).long(), c), InvalidPrompt, "a batch of 2 prompts.*own slot"),
     "large id": (lambda p, c: p.prefill([1, VOCAB], c), TokenOutOfRange, "got 23 at index 1 of the prompt, expected 0"),
     "negative id": (lambda p, c: p.prefill([-1], c), TokenOutOfRange, "got -1 at index 0"),
     "large id in a tree": (

@@ -59,7 +59,7 @@ def configure(parser: ArgumentParser) -> None:
     sampling.add_argument("--top-k", metavar="N", type=int)
     sampling.add_argument("--top-p", metavar="P", type=float)
     sampling.add_argument("--min-p", metavar="P", type=float)
-    sampling.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0)
+    sampling.add_argument("--repetition-penalty", metavar="X", type=float, help="default: the model's own")
     sampling.add_argument("--seed", metavar="N", type=int, help="gives the same output again")
     sampling.add_argument("--verifier", help="traversal (default), multi-step, recursive, naive or block")
     sampling.add_argument("--sampler", help="children of the draft: without-replacement, iid or top-k")

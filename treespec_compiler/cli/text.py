@@ -1,18 +1,15 @@
-"""Token ids to text as they arrive, and prompts from text, files or ids."""
+"""Prompts from text, files or ids, and text from token ids."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidPrompt
+from ..runtime.text import TextStream as TextStream
 from .models import LoadedModel
-
-REPLACEMENT = "\ufffd"
 
 
 def read_prompt(arguments: Namespace, loaded: LoadedModel) -> Tensor:
@@ -44,31 +41,3 @@ def _prompt_ids(text: str) -> Tensor:
         fix = "Separate the ids with commas, without other text."
         raise InvalidPrompt(got=f"--prompt-ids {text!r}", expected="integers such as 5,17,3", fix=fix)
     return torch.tensor([ids], dtype=torch.int64)
-
-
-@dataclass
-class TextStream:
-    """Decodes a growing list of ids; `push` returns only text that later ids cannot change."""
-
-    tokenizer: Any
-    ids: list[int] = field(default_factory=list)
-    shown: str = ""
-
-    def push(self, ids: list[int]) -> str:
-        self.ids += ids
-        return self._advance(self._decode().rstrip(REPLACEMENT))
-
-    def finish(self) -> str:
-        """What was held back: bytes that never became a character."""
-        return self._advance(self._decode())
-
-    def _decode(self) -> str:
-        if self.tokenizer is None:
-            return "".join(f"{i} " for i in self.ids)
-        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def _advance(self, text: str) -> str:
-        if not text.startswith(self.shown):  # e.g. a replacement character that became part of a longer one
-            return ""
-        new, self.shown = text[len(self.shown) :], text
-        return new

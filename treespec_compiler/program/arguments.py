@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from ..errors import InvalidPrompt, InvalidTree, TokenOutOfRange
+from ..errors import InvalidTree, TokenOutOfRange
 from ..tree import TokenTree
 from .batch import Part
 from .cache import TreeCache
-
-
-def prompt_ids_of(prompt: Any) -> list[int]:
-    """Token ids from integers, or from an int64 or int32 tensor [S] or [1, S]; raises `InvalidPrompt`."""
-    if isinstance(prompt, Tensor):
-        if prompt.dtype not in (torch.int64, torch.int32):
-            raise InvalidPrompt(got=f"a tensor of dtype {prompt.dtype}", expected="torch.int64", fix="Convert it.")
-        if prompt.dim() == 2 and prompt.shape[0] == 1:
-            prompt = prompt[0]
-        if prompt.dim() != 1:
-            raise InvalidPrompt(
-                got=f"shape {list(prompt.shape)}",
-                expected="[S] or [1, S]",
-                fix="Prefill each request in its own slot.",
-            )
-        prompt = prompt.tolist()
-    if not isinstance(prompt, Iterable):
-        raise InvalidPrompt(got=type(prompt).__name__, expected="a list or tensor of token ids")
-    ids = list(prompt)
-    if not ids:
-        raise InvalidPrompt(got="no tokens", expected="at least one")
-    for i in ids:
-        if not isinstance(i, int) or isinstance(i, bool):
-            raise InvalidPrompt(got=repr(i), expected="integer token ids")
-    return ids
 
 
 def check_tokens(tokens: Sequence[int], vocab: int, where: str) -> None:

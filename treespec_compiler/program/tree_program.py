@@ -25,7 +25,7 @@ from ..options import Options
 from ..passes.framework.state import GraphState
 from ..pipeline import Converted, convert
 from ..tree import Forest, TokenTree
-from .arguments import check_tokens, new_part, prompt_ids_of
+from .arguments import check_tokens, new_part
 from .batch import Part
 from .cache import TreeCache
 from .cuda_graphs import GraphStats
@@ -35,6 +35,7 @@ from .made import Made
 from .net import check_program
 from .optimizer_steps import steps
 from .outputs import tapped, taps_of
+from .prompt import parse_prompt
 from .semantics import lengths_check, semantic_check
 from .weights import Changes, WeightWatch
 
@@ -295,11 +296,11 @@ class TreeProgram:
     ) -> Tensor | dict[str, Tensor]:
         """Commit a prompt; returns the next-token logits [V] after it. Appends if the slot is not empty.
 
-        `prompt_ids`: integers, or an int64 tensor [S] or [1, S]. Long prompts run in chunks of
+        `prompt_ids`: integers, or a tensor or array of them [S] or [1, S]. Long prompts run in chunks of
         `options.prefill_chunk`; only the last row's logits are computed. Uncommitted nodes of the slot are dropped.
         `outputs` as in `verify`: hidden states are of the whole prompt, [S, D].
         """
-        ids = prompt_ids_of(prompt_ids)
+        ids, _ = parse_prompt(prompt_ids, several="Prefill each request in its own slot.")
         self._ready(cache, [slot])
         cache._check_slot(slot)
         check_tokens(ids, self.input_vocab, "the prompt")

@@ -30,6 +30,28 @@ class Drawing:
     """Whether the user gave the seed."""
 
 
+def choose(
+    sampling: Sampling,
+    verifier: AnyVerifier | None,
+    sampler: ChildSampler | str | None,
+    policy: TreePolicy,
+    *,
+    drafts: int,
+) -> tuple[Verifier | StochasticVerifier, ChildSampler]:
+    """Who accepts and how children are drawn; refuses pairs that are not lossless.
+
+    At temperature 0 every rule accepts what greedy accepts, and the sampler is not asked.
+    """
+    if not sampling.greedy:
+        rule, chosen = as_pair(verifier, sampler)
+        check_shape(rule, policy, drafts)
+        return rule, chosen
+    if sampler is not None:
+        as_sampler(sampler)
+    greedy = _greedy(verifier)
+    return greedy if sampling.plain else VERIFIERS["naive"], SAMPLERS["top-k"]  # on one-hot distributions
+
+
 def appoint(
     sampling: Sampling,
     verifier: AnyVerifier | None,
@@ -38,17 +60,10 @@ def appoint(
     *,
     drafts: int,
 ) -> tuple[Judge, Drawing | None]:
-    """Refuses pairs that are not lossless. At temperature 0 every rule accepts what greedy accepts."""
-    if sampling.greedy:
-        if sampler is not None:
-            as_sampler(sampler)
-        greedy = _greedy(verifier)
-        if sampling.plain:
-            return GreedyJudge(greedy), None
-        rule, chosen = VERIFIERS["naive"], SAMPLERS["top-k"]  # on one-hot distributions
-    else:
-        rule, chosen = as_pair(verifier, sampler)
-        check_shape(rule, policy, drafts)
+    """The judge of a request and what drafts draw by, as `choose` says. Takes a seed from torch if there is none."""
+    rule, chosen = choose(sampling, verifier, sampler, policy, drafts=drafts)
+    if not isinstance(rule, StochasticVerifier):
+        return GreedyJudge(rule), None
     seeded = sampling.seed is not None
     if not seeded:
         # torch's generator, so that `torch.manual_seed` decides as it does elsewhere

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..capture.call import original_module
-from ..errors import InvalidOption, Unsupported
+from ..errors import Unsupported
 from ..logs import logger
-from ..options import OnUnsupported, Options
+from ..options import Options
 from ..program.tree_program import TreeProgram, tree_program
 from ..speculation.drafts.kinds import DraftContext, make_drafts
 from ..speculation.drafts.model import is_program
 from ..speculation.drafts.protocol import Draft
-from ..speculation.drafts.tokenizers import check_tokenizers
 from ..speculation.policies.auto import Auto
-from ..speculation.policies.named import as_policy
-from ..speculation.policies.protocol import TreePolicy
-from ..speculation.sampling.samplers import ChildSampler
-from ..speculation.sampling.settings import Sampling
-from .decoding import AnyVerifier, appoint
+from .decoding import appoint
 from .engine import Engine
+from .model_defaults import with_model_defaults
 from .plain import PlainProgram
-from .prompt import end_ids, parse_prompt
 from .request import Ending, Request, Step
+from .settings import Call, DraftLike, Model
 from .stats import Stats
 
 __all__ = ["GenerationOutput", "Step", "Stream", "generate", "stream"]
 
 log = logger(__name__)
 
-Model = Any  # nn.Module or TreeProgram
-DraftLike = Any  # Model, Draft, or a list of them
-
 P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -100,124 +94,82 @@ class Stream(Iterator[Step]):
             self.close()
 
 
-def stream(
-    model: Model,
-    input_ids: Tensor | Sequence[int],
-    *,
-    draft: DraftLike = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    logit_bias: Mapping[int, float] | None = None,
-    seed: int | None = None,
-    policy: TreePolicy | str | Sequence[int] | None = None,
-    verifier: AnyVerifier | None = None,
-    sampler: ChildSampler | str | None = None,
-    eos_token_id: int | Iterable[int] | None = None,
-    stop_ids: Iterable[int] = (),
-    options: Mapping[str, Any] | Options | None = None,
-    on_unsupported: OnUnsupported | None = None,
-    tokenizer: Any = None,
-    draft_tokenizer: Any = None,
-) -> Stream:
-    """`generate`, a `Step` at a time: `for step in stream(...)`. Arguments are checked here, not at the first step."""
-    _check_count(max_new_tokens)
-    prompt, device = parse_prompt(input_ids)
-    tree_policy = as_policy(policy)
-    sampling = Sampling(
-        temperature=0.0 if temperature is None else temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        logit_bias=logit_bias,
-        seed=seed,
-    )
-    if isinstance(tree_policy, Auto) and not sampling.plain:
-        tree_policy = tree_policy.for_sampling(verifier, sampler, sampling.temperature, seed is not None)
-    judge, drawing = appoint(sampling, verifier, sampler, tree_policy, drafts=_count(draft))
-    parsed = Options.parse(options)
-    fallback = _on_unsupported(on_unsupported, parsed) == "fallback"
-    check_tokenizers(tokenizer, draft_tokenizer)
-    module = model._model() if is_program(model) else _module(model)
-    eos, stop = end_ids(eos_token_id, stop_ids, module)
-    ending = Ending(max_new_tokens, eos, stop)
-    repeatable = not (isinstance(tree_policy, Auto) and tree_policy.remember and _count(draft))
-    stats = Stats(prompt_tokens=len(prompt), seed=drawing.sampling.seed if drawing and repeatable else None)
-    try:
-        program = _program(model, parsed, stats)
-    except Unsupported as refusal:
-        if not fallback:
-            raise
-        log.warning("treespec runs the plain loop instead: %s", refusal)
-        stats.fallback = str(refusal)
-        plain = cast(TreeProgram, PlainProgram(module, parsed))  # it has of one what a request without drafts needs
-        return Stream(Request(plain, prompt, ending, [], tree_policy, judge, stats, drawing), device)
-    parse_prompt(prompt, vocab_size=program.input_vocab, max_context=program.max_context)
-    drafts = _drafts(draft, parsed, stats, program)
-    return Stream(Request(program, prompt, ending, drafts, tree_policy, judge, stats, drawing), device)
+def _takes(record: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]]:
+    """The decorated function has the arguments of `record`, which are spelled there, and is given the record."""
 
+    def decorate(function: Callable[[R], T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **settings: P.kwargs) -> T:
+            try:
+                signature.bind(*args, **settings)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}: {error}") from None
+            return function(record(*args, **settings))
 
-def _takes_what(function: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
-    """The decorated function has the arguments of `function`, which are spelled there."""
-
-    def decorate(decorated: Callable[..., T]) -> Callable[P, T]:
-        signature = inspect.signature(function)
-        returns = inspect.signature(decorated).return_annotation
-        decorated.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
-        return decorated
+        returns = inspect.signature(function).return_annotation
+        signature = inspect.signature(record).replace(return_annotation=returns)
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
 
     return decorate
 
 
-@_takes_what(stream)
-def generate(*args: Any, **settings: Any) -> GenerationOutput:
+def _stream(call: Call) -> Stream:
+    stats = Stats(prompt_tokens=len(call.prompt))
+    try:
+        program = _program(call.model, call.compiler, stats)
+    except Unsupported as refusal:
+        if call.on_unsupported != "fallback":
+            raise
+        assert call.module is not None
+        log.warning("treespec runs the plain loop instead: %s", refusal)
+        stats.fallback = str(refusal)
+        plain = PlainProgram(call.module, call.compiler)
+        return _begin(call, cast(TreeProgram, plain), [], stats)  # it has of one what a request without drafts needs
+    call.check_fits(program)
+    return _begin(call, program, _drafts(call.draft, call.compiler, stats, program), stats)
+
+
+def _begin(call: Call, program: TreeProgram, drafts: Sequence[Draft], stats: Stats) -> Stream:
+    sampling = with_model_defaults(call, program.device)
+    policy = call.policy_for(sampling)
+    judge, drawing = appoint(sampling, call.verifier, call.sampler, policy, drafts=call.drafts)
+    repeatable = not (isinstance(policy, Auto) and policy.remember and call.drafts)
+    stats.seed = drawing.sampling.seed if drawing and repeatable else None
+    ending = Ending(call.max_new_tokens, *call.end_ids(call.module))
+    return Stream(Request(program, call.prompt, ending, drafts, policy, judge, stats, drawing), call.device)
+
+
+@_takes(Call)
+def stream(call: Call) -> Stream:
+    """`generate`, a `Step` at a time: `for step in stream(...)`. Arguments are checked here, not at the first step."""
+    return _stream(call)
+
+
+@_takes(Call)
+def generate(call: Call) -> GenerationOutput:
     """The target's own continuation of `input_ids`, sped up by what `draft` guesses right.
 
     With `temperature` 0 it is the greedy one; above, a sample that has exactly the target's distribution after
-    `logit_bias`, `repetition_penalty`, `temperature`, `top_k`, `top_p` and `min_p` (as in transformers, in this order).
+    `logit_bias`, `repetition_penalty`, `logits_processor`, `temperature`, `top_k`, `top_p` and `min_p` (as in
+    transformers, in this order). What else the model's `generation_config` says of scores is honoured, too; sampling,
+    beams and the like are the call's to say, and what it says of them is named in a warning.
     `verifier` ("traversal", "multi-step", "recursive", "naive", "block") and `sampler` ("without-replacement", "iid",
     "top-k") say how; pairs that are not lossless are refused. `out.stats.seed` gives the same sample again; it is None
     where the trees follow earlier calls too (`policy="auto"` with a draft, and no `seed` given).
 
-    `model` and `draft` are modules (converted on first use) or tree programs; `draft` may also be a `Draft` or a list,
-    whose trees are merged, or None for no speculation. `policy` shapes the tree: `StaticExpansion((1, 1, 3))` or
-    "1,1,3". Generation ends after an id of `eos_token_id` (default: the model's own; `()` for none) or `stop_ids`,
-    which is kept, after `max_new_tokens`, or where the model's context ends: `out.stats.finish_reason` says which.
+    `input_ids` are integers, a tensor or array [S] or [1, S], or what a tokenizer returns. `model` and `draft` are
+    modules (converted on first use) or tree programs; `draft` may also be a `Draft` or a list, whose trees are merged,
+    or None for no speculation. `policy` shapes the tree: `StaticExpansion((1, 1, 3))` or "1,1,3". Generation ends after
+    an id of `eos_token_id` (default: the model's own; `()` for none) or `stop_ids`, which is kept, after
+    `max_new_tokens`, or where the model's context ends: `out.stats.finish_reason` says which.
     `on_unsupported="fallback"` runs a model that cannot be converted in a plain loop, with a warning.
     `tokenizer` and `draft_tokenizer`, if given, are checked to mean the same by every common id.
     """
-    steps = stream(*args, **settings)
+    steps = _stream(call)
     for _ in steps:
         pass
     return GenerationOutput(steps.sequences, steps.stats)
-
-
-def _count(draft: DraftLike) -> int:
-    return len(draft) if isinstance(draft, (list, tuple)) else draft is not None
-
-
-def _check_count(max_new_tokens: object) -> None:
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-        raise InvalidOption(name="max_new_tokens", got=max_new_tokens, expected="a positive integer")
-
-
-def _on_unsupported(value: str | None, options: Options) -> str:
-    if value is None:
-        return options.on_unsupported
-    if value not in ("raise", "fallback"):
-        raise InvalidOption(name="on_unsupported", got=value, expected="'raise' or 'fallback'")
-    return value
-
-
-def _module(model: object) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        expected = "an nn.Module or a TreeProgram"
-        raise InvalidOption(name="model", got=type(model).__name__, expected=expected, fix="Load the model first.")
-    return original_module(model)
 
 
 def _program(model: Model, options: Options, stats: Stats) -> TreeProgram:

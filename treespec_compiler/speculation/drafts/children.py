@@ -140,5 +140,10 @@ def _append(drawn: Drawn, parent: int, proposal: Proposal) -> list[int]:
 
 
 def _draft_sampling(sampling: Sampling) -> Sampling:
-    """Greedy decoding still ranks several children, by the logits after bias and penalty."""
-    return replace(sampling, temperature=1.0, top_k=None, top_p=None, min_p=None) if sampling.greedy else sampling
+    """Greedy decoding still ranks several children, by the logits after bias and penalty.
+
+    Processors of scores are the target's: they may know its vocabulary only.
+    """
+    if sampling.greedy:
+        return replace(sampling, temperature=1.0, top_k=None, top_p=None, min_p=None, processors=())
+    return replace(sampling, processors=()) if sampling.processors else sampling

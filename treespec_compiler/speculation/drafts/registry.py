@@ -89,15 +89,26 @@ def is_named(text: str) -> bool:
     return text.strip().partition(":")[0] in kinds()
 
 
-def named_draft(text: str, context: DraftContext) -> Draft:
-    """The draft that `name` or `name:argument` means; raises InvalidOption with the names there are."""
+def check_named(text: str) -> tuple[Kind, str]:
+    """What `name` or `name:argument` means: a kind and its argument; raises InvalidOption with the names there are."""
     name, _, argument = text.strip().partition(":")
     known = kinds()
     if name not in known:
         raise InvalidOption(
             name="draft", got=text, expected=f"a model, or {', '.join(k.usage for k in known.values())}"
         )
-    return known[name].factory(argument, context)
+    return known[name], argument
+
+
+def named_draft(text: str, context: DraftContext) -> Draft:
+    """The draft that `name` or `name:argument` means; raises InvalidOption."""
+    kind, argument = check_named(text)
+    return kind.factory(argument, context)
+
+
+def takes(thing: object) -> bool:
+    """Whether any kind takes an object for a draft of its own."""
+    return any(kind.takes is not None and kind.takes(thing) for kind in kinds().values())
 
 
 def draft_of(thing: object, context: DraftContext) -> Draft | None:

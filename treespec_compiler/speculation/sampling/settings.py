@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ...errors import InvalidOption
 from .chance import Row
+from .score_processors import Processed, ScoreProcessor
 
 # Tokens sorted at first to find the top p: sorting all of 128000 takes 20 times as long as the rest of a row.
 FEW = 128
@@ -23,7 +24,8 @@ TINY = 1e-200
 class Sampling:
     """What turns logits into the distribution that is sampled; the default is greedy decoding.
 
-    The order is that of transformers' `generate`: logit bias, repetition penalty, temperature, top-k, top-p, min-p.
+    The order is that of transformers' `generate`: logit bias, repetition penalty, `processors`, temperature, top-k,
+    top-p, min-p.
     """
 
     temperature: float = 0.0
@@ -38,6 +40,8 @@ class Sampling:
     """Logits of tokens seen before, prompt included, divided by it, or times it if negative (arXiv 1909.05858)."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these ids; -inf bans one."""
+    processors: tuple[ScoreProcessor, ...] = ()
+    """More that changes scores, by the tokens so far; what drafts propose is not changed by it."""
     seed: int | None = None
     """None: taken from torch's global generator."""
     _bias: tuple[tuple[int, float], ...] = field(init=False, repr=False)
@@ -77,7 +81,7 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether all that matters is the largest of the model's own logits."""
-        return self.greedy and not self.reorders
+        return self.greedy and not self.reorders and not self.processors
 
 
 def _is_int(value: object) -> bool:
@@ -98,7 +102,9 @@ class Processor:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self.needs_paths = sampling.repetition_penalty != 1.0
+        self.processed = Processed(sampling.processors) if sampling.processors else None
+        self._penalises = sampling.repetition_penalty != 1.0
+        self.needs_paths = self._penalises or self.processed is not None
         self._seen: NDArray[np.bool_] = np.zeros(0, dtype=bool)
         self._bias_ids = np.array([token for token, _ in sampling._bias], dtype=np.int64)
         self._bias_values = np.array([value for _, value in sampling._bias], dtype=np.float64)
@@ -108,6 +114,8 @@ class Processor:
         if not self.needs_paths:
             return
         ids = np.fromiter(tokens, dtype=np.int64)
+        if self.processed is not None:
+            self.processed.accept(ids)
         if len(ids) and ids.max() >= len(self._seen):
             self._seen = np.pad(self._seen, (0, int(ids.max()) + 1 - len(self._seen)))
         self._seen[ids] = True
@@ -123,9 +131,11 @@ class Processor:
         if len(self._bias_ids):
             known = self._bias_ids < len(scores)
             scores[self._bias_ids[known]] += self._bias_values[known]
-        if self.needs_paths:
+        if self._penalises:
             seen, penalty = self._mask(len(scores), path), sampling.repetition_penalty
             scores = np.where(seen, np.where(scores < 0, scores * penalty, scores / penalty), scores)
+        if self.processed is not None:
+            scores = self.processed(scores, path)
         largest = float(scores.max())  # of NaN, the maximum is NaN
         if not math.isfinite(largest):
             return None

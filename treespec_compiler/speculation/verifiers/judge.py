@@ -94,6 +94,8 @@ class SamplingJudge:
 
     def bind(self, program: TreeProgram) -> None:
         known = VERIFIERS.get(self._verifier.name) is self._verifier and isinstance(self._chance, SeededChance)
+        if self._processor.processed is not None:  # which look at one row, and at its path
+            known, self._processor.processed.device = False, program.device
         self.kernel = accept_kernel(program, ops.stochastic_accept, torch.float64) if known else None
         if self.kernel is not None:
             self._rows = DeviceProcessor(self._processor.sampling, program.device)
