@@ -18,12 +18,12 @@ from .framework.state import GraphState
 
 aten = torch.ops.aten
 
-# Ops that commute with picking entries of dimension 1 of a [1, T, ...] tensor, whatever their other operands.
+# Ops that commute with picking tokens, whatever their other operands: all act on each token alone.
 _COMMUTES = {
     "aten.linear", "aten.matmul", "aten.layer_norm", "aten.rms_norm", "aten.mul", "aten.add", "aten.sub", "aten.div",
     "aten.pow", "aten.mean", "aten.rsqrt", "aten.tanh", "aten._to_copy", "aten.neg", "aten.sqrt", "aten.clamp",
     "aten.square", "aten.gelu", "aten.silu", "aten.relu", "aten.reciprocal", "aten.rsub", "aten.abs",
-    "aten.sigmoid", "aten.var",
+    "aten.sigmoid", "aten.var", "aten.reshape", "aten.permute", "aten.transpose", "aten.slice",
 }  # fmt: skip
 
 
@@ -34,12 +34,21 @@ def select_rows(state: GraphState) -> int:
         rows.meta["val"] = positions.meta["val"].new_empty(2)
     at = _climb(state, state.logits)
     region = _region(state, at, state.logits)
+    for node in region:
+        _any_number(state, node)
     users = [u for u in at.users if u in region] or [state.output]
     first = min(users, key=list(state.graph.nodes).index)
-    picked = state.call(aten.index_select.default, (at, 1, rows), like=first)
+    picked = state.call(aten.index_select.default, (at, _token_dim(state, at), rows), like=first)
     for user in users:
         user.replace_input_with(at, picked)
     return 1
+
+
+def _any_number(state: GraphState, node: fx.Node) -> None:
+    """A reshape of rows takes as many as there are."""
+    if op_name(node) == "aten.reshape":
+        sizes = [-1 if i == _token_dim(state, node) else int(s) for i, s in enumerate(shape_of(node))]
+        node.args = (node.args[0], sizes)
 
 
 def _per_token(state: GraphState, node: fx.Node) -> list[fx.Node]:
@@ -57,18 +66,19 @@ def _climb(state: GraphState, bottom: fx.Node) -> fx.Node:
     best, pending = bottom, {bottom}
     while pending:
         current = max(pending, key=order.__getitem__)
-        if len(pending) == 1 and _is_rows_first(state, current):
+        if len(pending) == 1 and _token_dim(state, current) is not None:
             best = current
-        if op_name(current) not in _COMMUTES or not _is_rows_first(state, current):
+        if op_name(current) not in _COMMUTES or _token_dim(state, current) is None:
             break
         pending.remove(current)
         pending.update(_per_token(state, current))
     return best
 
 
-def _is_rows_first(state: GraphState, node: fx.Node) -> bool:
-    shape = shape_of(node)
-    return len(shape) == 3 and shape[0] == 1 and shape[1] == state.length
+def _token_dim(state: GraphState, node: fx.Node) -> int | None:
+    """The dimension of the tokens, where it is the only one that counts them."""
+    sized = [i for i, s in enumerate(shape_of(node)) if state.length in s.free_symbols]
+    return sized[0] if len(sized) == 1 and shape_of(node)[sized[0]] == state.length else None
 
 
 def _region(state: GraphState, top: fx.Node, bottom: fx.Node) -> set[fx.Node]:

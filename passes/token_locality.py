@@ -136,7 +136,7 @@ def prove_token_locality(state: GraphState) -> int:
             Refusal.CALL,
             f"the output has shape {list(shape_of(logits))}, expected logits [1, tokens, vocabulary]",
             logits,
-            "return logits of every position",
+            "return logits of every position, [1, T, V], or the head of the last one alone, head(x[:, -1:])",
         )
     return sum(a is not None for a in axes.axes.values())
 

@@ -153,6 +153,8 @@ def _state(captured: Capture, options: Options, sources: dict[str, WeightRef]) -
         portable=options.kernels == "aten",
         written=list(captured.written),
         caches=[captured.weights[name].name for name in captured.written],
+        model_logits=captured.logits,
+        logits_given=captured.logits,
     )
 
 
@@ -206,8 +208,16 @@ def _input_vocab(state: GraphState) -> int | None:
 
 
 def _reads_tokens(state: GraphState, node: Any) -> bool:
-    while (
-        node.op == "call_function" and len(node.all_input_nodes) >= 1 and node.target is torch.ops.aten.reshape.default
-    ):
+    while node.op == "call_function" and node.target in _SAME_IDS:
         node = node.args[0]
     return node.name == state.tokens
+
+
+_SAME_IDS = {
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.select.int,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.t.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.squeeze.dims,
+}

@@ -14,7 +14,7 @@ from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.ir.arguments import filled
 from treespec_compiler.ir.private_torch import enable_python_dispatcher
 from treespec_compiler.ir.provenance import layer_path, module_class, op_name, source_line
-from treespec_compiler.ir.specs import AttentionSpec, Limit, PositionSpec
+from treespec_compiler.ir.specs import EVERY_ROW, AttentionSpec, Limit, LogitsSpec, PositionSpec
 from treespec_compiler.ir.weights import Expression
 
 from ..forms.closed_form import ClosedForms
@@ -55,6 +55,8 @@ class GraphState:
     max_context: int | None = None  # the context that was asked for
     portable: bool = False  # whether ops are bound to kernels for any device (ATen) only
     outputs: list[str] = field(default_factory=lambda: ["logits"])  # names of the graph's, but for `written`
+    model_logits: LogitsSpec = EVERY_ROW  # how the model itself returns them
+    logits_given: LogitsSpec = EVERY_ROW  # how the graph does
     other_length: OtherLength | None = None  # the model analysed for another length
     _forms: ClosedForms | None = field(default=None, init=False, repr=False)  # of the graph as it is
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,21 @@ EXAMPLE_TOKENS = 11
 ROLES = ("tokens", "positions", "constant")
 
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
 def original_module(model: nn.Module) -> nn.Module:
-    """The user's module: unwraps `torch.compile(model)`; a module compiled in place is its own original."""
-    while isinstance(model, torch._dynamo.OptimizedModule):
-        model = model._orig_mod
-    return model
+    """The user's module: without `torch.compile`, and without what spreads training over devices.
+
+    A module compiled in place is its own original.
+    """
+    while True:
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        elif type(model) in _WRAPPERS and not (model._forward_hooks or model._forward_pre_hooks):
+            model = cast(nn.Module, model.module)
+        else:
+            return model
 
 
 def call_module(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -31,30 +41,69 @@ def call_module(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model._call_impl(*args, **kwargs)
 
 
-def logits_of(output: Any) -> Any:
-    """The logits in a model's output: `.logits`, `[0]`, or the tensor itself."""
+def run_logits(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The logits of a call of the module with its hooks, as it returns them."""
+    return logits_of(call_module(model, *args, **kwargs), vocabularies(model))
+
+
+def vocabularies(model: nn.Module) -> frozenset[int]:
+    """How many tokens there may be: rows of embeddings, and what the configuration says."""
+    rows = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    named = getattr(getattr(model, "config", None), "vocab_size", None)
+    return frozenset(rows | ({named} if isinstance(named, int) else set()))
+
+
+def logits_of(output: Any, sizes: frozenset[int] = frozenset()) -> Any:
+    """The logits in a model's output: the tensor itself, what is called `logits`, or the first tensor that can be.
+
+    Nothing (None) and single numbers, such as a loss, are passed over. `sizes` are those a vocabulary may have: where
+    the first tensor has none of them last, and exactly one other does, that one is meant.
+    """
     if isinstance(output, Tensor):
         return output
-    logits = getattr(output, "logits", None)
-    if logits is not None:
-        return logits
-    if isinstance(output, Mapping):
-        if "logits" not in output:
-            raise Unsupported(
-                Refusal.CALL,
-                f"the model returns a mapping without logits: {', '.join(map(str, output))}",
-                way_out="return the logits under the name 'logits', or the tensor alone",
-            )
-        return output["logits"]
-    first = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(first, Tensor):
-        where = f"a {type(output).__name__} that starts with " if first is not output else ""
+    named = getattr(output, "logits", None)
+    if named is None and isinstance(output, Mapping):
+        named = output.get("logits")
+    if named is not None:
+        return named
+    found = _tensors(output)
+    if not found:
         raise Unsupported(
             Refusal.CALL,
-            f"the model returns {where}{'None' if first is None else f'a {type(first).__name__}'}, not logits",
+            f"the model returns a {type(output).__name__} without logits{_contents(output)}",
             way_out=LOGITS,
         )
-    return first
+    if isinstance(output, Mapping) and len(found) > 1:
+        raise Unsupported(
+            Refusal.CALL,
+            f"the model returns a mapping without logits: {', '.join(map(str, output))}",
+            way_out="return the logits under the name 'logits', or the tensor alone",
+        )
+    if len(found) > 1 and found[0].shape[-1] not in sizes:
+        fitting = [t for t in found if t.shape[-1] in sizes]
+        return fitting[0] if len(fitting) == 1 else found[0]
+    return found[0]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors of one dimension or more in an output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.dim() else []
+    if isinstance(output, Mapping):
+        parts: list[Any] = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        parts = list(output)
+    elif is_dataclass(output):
+        parts = [getattr(output, field.name) for field in fields(output)]
+    else:
+        return []
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _contents(output: Any) -> str:
+    if not isinstance(output, (tuple, list)):
+        return ""
+    return f" (of {', '.join(type(part).__name__ for part in output)})" if output else " (it is empty)"
 
 
 @dataclass(frozen=True)
@@ -70,8 +119,8 @@ class CallSpec:
 
         def fill(key: str, value: Any) -> Any:
             role = self.roles.get(key)
-            if role == "tokens":
-                return tokens
+            if role == "tokens":  # [1, T], [T, 1] or [T], as in the example
+                return tokens.reshape([-1 if i == token_dim(value) else 1 for i in range(value.dim())])
             if role == "positions":
                 steps = torch.arange(tokens.shape[-1], dtype=value.dtype, device=tokens.device)
                 return steps.expand(value.shape[:-1] + steps.shape)
@@ -86,11 +135,22 @@ class CallSpec:
         ids = torch.arange(length, device=tokens.device, dtype=tokens.dtype).remainder(2).unsqueeze(0)
         return self.with_tokens(ids)
 
+    @property
+    def length(self) -> int:
+        """The number of example tokens."""
+        tokens = tokens_of(self)
+        return tokens.shape[token_dim(tokens)]
+
+
+def token_dim(tokens: Tensor) -> int:
+    """The dimension that counts the tokens of ids [1, T], [T, 1] or [T]."""
+    return 0 if tokens.dim() == 2 and tokens.shape[1] == 1 and tokens.shape[0] > 1 else tokens.dim() - 1
+
 
 def call_spec(model: nn.Module, example: Any = None, roles: Mapping[str, str] | None = None) -> CallSpec:
     """Work out how to call `model` with token ids only.
 
-    `example`: a tensor of ids [1, T], a tuple of positional arguments, or a mapping of keyword arguments.
+    `example`: a tensor of ids [1, T], [T, 1] or [T], a tuple of positional arguments, or a mapping of keywords.
     `roles`: argument name (or position, as a string) -> "tokens" | "positions" | "constant".
     `use_cache=False` is passed where the signature has it (or takes anything, and the configuration has it): with a
     cache a window shorter than the model's can vanish from the trace.
@@ -141,6 +201,6 @@ def _roles(args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], give
 
 
 def tokens_of(call: CallSpec) -> Tensor:
-    """The example token ids [1, T] of a call."""
+    """The example token ids of a call: [1, T], [T, 1] or [T]."""
     key = next(k for k, role in call.roles.items() if role == "tokens")
     return call.args[int(key)] if key.isdigit() else call.kwargs[key]

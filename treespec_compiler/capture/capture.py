@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import Refusal, TreespecError, Unsupported
+from ..ir.specs import EVERY_ROW, LogitsSpec
 from ..logs import logger
-from .call import CallSpec, call_module, logits_of, tokens_of
+from .call import CallSpec, call_module, logits_of, token_dim, tokens_of, vocabularies
 from .control_flow import refuse_control_flow, where_specialised
 from .fakes import forget_tensors
 from .found import finder
@@ -47,6 +48,7 @@ class Capture:
     guards: list[sympy.Basic] = field(default_factory=list)
     written: list[str] = field(default_factory=list)  # weights that forward writes, in the order of outputs 1, 2, ...
     reads: Reads | None = None
+    logits: LogitsSpec = EVERY_ROW
 
 
 class _Captured(BaseException):
@@ -60,8 +62,10 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
     graph changes state.
     """
     tokens = tokens_of(call)
-    if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] < 2:
-        raise TreespecError(f"The example token ids have shape {list(tokens.shape)}, expected [1, T] with T >= 2.")
+    if tokens.dim() not in (1, 2) or call.length < 2 or tokens.numel() != call.length:
+        raise TreespecError(
+            f"The example token ids have shape {list(tokens.shape)}, expected [1, T], [T, 1] or [T] with T >= 2."
+        )
     traced: dict[str, Any] = {}
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -71,7 +75,7 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
     dynamic = {key for key, role in call.roles.items() if role in ("tokens", "positions")}
     for key in dynamic:
         value = call.args[int(key)] if key.isdigit() else call.kwargs[key]
-        torch._dynamo.mark_dynamic(value, value.dim() - 1)
+        torch._dynamo.mark_dynamic(value, token_dim(value) if value is tokens else value.dim() - 1)
     forward = _fresh_forward(model)
     try:
         with tracing(model, traced), contextlib.suppress(_Captured):
@@ -80,7 +84,7 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
             raise Unsupported(
                 Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids"
             )
-        captured = _tidy(traced, model, call, tokens.shape[1], forward.__globals__)
+        captured = _tidy(traced, model, call, call.length, forward.__globals__)
         unheld = {r.name: r.tensor for r in captured.weights.values() if r.owner is None and r.find is None}
         captured.reads = Reads(model, forward, unheld)
         return captured
@@ -100,8 +104,10 @@ def _fresh_forward(model: nn.Module) -> types.FunctionType:
     its guards need.
     """
 
+    sizes = vocabularies(model)
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        return logits_of(call_module(model, *args, **kwargs))
+        return logits_of(call_module(model, *args, **kwargs), sizes)
 
     return types.FunctionType(run.__code__.replace(), dict(run.__globals__), "treespec_capture", None, run.__closure__)
 
@@ -167,7 +173,7 @@ def _tidy(
             weights[node.name] = WeightRef(name, value, table, key, find)
     if tokens is None:
         raise Unsupported(Refusal.CALL, "the graph does not read the token ids")
-    length = tokens.meta["val"].shape[1]
+    length = tokens.meta["val"].shape[token_dim(tokens_of(call))]
     if not isinstance(length, torch.SymInt) or not isinstance(length.node.expr, sympy.Symbol):
         raise Unsupported(
             Refusal.SPECIALISED,
@@ -177,11 +183,39 @@ def _tidy(
         )
     written: list[str] = traced["written"]
     put_logits_first(gm, written, weights)
+    _one_text(gm, tokens, length, traced["mode"])
     _replace_sizes(gm, tokens, sizes, length.node.expr)
     mode = traced["mode"]
     guards = [g.expr for g in mode.shape_env.guards] if mode.shape_env is not None else []
     bounds = _bounds(mode, length, guards)
-    return Capture(gm, tokens.name, positions, weights, length.node.expr, example_length, mode, bounds, written)
+    output: Any = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    shape = [s.node.expr if isinstance(s, torch.SymInt) else s for s in output.args[0][0].meta["val"].shape]
+    return Capture(
+        gm,
+        tokens.name,
+        positions,
+        weights,
+        length.node.expr,
+        example_length,
+        mode,
+        bounds,
+        written,
+        logits=LogitsSpec.of(shape, length.node.expr),
+    )
+
+
+def _one_text(gm: fx.GraphModule, tokens: fx.Node, length: torch.SymInt, mode: Any) -> None:
+    """Token ids come as [1, T], whatever the model takes."""
+    given: Any = tokens.meta["val"]
+    if given.dim() == 2 and given.shape[0] == 1:
+        return
+    with mode:
+        tokens.meta["val"] = given.new_empty(1, length)
+    target = torch.ops.aten.select.int if given.dim() == 1 else torch.ops.aten.transpose.int
+    with gm.graph.inserting_after(_last_placeholder(gm)):
+        as_taken = gm.graph.call_function(target, (tokens, 0, 0) if given.dim() == 1 else (tokens, 0, 1))
+    as_taken.meta["val"] = given
+    tokens.replace_all_uses_with(as_taken, delete_user_cb=lambda user: user is not as_taken)
 
 
 def _bounds(mode: Any, length: torch.SymInt, guards: list[sympy.Basic]) -> list[sympy.Basic]:

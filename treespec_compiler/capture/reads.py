@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .alone import alone
+from .call import vocabularies
 from .surroundings import outside_autocast, plain_layers
 
 GLOBAL_HOOKS = (
@@ -51,7 +52,8 @@ class Reads:
         guards = self._guards()
         if guards is None:
             return "an object that forward reads was replaced"
-        there = {"model": model, "args": args, "kwargs": kwargs}
+        # What the traced function reads: `capture._fresh_forward`.
+        there = {"model": model, "args": args, "kwargs": kwargs, "sizes": vocabularies(model)}
         for source, code, tensor in self._unheld:
             if self._read(code, there) is not tensor():
                 return f"another tensor is {_plain(source)}"

@@ -23,7 +23,7 @@ from .inspection import console, read_subject
 
 EPILOG = """\
 examples:
-  treespec diff out/02-recognize-attention.json out/03-classify.json
+  treespec diff out/05-recognize-attention.json out/06-classify.json
   treespec diff classify treeify --model demo
   treespec diff capture fuse --model hf:llama --random-weights --tiny --all-layers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,3 +107,30 @@ class Limit:
 
     tokens: int
     reason: str
+
+
+@dataclass(frozen=True)
+class LogitsSpec:
+    """Where a model called with one text puts its logits: any order of dimensions, one row a token or the last one's.
+
+    `vocabulary` is the dimension of the vocabulary, counted from the end.
+    """
+
+    vocabulary: int = -1
+    last: bool = False
+
+    @classmethod
+    def of(cls, shape: Sequence[Any], length: sympy.Expr) -> LogitsSpec:
+        """What a shape in terms of the number of tokens says; sizes of 1 are batches or, without tokens, rows."""
+        sizes = [sympy.sympify(s) for s in shape]
+        wide = [i for i, s in enumerate(sizes) if s != 1 and s != length]
+        last = not any(length in s.free_symbols for s in sizes)
+        return cls(wide[0] - len(sizes) if len(wide) == 1 else -1, last)
+
+    def rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """[rows, V] of the logits of one text."""
+        moved = logits.movedim(self.vocabulary, -1)
+        return moved.reshape(-1, moved.shape[-1])
+
+
+EVERY_ROW = LogitsSpec()

@@ -20,7 +20,7 @@ from ..passes.framework.state import GraphState
 from ..tree import TokenTree
 from .cache import TreeCache
 from .rounding import is_rounding, relative_error
-from .semantics import eager_logits, kept
+from .semantics import eager_rows, kept
 
 log = logger(__name__)
 
@@ -73,7 +73,7 @@ def check_program(program: Runs, model: nn.Module, call: CallSpec) -> float:
 
 
 def _difference(program: Runs, model: nn.Module, call: CallSpec, seed: int) -> str | None:
-    rng = random.Random(seed)
+    rng, spec = random.Random(seed), program.state.model_logits
     nodes = sum(map(len, TREE))
     length = min(max(PREFIX, _literal(program) + 2), MOST, (program.max_context or MOST + nodes) - nodes)
     if length < 1:
@@ -95,9 +95,9 @@ def _difference(program: Runs, model: nn.Module, call: CallSpec, seed: int) -> s
         prefix = prefix + [tree.tokens[i] for i in path]
     paths[0][1][length - 1] = first
     for ids, rows in paths:
-        expected = eager_logits(model, call, ids, program.device)
+        expected = eager_rows(model, call, ids, rows, program.device, spec)
         for at, row in rows.items():
-            if not is_rounding(model, call, ids[: at + 1], row, expected[at]):
+            if not is_rounding(model, call, ids[: at + 1], row, expected[at], spec):
                 error = relative_error(row, expected[at])
                 return f"logits after {at + 1} tokens differ by {error:.2e} of the largest"
     return None

@@ -11,7 +11,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..capture.call import CallSpec, call_module, logits_of
+from ..capture.call import CallSpec, run_logits
+from ..ir.specs import EVERY_ROW, LogitsSpec
 from ..logs import logger
 
 log = logger(__name__)
@@ -35,7 +36,14 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE.get(dtype, LOOSE)
 
 
-def is_rounding(model: nn.Module, call: CallSpec, ids: list[int], got: Tensor, expected: Tensor) -> bool:
+def is_rounding(
+    model: nn.Module,
+    call: CallSpec,
+    ids: list[int],
+    got: Tensor,
+    expected: Tensor,
+    spec: LogitsSpec = EVERY_ROW,
+) -> bool:
     """Whether `got` and the eager `expected`, logits [V] after `ids`, differ by rounding alone."""
     if expected.isnan().any():
         return True  # the model says nothing itself
@@ -48,7 +56,7 @@ def is_rounding(model: nn.Module, call: CallSpec, ids: list[int], got: Tensor, e
     error, most = relative_error(got, expected), tolerance(expected.dtype)
     if error <= most:
         return True
-    exact = _in_float64(model, call, ids, expected.device)
+    exact = _in_float64(model, call, ids, expected.device, spec)
     if exact is None:
         return error <= UNMEASURED * most
     own = relative_error(expected.double(), exact[finite])
@@ -57,7 +65,9 @@ def is_rounding(model: nn.Module, call: CallSpec, ids: list[int], got: Tensor, e
     return theirs <= most + DRAWS * own
 
 
-def _in_float64(model: nn.Module, call: CallSpec, ids: list[int], device: torch.device) -> Tensor | None:
+def _in_float64(
+    model: nn.Module, call: CallSpec, ids: list[int], device: torch.device, spec: LogitsSpec
+) -> Tensor | None:
     """The logits [V] after `ids` of a copy in float64; None where there can be none."""
     if 8 * sum(p.numel() for p in model.parameters()) > MOST_BYTES or device.type not in ("cpu", "cuda"):
         return None
@@ -65,7 +75,7 @@ def _in_float64(model: nn.Module, call: CallSpec, ids: list[int], device: torch.
         with torch.no_grad():
             there = call.with_tokens(torch.tensor([ids], device=device))
             wide = copy.deepcopy(model).double()
-            return logits_of(call_module(wide, *there.args, **there.kwargs))[0, -1].double()
+            return spec.rows(run_logits(wide, there.args, there.kwargs))[-1].double()
     except Exception:  # code of the user's that is of one dtype, or cannot be copied
         log.debug("no measure in float64", exc_info=True)
         return None
