@@ -21,15 +21,24 @@ from .framework.manager import Pass
 from .framework.state import GraphState, refuse
 from .spellings.assembled import spell_assembled
 from .spellings.attention_algebra import spell_constant_keys, spell_score_factor, spell_weight_sum
+from .spellings.attention_weights import spell_weights
+from .spellings.contractions import spell_contraction, spell_one_hot
 from .spellings.einsum import spell_einsum
 from .spellings.grouped_experts import spell_counts, spell_grouped
 from .spellings.inverse_permutation import spell_inverse
+from .spellings.picked_rows import spell_picked_rows
 from .spellings.score_sums import spell_score_sum
 from .spellings.softmax import spell_softmax
 
 aten = torch.ops.aten
 
-_ASSERTIONS = {"aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range"}
+_ASSERTIONS = {
+    "aten._assert_tensor_metadata",
+    "aten._assert_async",
+    "aten._assert_scalar",
+    "aten.sym_constrain_range",
+    "aten.sym_constrain_range_for_size",
+}
 _ALIASES = {"aten.detach", "aten.alias", "aten.lift_fresh_copy", "aten.lift_fresh", "aten.clone", "aten.contiguous"}
 _DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.native_dropout"}
 _SYNONYMS = {
@@ -48,10 +57,14 @@ _SYNONYMS = {
     "aten.clip": aten.clamp,
 }
 _SPELLINGS = (
+    spell_one_hot,
+    spell_contraction,
+    spell_picked_rows,
     spell_einsum,
     spell_score_sum,
     spell_score_factor,
     spell_softmax,
+    spell_weights,
     spell_weight_sum,
     spell_constant_keys,
     spell_inverse,

@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
@@ -73,6 +74,10 @@ class TokenAxes:
         if node.target is torch.ops.aten.view.dtype and node.args[0].meta["val"].is_floating_point():
             what = "the bits of computed numbers are read, and the last ones depend on the order of sums"
             raise refuse(Refusal.ROUNDING, what, node)
+        if _counts_content(node):
+            raise refuse(
+                Refusal.MIXER, f"{name} gives as many rows as the tokens' content asks for", node, _ROWS_WAY_OUT
+            )
         if not self.routing.knows(node):
             raise refuse(Refusal.UNKNOWN_OP, f"{name} is not known to act on each token alone", node, _way_out(name))
         try:
@@ -104,6 +109,16 @@ class TokenAxes:
 
 
 _WAY_OUT = "only attention may move information between tokens; a token mixer of another kind needs its own state"
+
+
+_ROWS_WAY_OUT = "compute every row and choose with torch.where, or write what was picked back with `out[rows] += ...`"
+
+
+def _counts_content(node: fx.Node) -> bool:
+    """Whether a size of the result is known at run time only."""
+    value = node.meta["val"]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return any(bool(free_unbacked_symbols(v)) for v in values if isinstance(v, Tensor))
 
 
 def _way_out(name: str) -> str:

@@ -24,11 +24,11 @@ from ..forms.masks import HIDDEN
 from ..framework.state import GraphState
 from .key_bias import Splitter
 from .sink_gate import sink_gate
+from .weight_path import PRODUCTS, follow, zeros_and_ones
 
 aten = torch.ops.aten
 
 SOFTMAXES = ("aten.softmax", "aten._softmax", "aten._safe_softmax")
-_PRODUCTS = ("aten.matmul", "aten.bmm")
 _LOWEST = -1e30
 
 
@@ -79,34 +79,20 @@ class Reader:
         dim: Any = argument(softmax, "dim")
         if dim not in (-1, _rank(softmax) - 1):
             return None
-        found = self._values(softmax)
-        if found is None:
+        path = follow(self.state, self.forms, softmax)
+        if path is None:
             return None
-        values, output, dropped = found
+        output = path.output
         self.at = softmax
         scores = self.read(softmax.args[0])
-        kept = scores is not None and all(self.keeps(scores.q, n) for n in (softmax, *_path(softmax, output)))
-        if scores is None or not kept or scores.inner is not None or (scores.sinks is not None) != dropped:
+        kept = scores is not None and all(self.keeps(scores.q, n) for n in (softmax, *path.steps))
+        if scores is None or not kept or scores.inner is not None or (scores.sinks is not None) != path.dropped:
             return None
+        scores = replace(scores, replaced=(*scores.replaced, *path.zeroed))
         gate = sink_gate(softmax, output, self.forms, self.state.length)
         if gate is not None and scores.sinks is None and not scores.shifted:
             scores, output = replace(scores, sinks=gate[0]), gate[1]
-        return EagerSite(scores, softmax, values, output)
-
-    def _values(self, softmax: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
-        """(V, output, whether a last column was dropped) of the product that the weights go into."""
-        node, dropped = softmax, False
-        while len(node.users) == 1:
-            user = next(iter(node.users))
-            name = op_name(user)
-            if name in _PRODUCTS and user.args[0] is node and self._depends(user.args[1]):
-                return user.args[1], user, dropped
-            if name == "aten.slice" and not dropped and _drops_last(user):
-                dropped = True
-            elif name not in ("aten._to_copy", "aten.reshape", "aten.expand") or not _same_matrix(node, user):
-                return None
-            node = user
-        return None
+        return EagerSite(scores, softmax, path.values, output)
 
     at: fx.Node  # new nodes are inserted before this one
 
@@ -118,7 +104,7 @@ class Reader:
         if not isinstance(node, fx.Node) or not self._depends(node):
             return None
         name = op_name(node)
-        if name in _PRODUCTS:
+        if name in PRODUCTS:
             a, b = node.args[:2]
             both = self._depends(a) and self._depends(b)
             return Scores(a, b) if both else None
@@ -138,7 +124,7 @@ class Reader:
         """scores + sign * extra, for an addend that does not depend on token content, but for a bias by key."""
         if scores.inner is not None or scores.sinks is not None:
             return None
-        if isinstance(extra, (int, float)):
+        if isinstance(extra, (int, float)) or self.shifts(scores, extra):
             return replace(scores, shifted=True)
         if self._depends(extra):
             found = Splitter(self.state, self.forms, self.at, self.repeated).split(extra)
@@ -152,6 +138,13 @@ class Reader:
             extra = self.emit(aten.neg.default, extra)
         mask = extra if scores.mask is None else self.emit(aten.add.Tensor, scores.mask, extra)
         return replace(scores, mask=mask)
+
+    def shifts(self, scores: Scores, extra: Any) -> bool:
+        """Whether an addend is one number for each query, computed from tokens: a softmax does not see it."""
+        if scores.inner is not None or scores.sinks is not None or not self._depends(extra):
+            return False
+        shape = shape_of(extra)
+        return len(shape) >= 2 and shape[-1] == 1
 
     def override(self, scores: Scores, condition: Any, value: Any, *, when: bool) -> Scores | None:
         """Scores replaced by `value` where `condition == when`."""
@@ -177,24 +170,8 @@ class Reader:
         return self.state.call(op, args, kwargs, like=self.at)
 
 
-def _path(start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """Every node from `start`, which has one user, as each one after it, to `end`."""
-    found, node = [], start
-    while node is not end:
-        node = next(iter(node.users))
-        found.append(node)
-    return found
-
-
 def _rank(node: Any) -> int:
     return node.meta["val"].dim()
-
-
-def _drops_last(node: fx.Node) -> bool:
-    """`x[..., :-1]`."""
-    args: Any = node.args
-    rank = _rank(node)
-    return args[1] in (-1, rank - 1) and args[2] in (0, None) and args[3:] == (-1, 1)
 
 
 def _same_matrix(before: fx.Node, after: fx.Node) -> bool:
@@ -225,19 +202,10 @@ def _zeroed(reader: Reader, a: Any, b: Any) -> Scores | None:
     form = reader.forms.of(b) if isinstance(b, fx.Node) and not reader._depends(b) else None
     if form is None or not reader._depends(a):
         return None
-    if not form.is_bool and not _zeros_and_ones(reader, form):
+    if not form.is_bool and not zeros_and_ones(reader.forms, form):
         return None
     scores = reader.read(a)
     return None if scores is None else reader.override(scores, reader.emit(aten.eq.Scalar, b, 0), 0.0, when=True)
-
-
-def _zeros_and_ones(reader: Reader, form: Any) -> bool:
-    if form.expr.is_Piecewise:
-        return all(value in (0, 1) for value, _ in form.expr.args)
-    if len(form.tables) != 1 or form.expr not in form.tables:
-        return False
-    table = reader.forms.tables[str(form.expr.func)]
-    return bool(((table == 0) | (table == 1)).all())
 
 
 def _tanh(reader: Reader, node: fx.Node) -> Scores | None:
@@ -274,6 +242,8 @@ def _sub(reader: Reader, node: fx.Node) -> Scores | None:
     if _is_row_maximum(b, a):
         # With the sinks among them, scores and sinks are shifted alike.
         return scores if scores.sinks is not None else replace(scores, shifted=True)
+    if reader.shifts(scores, b):
+        return replace(scores, shifted=True)
     return None if reader._depends(b) or argument(node, "alpha") != 1 else reader.add(scores, b, -1)
 
 
@@ -355,6 +325,12 @@ def _floor(reader: Reader, node: fx.Node) -> Scores | None:
     return reader.read(node.args[0]) if bound is not None and bound <= _LOWEST else None
 
 
+def _finite(reader: Reader, node: fx.Node) -> Scores | None:
+    """nan_to_num: a product of finite numbers is a number, and what was minus infinity hides as the lowest float."""
+    lowest = argument(node, "neginf")
+    return reader.read(node.args[0]) if lowest is None or lowest <= _LOWEST else None
+
+
 def _cat(reader: Reader, node: fx.Node) -> Scores | None:
     """[scores, sink]: one more column, the same for every query."""
     parts: Any = node.args[0]
@@ -382,5 +358,6 @@ _RULES: dict[str, Callable[[Reader, fx.Node], Scores | None]] = {
     "aten.max": _floor,
     "aten.clamp_min": _floor,
     "aten.clamp": _floor,
+    "aten.nan_to_num": _finite,
     "aten.cat": _cat,
 }

@@ -10,6 +10,7 @@ from torch import fx
 from treespec_compiler.errors import InvalidOption
 from treespec_compiler.ir.private_torch import OpOverloadPacket
 
+from .channel_rules import CHANNELS
 from .token_rules import RULES, Axes, Axis, Mixes, Rule
 from .token_writes import WRITES
 
@@ -29,7 +30,7 @@ def register_op(op: Any, token_local: bool | TokenRule = True) -> None:
     Ops with a rule of their own, such as ATen's, cannot be given another.
     """
     name = _packet_name(op)
-    if name in RULES or name in WRITES:
+    if name in RULES or name in WRITES or name in CHANNELS:
         fix = "Leave it out: its own rule decides."
         raise InvalidOption(name="op", got=name, expected="an op that treespec has no rule for", fix=fix)
     if token_local is False:

@@ -24,6 +24,7 @@ from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
+from .channel_rules import CHANNELS
 from .custom_ops import custom_rule
 from .ids import id_bound, same_ids
 from .rows import GroupSizes, Layout, Place, Rows, Uniform, reshaped, rows_of, simplest
@@ -141,7 +142,7 @@ class Routing:
 def _rule(node: fx.Node) -> Rule | None:
     """The rule of an op that acts on each token alone."""
     name = op_name(node)
-    return RULES.get(name) or WRITES.get(name) or custom_rule(name)
+    return RULES.get(name) or WRITES.get(name) or CHANNELS.get(name) or custom_rule(name)
 
 
 # Which argument takes places of rows.

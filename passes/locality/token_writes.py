@@ -49,7 +49,7 @@ def _select_scatter(node: fx.Node, axes: Axes) -> Axis:
 
 def _blank(node: fx.Node, axes: Axes) -> Axis:
     """A new tensor: nothing of its argument but the size goes in."""
-    sized = [i for i, size in enumerate(shape_of(node)) if axes.length in size.free_symbols]
+    sized = [i for i, size in enumerate(shape_of(node)) if axes.length.free_symbols & size.free_symbols]
     if len(sized) != 1:
         raise Mixes(f"its shape {list(shape_of(node))} does not have the tokens in one dimension")
     return sized[0]

@@ -62,12 +62,12 @@ def _quotient(state: GraphState, node: fx.Node) -> fx.Node | None:
     if not isinstance(top, fx.Node) or not isinstance(below, fx.Node) or op_name(top) != "aten.exp":
         return None
     x: Any = top.args[0]
-    if _is_sum(below, top):
+    if is_sum(below, top):
         return _softmax(state, x, node)
     if op_name(below) != "aten.add" or argument(below, "alpha") != 1:
         return None
     for total, extra in (below.args[:2], below.args[1::-1]):
-        if isinstance(total, fx.Node) and _is_sum(total, top):
+        if isinstance(total, fx.Node) and is_sum(total, top):
             column = _column(state, x, extra, node)
             return None if column is None else _with_column(state, x, column, node)
     return None
@@ -116,7 +116,7 @@ def _shift(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (s, m) if both and shape_of(m) == (*shape_of(s)[:-1], 1) else None
 
 
-def _is_sum(node: fx.Node, of: fx.Node) -> bool:
+def is_sum(node: fx.Node, of: fx.Node) -> bool:
     return op_name(node) == "aten.sum" and node.args[0] is of and _over_last(node, of)
 
 

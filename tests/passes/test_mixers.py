@@ -86,7 +86,7 @@ class Indexed(Hybrid):
     [
         (Hybrid, "ChunkedDecay", "cut into chunks of 16"),
         (NoAttention, "ChunkedDecay", "no attention, and another token mixer"),
-        (Convolved, "ShortConvolution", "conv1d is not known to act on each token alone"),
+        (Convolved, "ShortConvolution", "a convolution of width 3 over the tokens"),
     ],
 )
 def test_the_mixer_is_named(cls: type[Hybrid], module: str, words: str) -> None:
