@@ -162,7 +162,10 @@ def assert_one_error(captured: Any, text: str) -> None:
     ("arguments", "text"),
     [
         (["--target", "hf:/no/such/folder"], "Cannot read model 'hf:/no/such/folder': got no such folder"),
-        (["--target", "llama"], "got no known kind of name, expected `hf:...`, `py:...` or `demo`"),
+        (
+            ["--target", "llama"],
+            "got no known kind of name, expected `hf:...`, `gguf:...`, `py:...`, `demo` or `smollm2`",
+        ),
         (["--target", "py:os"], "got no factory in the name"),
         (["--target", "py:os:nothing"], "got no function 'nothing' in os"),
         (["--target", "py:no_such_module:make"], "got ModuleNotFoundError on importing no_such_module"),

@@ -10,7 +10,7 @@ from ..errors import InvalidOption
 from ..options import Options
 from .models import DTYPES
 
-MODEL = "hf:PATH_OR_ID, py:module:factory or demo"
+MODEL = "hf:PATH_OR_ID, gguf:FILE, py:module:factory, demo or smollm2"
 
 
 class TakesArguments(Protocol):

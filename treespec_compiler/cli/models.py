@@ -1,4 +1,4 @@
-"""From a model's name on the command line to the model: `hf:PATH_OR_ID`, `py:module:factory`, `demo`."""
+"""From a model's name on the command line to the model: `hf:`, `gguf:`, `py:`, `demo`, `smollm2`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import demo
 from ..errors import InvalidOption, UnreadableModel
+from .gguf import load_gguf, smollm2
 
 Role = Literal["target", "draft"]
 
@@ -61,9 +62,14 @@ def load(
     if random_weights or tiny:
         fix = "Leave --random-weights and --tiny out, or name a Hugging Face configuration."
         raise InvalidOption(name="--random-weights", got=name, expected="a model named hf:PATH_OR_ID", fix=fix)
+    if name == "smollm2" or (kind == "gguf" and rest):
+        file = smollm2() if name == "smollm2" else Path(rest).expanduser()
+        return LoadedModel(name, *load_gguf(name, file, dtype, quiet_transformers(name)))
     if kind == "py" and rest:
         return _load_py(name, rest, dtype)
-    raise UnreadableModel(name=name, problem="no known kind of name", expected="`hf:...`, `py:...` or `demo`")
+    raise UnreadableModel(
+        name=name, problem="no known kind of name", expected="`hf:...`, `gguf:...`, `py:...`, `demo` or `smollm2`"
+    )
 
 
 def _load_hf(name: str, where: str, dtype: torch.dtype) -> LoadedModel:
