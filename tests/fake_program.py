@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from treespec_compiler.errors import CacheOverflow, ContextOverflow, InvalidPath, TokenOutOfRange
+from treespec_compiler.ir.specs import Limit
 from treespec_compiler.tree import Forest, TokenTree
 
 Row = Callable[[tuple[int, ...]], Tensor]  # tokens so far -> next-token logits [V]
@@ -47,6 +48,7 @@ class FakeProgram:
 
     def __init__(self, row: Row, vocab_size: int, max_context: int | None = None) -> None:
         self.row, self.vocab_size, self.input_vocab, self.max_context = row, vocab_size, vocab_size, max_context
+        self.limits = [] if max_context is None else [Limit(max_context, "it was told so")]
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.compile_seconds, self.compile_count, self.packed_bytes = 0.0, 0, 0
         self.checks = 0

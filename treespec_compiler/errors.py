@@ -359,6 +359,18 @@ class MissingPackage(TreespecError, ImportError):
 
 
 @dataclass(eq=False, kw_only=True)
+class MissingCompiler(TreespecError, RuntimeError):
+    """No C++ compiler, which Inductor's code for a CPU needs."""
+
+    looked_for: str
+    template: ClassVar[str] = (
+        "No C++ compiler: got none (looked for {e.looked_for}), expected one that Inductor can build code with. "
+        'Install g++ or name one in CXX, or have the program run op by op: option lowering="eager", or the environment '
+        "variable TREESPEC_LOWERING=eager."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
 class CorruptTable(TreespecError, ValueError):
     """A table of measurements that does not parse or has the wrong schema."""
 

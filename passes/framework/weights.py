@@ -16,8 +16,12 @@ class Weights(Mapping[str, Expression]):
         self.read = read
         self._made = dict(made)
         self._built: dict[str, Tensor] = {}
-        self.tensors: Mapping[str, Tensor] = _Tensors(self)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
         """By the same names: each is built when first asked for, and kept until one of its sources changed."""
+        # NOTE made anew, not kept: a circle of the two would keep a model's tensors until garbage is looked for twice.
+        return _Tensors(self)
 
     def __getitem__(self, name: str) -> Expression:
         return self._made[name]

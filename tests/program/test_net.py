@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import modules
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 
 import treespec_compiler as treespec
 from treespec_compiler.capture.call import call_spec
+from treespec_compiler.program.early_exit import EarlyExitProgram
+from treespec_compiler.program.executor import Executor
 from treespec_compiler.program.rounding import is_rounding
 from treespec_compiler.program.semantics import eager_logits
 from treespec_compiler.program.tree_program import TreeProgram
@@ -82,3 +85,58 @@ def test_rounding_is_measured_on_the_model() -> None:
         assert is_rounding(model, call, ids, expected * (1 + 1e-5), expected)
         assert is_rounding(model, call, ids, expected * (1 + 3e-4), expected) is taken
         assert not is_rounding(model, call, ids, expected * 1.1, expected)
+
+
+class Off:
+    """What makes the outputs of derived graphs wrong, and leaves the program's own alone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, output: int) -> None:
+        real = Executor.run
+
+        def run(self: Executor, parts: Any, cache: Any, rows: Any = None) -> Any:
+            found = list(real(self, parts, cache, rows))
+            if self.options.lowering == "inductor" and len(found) > output and not parts[0].chain:
+                found[output] = found[output].roll(1, 0)  # the rows of other nodes
+            return found
+
+        monkeypatch.setattr(Executor, "run", run)
+
+
+INDUCTOR = {"lowering": "inductor"}
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_wrong_tapped_outputs_are_refused(monkeypatch: pytest.MonkeyPatch, output: int) -> None:
+    program = treespec.tree_program(_model(), options=INDUCTOR)
+    cache = program.new_cache(16)
+    program.prefill([1, 2], cache)
+    tree = treespec.TokenTree([1, 2, 3], [-1, 0, 0])
+    with monkeypatch.context() as patched:
+        Off(patched, output)
+        for _ in range(2):
+            with pytest.raises(treespec.Unsupported, match="a graph derived from the program's"):
+                program.verify(tree, cache, outputs=("logits", "hidden:1"))
+    seconds = program.verify_seconds
+    assert set(program.verify(tree, cache, outputs=("logits", "hidden:1"))) == {"logits", "hidden:1"}
+    assert program.verify_seconds > seconds
+    seconds = program.verify_seconds
+    program.verify(tree, cache, outputs=("logits", "hidden:1"))
+    assert program.verify_seconds == seconds
+
+
+def test_a_wrong_early_exit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = treespec.tree_program(_model(), options=INDUCTOR)
+    cache = program.new_cache(16)
+    program.prefill([1, 2], cache)
+    exit_, tree = EarlyExitProgram(program, 1), treespec.TokenTree([1, 2, 3], [-1, 0, 0])
+    with monkeypatch.context() as patched:
+        Off(patched, 0)
+        with pytest.raises(treespec.Unsupported, match=r"logits after .* tokens differs"):
+            exit_.verify(tree, cache)
+    assert exit_.verify(tree, cache).shape == (3, modules.VOCAB)
+
+
+def test_derived_graphs_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = treespec.tree_program(_model(), options={**EAGER, "verify": "off"})
+    program.verify(treespec.TokenTree([1], [-1]), program.new_cache(8), outputs=("hidden:1",))
+    assert program.verify_seconds == 0

@@ -35,6 +35,7 @@ EXAMPLES: list[TreespecError] = [
     errors.TokenizerMismatch(difference="id 7 as 'a' in the draft and 'b' in the target"),
     errors.UnreadableModel(name="hf:/nowhere", problem="no such folder"),
     errors.MissingPackage(package="triton", purpose="generated kernels", fix="Install it: pip install triton."),
+    errors.MissingCompiler(looked_for="g++"),
     errors.CorruptTable(path="tree_attention/cpu.json", problem="no key 'schema'"),
     errors.CaptureFailed(problem="RuntimeError (operation not permitted when stream is capturing)"),
     errors.WrongKernel(

@@ -14,10 +14,10 @@ from .torch_errors import kind_of
 
 _HERE = os.path.dirname(__file__)
 LOGITS = "return the logits alone, first, or under the name 'logits'"
-_FALLBACK = "or use on_unsupported='fallback'"
+FALLBACK = "or use on_unsupported='fallback'"
 _EXPERTS = (
     "compute the experts on rows sorted by expert, with treespec.grouped_linear (docs/refusals.md shows it), "
-    + _FALLBACK
+    + FALLBACK
 )
 
 _DOES = {"for ": "loops over", "if ": "branches on", "elif ": "branches on", "while ": "branches on"}
@@ -43,11 +43,11 @@ def no_graph(model: nn.Module, error: BaseException, mode: Any = None) -> Unsupp
         return Unsupported(Refusal.CALL, what, way_out=LOGITS)
     line = (frame.line or "").strip() if frame is not None else ""
     layer, module = _module_at(model, frame) if frame is not None else (None, None)
-    what, way_out = _first_line(error), f"remove the graph break (torch._dynamo.explain shows it), {_FALLBACK}"
+    what, way_out = _first_line(error), f"remove the graph break (torch._dynamo.explain shows it), {FALLBACK}"
     if kind is Refusal.CONTROL:
         does = next((words for start, words in _DOES.items() if line.startswith(start)), "uses")
         what = f"its code {does} values that are computed from the tokens"
-        way_out = _without_the_loop(model) if does == "loops over" else f"compute it with tensors alone, {_FALLBACK}"
+        way_out = _without_the_loop(model) if does == "loops over" else f"compute it with tensors alone, {FALLBACK}"
     return Unsupported(
         kind,
         f"Dynamo cannot capture {type(model).__name__} as one graph: {what}",
@@ -62,7 +62,7 @@ def _without_the_loop(model: nn.Module) -> str:
     """A loop over the experts that were hit: transformers offers other implementations for most of its models."""
     settable = getattr(type(model), "_can_set_experts_implementation", None)
     if callable(settable) and settable():
-        return f"model.set_experts_implementation('grouped_mm') computes the same without the loop; {_FALLBACK}"
+        return f"model.set_experts_implementation('grouped_mm') computes the same without the loop; {FALLBACK}"
     return _EXPERTS
 
 

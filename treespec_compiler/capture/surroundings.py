@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 from unittest import mock
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def not_traced(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which Dynamo calls as it is where a compiled function of the user's does: it is no tensor code."""
+    wrapped: Callable[P, R] = torch.compiler.disable(function)
+    return wrapped
 
 
 @contextlib.contextmanager

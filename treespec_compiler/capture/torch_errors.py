@@ -47,6 +47,13 @@ def own_refusal(error: BaseException) -> Unsupported | None:
     return next((cause for cause in inner if isinstance(cause, Unsupported)), None)
 
 
+def lacks_compiler(error: BaseException) -> bool:
+    """Whether Inductor failed for want of a C++ compiler."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    return any(isinstance(cause, InvalidCxxCompiler) for cause in _causes(error))
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error, and what it was raised from or during."""
     seen: set[int] = set()

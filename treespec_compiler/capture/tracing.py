@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import Unsupported
-from .broken_graphs import no_graph
+from ..errors import Refusal, Unsupported
+from .broken_graphs import FALLBACK, no_graph
 from .surroundings import outside_autocast, plain_layers
 from .torch_errors import TRACE_ERRORS, own_refusal
 
@@ -32,6 +33,7 @@ def tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
         ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | TELLING,
         skip_nnmodule_hook_guards=False,  # hooks that are added later are noticed by guards (`reads`)
     )
+    _refuse_disabled()
     guard_log = logging.getLogger("torch._guards")
     level = guard_log.level
     try:
@@ -43,6 +45,7 @@ def tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
             _unmarked_buffers(model),
             plain_layers(),
             _no_garbage_collection(),
+            torch.compiler.set_stance("default"),  # one that the user set is for the user's own compilations
         ):
             yield
     except Unsupported:
@@ -54,6 +57,21 @@ def tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
         raise no_graph(model, error, traced.get("mode")) from error
     finally:
         guard_log.setLevel(level)
+
+
+def _refuse_disabled() -> None:
+    """Where Dynamo is switched off the model just runs, and nothing was learnt of it."""
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        what = "Dynamo, which reads the model's code, is switched off (TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE)"
+        raise Unsupported(Refusal.NO_GRAPH, what, way_out=f"switch it on for the conversion, {FALLBACK}")
+
+
+def nothing_traced() -> Unsupported:
+    """The refusal where the model ran, and Dynamo gave no graph of it."""
+    if torch._C._len_torch_dispatch_stack():
+        what = "a torch dispatch mode is active around the conversion, and Dynamo traces nothing inside of one"
+        return Unsupported(Refusal.NO_GRAPH, what, way_out="convert the model outside of it, with tree_program(model)")
+    return Unsupported(Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ share weights, packed weights and caches.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,6 +104,11 @@ class Executor:
     def weight_bytes(self) -> int:
         """Bytes of weights that one pass reads."""
         return sum(x.numel() * x.element_size() for x in self._fixed() if x is not None)
+
+    def op_by_op(self) -> Executor:
+        """The same graph on the same tensors, neither compiled nor recorded."""
+        options = replace(self.options, lowering="eager", cuda_graphs=False)
+        return Executor(self.state, self._weights, options, self._own)
 
     def run(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None) -> Sequence[Tensor]:
         """The outputs, as in `state.outputs`: logits [rows, V], whose `rows` default to every new node, others [T, D].

@@ -15,6 +15,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ..capture.alone import alone
+from ..capture.torch_errors import lacks_compiler
+from ..errors import MissingCompiler
 from ..ir.device import profile
 from ..ir.inputs import input_of
 from ..logs import logger
@@ -77,8 +79,14 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
     fakes = [_fake(mode, name, tensor) for name, tensor in zip(names, examples, strict=True)]
     module = fx.GraphModule(gm, _without_values(gm.graph))
     settings = _settings(examples[0].device)
-    with alone(), torch.no_grad(), config.patch(settings), tracing(TracingContext(mode)):
-        compiled = compile_fx(module, fakes)
+    try:
+        with alone(), torch.no_grad(), config.patch(settings), tracing(TracingContext(mode)):
+            compiled = compile_fx(module, fakes)
+    except Exception as error:
+        if lacks_compiler(error):
+            names = [config.cpp.cxx] if isinstance(config.cpp.cxx, str) else config.cpp.cxx
+            raise MissingCompiler(looked_for=", ".join(name for name in names if name)) from error
+        raise
     _compile_calls += 1
 
     def run(inputs: list[Tensor]) -> Sequence[Tensor]:

@@ -1,7 +1,7 @@
 """How far a right program may be from its model: as far as the model's own rounding, which is measured.
 
-The measure costs a copy of the model in float64 and a run of it, so it is taken only where a difference is larger than
-`TOLERANCE`.
+The measure costs a wider copy of the model and a run of it, so it is taken only where a difference is larger than
+`TOLERANCE`, and once for all rows of a path.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 LOOSE = 5e-2  # float16 and bfloat16
 # A program sums in another order than the model: its error is another draw of the same size, and draws differ.
 DRAWS = 4
-UNMEASURED = 10  # times the tolerance, where the model cannot be copied
-MOST_BYTES = 2**31  # of a copy in float64
+# Times the tolerance, where the model cannot be copied; half precision's is loose already.
+UNMEASURED = {torch.float64: 10, torch.float32: 10}
+LOOSE_UNMEASURED = 2
+# Bytes of a copy in float64: at most, and where the machine does not say what is free.
+MOST_BYTES, UNKNOWN_ROOM = 2**33, 2**31
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -36,6 +39,36 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE.get(dtype, LOOSE)
 
 
+class Exact:
+    """What a model computes without its rounding, as far as a copy in a wider type tells: made when first asked."""
+
+    def __init__(self, model: nn.Module, call: CallSpec, spec: LogitsSpec) -> None:
+        self._model, self._call, self._spec = model, call, spec
+        self._wide: nn.Module | None = None
+        self._rows: dict[tuple[int, ...], Tensor | None] = {}
+
+    def row(self, ids: list[int], at: int, device: torch.device) -> Tensor | None:
+        """The logits [V] after `ids[at]` in float64; None where there can be none. One run gives all that it can."""
+        key = tuple(ids[: at + 1] if self._spec.last else ids)
+        if key not in self._rows:
+            self._rows[key] = self._run([*key], device)
+        rows = self._rows[key]
+        return None if rows is None else rows[at - len(key)]
+
+    def _run(self, ids: list[int], device: torch.device) -> Tensor | None:
+        try:
+            if self._wide is None:
+                if 8 * sum(p.numel() for p in self._model.parameters()) > _room(device):
+                    return None
+                self._wide = copy.deepcopy(self._model).double()
+            with torch.no_grad():
+                there = self._call.with_tokens(torch.tensor([ids], device=device))
+                return self._spec.rows(run_logits(self._wide, there.args, there.kwargs)).double()
+        except Exception:  # code of the user's that is of one dtype, or cannot be copied
+            log.debug("no measure in float64", exc_info=True)
+            return None
+
+
 def is_rounding(
     model: nn.Module,
     call: CallSpec,
@@ -45,6 +78,11 @@ def is_rounding(
     spec: LogitsSpec = EVERY_ROW,
 ) -> bool:
     """Whether `got` and the eager `expected`, logits [V] after `ids`, differ by rounding alone."""
+    return only_rounded(Exact(model, call, spec), ids, len(ids) - 1, got, expected)
+
+
+def only_rounded(exact: Exact, ids: list[int], at: int, got: Tensor, expected: Tensor) -> bool:
+    """The same of the row after `ids[at]`, in runs of all of them."""
     if expected.isnan().any():
         return True  # the model says nothing itself
     finite = expected.isfinite()
@@ -52,30 +90,30 @@ def is_rounding(
         return False
     if not finite.any():
         return True
-    got, expected = got[finite], expected[finite]
+    device, (got, expected) = expected.device, (got[finite], expected[finite])
     error, most = relative_error(got, expected), tolerance(expected.dtype)
     if error <= most:
         return True
-    exact = _in_float64(model, call, ids, expected.device, spec)
-    if exact is None:
-        return error <= UNMEASURED * most
-    own = relative_error(expected.double(), exact[finite])
-    theirs = relative_error(got.double(), exact[finite])
-    log.debug("%d tokens: the model is %.1e away from float64, the program %.1e", len(ids), own, theirs)
+    true = exact.row(ids, at, device)
+    if true is None:
+        return error <= UNMEASURED.get(expected.dtype, LOOSE_UNMEASURED) * most
+    true = true[finite]
+    own, theirs = relative_error(expected.double(), true), relative_error(got.double(), true)
+    log.debug("%d tokens: the model is %.1e away from float64, the program %.1e", at + 1, own, theirs)
     return theirs <= most + DRAWS * own
 
 
-def _in_float64(
-    model: nn.Module, call: CallSpec, ids: list[int], device: torch.device, spec: LogitsSpec
-) -> Tensor | None:
-    """The logits [V] after `ids` of a copy in float64; None where there can be none."""
-    if 8 * sum(p.numel() for p in model.parameters()) > MOST_BYTES or device.type not in ("cpu", "cuda"):
-        return None
+def _room(device: torch.device) -> int:
+    """Bytes that a copy may take: half of what is free, and no more than a run of it is worth."""
+    if device.type == "cuda":
+        return min(MOST_BYTES, torch.cuda.mem_get_info(device)[0] // 2)
+    return min(MOST_BYTES, _available() // 2) if device.type == "cpu" else 0
+
+
+def _available() -> int:
+    """Free memory of the machine, in bytes, where it says so."""
     try:
-        with torch.no_grad():
-            there = call.with_tokens(torch.tensor([ids], device=device))
-            wide = copy.deepcopy(model).double()
-            return spec.rows(run_logits(wide, there.args, there.kwargs))[-1].double()
-    except Exception:  # code of the user's that is of one dtype, or cannot be copied
-        log.debug("no measure in float64", exc_info=True)
-        return None
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 2 * UNKNOWN_ROOM

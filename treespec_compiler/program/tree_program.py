@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..capture.alone import alone
 from ..capture.call import CallSpec, call_spec, original_module
-from ..capture.surroundings import outside_autocast
+from ..capture.surroundings import not_traced, outside_autocast
 from ..errors import ContextOverflow, InvalidOption, Refusal, StaleCache, Unsupported
 from ..ir import ops
 from ..ir.device import profile
@@ -32,7 +32,7 @@ from .cuda_graphs import GraphStats
 from .executor import Bound, Executor, Tally
 from .keys import example_key
 from .made import Made
-from .net import check_program
+from .net import check_program, check_variant
 from .optimizer_steps import steps
 from .outputs import tapped, taps_of
 from .prompt import parse_prompt
@@ -48,6 +48,7 @@ Derive: TypeAlias = Callable[[GraphState], tuple[GraphState, Mapping[str, Tensor
 """Makes another graph of a program's, which it leaves as it is, and the tensors of inputs that it adds."""
 
 
+@not_traced
 def tree_program(
     model: nn.Module,
     example: Any = None,
@@ -285,6 +286,17 @@ class TreeProgram:
             self._tally.seconds = max(self._tally.seconds, compiled + took)  # lowering is part of it
         self._checked.add(self._executor)
 
+    def _checked_variant(self, executor: Executor) -> Executor:
+        """A graph derived from this program's is compared with the program at its first use; the program's own was."""
+        if executor is self._executor or executor in self._checked or executor.options.verify == "off":
+            return executor
+        with alone(), outside_autocast():
+            compiled, tally = executor.tally.seconds, executor.tally
+            self.verify_seconds += (took := check_variant(self, self._executor, executor))
+            tally.seconds = max(tally.seconds, compiled + took)
+        self._checked.add(executor)
+        return executor
+
     @overload
     def prefill(self, prompt_ids: Any, cache: TreeCache, slot: int = 0) -> Tensor: ...
     @overload
@@ -305,7 +317,7 @@ class TreeProgram:
         cache._check_slot(slot)
         check_tokens(ids, self.input_vocab, "the prompt")
         self._check_context(cache.length(slot) + len(ids))
-        executor = self._executor if outputs is None else self._returning(outputs)
+        executor = self._executor if outputs is None else self._checked_variant(self._returning(outputs))
         cache._reserve(slot, len(ids))
         device = profile(self.device)
         chunk = self.options.prefill_chunk or device.prompt_chunk
@@ -386,7 +398,7 @@ class TreeProgram:
         parts = [new_part(cache, s, t, start.get(s, 0) if isinstance(start, Mapping) else start) for s, t in items]
         for part in parts:
             self._check_part(part, cache)
-        outputs = executor().run(parts, cache)
+        outputs = self._checked_variant(executor()).run(parts, cache)
         for part in parts:
             cache._trees[part.slot] = part.tree
         return outputs

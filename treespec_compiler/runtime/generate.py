@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..capture.surroundings import not_traced
 from ..errors import Unsupported
 from ..logs import logger
 from ..options import Options
@@ -55,6 +56,7 @@ class Stream(Iterator[Step]):
         self._request = request
         self._engine.add(request)
 
+    @not_traced
     def __next__(self) -> Step:
         engine = self._engine
         if engine is None or self.stats.finish_reason is not None:
@@ -140,12 +142,14 @@ def _begin(call: Call, program: TreeProgram, drafts: Sequence[Draft], stats: Sta
     return Stream(Request(program, call.prompt, ending, drafts, policy, judge, stats, drawing), call.device)
 
 
+@not_traced
 @_takes(Call)
 def stream(call: Call) -> Stream:
     """`generate`, a `Step` at a time: `for step in stream(...)`. Arguments are checked here, not at the first step."""
     return _stream(call)
 
 
+@not_traced
 @_takes(Call)
 def generate(call: Call) -> GenerationOutput:
     """The target's own continuation of `input_ids`, sped up by what `draft` guesses right.

@@ -146,7 +146,8 @@ class Call(Settings):
         check_tokens(self.prompt, program.input_vocab, "the prompt")
         limit = program.max_context
         if limit is not None and len(self.prompt) > limit:
-            raise ContextOverflow(position=len(self.prompt) - 1, max_context=limit)
+            why = program.limits[0].reason
+            raise ContextOverflow(position=len(self.prompt) - 1, max_context=limit, why=why)
 
 
 def _module(model: object) -> nn.Module | None:
