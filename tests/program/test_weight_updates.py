@@ -250,9 +250,15 @@ def test_a_tensor_is_a_path() -> None:
     assert error(row, eager_row(model, [*PROMPT, 2, 1])) <= TOLERANCE
 
 
-def test_nothing_keeps_weights_alive() -> None:
-    """Dynamo keeps what it compiled until it is reset; the weights are not part of that."""
+@pytest.mark.parametrize("circle", [False, True])
+def test_nothing_keeps_weights_alive(circle: bool) -> None:
+    """Dynamo keeps what it compiled until it is reset; the weights are not part of that.
+
+    One look for garbage is enough, also where the model itself is found by it, since it holds itself.
+    """
     model = tiny()
+    if circle:
+        model.owner = [model]
     treespec.generate(model, torch.tensor([PROMPT]), draft=None, max_new_tokens=2, options=EAGER)
     held = [weakref.ref(p) for p in model.parameters()]
     del model
