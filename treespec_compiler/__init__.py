@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from .passes.framework.registry import register_pass
     from .passes.locality.custom_ops import register_op
     from .program.tree_program import TreeProgram, tree_program
+    from .runtime.engine import Engine
     from .runtime.generate import GenerationOutput, Step, Stream, generate, stream
+    from .runtime.request import Request
     from .speculation.drafts.kinds import register_draft
     from .speculation.policies.static import StaticExpansion
     from .tree import Forest, TokenTree
 
 _HOME = {
+    "Engine": ".runtime.engine",
     "Forest": ".tree",
     "GenerationOutput": ".runtime.generate",
     "Options": ".options",
+    "Request": ".runtime.request",
     "StaticExpansion": ".speculation.policies.static",
     "Step": ".runtime.generate",
     "Stream": ".runtime.generate",
@@ -45,9 +49,11 @@ _HOME = {
 }
 
 __all__ = [
+    "Engine",
     "Forest",
     "GenerationOutput",
     "Options",
+    "Request",
     "StaticExpansion",
     "Step",
     "Stream",

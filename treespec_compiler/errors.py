@@ -170,6 +170,30 @@ class CacheOverflow(TreespecError, ValueError):
 
 
 @dataclass(eq=False, kw_only=True)
+class RequestTooLarge(TreespecError, ValueError):
+    """A request that an engine could not run if it had all pages for itself."""
+
+    prompt: int
+    new: int
+    capacity: int
+    template: ClassVar[str] = (
+        "The request can never run: got a prompt of {e.prompt} tokens and {e.new} new ones, expected at most "
+        "{e.capacity} together, which is all that the engine holds. Ask for fewer new tokens, or make an engine with a "
+        "larger `max_tokens`."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class EngineClosed(TreespecError, RuntimeError):
+    """A request to an engine that was closed."""
+
+    number: int
+    template: ClassVar[str] = (
+        "The engine is closed: got request {e.number}, expected none after `close()`. Make another engine."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
 class OutOfPages(TreespecError, RuntimeError):
     """More pages wanted of a paged cache than are free."""
 

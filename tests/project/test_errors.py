@@ -21,6 +21,8 @@ EXAMPLES: list[TreespecError] = [
     errors.TokenOutOfRange(token=70, index=3, vocab_size=64),
     errors.CacheOverflow(slot=0, length=60, new=8, capacity=64),
     errors.OutOfPages(wanted=3, free=1, total=8, page_size=64),
+    errors.RequestTooLarge(prompt=900, new=200, capacity=1024),
+    errors.EngineClosed(number=7),
     errors.ContextOverflow(position=64, max_context=64),
     errors.StaleCache(reason="the model moved to another device"),
     errors.InvalidWeight(got="head.weight as float32 [7, 4]", expected="a size that 2 units divide"),

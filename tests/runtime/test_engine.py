@@ -1,205 +1,478 @@
-"""Requests yield work: what they want of one program and cache is run together, and results go to whom they belong."""
+"""Many requests at once: each gives what it gives alone, whoever comes, goes, fails or waits beside it."""
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
-from fake_program import FakeProgram, greedy, table_row
-from torch import nn
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from llamas import EAGER, llama
 
 import treespec_compiler as treespec
-from treespec_compiler.errors import DraftFailed, InvalidLogits, ModelFailed
-from treespec_compiler.runtime.decoding import appoint
+from treespec_compiler.errors import (
+    EngineClosed,
+    InvalidLogits,
+    InvalidOption,
+    InvalidPrompt,
+    RequestTooLarge,
+    TokenOutOfRange,
+)
 from treespec_compiler.runtime.engine import Engine
-from treespec_compiler.runtime.request import Ending, Request
-from treespec_compiler.runtime.stats import Stats
-from treespec_compiler.speculation import slots
-from treespec_compiler.speculation.drafts.model import ModelDraft
-from treespec_compiler.speculation.proposal import Proposal
-from treespec_compiler.speculation.sampling.settings import Sampling
-from treespec_compiler.speculation.work import Nodes
-from treespec_compiler.tree import TokenTree
+from treespec_compiler.runtime.request import Status
+from treespec_compiler.runtime.scheduler import PATIENCE, common_length
+from treespec_compiler.speculation.drafts.ngram import NGramDraft
 
-VOCAB = 40
-ROW = table_row(VOCAB, seed=1)
-POLICY = treespec.StaticExpansion((2, 1))
-PROMPTS = ([3, 1, 4], [1, 5, 9, 2, 6], [5])
+VOCAB = 61
+SYSTEM = [7, 3, 11, 2, 19, 23, 5, 5, 8, 1]
+PROMPTS = [[5, 17, 3, 9, 42, 7], [1, 2], [*SYSTEM, 30], [*SYSTEM, 31, 32], [9] * 13, [*SYSTEM, 30, 4, 4]]
+POISON, BREAKS = 59, 60
+"""Last ids of prompts: of one whose logits become NaN, and of one whose draft raises."""
 
 
-def request(program, prompt, count: int = 20, drafts=(), eos=frozenset()) -> Request:
-    judge, _ = appoint(Sampling(), None, None, POLICY, drafts=len(drafts))
-    return Request(program, prompt, Ending(count, frozenset(eos), frozenset()), drafts, POLICY, judge, Stats())
-
-
-def run(engine: Engine, requests: list[Request]) -> dict[int, list[int]]:
-    tokens: dict[int, list[int]] = {id(r): [] for r in requests}
-    while any(r.stats.finish_reason is None for r in requests):
-        for ended, step in engine.step():
-            if isinstance(step, Exception):
-                raise step
-            tokens[id(ended)] += step.tokens
-    return tokens
-
-
-def test_requests_on_slots_of_one_cache_are_run_in_one_forest():
-    target, small = FakeProgram(ROW, VOCAB), FakeProgram(ROW, VOCAB)
-    forests: list[int] = []
-    extend = target.extend
-    target.extend = lambda forest, *rest: forests.append(len(forest.items)) or extend(forest, *rest)
-    slots.share(target, 100, 3)
-    slots.share(small, 100, 3)
-    engine, draft = Engine(), ModelDraft(small)
-    requests = [request(target, prompt, drafts=[draft]) for prompt in PROMPTS]
-    for r in requests:
-        engine.add(r)
-    tokens = run(engine, requests)
-    for r, prompt in zip(requests, PROMPTS, strict=True):
-        assert [*prompt, *tokens[id(r)]] == greedy(ROW, prompt, 20)
-    assert len(target.caches) == 1 and len(small.caches) == 1
-    assert max(forests) == 3  # all three trees in one call
-    assert target.caches[0].prefix == [[], [], []] == small.caches[0].prefix
-
-
-def test_a_request_that_fails_leaves_the_others_alone():
-    def row(tokens):
-        return ROW(tokens) if tokens[0] != 5 else torch.full((VOCAB,), float("nan"))
-
-    target = FakeProgram(row, VOCAB)
-    slots.share(target, 100, 3)
-    engine = Engine()
-    requests = [request(target, prompt) for prompt in PROMPTS]
-    for r in requests:
-        engine.add(r)
-    (first, second, (failed, error)) = engine.step()
-    assert failed is requests[2] and isinstance(error, InvalidLogits)
-    tokens = run(engine, requests[:2])
-    for (r, step), prompt in zip((first, second), PROMPTS, strict=False):
-        assert [*prompt, *step.tokens, *tokens[id(r)]] == greedy(ROW, prompt, 20)
-    assert target.caches[0].prefix == [[], [], []]
-
-
-def test_a_request_that_joins_later_and_one_that_is_removed():
-    target = FakeProgram(ROW, VOCAB)
-    slots.share(target, 100, 2)
-    engine = Engine()
-    first, second = request(target, PROMPTS[0]), request(target, PROMPTS[1])
-    engine.add(first)
-    engine.step(), engine.step()
-    engine.add(second)
-    engine.step()
-    engine.remove(first)
-    assert target.caches[0].prefix[first.slot.index] == []
-    rest = run(engine, [second])
-    assert greedy(ROW, PROMPTS[1], 20)[-len(rest[id(second)]) :] == rest[id(second)]
-
-
-class Own:
-    """A draft of the user's own, of one method."""
-
-    name, prefill_seconds, compile_seconds = "own", 0.0, 0.0
-
-    def __init__(self, propose, accept=lambda seen, tokens: None):
-        self.propose, self.accept = propose, accept
+class Breaks(NGramDraft):
+    """Raises at the second tree of a prompt that ends with `BREAKS`."""
 
     def open(self, request):
-        draft = self
+        session = super().open(request)
+        if request.prompt[-1] == BREAKS:
+            propose, asked = session.propose, []
 
-        class Session:
-            def __init__(self):
-                self.seen: list[int] = []
-                self.slot = None
+            def broken(policy, limits):
+                asked.append(1)
+                if len(asked) == 2:
+                    raise ZeroDivisionError("the draft's own")
+                return propose(policy, limits)
 
-            def propose(self, policy, limits):
-                return draft.propose(self, policy, limits)
+            session.propose = broken
+        return session
 
-            def accept(self, tokens):
-                self.seen += tokens
-                draft.accept(self.seen, tokens)
 
-            def close(self):
+@pytest.fixture(scope="module")
+def pair():
+    """A target, and a draft that guesses it right about every second time."""
+    model = llama(1, hidden=32, vocab=VOCAB)
+    near = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in near.parameters():
+            weight += 0.12 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    return SimpleNamespace(
+        model=model,
+        near=near,
+        target=treespec.tree_program(model, options=EAGER),
+        draft=treespec.tree_program(near, options=EAGER),
+        alone={},
+    )
+
+
+def engine_of(pair, **changes) -> Engine:
+    given = {"draft": [pair.draft, Breaks()], "max_requests": 4, "page_size": 4, "policy": "2,1,1", "options": EAGER}
+    return Engine(pair.target, **given | changes)
+
+
+def asked(prompt, index: int) -> dict:
+    """Settings of request number `index`: greedy, sampled, penalised."""
+    kinds = [{}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.2}, {"repetition_penalty": 1.3}, {}]
+    given = {"max_new_tokens": 4 + 5 * (index % 3), "eos_token_id": (), "seed": index, **kinds[index % 5]}
+    if prompt[-1] == POISON:
+        given["logits_processor"] = [poisoned]
+    return given
+
+
+def poisoned(ids, scores):
+    return scores * torch.nan if ids.shape[1] > 5 else scores
+
+
+def alone(pair, prompt, index: int):
+    """What the request gives in an engine of its own: its tokens, or the type of its error."""
+    key = (tuple(prompt), index)
+    if key not in pair.alone:
+        with engine_of(pair) as engine:
+            request = engine.add(prompt, **asked(prompt, index))
+            engine.run()
+            pair.alone[key] = request.output.tokens, type(request.error)
+    return pair.alone[key]
+
+
+def check(pair, request, index: int) -> None:
+    tokens, error = alone(pair, request.prompt, index)
+    assert type(request.error) is error and request.output.tokens == tokens, request
+    assert request.status is (Status.FINISHED if error is type(None) else Status.FAILED)
+
+
+def pages_of(engine: Engine):
+    return engine._slots.cache(engine.program).page_counts
+
+
+def test_greedy_output_is_the_single_request_output(pair):
+    for draft in (None, pair.draft, "ngram", [pair.draft, "ngram"], "early-exit:1"):
+        with engine_of(pair, draft=draft, prompt_tokens=5) as engine:
+            requests = [engine.add(prompt, max_new_tokens=12, eos_token_id=()) for prompt in PROMPTS]
+            engine.run()
+            for request, prompt in zip(requests, PROMPTS, strict=True):
+                out = treespec.generate(pair.target, prompt, max_new_tokens=12, eos_token_id=())
+                assert [*prompt, *request.output.tokens] == out.sequences[0].tolist()
+                assert request.status is Status.FINISHED and request.output.finish_reason == "length"
+            assert engine.stats.finished == 6 and engine.stats.tokens == 72 and pages_of(engine).held == 0
+            assert engine.stats.accepted > 20 or draft in (None, "ngram")
+
+
+def test_no_neighbour_changes_a_request(pair):
+    with engine_of(pair) as engine:
+        requests = [engine.add(prompt, **asked(prompt, i)) for i, prompt in enumerate(PROMPTS)]
+        for _ in range(3):
+            engine.step()
+        requests += [engine.add(prompt, **asked(prompt, 6 + i)) for i, prompt in enumerate(PROMPTS)]
+        engine.run()
+        for i, request in enumerate(requests):
+            check(pair, request, i)
+
+
+def test_prompts_run_in_pieces_beside_trees_and_drafts_level_by_level(pair, monkeypatch):
+    calls: dict[str, list[tuple[int, int]]] = {"target": [], "draft": []}
+
+    def spy(program, name):
+        mixed, extend = program.mixed, program.extend
+
+        def seen_mixed(trees, prompts, cache):
+            calls[name].append((len(trees), sum(len(ids) for _, ids in prompts)))
+            return mixed(trees, prompts, cache)
+
+        def seen_extend(forest, cache, *rest):
+            calls[name].append((len(forest.items), 0))
+            return extend(forest, cache, *rest)
+
+        monkeypatch.setattr(program, "mixed", seen_mixed)
+        monkeypatch.setattr(program, "extend", seen_extend)
+
+    spy(pair.target, "target"), spy(pair.draft, "draft")
+    with engine_of(pair, draft=pair.draft, prompt_tokens=4) as engine:
+        first = [engine.add(prompt, max_new_tokens=30, eos_token_id=()) for prompt in PROMPTS[:2]]
+        while not all(len(request.output.tokens) > 3 for request in first):
+            engine.step()
+        calls["target"].clear(), calls["draft"].clear()
+        late = engine.add([9] * 13, max_new_tokens=2, eos_token_id=())
+        before = engine.stats.steps
+        while not late.output.tokens:
+            engine.step()
+        assert engine.stats.steps - before == 4
+        # one call of the target a step, for both trees and a piece of the prompt
+        assert calls["target"] == [(2, 4), (2, 4), (2, 4), (2, 1)]
+        # and three of the draft, for both requests
+        assert calls["draft"] == [(2, 0)] * 12
+
+
+def test_a_request_that_can_never_run_is_refused_at_add(pair):
+    with engine_of(pair, max_tokens=20) as engine:
+        with pytest.raises(RequestTooLarge, match="a prompt of 13 tokens and 8 new ones, expected at most 20 together"):
+            engine.add([9] * 13, max_new_tokens=8)
+        engine.add([9] * 13, max_new_tokens=7, eos_token_id=())
+        with pytest.raises(InvalidPrompt):
+            engine.add([])
+        with pytest.raises(TokenOutOfRange):
+            engine.add([VOCAB])
+        for wrong in ({"temperature": -1}, {"priority": "high"}, {"logprobs": -1}, {"stop": "text"}):
+            with pytest.raises(InvalidOption):
+                engine.add([1], **wrong)
+        assert engine.stats.requests == 1
+        engine.run()
+    with pytest.raises(EngineClosed):
+        engine.add([1])
+    for wrong in ({"max_requests": 0}, {"max_tokens": -1}, {"page_size": 1.5}, {"prompt_tokens": 0}):
+        with pytest.raises(InvalidOption):
+            engine_of(pair, **wrong)
+
+
+def test_out_of_pages_the_youngest_waits_and_is_computed_again(pair):
+    with engine_of(pair, max_tokens=40, prompt_tokens=7) as engine:
+        requests = [engine.add(prompt, **asked(prompt, i)) for i, prompt in enumerate(PROMPTS * 2)]
+        engine.run()
+        assert engine.stats.preemptions > 3
+        for i, request in enumerate(requests):
+            check(pair, request, i)
+        assert pages_of(engine).held == 0
+
+
+def test_a_single_request_always_fits(pair):
+    for size in (1, 4, 64):
+        with engine_of(pair, max_tokens=30, page_size=size) as engine:
+            request = engine.add([9] * 13, max_new_tokens=17, eos_token_id=())
+            engine.run()
+            assert len(request.output.tokens) == 17 and engine.stats.preemptions == 0
+
+
+def test_what_requests_begin_with_alike_is_computed_and_stored_once(pair):
+    with engine_of(pair, max_requests=8) as engine:
+        samples = engine.add_samples(PROMPTS[3], 4, seed=5, temperature=1.0, max_new_tokens=9, eos_token_id=())
+        other = engine.add(PROMPTS[2], max_new_tokens=9, eos_token_id=())
+        shared = 0
+        while not all(r.done for r in (*samples, other)):
+            engine.step()
+            shared = max(shared, pages_of(engine).shared)
+        assert shared == 3  # twelve tokens of the prompt
+        assert [r.stats.cached_tokens for r in samples] == [0, 11, 11, 11] and other.stats.cached_tokens == 10
+        assert engine.stats.cached_tokens == 43
+        assert len({tuple(r.output.tokens) for r in samples}) > 1
+        again = engine.add(PROMPTS[3], seed=7, temperature=1.0, max_new_tokens=9, eos_token_id=())
+        assert again.result().tokens == samples[2].output.tokens
+        assert again.stats.cached_tokens == 8  # whole pages, which nobody held any more
+
+
+def test_higher_priorities_come_first(pair):
+    with engine_of(pair, max_requests=1, draft=None) as engine:
+        low, high = (engine.add([p + 1], max_new_tokens=3, priority=p, eos_token_id=()) for p in (0, 3))
+        while not high.done:
+            engine.step()
+            assert low.status is Status.WAITING
+        engine.run()
+        assert low.status is Status.FINISHED
+
+
+def test_nobody_starves(pair):
+    """However many of higher priority come, a request waits for a bounded number of steps only."""
+    with engine_of(pair, max_requests=1, draft=None, max_tokens=64) as engine:
+        low = engine.add([1], max_new_tokens=3, eos_token_id=())
+        steps = 0
+        while not low.done:
+            while engine.stats.waiting < 3:
+                engine.add([2], max_new_tokens=4, priority=2, eos_token_id=())
+            engine.step()
+            steps += 1
+            assert steps <= 2 * PATIENCE + 4 + 3
+        assert low.status is Status.FINISHED and steps > PATIENCE
+
+
+def test_a_request_is_cancelled_at_any_moment(pair):
+    with engine_of(pair, draft=pair.draft, prompt_tokens=4, max_requests=2) as engine:
+        at_once, waiting, in_prompt, in_tree, stays = (engine.add([9, i, *[8] * 9], **asked([1], 0)) for i in range(5))
+        at_once.cancel()
+        assert at_once.status is Status.CANCELLED and at_once.output.tokens == []
+        engine.step()
+        in_prompt.cancel()
+        waiting.cancel(), waiting.cancel()
+        while not in_tree.output.tokens:
+            engine.step()
+        engine.step()
+        in_tree.cancel()
+        assert in_tree.status is Status.CANCELLED and 0 < len(in_tree.output.tokens) < 4 and list(in_tree) != []
+        engine.run()
+        check(pair, stays, 0)
+        stays.cancel()
+        assert stays.status is Status.FINISHED and engine.stats.cancelled == 4 and pages_of(engine).held == 0
+
+
+def test_a_request_is_cancelled_within_a_step(pair):
+    with engine_of(pair, draft=None) as engine:
+        victim = engine.add(PROMPTS[0], max_new_tokens=20, eos_token_id=())
+
+        def cancels(ids, scores):
+            if ids.shape[1] == 4:
+                victim.cancel()  # the engine is in the middle of a step
+            return scores
+
+        other = engine.add([1, 2], max_new_tokens=5, eos_token_id=(), logits_processor=[cancels])
+        engine.run()
+        assert victim.status is Status.CANCELLED and 0 < len(victim.output.tokens) < 20
+        assert len(other.output.tokens) == 5
+
+
+def test_a_request_that_fails_ends_alone(pair):
+    prompts = [[1, 2, POISON], PROMPTS[0], [3, 4, BREAKS], PROMPTS[1]]
+    with engine_of(pair) as engine:
+        requests = [engine.add(prompt, **asked(prompt, i)) for i, prompt in enumerate(prompts)]
+        engine.run()
+        for i, request in enumerate(requests):
+            check(pair, request, i)
+        assert isinstance(requests[0].error, InvalidLogits) and isinstance(requests[2].error, ZeroDivisionError)
+        with pytest.raises(ZeroDivisionError, match="the draft's own"):
+            list(requests[2])
+        with pytest.raises(InvalidLogits):
+            requests[0].result()
+        assert engine.stats.failed == 2 and engine.stats.finished == 2 and pages_of(engine).held == 0
+
+
+def test_the_context_of_the_model_ends_a_request(pair):
+    program = treespec.tree_program(pair.model, options={**EAGER, "max_context": 24})
+    with engine_of(pair, draft=None) as engine, Engine(program, max_requests=2, options=EAGER) as short:
+        ended = short.add(PROMPTS[0], max_new_tokens=40, eos_token_id=())
+        whole = engine.add(PROMPTS[0], max_new_tokens=40, eos_token_id=())
+        assert ended.result().tokens == whole.result().tokens[:18] and ended.output.finish_reason == "context"
+
+
+def test_likelihoods_are_the_models(pair):
+    with engine_of(pair) as engine:
+        request = engine.add(PROMPTS[0], max_new_tokens=9, eos_token_id=(), logprobs=3, temperature=1.0, seed=1)
+        found = [one for step in request for one in step.likelihoods]
+    assert [one.token for one in found] == request.output.tokens and found == request.output.likelihoods
+    ids = torch.tensor([[*PROMPTS[0], *request.output.tokens]])
+    with torch.no_grad():
+        rows = pair.model(ids).logits[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)
+    for row, one in zip(rows, found, strict=True):
+        assert one.logprob == pytest.approx(float(row[one.token]), abs=1e-4)
+        values, best = row.topk(3)
+        assert [token for token, _ in one.top] == best.tolist()
+        assert [x for _, x in one.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+class Letters:
+    """A tokenizer whose token i is the letter number i."""
+
+    def decode(self, ids, **_):
+        return "".join(chr(65 + i) for i in ids)
+
+
+def test_stop_strings_end_the_text_and_ids_stay(pair):
+    with engine_of(pair, tokenizer=Letters()) as engine:
+        plain = engine.add(PROMPTS[0], max_new_tokens=20, eos_token_id=())
+        text = plain.result().text
+        assert text == Letters().decode(plain.output.tokens)
+        stop = text[7:10]
+        request = engine.add(PROMPTS[0], max_new_tokens=20, eos_token_id=(), stop=["no such text", stop])
+        pieces = [step.text for step in request]
+        at = text.index(stop)
+        assert "".join(pieces) == request.output.text == text[:at] and request.output.finish_reason == "stop"
+        assert request.output.tokens == plain.output.tokens[: at + len(stop)]
+        token = plain.output.tokens[5]
+        request = engine.add(PROMPTS[0], max_new_tokens=20, eos_token_id=(), stop=token)
+        first = plain.output.tokens.index(token)
+        assert request.result().tokens == plain.output.tokens[: first + 1] and request.output.finish_reason == "stop"
+
+
+def test_iterating_drives_the_engine(pair):
+    with engine_of(pair) as engine:
+        first, second = (engine.add(prompt, **asked(prompt, i)) for i, prompt in enumerate(PROMPTS[:2]))
+        tokens = [token for step in second for token in step.tokens]
+        assert tokens == second.output.tokens == alone(pair, PROMPTS[1], 1)[0]
+        assert first.output.tokens and engine.step() is not None
+        engine.run()
+        assert [token for step in first for token in step.tokens] == alone(pair, PROMPTS[0], 0)[0]
+        assert list(first) == [] and engine.step() == []
+
+
+def test_steps_arrive_in_an_event_loop(pair):
+    engine = engine_of(pair)
+
+    async def read(prompt, i):
+        request = engine.add(prompt, **asked(prompt, i))
+        return [token async for step in request for token in step.tokens]
+
+    async def leave():
+        request = engine.add(PROMPTS[0], max_new_tokens=200, eos_token_id=())
+        async for _ in request:
+            request.cancel()
+        return request.status
+
+    async def fail():
+        with pytest.raises(ZeroDivisionError):
+            async for _ in engine.add([1, BREAKS], **asked([1, BREAKS], 0)):
                 pass
 
-        return Session()
+    async def everything():
+        return await asyncio.gather(*(read(prompt, i) for i, prompt in enumerate(PROMPTS)), leave(), fail())
+
+    *found, left, _ = asyncio.run(everything())
+    assert found == [alone(pair, prompt, i)[0] for i, prompt in enumerate(PROMPTS)]
+    assert left is Status.CANCELLED
+    engine.close()
+    assert engine._thread is not None and not engine._thread.is_alive()
 
 
-def test_a_draft_of_ones_own_may_yield_its_work():
-    small = FakeProgram(ROW, VOCAB)
+def test_many_threads_ask_one_engine(pair):
+    found: dict[int, list[int]] = {}
+    with engine_of(pair) as engine:
+        engine.start()
 
-    def propose(session, policy, limits):
-        slot = slots.take(small, 200)
-        logits = yield Nodes(slot, TokenTree.chain(session.seen))
-        token = int(logits[-1].argmax())
-        slots.give_back(slot)
-        return Proposal([session.seen[-1], token], [-1, 0], [0, 1], [0, 0], proposer="own")
+        def ask(i: int) -> None:
+            prompt = PROMPTS[i % 6]
+            found[i] = engine.add(prompt, **asked(prompt, i)).result().tokens
 
-    out = treespec.generate(FakeProgram(ROW, VOCAB), PROMPTS[0], draft=Own(propose), policy="1", max_new_tokens=21)
-    assert out.sequences.tolist() == [greedy(ROW, PROMPTS[0], 21)]
-    assert out.stats.tokens_per_step == 2.0
-
-
-@pytest.mark.parametrize("kind", ["plain", "generator", "accept"])
-def test_a_stop_iteration_of_a_draft_does_not_end_the_output_in_silence(kind):
-    def leak(*_):
-        return next(iter(()))
-
-    def generator(*_):
-        next(iter(()))
-        yield
-
-    def root(session, policy, limits):
-        return Proposal.root(session.seen[-1])
-
-    draft = {"plain": Own(leak), "generator": Own(generator), "accept": Own(root, leak)}[kind]
-    program = FakeProgram(ROW, VOCAB)
-    with pytest.raises(DraftFailed, match=r"The draft 'own' failed: got a StopIteration out of its `(propose|accept)`"):
-        treespec.generate(program, PROMPTS[0], draft=draft, policy="1,1", max_new_tokens=24)
-    assert program.caches[0].length() == 0
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        engine.run()
+    assert found == {i: alone(pair, PROMPTS[i % 6], i)[0] for i in range(12)}
 
 
-def test_an_error_of_a_draft_stays_what_it_is():
-    def broken(*_):
-        raise RuntimeError("mine")
-
-    with pytest.raises(RuntimeError, match=r"^mine$"):
-        treespec.generate(FakeProgram(ROW, VOCAB), PROMPTS[0], draft=Own(broken), policy="1,1")
-
-
-class Foreign(nn.Module):
-    """Not to be converted; logits of several forms."""
-
-    def __init__(self, form: str) -> None:
-        super().__init__()
-        self.form = form
-        self.table, self.places = nn.Embedding(VOCAB, 8), nn.Embedding(16, 8)
-        self.mix, self.head = nn.GRU(8, 8, batch_first=True), nn.Linear(8, VOCAB)
-
-    def forward(self, ids):
-        x = self.head(self.mix(self.table(ids) + self.places(torch.arange(ids.shape[1])))[0])
-        forms = {
-            "tensor": x,
-            "tuple": (x, None),
-            "dict": {"logits": x},
-            "2d": x[0],
-            "last": x[:, -1],
-            "last 3d": x[:, -1:],
-        }
-        return forms[self.form]
+def test_closing_ends_what_runs(pair):
+    engine = engine_of(pair)
+    running, waiting = (engine.add(PROMPTS[0], max_new_tokens=200) for _ in range(2))
+    engine.step()
+    engine.close()
+    assert running.status is waiting.status is Status.CANCELLED
+    engine.close()
 
 
-@pytest.mark.parametrize("form", ["tensor", "tuple", "dict", "2d", "last", "last 3d"])
-def test_the_plain_loop_reads_logits_of_any_form(form):
-    torch.manual_seed(0)
-    model = Foreign(form).eval()
-    ids = [1, 2, 3]
-    for _ in range(8):
-        with torch.no_grad():
-            x = model.mix(model.table(torch.tensor([ids])) + model.places(torch.arange(len(ids))))[0]
-            ids = [*ids, int(model.head(x)[0, -1].argmax())]
-    out = treespec.generate(model, [1, 2, 3], max_new_tokens=8, on_unsupported="fallback")
-    assert out.sequences.tolist() == [ids] and out.stats.fallback and out.stats.steps == 7
+@pytest.mark.parametrize(("a", "b", "n"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1), ([2], [1], 0)])
+def test_common_length(a, b, n):
+    assert common_length(a, b) == n
 
 
-@pytest.mark.parametrize(("prompt", "count"), [([1, 99], 3), ([1, 2], 60)])
-def test_the_plain_loop_names_an_error_of_the_models_own(prompt, count):
-    with pytest.raises(ModelFailed, match=r"The model itself failed on .* tokens: got IndexError"):
-        treespec.generate(Foreign("tensor").eval(), prompt, max_new_tokens=count, on_unsupported="fallback")
+class Crowd(RuleBasedStateMachine):
+    """Requests come, go, fail and are preempted in any order; who finishes gives what he gives alone."""
+
+    pair: SimpleNamespace
+
+    @initialize(pages=st.integers(8, 40), most=st.integers(1, 5), prompt_tokens=st.integers(1, 20))
+    def begin(self, pages, most, prompt_tokens):
+        self.engine = engine_of(self.pair, max_tokens=4 * pages, max_requests=most, prompt_tokens=prompt_tokens)
+        self.requests, self.cancelled, self.count = [], set(), 0
+
+    @rule(prompt=st.sampled_from([*PROMPTS, [2, POISON], [3, 3, BREAKS]]), index=st.integers(0, 9), p=st.integers(0, 2))
+    def add(self, prompt, index, p):
+        self.requests.append((self.engine.add(prompt, priority=p, **asked(prompt, index)), index))
+
+    @rule(times=st.integers(1, 6))
+    def step(self, times):
+        for _ in range(times):
+            self.engine.step()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cancel(self, data):
+        request, _ = data.draw(st.sampled_from(self.requests))
+        if not request.done:
+            self.cancelled.add(request.number)
+        request.cancel()
+
+    @precondition(lambda self: self.engine._scheduler.running)
+    @rule(data=st.data())
+    def preempt(self, data):
+        job = data.draw(st.sampled_from(self.engine._scheduler.running))
+        self.engine._scheduler.preempt(job)
+
+    @invariant()
+    def pages_are_accounted_for(self):
+        engine = getattr(self, "engine", None)
+        if engine is None:
+            return
+        cache = engine._slots.cache(engine.program)
+        held = {page for table in cache._tables for page in table}
+        assert cache.page_counts.held == len(held) and cache.page_counts.free == cache.page_counts.total - len(held)
+        assert sum(length > 0 for length in cache._lengths) <= len(engine._scheduler.running)
+
+    def teardown(self):
+        self.engine.run()
+        assert pages_of(self.engine).held == 0
+        for request, index in self.requests:
+            if request.number in self.cancelled:
+                assert request.status is Status.CANCELLED
+                assert request.output.tokens == alone(self.pair, request.prompt, index)[0][: request.stats.tokens]
+            else:
+                check(self.pair, request, index)
+        self.engine.close()
+
+
+def test_a_crowd_in_any_order(pair):
+    from hypothesis.stateful import run_state_machine_as_test
+
+    machine = type("CrowdOfPair", (Crowd,), {"pair": pair})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=25, stateful_step_count=25, deadline=None, phases=[Phase.generate])
+    )

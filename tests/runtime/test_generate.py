@@ -21,7 +21,7 @@ from treespec_compiler.errors import (
     TreespecError,
     Unsupported,
 )
-from treespec_compiler.runtime import generate as generate_module
+from treespec_compiler.runtime import starting
 from treespec_compiler.speculation.drafts import model as model_draft
 from treespec_compiler.speculation.drafts.model import ModelDraft
 
@@ -323,7 +323,7 @@ def refusing(monkeypatch):
     def refuse(model, options=None):
         raise Unsupported(Refusal.NO_ATTENTION, "no attention at all", node="weight[ids]")
 
-    monkeypatch.setattr(generate_module, "tree_program", refuse)
+    monkeypatch.setattr(starting, "tree_program", refuse)
     monkeypatch.setattr(model_draft, "tree_program", refuse)
 
 

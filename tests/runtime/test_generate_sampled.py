@@ -292,8 +292,8 @@ def test_what_is_left_out_is_chosen_to_fit():
 def test_the_plain_loop_samples_too(monkeypatch):
     from treespec_compiler.options import Options
     from treespec_compiler.runtime.generate import Stream
+    from treespec_compiler.runtime.generation import Ending, Generation
     from treespec_compiler.runtime.plain import PlainProgram
-    from treespec_compiler.runtime.request import Ending, Request
     from treespec_compiler.runtime.stats import Stats
 
     class Model(nn.Module):
@@ -307,7 +307,7 @@ def test_the_plain_loop_samples_too(monkeypatch):
         judge, drawing = decoding.appoint(sampling, None, None, policy, drafts=0)
         ending = Ending(2, frozenset(), frozenset())
         program = PlainProgram(Model(), Options())
-        request = Request(program, PROMPT, ending, [], policy, judge, Stats(), drawing)
+        request = Generation(program, PROMPT, ending, [], policy, judge, Stats(), drawing)
         return tuple(token for step in Stream(request, torch.device("cpu")) for token in step.tokens)
 
     truth = target_law(target_model(Sampling(temperature=0.8, repetition_penalty=1.4)), 2)

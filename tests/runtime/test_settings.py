@@ -11,7 +11,7 @@ from fake_program import FakeProgram, greedy, table_row
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidOption, LossyPair, TreespecError
-from treespec_compiler.runtime import generate as generate_module
+from treespec_compiler.runtime import starting
 from treespec_compiler.runtime.settings import Call, RequestSettings, Settings
 from treespec_compiler.speculation.sampling.settings import Sampling
 
@@ -67,7 +67,7 @@ BAD = {
 
 @pytest.mark.parametrize("given", BAD.values(), ids=BAD.keys())
 def test_bad_input_is_refused_before_anything_changes(given, monkeypatch):
-    monkeypatch.setattr(generate_module, "tree_program", lambda *_, **__: pytest.fail("a program was made"))
+    monkeypatch.setattr(starting, "tree_program", lambda *_, **__: pytest.fail("a program was made"))
     model = torch.nn.Linear(2, 2)
     before = torch.get_rng_state()
     with pytest.raises(TreespecError):

@@ -9,8 +9,7 @@ from oracles import EAGER
 
 from treespec_compiler import TokenTree, tree_program
 from treespec_compiler.errors import InvalidOption
-from treespec_compiler.speculation import slots
-from treespec_compiler.speculation.slots import Slot
+from treespec_compiler.speculation.slots import KEPT, Slot
 from treespec_compiler.speculation.work import Nodes, Prompt, alone, perform
 
 TREE = TokenTree([5, 6, 7], [-1, 0, 0])
@@ -93,16 +92,18 @@ def test_logits_alone_are_asked_for_without_names(program, monkeypatch):
     assert calls == [{}] and [rows.shape for rows in found] == [(3, 97)] * 2
 
 
-def test_a_name_that_there_is_not_is_everybodys_error_who_is_in_the_call(program):
+def test_a_call_that_fails_is_the_error_of_him_whose_fault_it_is(program):
     first, second = slot_with(program, [3, 1], [4])
     wanted = [Nodes(first, TREE), Nodes(second, TREE, outputs=("hidden:9",))]
-    found = dict(perform(wanted))
-    assert all(isinstance(found[place], InvalidOption) for place in (0, 1))
+    expected = program.verify(TREE, first.cache).clone()
+    found = {place: answer.clone() if isinstance(answer, torch.Tensor) else answer for place, answer in perform(wanted)}
+    assert isinstance(found[1], InvalidOption)
+    torch.testing.assert_close(found[0], expected)
 
 
 def test_a_generator_is_sent_the_outputs_it_asked_for(program):
     """As a draft head does it: hidden states of the prompt, then of a tree."""
-    slot = slots.take(program, 64)
+    slot = KEPT.take(program, 64)
 
     def works():
         prompt = yield Prompt(slot, [3, 1, 4], ("hidden:1", "logits"))
@@ -110,4 +111,4 @@ def test_a_generator_is_sent_the_outputs_it_asked_for(program):
         return prompt["hidden:1"].shape, tree["hidden:1"].shape
 
     assert alone(works()) == ((3, 32), (1, 32))
-    slots.give_back(slot)
+    KEPT.give_back(slot)

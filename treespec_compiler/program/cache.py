@@ -83,6 +83,19 @@ class TreeCache:
         new = max(0, -(-(length + tokens) // self.page_size) - len(table))
         return new + (tokens > 0 and self._shared_end(slot))
 
+    def shared_with(self, tokens: Sequence[int]) -> int:
+        """Pages, of those that a slot with these tokens needs, that others hold and it would share (`adopt`)."""
+        pages, size, before, shared = self._pages, self.page_size, FIRST, 0
+        if pages is None:
+            return 0
+        for start in range(0, (len(tokens) - 1) // size * size, size):
+            page = pages.find(before, tokens[start : start + size])
+            if page is None:
+                break
+            shared += pages.holders(page) > 0
+            before = pages.serial(page)
+        return shared
+
     def commit(self, path: Sequence[int] | Mapping[int, Sequence[int]]) -> None:
         """Keep the K/V of these nodes and drop every other uncommitted node.
 

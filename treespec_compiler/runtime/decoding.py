@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 
 from ..speculation.policies.protocol import TreePolicy
-from ..speculation.sampling.chance import Chance, SeededChance
+from ..speculation.sampling.chance import SeededChance
 from ..speculation.sampling.samplers import SAMPLERS, ChildSampler, as_sampler
 from ..speculation.sampling.settings import Sampling
 from ..speculation.verifiers import VERIFIERS, StochasticVerifier
@@ -25,7 +25,7 @@ class Drawing:
 
     sampling: Sampling
     sampler: ChildSampler
-    chance: Chance
+    chance: SeededChance
     seeded: bool
     """Whether the user gave the seed."""
 

@@ -1,77 +1,499 @@
-"""The loop: collect what all requests want run, run it together, send the results back."""
+"""`Engine`: many requests to one model at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from ..speculation.work import Answer, Work, Working, perform
-from .request import Request, Step
+from ..errors import EngineClosed, InvalidOption, RequestTooLarge
+from ..ir.device import profile
+from ..logs import logger
+from ..options import Options
+from ..program.cache import TreeCache
+from ..program.pages import PageCounts
+from ..program.prompt import PromptLike
+from ..program.tree_program import TreeProgram
+from ..speculation.drafts.session import MAX_CHAIN
+from ..speculation.policies.auto import Auto
+from ..speculation.policies.named import as_policy
+from ..speculation.policies.protocol import TreePolicy
+from ..speculation.sampling.samplers import ChildSampler
+from ..speculation.slots import PagedSlots
+from ..speculation.work import Answer, Prompt, Work, perform
+from .decoding import AnyVerifier
+from .generation import Generation, Step
+from .request import Request, Status
+from .scheduler import Job, Scheduler
+from .settings import Call, DraftLike, Model
+from .starting import begin, drafts_of, program_of
+from .stats import Stats
+from .stopping import Text
+
+log = logger(__name__)
+
+PAGE_SIZE = 64
+"""The CPU's attention takes 64 keys at a time: with as many in a page, it sums in the order it does without pages."""
+TOKENS_A_REQUEST = 1024
+"""Room made for each of `max_requests` where `max_tokens` is not given."""
 
 
-@dataclass(slots=True, eq=False)
-class _Running:
-    """A request within a step, if it has begun one."""
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts since the engine was made, but for `waiting`, `running` and `pages`, which are of now."""
 
-    request: Request
-    steps: Working[Step] | None = None
-    wanted: Work | None = None
+    waiting: int
+    running: int
+    pages: PageCounts
+    steps: int
+    requests: int
+    finished: int
+    cancelled: int
+    failed: int
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompts' tokens, those whose K/V other requests had computed."""
+    tokens: int
+    accepted: int
+    """Of the new tokens, those that a draft had guessed."""
+    nodes: int
+    """Tree nodes verified."""
+
+
+@dataclass
+class _Counts:
+    """Of requests that are over."""
+
+    ended: dict[Status, int] = field(default_factory=lambda: dict.fromkeys(Status, 0))
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+    accepted: int = 0
+    nodes: int = 0
+
+    def add(self, stats: Stats) -> None:
+        self.prompt_tokens += stats.prompt_tokens
+        self.cached_tokens += stats.cached_tokens
+        self.tokens += stats.tokens
+        self.accepted += stats.accepted
+        self.nodes += stats.nodes
 
 
 class Engine:
-    """Runs any number of requests; each round is one call of every program that something is wanted of."""
+    """Runs requests to one model together: at each step new ones enter and finished ones leave.
 
-    def __init__(self) -> None:
-        self._running: list[_Running] = []
-        self._ended: list[tuple[Request, Step | Exception]] = []
+    Prompts run in pieces of `prompt_tokens` in all, in the same call of the model as the trees of requests that are
+    further; drafts grow the trees of all requests level by level, a call for all. K/V lie in pages of `page_size`
+    tokens, which requests that begin alike share; `max_tokens` are held at once, shared ones once. Where that is not
+    enough, the request of least priority that came last waits, and is computed again later.
 
-    def add(self, request: Request) -> None:
-        """It takes part from the next step on."""
-        self._running.append(_Running(request))
+    `model`, `draft`, `policy`, `verifier`, `sampler`, `options` are those of `generate`. With a `tokenizer`, steps have
+    text and requests may have stop strings. One thread at a time steps the engine: the caller's, or that of `start`.
+    Raises what `tree_program` and the drafts raise.
+    """
 
-    def step(self) -> Sequence[tuple[Request, Step | Exception]]:
-        """Work until some request ends a step: these requests, and the step or why it failed.
+    def __init__(
+        self,
+        model: Model,
+        *,
+        draft: DraftLike = None,
+        max_requests: int = 16,
+        max_tokens: int | None = None,
+        page_size: int = PAGE_SIZE,
+        prompt_tokens: int | None = None,
+        policy: TreePolicy | str | Sequence[int] | None = None,
+        verifier: AnyVerifier | None = None,
+        sampler: ChildSampler | str | None = None,
+        options: Mapping[str, Any] | Options | None = None,
+        tokenizer: Any = None,
+        draft_tokenizer: Any = None,
+    ) -> None:
+        wanted: dict[str, Any] = {"max_requests": max_requests, "page_size": page_size}
+        wanted |= {} if max_tokens is None else {"max_tokens": max_tokens}
+        wanted |= {} if prompt_tokens is None else {"prompt_tokens": prompt_tokens}
+        for name, value in wanted.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidOption(name=name, got=value, expected="a positive integer")
+        shape = as_policy(policy)
+        if isinstance(shape, Auto):
+            shape = replace(shape, clock=False)  # a request's own times are those of all others, too
+        self._shared: dict[str, Any] = {
+            "draft": draft,
+            "policy": shape,
+            "verifier": verifier,
+            "sampler": sampler,
+            "options": options,
+            "tokenizer": tokenizer,
+            "draft_tokenizer": draft_tokenizer,
+        }
+        first = Call(model, [0], **self._shared)  # checks all of that
+        self._model, self._tokenizer = model, tokenizer
+        self.program: TreeProgram = program_of(first, Stats())
+        self._drafts = drafts_of(first, Stats(), self.program)
+        self.max_requests = max_requests
+        self.max_tokens = max_requests * TOKENS_A_REQUEST if max_tokens is None else max_tokens
+        """Tokens held at once; also the most that one request may have."""
+        nodes = shape.max_nodes * max(1, len(self._drafts)) if self._drafts else 1
+        slots = PagedSlots(
+            max_requests * max(1, len(self._drafts)), self.max_tokens + nodes + MAX_CHAIN + page_size, page_size
+        )
+        slots.cache(self.program)
+        self._slots, self._scheduler = slots, Scheduler(slots, max_requests)
+        chunk = self.program.options.prefill_chunk or profile(self.program.device).prompt_chunk
+        self.prompt_tokens = chunk if prompt_tokens is None else prompt_tokens
+        self._new: deque[Job] = deque()  # added, and not seen by a step yet
+        self._jobs: dict[Job, Request] = {}
+        self._counts = _Counts()
+        self._requests = self._steps = 0
+        self._lock = threading.Lock()  # of whoever steps
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._ended: list[tuple[Request, Step]] = []
 
-        A request that is finished or failed is closed and takes part no longer; the others go on.
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        input_ids: PromptLike,
+        *,
+        stop: int | str | Sequence[int | str] = (),
+        priority: int = 0,
+        logprobs: int | None = None,
+        **settings: Any,
+    ) -> Request:
+        """A request that takes part from the next step on. May be called from any thread, also during a step.
+
+        `settings` are those of `generate` that may differ from request to request: `max_new_tokens`, `temperature`,
+        `top_p`, `seed` and so on. `stop`: ids, kept in the output, and strings, which end the text before them.
+        Requests of higher `priority` come first. With `logprobs`, steps have the likelihoods of their tokens and of so
+        many likeliest ones (0: of none). Raises InvalidOption, InvalidPrompt, and RequestTooLarge where it could never
+        run.
         """
-        with torch.inference_mode():
-            for running in self._running:
-                if running.steps is None:
-                    running.steps = running.request.advance()
-                    self._resume(running)
-            while not self._ended and self._running:
-                self._round()
-        ended, self._ended = self._ended, []
+        if self._closed:
+            raise EngineClosed(number=self._requests)
+        ids, strings = _stops(stop, self._tokenizer)
+        settings["stop_ids"] = [*settings.get("stop_ids", ()), *ids]
+        _check_integer("priority", priority, "an integer", low=None)
+        if logprobs is not None:
+            _check_integer("logprobs", logprobs, "an integer of 0 or more, or None", low=0)
+        call = Call(self._model, input_ids, **self._shared, **settings)
+        call.check_fits(self.program)
+        limit = self.program.max_context
+        new = call.max_new_tokens if limit is None else min(call.max_new_tokens, limit - len(call.prompt))
+        if len(call.prompt) + new > self.max_tokens:
+            raise RequestTooLarge(prompt=len(call.prompt), new=new, capacity=self.max_tokens)
+        stats = Stats(prompt_tokens=len(call.prompt))
+        text = Text(self._tokenizer, strings) if self._tokenizer is not None else None
+
+        def make() -> Generation:
+            return begin(call, self.program, self._drafts, stats, slots=self._slots, text=text, logprobs=logprobs)
+
+        with self._changed:
+            request = Request(self, self._requests, call.prompt, stats, priority)
+            job = Job(call.prompt, priority, self._requests, make)
+            self._requests += 1
+            self._jobs[job] = request
+            self._new.append(job)
+            self._changed.notify_all()
+        return request
+
+    def add_samples(self, input_ids: PromptLike, n: int, *, seed: int | None = None, **settings: Any) -> list[Request]:
+        """`n` requests of one prompt, which is computed once; sample i has the seed `seed + i`."""
+        _check_integer("n", n, "a positive integer", low=1)
+        return [self.add(input_ids, seed=None if seed is None else seed + i, **settings) for i in range(n)]
+
+    def cancel(self, request: Request) -> None:
+        """As `request.cancel()`."""
+        for job, other in list(self._jobs.items()):
+            if other is request:
+                job.cancelled = True
+        if self._lock.acquire(blocking=False):  # else whoever steps does it at the end of the step
+            try:
+                self._drop_cancelled()
+            finally:
+                self._lock.release()
+
+    @property
+    def stats(self) -> EngineStats:
+        counts, now = replace(self._counts), list(self._jobs.values())
+        for request in now:
+            counts.add(request.stats)
+        running = len(self._scheduler.running)
+        return EngineStats(
+            waiting=len(now) - running,
+            running=running,
+            pages=self._slots.cache(self.program).page_counts,
+            steps=self._steps,
+            requests=self._requests,
+            finished=counts.ended[Status.FINISHED],
+            cancelled=counts.ended[Status.CANCELLED],
+            failed=counts.ended[Status.FAILED],
+            preemptions=self._scheduler.preemptions,
+            prompt_tokens=counts.prompt_tokens,
+            cached_tokens=counts.cached_tokens,
+            tokens=counts.tokens,
+            accepted=counts.accepted,
+            nodes=counts.nodes,
+        )
+
+    # -- driving -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[tuple[Request, Step]]:
+        """One call of the model for all requests that run, and what it gave to whom. [] where nobody waits or runs.
+
+        A request that fails ends alone, with its error in `request.error`.
+        """
+        with self._lock, torch.inference_mode():
+            self._ended = []
+            with self._changed:
+                self._scheduler.waiting += self._new
+                self._new.clear()
+            self._drop_cancelled()
+            self._admit()
+            self._preempt()
+            for job in list(self._scheduler.running):
+                if job.working is None:
+                    self._begin(job)
+            self._run_drafts()
+            self._run_target()
+            self._steps += bool(self._jobs)
+            self._drop_cancelled()
+            ended = self._ended
+        with self._changed:
+            self._changed.notify_all()
         return ended
 
-    def remove(self, request: Request) -> None:
-        """Close a request, whatever it waits for."""
-        if any(running.request is request for running in self._running):
-            self._running = [running for running in self._running if running.request is not request]
-            request.close()
+    def run(self) -> None:
+        """Until no request is left."""
+        while self._jobs:
+            if self._driven:
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._jobs or self._closed)
+            else:
+                self.step()
 
-    def _round(self) -> None:
-        waiting = self._running  # for something, all of them: a round is made as long as none has ended its step
-        for place, answer in perform([running.wanted for running in waiting if running.wanted is not None]):
-            self._resume(waiting[place], answer)
+    def start(self) -> None:
+        """Have a thread of the engine's own step it whenever there are requests, until `close`."""
+        with self._changed:
+            if self._closed:
+                raise EngineClosed(number=self._requests)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="treespec engine", daemon=True)
+                self._thread.start()
 
-    def _resume(self, running: _Running, answer: Answer | Exception | None = None) -> None:
-        steps = running.steps
-        assert steps is not None
+    def close(self) -> None:
+        """Cancel all requests and let the caches go."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._lock:
+            for job in list(self._jobs):
+                job.cancelled = True
+            self._drop_cancelled()
+            self._slots.clear()
+        with self._changed:
+            self._changed.notify_all()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def progress(self, request: Request) -> None:
+        """Step, or wait for the thread that does, until the request may have a new step."""
+        if not self._driven:
+            self.step()
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: request._steps or request.done or self._closed)
+
+    @property
+    def _driven(self) -> bool:
+        """Whether another thread steps the engine."""
+        return self._thread is not None and self._thread is not threading.current_thread()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._closed)
+                if self._closed:
+                    return
+            try:
+                self.step()
+            except Exception as error:  # nobody's own fault: no request can go on
+                log.exception("the engine failed at a step")
+                with self._lock:
+                    for job in list(self._jobs):
+                        self._end(job, Status.FAILED, error)
+
+    # -- parts of a step ---------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        cache = self._slots.cache(self.program)
+
+        def pages(job: Job) -> int:
+            needed = -(-(len(job.tokens) + self._nodes(job)) // cache.page_size)
+            return needed - cache.shared_with(job.tokens)
+
+        def free() -> int:
+            others = sum(self._lacking(job).get(cache, 0) for job in self._scheduler.running)
+            return cache.page_counts.free - others
+
+        for job in self._scheduler.admit(pages, free):
+            try:
+                with torch.inference_mode(False):  # what is made outlives the step
+                    if job.generation is None:
+                        job.generation = job.make()
+                        job.generation.budget = job.generation.max_nodes
+                    else:
+                        job.generation.resume()
+            except Exception as error:
+                self._end(job, Status.FAILED, error)
+                continue
+            self._jobs[job].status = Status.RUNNING
+            if job.generation.stats.finish_reason is not None:  # no room for a single token
+                self._end(job, Status.FINISHED)
+            else:
+                self._begin(job)
+
+    def _preempt(self) -> None:
+        for job in self._scheduler.make_room(self._lacking, lambda cache: cache.page_counts.free):
+            self._jobs[job].status = Status.WAITING
+
+    def _lacking(self, job: Job) -> dict[TreeCache, int]:
+        """Pages that the job must take in this step, by cache."""
+        found: dict[TreeCache, int] = {}
+        if job.generation is None:
+            return found
+        for slot, program, tokens in job.generation.room(self._nodes(job)):
+            cache = self._slots.cache(program) if slot is None else slot.cache
+            new = -(-tokens // cache.page_size) if slot is None else cache.lacking(slot.index, tokens)
+            found[cache] = found.get(cache, 0) + new
+        return found
+
+    def _nodes(self, job: Job) -> int:
+        """Of the job's next tree at most."""
+        return job.generation.step_nodes if job.generation is not None else 1
+
+    def _begin(self, job: Job) -> None:
+        assert job.generation is not None
+        job.working = job.generation.advance()
+        self._resume(job)
+
+    def _run_drafts(self) -> None:
+        """Everything that is not the target's call: a round for each level of the trees. Prompts of drafts run in
+        pieces as the target's do; whose is not ready sits the step out.
+        """
+        left: dict[int, int] = {}
+        while True:
+            batch: list[tuple[Job, Work]] = []
+            for job in self._scheduler.running:
+                if job.wanted is not None and not self._of_target(job):
+                    key = id(job.wanted.slot.program)
+                    self._take_piece(job, left, key, batch)
+            if not batch:
+                return
+            self._perform(batch)
+
+    def _run_target(self) -> None:
+        batch: list[tuple[Job, Work]] = []
+        left: dict[int, int] = {}
+        for job in sorted(self._scheduler.running, key=lambda job: job.seniority, reverse=True):
+            if job.wanted is not None and self._of_target(job):
+                self._take_piece(job, left, 0, batch)
+        self._perform(batch)
+
+    def _take_piece(self, job: Job, left: dict[int, int], key: int, batch: list[tuple[Job, Work]]) -> None:
+        room = left.setdefault(key, self.prompt_tokens)
+        piece = job.piece(room)
+        if piece is not None:
+            batch.append((job, piece))
+            if isinstance(piece, Prompt):
+                left[key] = max(0, room - len(piece.tokens))
+
+    def _of_target(self, job: Job) -> bool:
+        assert job.generation is not None and job.wanted is not None
+        return job.wanted.slot is job.generation.slot
+
+    def _perform(self, batch: Sequence[tuple[Job, Work]]) -> None:
+        for place, answer in perform([piece for _, piece in batch], mixed=True):
+            job, piece = batch[place]
+            if isinstance(piece, Prompt) and not isinstance(answer, Exception):
+                assert isinstance(job.wanted, Prompt)
+                job.done += len(piece.tokens)
+                if job.done < len(job.wanted.tokens):
+                    continue
+                job.done = 0
+            self._resume(job, answer)
+
+    def _resume(self, job: Job, answer: Answer | Exception | None = None) -> None:
+        working = job.working
+        assert working is not None and job.generation is not None
         try:
             if answer is None:
-                running.wanted = next(steps)
+                job.wanted = next(working)
             elif isinstance(answer, Exception):
-                running.wanted = steps.throw(answer)
+                job.wanted = working.throw(answer)
             else:
-                running.wanted = steps.send(answer)
+                job.wanted = working.send(answer)
         except StopIteration as end:
-            running.steps = running.wanted = None
-            self._ended.append((running.request, end.value))
-            if running.request.stats.finish_reason is not None:
-                self.remove(running.request)
+            job.working = job.wanted = None
+            step: Step = end.value
+            self._jobs[job]._add(step)
+            self._ended.append((self._jobs[job], step))
+            if job.generation.stats.finish_reason is not None:
+                self._end(job, Status.FINISHED)
         except Exception as error:
-            self.remove(running.request)
-            self._ended.append((running.request, error))
+            self._end(job, Status.FAILED, error)
+
+    def _drop_cancelled(self) -> None:
+        for job in [job for job in list(self._jobs) if job.cancelled]:
+            self._end(job, Status.CANCELLED)
+
+    def _end(self, job: Job, status: Status, error: Exception | None = None) -> None:
+        """The job is over: what it held is free, and its user knows."""
+        if job.working is not None:
+            job.working.close()
+        if job.generation is not None:
+            try:
+                job.generation.close()
+            except Exception as another:
+                log.warning("closing a request failed: %s", another)
+        self._scheduler.remove(job)
+        with self._changed:
+            if job in self._new:
+                self._new.remove(job)
+            request = self._jobs.pop(job)
+        self._counts.add(request.stats)
+        self._counts.ended[status] += 1
+        request._end(status, error)
+
+
+def _stops(stop: int | str | Sequence[int | str], tokenizer: Any) -> tuple[list[int], list[str]]:
+    """Ids and strings."""
+    several: Iterable[int | str] = [stop] if isinstance(stop, (int, str)) else stop
+    ids, strings = list[int](), list[str]()
+    for one in several:
+        if isinstance(one, str):
+            if not one or tokenizer is None:
+                expected = "ids" if tokenizer is None else "ids and strings that are not empty"
+                fix = "Strings need `Engine(tokenizer=...)`." if tokenizer is None else ""
+                raise InvalidOption(name="stop", got=stop, expected=expected, fix=fix)
+            strings.append(one)
+        else:
+            ids.append(one)
+    return ids, strings
+
+
+def _check_integer(name: str, value: object, expected: str, low: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
+        raise InvalidOption(name=name, got=value, expected=expected)

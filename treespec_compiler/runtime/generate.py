@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from time import perf_counter
 from typing import ParamSpec, TypeVar, cast
 
 import torch
@@ -15,18 +14,12 @@ from torch import Tensor
 from ..capture.surroundings import not_traced
 from ..errors import Unsupported
 from ..logs import logger
-from ..options import Options
-from ..program.tree_program import TreeProgram, tree_program
-from ..speculation.drafts.kinds import DraftContext, make_drafts
-from ..speculation.drafts.model import is_program
-from ..speculation.drafts.protocol import Draft
-from ..speculation.policies.auto import Auto
-from .decoding import appoint
-from .engine import Engine
-from .model_defaults import with_model_defaults
+from ..program.tree_program import TreeProgram
+from ..speculation.work import alone
+from .generation import Generation, Step
 from .plain import PlainProgram
-from .request import Ending, Request, Step
-from .settings import Call, DraftLike, Model
+from .settings import Call
+from .starting import begin, drafts_of, program_of
 from .stats import Stats
 
 __all__ = ["GenerationOutput", "Step", "Stream", "generate", "stream"]
@@ -48,24 +41,21 @@ class GenerationOutput:
 class Stream(Iterator[Step]):
     """The steps of one generation, as they happen. `stats` and `tokens` grow with them."""
 
-    def __init__(self, request: Request, device: torch.device) -> None:
-        self.stats = request.stats
+    def __init__(self, generation: Generation, device: torch.device) -> None:
+        self.stats = generation.stats
         self.tokens: list[int] = []
-        self._prompt, self._device = request.prompt, device
-        self._engine: Engine | None = Engine()
-        self._request = request
-        self._engine.add(request)
+        self._prompt, self._device = generation.prompt, device
+        self._generation: Generation | None = generation
 
     @not_traced
     def __next__(self) -> Step:
-        engine = self._engine
-        if engine is None or self.stats.finish_reason is not None:
+        generation = self._generation
+        if generation is None or self.stats.finish_reason is not None:
             self.close()
             raise StopIteration
         try:
-            ((_, step),) = engine.step()
-            if isinstance(step, Exception):
-                raise step
+            with torch.inference_mode():
+                step = alone(generation.advance())
         except BaseException:
             self.close()
             raise
@@ -81,9 +71,9 @@ class Stream(Iterator[Step]):
 
     def close(self) -> None:
         """End early and free the caches; exhausting the stream does it too."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.remove(self._request)
+        generation, self._generation = self._generation, None
+        if generation is not None:
+            generation.close()
 
     def __enter__(self) -> Stream:
         return self
@@ -92,7 +82,7 @@ class Stream(Iterator[Step]):
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_engine", None) is not None:
+        if getattr(self, "_generation", None) is not None:
             self.close()
 
 
@@ -119,27 +109,17 @@ def _takes(record: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T
 def _stream(call: Call) -> Stream:
     stats = Stats(prompt_tokens=len(call.prompt))
     try:
-        program = _program(call.model, call.compiler, stats)
+        program = program_of(call, stats)
     except Unsupported as refusal:
         if call.on_unsupported != "fallback":
             raise
         assert call.module is not None
         log.warning("treespec runs the plain loop instead: %s", refusal)
         stats.fallback = str(refusal)
-        plain = PlainProgram(call.module, call.compiler)
-        return _begin(call, cast(TreeProgram, plain), [], stats)  # it has of one what a request without drafts needs
+        plain = cast(TreeProgram, PlainProgram(call.module, call.compiler))
+        return Stream(begin(call, plain, [], stats), call.device)  # it has of one what a request without drafts needs
     call.check_fits(program)
-    return _begin(call, program, _drafts(call.draft, call.compiler, stats, program), stats)
-
-
-def _begin(call: Call, program: TreeProgram, drafts: Sequence[Draft], stats: Stats) -> Stream:
-    sampling = with_model_defaults(call, program.device)
-    policy = call.policy_for(sampling)
-    judge, drawing = appoint(sampling, call.verifier, call.sampler, policy, drafts=call.drafts)
-    repeatable = not (isinstance(policy, Auto) and policy.remember and call.drafts)
-    stats.seed = drawing.sampling.seed if drawing and repeatable else None
-    ending = Ending(call.max_new_tokens, *call.end_ids(call.module))
-    return Stream(Request(program, call.prompt, ending, drafts, policy, judge, stats, drawing), call.device)
+    return Stream(begin(call, program, drafts_of(call, stats, program), stats), call.device)
 
 
 @not_traced
@@ -174,25 +154,3 @@ def generate(call: Call) -> GenerationOutput:
     for _ in steps:
         pass
     return GenerationOutput(steps.sequences, steps.stats)
-
-
-def _program(model: Model, options: Options, stats: Stats) -> TreeProgram:
-    if is_program(model):
-        program = cast(TreeProgram, model)
-        program.check_weights(contents=True)  # the caches in use may have been made by an earlier call
-        return program
-    began = perf_counter()
-    program = tree_program(model, options=options)
-    program.check()  # here, where a refusal may still mean the plain loop
-    if program.compile_seconds <= perf_counter() - began:  # made just now, not by an earlier call
-        stats.compile_seconds += program.compile_seconds
-    return program
-
-
-def _drafts(draft: DraftLike, options: Options, stats: Stats, target: TreeProgram) -> list[Draft]:
-    began = perf_counter()
-    drafts = make_drafts(draft, DraftContext(target, options))
-    seconds = perf_counter() - began
-    made = [one.compile_seconds for one in drafts if one.compile_seconds <= seconds]  # not by an earlier call
-    stats.compile_seconds += sum(made)
-    return drafts

@@ -1,256 +1,155 @@
-"""One request: propose, verify, commit. It yields what it wants run, and is sent the logits."""
+"""A request of an engine, as its user holds it: steps as they come, the output so far, and its end."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
-from time import perf_counter
-from typing import TYPE_CHECKING
+import asyncio
+import enum
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
-from ..errors import DraftFailed
-from ..speculation.drafts.protocol import Draft, DraftRequest, DraftSession, Learner
-from ..speculation.policies.protocol import Limits, TreePolicy
-from ..speculation.proposal import Proposal
-from ..speculation.slots import give_back, take
-from ..speculation.verifiers.judge import Judge
-from ..speculation.verifiers.near_ties import TOLERANCE, near_tie
-from ..speculation.work import Nodes, Prompt, Working
-from ..tree import TokenTree
-from .decoding import Drawing
+from .generation import Step
+from .likelihood import TokenLikelihood
 from .stats import FinishReason, Stats
 
-if TYPE_CHECKING:
-    from ..program.tree_program import TreeProgram
-    from ..speculation.policies.auto import Controller
+
+class Status(enum.StrEnum):
+    """How far a request is."""
+
+    WAITING = "waiting"  # for its first step, or, preempted, for pages
+    RUNNING = "running"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"  # `request.error` says why
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one step added to the output."""
+@dataclass(frozen=True)
+class Output:
+    """What a request has given so far."""
 
     tokens: list[int]
-    accepted: int
-    """Of `tokens`, the first ones: those the draft had guessed."""
-    bonus: int | None
-    """The target's own token at the end of `tokens`; None if an end token among the accepted ones came first."""
-    tree: TokenTree | None
-    """What was verified; None for the first token, which comes from the prompt's logits."""
-    path: list[int]
-    """Nodes of `tree` that are output now, the root first (it is the token before `tokens`)."""
+    """New ones, the end token included."""
+    text: str
+    """With a tokenizer: without the stop string; see `Step.text`."""
+    likelihoods: list[TokenLikelihood]
+    finish_reason: FinishReason | None
+    """None: it goes on, or was cancelled, or failed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """When to stop."""
+class Driver(Protocol):
+    """What a request needs of its engine."""
 
-    max_new_tokens: int
-    eos: frozenset[int]
-    stop: frozenset[int]
+    def cancel(self, request: Request) -> None: ...
 
+    def progress(self, request: Request) -> None:
+        """Return when the request has a new step or is over."""
+        ...
 
-class Request:
-    """A prompt and what follows it, on a slot of the target's cache, with any number of drafts."""
-
-    def __init__(
-        self,
-        program: TreeProgram,
-        prompt: Sequence[int],
-        ending: Ending,
-        drafts: Sequence[Draft],
-        policy: TreePolicy,
-        judge: Judge,
-        stats: Stats,
-        drawing: Drawing | None = None,
-    ) -> None:
-        self.program, self.policy, self.judge, self.stats = program, policy, judge, stats
-        self.prompt, self.drafts = prompt, drafts
-        judge.bind(program)
-        self.ends = ending.eos | ending.stop
-        self.eos = ending.eos
-        self.remaining = ending.max_new_tokens
-        self.limit_reason: FinishReason = "length"
-        limit = program.max_context
-        if limit is not None and limit - len(prompt) < self.remaining:
-            # Every token of the output can be run by the model, the last one included.
-            self.remaining, self.limit_reason = limit - len(prompt), "context"
-        max_tokens = len(prompt) + self.remaining
-        max_nodes = policy.max_nodes * max(1, len(drafts)) if drafts else 1
-        self.max_depth = policy.max_depth if drafts else 0
-        self.capacity = max_tokens + max_nodes
-        self.near_tie = TOLERANCE.get(program.dtype) if drawing is None else None
-        self.root = -1
-        self.needs_q = judge.needs_q or policy.needs_q
-        self.slot = take(program, self.capacity)
-        self.sessions: list[DraftSession] = self._open(max_tokens, max_nodes, drawing)
-        self.learners = [session for session in self.sessions if isinstance(session, Learner)]
-        self.controller = self._control()
-        if self.remaining <= 0:
-            stats.finish_reason = self.limit_reason
-
-    def _open(self, max_tokens: int, max_nodes: int, drawing: Drawing | None) -> list[DraftSession]:
-        if not self.drafts:
-            return []
-        request = DraftRequest(
-            self.program.vocab_size,
-            max_tokens,
-            max_nodes,
-            self.needs_q,
-            prompt=self.prompt,
-            target=self.program,
-            cache=self.slot.cache,
-            slot=self.slot.index,
-        )
-        if drawing is not None:
-            request = replace(
-                request,
-                sampling=drawing.sampling,
-                sampler=drawing.sampler,
-                chance=drawing.chance,
-                remember=not drawing.seeded,
-            )
-        compiled = sum(draft.compile_seconds for draft in self.drafts)
-        sessions = [draft.open(request) for draft in self.drafts]
-        self.stats.compile_seconds += sum(draft.compile_seconds for draft in self.drafts) - compiled
-        return sessions
-
-    def _control(self) -> Controller | None:
-        """Who chooses the trees, where the policy leaves that to measurement."""
-        control = getattr(self.policy, "control", None)
-        if control is None or not self.drafts:
-            return None
-        began = perf_counter()
-        controller: Controller = control(self.program, self.drafts)  # may measure and so compile
-        self.stats.compile_seconds += perf_counter() - began
-        return controller
-
-    def advance(self) -> Working[Step]:
-        """The next step: the prompt, which gives the first token, and then a tree each time."""
-        return self._prefill() if self.root < 0 else self._step()
-
-    def _prefill(self) -> Working[Step]:
-        began, compiled = perf_counter(), self.program.compile_seconds
-        logits = yield Prompt(self.slot, self.prompt)  # [V]
-        self.judge.accept(self.prompt)
-        token = self.root = self.judge.first(logits)
-        compiled = self.program.compile_seconds - compiled
-        self.stats.prefill_seconds += perf_counter() - began - compiled
-        self.stats.compile_seconds += compiled
-        self.judge.accept([token])
-        for learner in self.learners:
-            learner.learn(self.prompt[-1:], logits[None])
-        self._tell([*self.prompt, token])
-        self._emit([token])
-        return Step([token], 0, token, None, [])
-
-    def _step(self) -> Working[Step]:
-        stats, program = self.stats, self.program
-        began, compiled = perf_counter(), program.compile_seconds
-        proposal = yield from self._propose()
-        drafted, not_draft = perf_counter(), self._draft_side_seconds
-        tree = proposal.tree()
-        logits = yield Nodes(self.slot, tree)  # [N, V]
-        verdict = self.judge.verify(proposal, logits)
-        path = verdict.path
-        if self.near_tie is not None:
-            near = verdict.near_tie
-            stats.near_ties += near_tie(logits, path, self.near_tie) if near is None else near
-        verified, compiled = perf_counter(), program.compile_seconds - compiled
-
-        tokens = [proposal.tokens[node] for node in path]
-        tokens.append(verdict.bonus)
-        del tokens[0]  # the root was output by the step before
-        accepted = len(tokens) - 1
-        if self._emit(tokens):  # may drop the end of `tokens`
-            bonus = verdict.bonus if len(tokens) > accepted else None
-            accepted = min(accepted, len(tokens))
-            path = path[: accepted + 1]
-        else:
-            bonus = self.root = verdict.bonus
-            self.slot.commit(path)
-            self.judge.accept(tokens)
-            for learner in self.learners:
-                learner.learn(proposal.tokens, logits)
-            self._tell(tokens)
-            stats.commit_seconds += perf_counter() - verified
-        if self.controller is not None:
-            drafting, rest = drafted - began - not_draft, perf_counter() - verified
-            self.controller.observe(proposal, path, len(tokens), verified - drafted - compiled, drafting, rest)
-        stats.record(proposal, path)
-        stats.step_tokens += len(tokens)
-        stats.draft_seconds += drafted - began - not_draft
-        stats.verify_seconds += verified - drafted - compiled
-        stats.compile_seconds += compiled
-        stats.step_seconds += perf_counter() - began - not_draft - compiled
-        return Step(tokens, accepted, bonus, tree, path)
-
-    def _propose(self) -> Working[Proposal]:
-        self._draft_side_seconds = 0.0
-        # The bonus token needs no node, so `remaining` tokens need one level less.
-        depth = min(self.max_depth, self.remaining - 1)
-        drafts, length = self.drafts, self.slot.length
-        if depth <= 0 or not drafts:
-            return Proposal.root(self.root, q=self.needs_q)
-        policies: Sequence[TreePolicy | None] = [self.policy] * len(drafts)
-        if self.controller is not None:
-            policies = self.controller.plan(length, self.remaining)
-            if not any(policies):
-                return Proposal.root(self.root, q=self.needs_q)
-        asked = [(i, policy) for i, policy in enumerate(policies) if policy is not None]
-        limits = Limits(depth, (self.capacity - length) // len(asked))
-        prefilled = sum(draft.prefill_seconds for draft in drafts)
-        compiled = sum(draft.compile_seconds for draft in drafts)
-        proposals = []
-        for i, policy in asked:
-            proposals.append((yield from _asked(drafts[i], self.sessions[i], policy, limits)))
-        proposal = Proposal.merge(proposals)
-        prefilled = sum(draft.prefill_seconds for draft in drafts) - prefilled
-        compiled = sum(draft.compile_seconds for draft in drafts) - compiled
-        self.stats.draft_prefill_seconds += prefilled
-        self.stats.compile_seconds += compiled
-        self._draft_side_seconds = prefilled + compiled
-        return proposal
-
-    def _tell(self, tokens: Sequence[int]) -> None:
-        """The drafts learn what was accepted."""
-        for draft, session in zip(self.drafts, self.sessions, strict=True):
-            try:
-                session.accept(tokens)
-            except StopIteration as error:
-                raise DraftFailed(draft=draft.name, method="accept") from error
-
-    def _emit(self, tokens: list[int]) -> bool:
-        """Count new tokens; cut them in place where the output ends, and say whether it did."""
-        stats = self.stats
-        ended = False
-        if len(tokens) >= self.remaining:
-            del tokens[self.remaining :]
-            stats.finish_reason, ended = self.limit_reason, True
-        if not self.ends.isdisjoint(tokens):
-            end = next(i for i, token in enumerate(tokens) if token in self.ends)
-            del tokens[end + 1 :]
-            stats.finish_reason, ended = ("eos" if tokens[end] in self.eos else "stop"), True
-        self.remaining -= len(tokens)
-        stats.tokens += len(tokens)
-        return ended
-
-    def close(self) -> None:
-        """Give the slots back."""
-        for session in self.sessions:
-            session.close()
-        self.sessions, self.learners = [], []
-        give_back(self.slot)
+    def start(self) -> None:
+        """Have a thread step the engine."""
+        ...
 
 
-def _asked(draft: Draft, session: DraftSession, policy: TreePolicy, limits: Limits) -> Working[Proposal]:
-    """A session's proposal, whether it yields work or answers at once."""
-    try:
-        found = session.propose(policy, limits)
-        if isinstance(found, Generator):
-            found = yield from found
-    except StopIteration as error:
-        raise DraftFailed(draft=draft.name, method="propose") from error
-    except RuntimeError as error:
-        if not isinstance(error.__cause__, StopIteration):  # what Python makes of one that leaves a generator
-            raise
-        raise DraftFailed(draft=draft.name, method="propose") from error
-    return found
+class Request(Iterator[Step], AsyncIterator[Step]):
+    """Made by `Engine.add`. Iterating gives its `Step`s, and raises its error if it failed; `async for` as well.
+
+    Iterating drives the engine, all requests of it, unless a thread does (`Engine.start`). `async for` starts that
+    thread. Methods may be called from any thread.
+    """
+
+    def __init__(self, driver: Driver, number: int, prompt: list[int], stats: Stats, priority: int) -> None:
+        self.number, self.prompt, self.stats, self.priority = number, prompt, stats, priority
+        self.status = Status.WAITING
+        self.error: Exception | None = None
+        self._driver = driver
+        self._lock = threading.Lock()
+        self._steps: deque[Step] = deque()  # not iterated over yet
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._tokens: list[int] = []
+        self._text: list[str] = []
+        self._likelihoods: list[TokenLikelihood] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over, in one way or another."""
+        return self.status not in (Status.WAITING, Status.RUNNING)
+
+    @property
+    def output(self) -> Output:
+        """Everything so far, whether iterated over or not."""
+        with self._lock:
+            return Output([*self._tokens], "".join(self._text), [*self._likelihoods], self.stats.finish_reason)
+
+    def result(self) -> Output:
+        """The whole output, waited for. Raises the request's error."""
+        while not self.done:
+            self._driver.progress(self)
+            self._steps.clear()
+        if self.error is not None:
+            raise self.error
+        return self.output
+
+    def cancel(self) -> None:
+        """End it at once, or at the end of the engine's step under way; what came so far stays."""
+        self._driver.cancel(self)
+
+    def __next__(self) -> Step:
+        while not self._steps and not self.done:
+            self._driver.progress(self)
+        found = self._next()
+        if found is None:
+            raise StopIteration
+        return found
+
+    async def __anext__(self) -> Step:
+        while not self._steps and not self.done:
+            self._driver.start()
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[None] = loop.create_future()
+            with self._lock:
+                self._waiters.append((loop, future))
+                if self._steps or self.done:  # since it was looked at
+                    future.set_result(None)
+            await future
+        found = self._next()
+        if found is None:
+            raise StopAsyncIteration
+        return found
+
+    def _next(self) -> Step | None:
+        if self._steps:
+            return self._steps.popleft()
+        if self.error is not None:
+            raise self.error
+        return None
+
+    def _add(self, step: Step) -> None:
+        with self._lock:
+            self._tokens += step.tokens
+            self._likelihoods += step.likelihoods
+            if step.text:
+                self._text.append(step.text)
+            self._steps.append(step)
+        self._wake()
+
+    def _end(self, status: Status, error: Exception | None = None) -> None:
+        with self._lock:
+            self.status, self.error = status, error
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            waiters, self._waiters = self._waiters, []
+        for loop, future in waiters:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_set, future)
+
+    def __repr__(self) -> str:
+        return f"Request({self.number}: {len(self.prompt)} + {self.stats.tokens} tokens, {self.status})"
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

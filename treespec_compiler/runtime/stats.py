@@ -36,6 +36,8 @@ class Stats:
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens whose K/V other requests of an engine had computed."""
     tokens: int = 0
     """New tokens, the first one included."""
     steps: int = 0

@@ -7,7 +7,7 @@ what several of them want of one program into one forest.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -43,27 +43,28 @@ Working: TypeAlias = Generator[Work, Any, T]
 """Yields work, is sent its `Answer`, which is valid until it yields again, and returns a T."""
 
 
-def perform(wanted: Sequence[Work]) -> Iterator[tuple[int, Answer | Exception]]:
-    """Run everything, a call for all nodes of one program and cache.
+def perform(wanted: Sequence[Work], mixed: bool = False) -> Iterator[tuple[int, Answer | Exception]]:
+    """Run everything, a call for all nodes of one program and cache; with `mixed`, for their prompts too.
 
-    Gives places in `wanted` and their answers, or why the call failed. Nodes that want different outputs of a program
-    are one call all the same, for all of these. NOTE answers are valid until the program's next call, so they are to be
-    used before the next item is asked for.
+    Gives places in `wanted` and their answers, or why they failed: where a call of several fails, each is run alone, so
+    that those go on whose fault it is not. Nodes that want different outputs of a program are one call all the same,
+    for all of these; prompts that want any are calls of their own. NOTE answers are valid until the program's next
+    call, so they are to be used before the next item is asked for.
     """
     if len(wanted) == 1:  # the commonest case, without the bookkeeping
         yield 0, _answer(wanted[0])
         return
     groups: dict[tuple[int, int], list[int]] = {}
     for place, work in enumerate(wanted):
-        if isinstance(work, Nodes):
+        if isinstance(work, Nodes) or (mixed and work.outputs is None):
             groups.setdefault((id(work.slot.program), id(work.slot.cache)), []).append(place)
         else:
             yield place, _answer(work)
     for places in groups.values():
         try:
-            answers = _together([cast("Nodes", wanted[place]) for place in places])
+            answers = _together([wanted[place] for place in places])
         except Exception as error:
-            yield from ((place, error) for place in places)
+            yield from ((place, error if len(places) == 1 else _answer(wanted[place])) for place in places)
         else:
             yield from zip(places, answers, strict=True)
 
@@ -82,7 +83,31 @@ def _answer(work: Work) -> Answer | Exception:
         return error
 
 
-def _together(parts: Sequence[Nodes]) -> Sequence[Answer]:
+def _together(works: Sequence[Work]) -> Sequence[Answer]:
+    """Of works on one cache. Prompts among them want no named outputs."""
+    parts = [work for work in works if isinstance(work, Nodes)]
+    prompts = [work for work in works if isinstance(work, Prompt)]
+    if not prompts:
+        return _forest(parts)
+    if any(part.outputs is not None for part in parts):
+        return _merged(works, _forest(parts), _mixed([], prompts))
+    answers = _mixed(parts, prompts)
+    return _merged(works, answers[: len(parts)], answers[len(parts) :])
+
+
+def _mixed(parts: Sequence[Nodes], prompts: Sequence[Prompt]) -> Sequence[Tensor]:
+    slot = prompts[0].slot
+    trees = [(part.slot.index, part.tree, part.start) for part in parts]
+    return slot.program.mixed(trees, [(prompt.slot.index, prompt.tokens) for prompt in prompts], slot.cache)
+
+
+def _merged(works: Sequence[Work], nodes: Sequence[Answer], prompts: Sequence[Answer]) -> list[Answer]:
+    """The answers in the order of `works`."""
+    of_nodes, of_prompts = iter(nodes), iter(prompts)
+    return [next(of_nodes) if isinstance(work, Nodes) else next(of_prompts) for work in works]
+
+
+def _forest(parts: Sequence[Nodes]) -> Sequence[Answer]:
     slot = parts[0].slot
     forest = Forest._trusted([(part.slot.index, part.tree) for part in parts])
     starts = {part.slot.index: part.start for part in parts}

@@ -80,6 +80,13 @@ class EarlyExitSession(ModelDraftSession):
         self._own = None
         self._length = self._targets.length
 
+    def room(self, nodes: int) -> tuple[Slot | None, TreeProgram, int]:
+        return self._targets, self.program, 0  # the target's own
+
+    def resume(self, slot: Slot, tokens: Sequence[int]) -> None:
+        self._slot = self._targets = Slot(self.program, slot.cache, slot.index)
+        self._pending, self._own = [tokens[-1]], None
+
     def close(self) -> None:
         """Nothing is held."""
 

@@ -13,6 +13,7 @@ from ..proposal import Proposal
 from ..sampling.chance import Chance
 from ..sampling.samplers import ChildSampler
 from ..sampling.settings import Sampling
+from ..slots import KEPT, Slot, Slots
 from ..work import Working
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class DraftRequest:
     cache: TreeCache | None = None
     slot: int = 0
     """Of `cache`: the request's."""
+    slots: Slots = KEPT
+    """Where to take slots of other caches."""
 
     @property
     def by_logits(self) -> bool:
@@ -82,6 +85,24 @@ class Learner(Protocol):
     def learn(self, tokens: Sequence[int], logits: Tensor) -> None:
         """The target's logits [n, V] after each of `tokens` (the tree's nodes; first the prompt's last token). They are
         valid until it returns."""
+        ...
+
+
+@runtime_checkable
+class Suspends(Protocol):
+    """A session that can give back what it holds in caches while its request waits. Others keep it."""
+
+    def suspend(self) -> None:
+        """Give it back, in the middle of a proposal too. `resume` follows, or `close`."""
+        ...
+
+    def resume(self, slot: Slot, tokens: Sequence[int]) -> None:
+        """Go on: `slot` is the request's present one, `tokens` everything accepted so far, the prompt first."""
+        ...
+
+    def room(self, nodes: int) -> tuple[Slot | None, TreeProgram, int]:
+        """Its slot (None: it will take one), and for how many tokens behind those in it a step of `nodes` nodes needs
+        room."""
         ...
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import cast
 
+from ...program.tree_program import TreeProgram
 from ..policies.protocol import ChoosingPolicy, Limits, TreePolicy
 from ..proposal import Proposal
-from ..slots import Slot, give_back, take
+from ..slots import Slot
 from ..work import Prompt, Working
 from .children import Children, Likeliest, Sampled
 from .growth import ByChoice, ByLevels, OwnTree, Plan, grow
@@ -32,7 +33,7 @@ class ModelDraftSession:
         tokens = request.max_tokens if limit is None else min(request.max_tokens, limit)
         self._capacity = tokens + request.max_nodes + MAX_CHAIN
         self._max_context = self._capacity if limit is None else limit
-        self._slot = slot
+        self._slot, self._slots = slot, request.slots
         self._length = 0  # tokens the draft has committed
         self._pending: list[int] = []  # accepted tokens it has not run; the last one is the next root
         self._own: OwnTree | None = None  # of the step under way
@@ -72,11 +73,13 @@ class ModelDraftSession:
     def _prefill(self) -> Working[Slot]:
         """Run all pending tokens but the root, which begins the tree."""
         began, compiled = perf_counter(), self.program.compile_seconds
-        slot = self._slot = self._slot or take(self.program, self._capacity)
-        if len(self._pending) > 1:
-            yield Prompt(slot, self._known(self._pending[:-1]))
-            self._length += len(self._pending) - 1
-            del self._pending[:-1]
+        slot = self._slot = self._slot or self._slots.take(self.program, self._capacity)
+        tokens = self._known(self._pending)
+        found = self._slots.adopt(slot, tokens) if not self._length else 0
+        if found < len(tokens) - 1:
+            yield Prompt(slot, tokens[found:-1])
+        self._length += len(self._pending) - 1
+        del self._pending[:-1]
         self.draft.prefill_seconds += perf_counter() - began - (self.program.compile_seconds - compiled)
         return slot
 
@@ -85,7 +88,17 @@ class ModelDraftSession:
         vocab = self.program.input_vocab
         return [token if token < vocab else STAND_IN for token in tokens] if max(tokens) >= vocab else tokens
 
+    def room(self, nodes: int) -> tuple[Slot | None, TreeProgram, int]:
+        new = len(self._pending) + nodes
+        return self._slot, self.program, new if self._slot is None else new - self._slot.length + self._length
+
+    def suspend(self) -> None:
+        self.close()
+
+    def resume(self, slot: Slot, tokens: Sequence[int]) -> None:
+        self._pending, self._length, self._own = [*tokens], 0, None
+
     def close(self) -> None:
         if self._slot is not None:
-            give_back(self._slot)
+            self._slots.give_back(self._slot)
             self._slot = None

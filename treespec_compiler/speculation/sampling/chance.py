@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from itertools import islice
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Row: TypeAlias = NDArray[np.float64]
 """One number for every id of the vocabulary [V]."""
+Mark: TypeAlias = tuple[Any, tuple[float, ...]]
+"""A place in a sequence of pseudo-random numbers."""
 
 
 # Of 4096 weights, 3 are drawn in 13 us, by a race alone in 41: few repeats are cheaper than a number for every index.
@@ -52,6 +54,15 @@ class SeededChance:
         if missing > 0:
             self._ahead.extend(self._generator.random(missing).tolist())
         return np.fromiter(islice(self._ahead, count), np.float64, count)
+
+    def mark(self) -> Mark:
+        """Where in the sequence it is, for `back_to`."""
+        return self._generator.bit_generator.state, tuple(self._ahead)
+
+    def back_to(self, mark: Mark) -> None:
+        """What was asked since `mark` was not asked."""
+        self._generator.bit_generator.state, ahead = mark
+        self._ahead = deque(ahead)
 
     def skip(self, count: int) -> None:
         """`count` of the numbers looked at are used."""
