@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ OTHER = DeviceProfile("other")
 _PROFILES = {each.kind: each for each in (CPU, CUDA)}
 
 
+@cache  # asked several times a step
 def profile(device: torch.device | str) -> DeviceProfile:
     """The record of the device's backend."""
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type

@@ -269,9 +269,10 @@ class Generation:
         self._draft_side_seconds = 0.0
         # The bonus token needs no node, so `remaining` tokens need one level less.
         depth = min(self.max_depth, self.remaining - 1)
-        drafts, length = self.drafts, self.slot.length
+        drafts = self.drafts
         if depth <= 0 or not drafts:
             return Proposal.root(self.root, q=self.needs_q)
+        length = self.slot.length
         policies = self._policies
         if policies is None:  # else the step was begun before
             policies = [self.policy] * len(drafts)

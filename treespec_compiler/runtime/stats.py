@@ -26,6 +26,11 @@ class Count:
         return self.accepted / self.tried if self.tried else 0.0
 
 
+def _lengthen(counts: list[Count], length: int) -> None:
+    while len(counts) < length:
+        counts.append(Count())
+
+
 @dataclass(slots=True)
 class Stats:
     """Counts and seconds of one `generate` or `stream`.
@@ -101,26 +106,21 @@ class Stats:
         if count == 1:
             return
         by_depth, by_rank, accepted = self.accepted_by_depth, self.accepted_by_rank, set(path)
-        tried_parents: set[int] = set()
-        parents, depths, ranks = proposal.parents, proposal.depths, proposal.ranks
-        for node in range(1, count):
-            d, r = depths[node] - 1, ranks[node]
-            while len(by_depth) <= d:
-                by_depth.append(Count())
-            while len(by_rank) <= r:
-                by_rank.append(Count())
-            depth, rank = by_depth[d], by_rank[r]
-            depth.proposed += 1
-            rank.proposed += 1
-            parent = parents[node]
-            if parent in accepted:
-                rank.tried += 1
-                if parent not in tried_parents:
-                    tried_parents.add(parent)
-                    depth.tried += 1
-                if node in accepted:
-                    depth.accepted += 1
-                    rank.accepted += 1
+        depths, ranks = proposal.depths, proposal.ranks
+        _lengthen(by_depth, max(depths))
+        _lengthen(by_rank, max(ranks) + 1)
+        for depth in depths[1:]:
+            by_depth[depth - 1].proposed += 1
+        for rank in ranks[1:]:
+            by_rank[rank].proposed += 1
+        tried = [node for node, parent in enumerate(proposal.parents) if parent in accepted]
+        for depth in {depths[node] for node in tried}:
+            by_depth[depth - 1].tried += 1
+        for node in tried:
+            by_rank[ranks[node]].tried += 1
+        for node in path[1:]:
+            by_depth[depths[node] - 1].accepted += 1
+            by_rank[ranks[node]].accepted += 1
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values, the derived figures too."""

@@ -45,7 +45,8 @@ class Likeliest:
     def append(self, proposal: Proposal, nodes: Sequence[int], counts: Sequence[int], logits: Tensor) -> None:
         if logits.shape[1] > self._shared:
             logits = logits[:, : self._shared]
-        k, bad = max(counts), list[int]()
+        bad: list[int] = []
+        k = max(counts)
         ids, q = _candidates(logits, k, self._needs_q, bad)
         if bad:
             proposal.unusable += len(bad)

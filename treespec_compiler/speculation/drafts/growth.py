@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Protocol
 
 from ...errors import InvalidOption
@@ -38,14 +39,12 @@ class OwnTree:
         """Nodes that were run."""
         self._places = {0: self.chain - 1}  # node of the proposal -> node here
 
-    def append(self, proposal: Proposal, nodes: Iterable[int]) -> None:
-        places, tokens, parents = self._places, self.tokens, self.parents
-        given, above = proposal.tokens, proposal.parents
-        for node in nodes:
-            if node not in places:  # only the root is there from the beginning
-                places[node] = len(tokens)
-                tokens.append(given[node])
-                parents.append(places[above[node]])
+    def append(self, proposal: Proposal, nodes: Sequence[int]) -> None:
+        """These nodes of the proposal are to be run next; their parents were."""
+        places, given, above = self._places, proposal.tokens, proposal.parents
+        self.parents += [places[above[node]] for node in nodes]
+        places.update(zip(nodes, count(len(self.tokens)), strict=False))
+        self.tokens += [given[node] for node in nodes]
 
     def new(self) -> Nodes:
         """What was not run yet."""
@@ -79,10 +78,13 @@ def grow(plan: Plan, children: Children, proposal: Proposal, own: OwnTree, calls
         nodes, counts = plan.wanted(call, proposal)
         if not nodes:
             break
-        own.append(proposal, nodes)
+        if call:
+            own.append(proposal, nodes)
         logits = yield own.new()
         own.run = len(own.tokens)
-        children.append(proposal, nodes, counts, logits[-len(nodes) :])  # without rows of caught-up tokens
+        if not call and own.chain > 1:
+            logits = logits[-1:]  # the root's, without rows of caught-up tokens
+        children.append(proposal, nodes, counts, logits)
     return plan.chosen(proposal)
 
 
