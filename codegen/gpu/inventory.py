@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +16,41 @@ from treespec_compiler.ir.specs import AttentionSpec, MaskSpec
 
 from .. import tables
 from .append import append_launch, rope_append_launch
-from .launch import Launch
-from .offline import Offline, compile_offline
-from .sizes import PROMPT_CHUNK, power_of_two
-from .tree_attention_spec import DTYPES, MAX_PARTS, AttentionKernel, Config, default_config, merge_warps
+from .attention_launches import launches_on_meta
+from .launch import Launch, on_meta
+from .sizes import PROMPT_CHUNK
+from .tree_attention_spec import AttentionKernel, Config, default_config
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A kernel as it is launched: its arguments' types, its constants, and how Triton compiles it."""
+    """A kernel as it is launched, and what for."""
 
     op: str
-    name: str
     what: str
     """For which sites or sizes."""
-    kernel: Any = field(repr=False)
-    signature: Mapping[str, str] = field(repr=False)
-    constexprs: Mapping[str, Any]
-    divisible: tuple[str, ...] = field(repr=False, default=())
-    num_warps: int = 4
-    num_stages: int = 2
+    launch: Launch
     measured: bool | None = None
     """Whether a tuning table holds its configuration; None where there is nothing to choose."""
 
     @property
+    def name(self) -> str:
+        return self.launch.kernel.fn.__name__.removesuffix("_kernel")
+
+    @property
+    def constants(self) -> Mapping[str, Any]:
+        """What its compilation knows, strides of 1 included."""
+        return self.launch.signature()[1]
+
+    @property
     def file(self) -> Path:
         """Where its source lies."""
-        return Path(self.kernel.fn.__code__.co_filename)
+        return Path(self.launch.kernel.fn.__code__.co_filename)
 
     @property
     def source(self) -> str:
         """The file's text, with what the kernel calls."""
         return self.file.read_text(encoding="utf-8")
-
-    def compile(self, target: str) -> Offline:
-        """For a target that need not be there; see `compile_offline`."""
-        return compile_offline(
-            self.kernel, self.signature, self.constexprs, target, self.num_warps, self.num_stages, self.divisible
-        )
 
 
 @dataclass(frozen=True)
@@ -142,114 +139,65 @@ def chosen_config(
 
 
 def _attention(spec: AttentionKernel, where: str, target: str, nodes: Sequence[int]) -> Iterator[Listed]:
-    from . import tree_attention
-
-    module = tree_attention.module(spec)
-
-    def attend(what: str, config: Config, measured: bool, **variant: bool) -> Listed:
-        return Listed(
-            "tree_attention",
-            "attend",
-            f"{where}, {what}",
-            module.attend,
-            tree_attention.signature(spec, split=variant.get("split", False)),
-            tree_attention.constexprs(config, **variant),
-            tuple(tree_attention.divisible(spec)),
-            config.num_warps,
-            config.num_stages,
-            measured,
-        )
-
     by_config: dict[tuple[Config, bool], list[int]] = {}
     for count in nodes:
         by_config.setdefault(chosen_config(spec, count, target), []).append(count)
     for (config, measured), counts in by_config.items():
         what = f"{' or '.join(map(str, counts))} {'node' if counts == [1] else 'nodes'}"
-        yield attend(what, config, measured, split=True)
-    yield attend("prompts", *chosen_config(spec, PROMPT_CHUNK, target, chain=True), chain=True)
-    pointers = {"partial": "*fp32", "lse": "*fp32", "out": f"*{DTYPES[spec.dtype]}", "node_offsets": "*i64"}
-    pointers |= {"sinks": "*fp32"} if spec.sinks else {}
-    sizes = dict.fromkeys(("requests", "rows", "parts"), "i32")
-    aligned = ("partial", "lse", "out")
-    parts = {"PARTS": MAX_PARTS}
-    yield Listed(
-        "tree_attention", "merge", where, module.merge, pointers | sizes, parts, aligned, merge_warps(spec, MAX_PARTS)
-    )
+        attend, merge = launches_on_meta(spec, config)
+        yield Listed("tree_attention", f"{where}, {what}", attend, measured)
+    config, measured = chosen_config(spec, PROMPT_CHUNK, target, chain=True)
+    (attend,) = launches_on_meta(spec, config, 1, chain=True)
+    yield Listed("tree_attention", f"{where}, prompts", attend, measured)
+    yield Listed("tree_attention", where, merge)
 
 
 NODES, PAGE = 64, 4096
 """Of a step whose kernels are compiled: any sizes that are no special case, as launches do not depend on them."""
 
 
-def _on_meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
 def _append(spec: AttentionKernel, turn: Turn | None, where: str) -> Listed:
     def projected(heads: int, dim: int) -> Tensor:  # as a model makes it: [1, T, H, D] transposed
-        return _on_meta(1, NODES, heads, dim, dtype=spec.dtype).transpose(1, 2)
+        return on_meta(1, NODES, heads, dim, dtype=spec.dtype).transpose(1, 2)
 
     k, v = projected(spec.kv_heads, spec.key_dim), projected(spec.kv_heads, spec.value_dim)
     pool_k, pool_v = (
-        _on_meta(2, spec.kv_heads, PAGE, dim, dtype=spec.pool_dtype) for dim in (spec.key_dim, spec.value_dim)
+        on_meta(2, spec.kv_heads, PAGE, dim, dtype=spec.pool_dtype) for dim in (spec.key_dim, spec.value_dim)
     )
-    index = _on_meta(NODES)
+    index = on_meta(NODES)
     if turn is None:
-        return _listed("append", where, append_launch(k, v, pool_k, pool_v, index))
-    q, angles = projected(spec.heads, spec.key_dim), _on_meta(NODES, turn.width, dtype=turn.dtype)
+        return Listed("append", where, append_launch(k, v, pool_k, pool_v, index))
+    q, angles = projected(spec.heads, spec.key_dim), on_meta(NODES, turn.width, dtype=turn.dtype)
     launch = rope_append_launch(q, k, v, q.contiguous(), pool_k, pool_v, index, angles, angles, turn.style, turn.rotary)
-    return _listed("rope_append", where, launch)
+    return Listed("rope_append", where, launch)
 
 
 def _commit(sites: Sequence[AttentionSpec]) -> Listed:
     from .commit import commit_launch
 
     width = max(max(s.key_dim, s.value_dim) * s.dtype.itemsize // 4 for s in sites)
-    lanes = _on_meta(2 * sum(s.kv_heads for s in sites), 4)
-    launch = commit_launch(lanes, _on_meta(NODES), _on_meta(NODES), PAGE, 4, width)
-    return _listed("commit_path", f"all {len(sites)} sites", launch)
+    lanes = on_meta(2 * sum(s.kv_heads for s in sites), 4)
+    launch = commit_launch(lanes, on_meta(NODES), on_meta(NODES), PAGE, 4, width)
+    return Listed("commit_path", f"all {len(sites)} sites", launch)
 
 
 def _accept(vocab_size: int, dtype: torch.dtype, nodes: int) -> Iterator[Listed]:
     from .accept import accept_launches
 
-    numbers, offsets = _on_meta(nodes), _on_meta(2)
-    logits, out = _on_meta(nodes, vocab_size, dtype=dtype), _on_meta(accept.FIELDS + nodes)
+    numbers, offsets = on_meta(nodes), on_meta(2)
+    logits, out = on_meta(nodes, vocab_size, dtype=dtype), on_meta(accept.FIELDS + nodes)
     for launch in accept_launches(logits, numbers, numbers, offsets, out, 0.0):
-        yield _listed("greedy_accept", f"{nodes} nodes, {vocab_size} ids", launch)
-
-
-def chance_pointers(kernel: Any) -> dict[str, str]:
-    """Types of the pointers that a kernel of `stochastic_accept` takes."""
-    floats = ["p", "q", "uniforms", "weights", "ratios", "totals", "lefts", "sums"]
-    floats += ["first_weights", "next_weights", "last_weights"]
-    integers = ["tokens", "parents", "node_offsets", "draw_offsets", "draw_rows", "draw_q", "draw_of", "out"]
-    types = dict.fromkeys(floats, "*fp64") | dict.fromkeys(integers, "*i64")
-    return {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        yield Listed("greedy_accept", f"{nodes} nodes, {vocab_size} ids", launch)
 
 
 def _accept_by_chance(vocab_size: int, nodes: int) -> Iterator[Listed]:
-    from . import stochastic_accept as by_chance
-    from .kernels import stochastic_accept as kernels
+    from .stochastic_accept import chance_launches
 
-    block = min(by_chance.BLOCK, power_of_two(vocab_size))
-    walk = {"FIELDS": stochastic_accept.FIELDS, "BLOCKS": power_of_two(-(-vocab_size // block))}
-    walk["BLOCK_N"] = by_chance.walk_block(nodes)
-    for kernel, rule, constants in (
-        (kernels.residual_kernel, "recursive", {"REPLACEMENT": False, "WEIGHTED": False}),
-        (kernels.residual_kernel, "traversal", {"REPLACEMENT": False, "WEIGHTED": True}),
-        (kernels.chance_walk_kernel, "recursive", {"NAIVE": False, "REPLACEMENT": False, **walk}),
-        (kernels.traversal_kernel, "traversal", walk),
-    ):
-        pointers, constants = chance_pointers(kernel), {**constants, "BLOCK": block}
-        integers = {name: "i32" for name in kernel.arg_names if name not in pointers and name not in constants}
-        known = [name for name in pointers if name not in kernel.do_not_specialize_on_alignment]
-        name = kernel.fn.__name__.removesuffix("_kernel")
-        what = f"{rule}, {vocab_size} ids"
-        yield Listed("stochastic_accept", name, what, kernel, {**pointers, **integers}, constants, tuple(known))
-
-
-def _listed(op: str, where: str, launch: Launch) -> Listed:
-    types, constants, aligned = launch.signature()
-    name = launch.kernel.fn.__name__.removesuffix("_kernel")
-    return Listed(op, name, where, launch.kernel, types, constants, aligned, launch.num_warps)
+    numbers, offsets, draws = on_meta(nodes), on_meta(2), on_meta(nodes - 1)
+    p, uniforms = on_meta(nodes, vocab_size, dtype=torch.float64), on_meta(1, 2 * nodes, dtype=torch.float64)
+    out, drawn = on_meta(stochastic_accept.FIELDS + nodes), (on_meta(nodes + 1), draws, draws)
+    step = (p, p, numbers, numbers, offsets, *drawn, uniforms, out)
+    launches = {rule: chance_launches(*step, rule, 1) for rule in ("recursive", "traversal")}
+    for at in (0, 1):  # what is owed, then the walks
+        for rule, each in launches.items():
+            yield Listed("stochastic_accept", f"{rule}, {vocab_size} ids", each[at])

@@ -32,16 +32,16 @@ class Launch:
     """In order, without the constants: tensors and numbers."""
     constants: Mapping[str, Any]
     num_warps: int = 4
+    num_stages: int = 3
+    """Of loops that Triton pipelines."""
     fusion: bool = True
     """Whether a product and a sum may be rounded once."""
 
     def run(self) -> None:
         """On the device of the first tensor."""
-        device = next(a for a in self.arguments if isinstance(a, Tensor))
-        with torch.cuda.device_of(device):
-            self.kernel[self.grid](
-                *self.arguments, **self.constants, num_warps=self.num_warps, enable_fp_fusion=self.fusion
-            )
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fusion}
+        with torch.cuda.device_of(next(a for a in self.arguments if isinstance(a, Tensor))):
+            self.kernel[self.grid](*self.arguments, **self.constants, **options)
 
     def signature(self) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
         """Types of the arguments, constants, and arguments that are multiples of 16, as Triton specializes them."""
@@ -67,4 +67,11 @@ class Launch:
     def compile(self, target: str) -> Offline:
         """For a target that need not be there, tensors taken to be aligned; see `compile_offline`."""
         types, constants, aligned = self.signature()
-        return compile_offline(self.kernel, types, constants, target, self.num_warps, divisible=aligned)
+        return compile_offline(
+            self.kernel, types, constants, target, self.num_warps, self.num_stages, aligned, self.fusion
+        )
+
+
+def on_meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """What a launch is given that is compiled and not run."""
+    return torch.empty(*shape, dtype=dtype, device="meta")

@@ -89,12 +89,15 @@ def compile_offline(
     num_warps: int = 4,
     num_stages: int = 2,
     divisible: Iterable[str] = (),
+    fusion: bool = True,
 ) -> Offline:
     """Compile a `triton.jit` function; no GPU and no driver is needed.
 
     `signature`: argument -> "*fp16", "i32", ... for every argument that is no constexpr. `divisible`: arguments that
-    are multiples of 16, as most pointers and strides are. Raises what Triton raises, and ValueError for an unknown
-    target and where the kernel was made for the interpreter (TRITON_INTERPRET).
+    are multiples of 16, as most pointers and strides are. `fusion`: a product and a sum may be rounded once.
+
+    Raises what Triton raises, and ValueError for an unknown target and where the kernel was made for the interpreter
+    (TRITON_INTERPRET).
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -111,7 +114,7 @@ def compile_offline(
     compiled = triton.compile(
         ASTSource(kernel, types, dict(constexprs), attrs=attributes),
         target=GPUTarget(backend, arch, warp),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fusion},
     )
     return Offline(target, compiled)
 

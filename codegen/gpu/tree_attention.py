@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,54 +17,11 @@ from treespec_compiler.ir.specs import MaskSpec
 
 from .. import tables
 from . import prompt, self_check
-from . import source as files
 from .append import append, rope_append
-from .sizes import power_of_two
-from .tree_attention_source import source
-from .tree_attention_spec import DTYPES, AttentionKernel, Config, default_config, merge_warps, split_count
+from .attention_launches import attention_launches, blocks_of
+from .tree_attention_spec import AttentionKernel, Config, default_config, split_count
 
 OP = "tree_attention"
-
-
-def module(spec: AttentionKernel) -> ModuleType:
-    """The generated module with the kernels `attend` and `merge`."""
-    return files.load(OP, spec.key(), source(spec))
-
-
-def signature(spec: AttentionKernel, *, split: bool = False) -> dict[str, str]:
-    """Types of `attend`'s arguments, for compiling without a GPU."""
-    pointers = {
-        "q": DTYPES[spec.dtype],
-        "pool_k": DTYPES[spec.pool_dtype],
-        "pool_v": DTYPES[spec.pool_dtype],
-        "out": "fp32" if split else DTYPES[spec.dtype],
-        "lse": "fp32",
-        **dict.fromkeys(METADATA, "i64"),
-        "ancestors": "i32",
-        **{name: "fp32" for name in ("slopes", "bias", "sinks") if getattr(spec, name)},
-    }
-    types = {name: f"*{kind}" for name, kind in pointers.items()} | {"scale": "fp32"}
-    numbers = [*(["distances"] if spec.bias else []), "nodes", "requests", "splits", "words", "pages", *SIZES]
-    return types | dict.fromkeys(numbers, "i32")
-
-
-def constexprs(
-    config: Config, *, requests: int = 1, one_page: bool = True, split: bool = False, chain: bool = False
-) -> dict[str, Any]:
-    """The constexpr arguments of `attend`."""
-    return {**config.constexprs(), "REQUESTS": requests, "ONE_PAGE": one_page, "SPLIT": split, "CHAIN": chain}
-
-
-def divisible(spec: AttentionKernel) -> list[str]:
-    """Arguments of `attend` that are multiples of 16 where pools and queries are laid out as a model makes them."""
-    named = ["q", "pool_k", "pool_v", "out", "lse", "page_size", "k_page", "k_head", "v_page", "v_head"]
-    named += ["q_head", "q_node", "k_token"] if spec.key_dim % 16 == 0 else []
-    return named + (["v_token"] if spec.value_dim % 16 == 0 else [])
-
-
-METADATA = ("positions", "node_offsets", "page_table", "prefix_lens", "tree_lens", "ancestors")
-UNUSED = 16  # for a size that is not read, so that it does not select a compilation
-SIZES = ("page_size", "q_head", "q_node", "k_page", "k_head", "k_token", "v_page", "v_head", "v_token")
 
 
 def attend(
@@ -113,44 +69,16 @@ def attend(
     device = _device_key(q.device)
     chain, given_config = ancestors.shape[1] == 0, config
     config = config or _config(spec, nodes, requests, capacity, device, chain)
-    blocks = -(-nodes * spec.group // config.block_m) + requests - 1  # of ragged requests, at most
+    blocks = blocks_of(spec, config, nodes, requests)
     if splits is None:
         reach = min(capacity, window + nodes if window else capacity, chunk + nodes if chunk else capacity)
         splits = split_count(spec, blocks * spec.kv_heads, reach, config, _processors(device))
-    kernels, parts = module(spec), splits + 1 if splits > 1 else 1
     if given_config is None and device >= 0:
-        self_check.confirm(attend, spec, config, parts > 1, requests > 1, chain, q.device)
-    partial, lse = out, out
-    if parts > 1:
-        partial = q.new_empty(parts, nodes, spec.heads, spec.value_dim, dtype=torch.float32)
-        lse = q.new_empty(parts, nodes, spec.heads, dtype=torch.float32)
-    given = {name: t for name, t in (("slopes", slopes), ("bias", bias), ("sinks", sinks)) if t is not None}
-    with torch.cuda.device_of(q):
-        kernels.attend[(blocks, spec.kv_heads, parts)](
-            q, pool_k, pool_v, partial, lse,
-            *(t.contiguous() for t in (positions, node_offsets, page_table, prefix_lens, tree_lens)),
-            ancestors.contiguous().view(torch.int32), **{name: t.contiguous() for name, t in given.items()},
-            **({"distances": bias.shape[1]} if bias is not None else {}),
-            scale=scale, nodes=nodes, requests=requests, splits=splits, words=2 * ancestors.shape[1],
-            pages=pages, page_size=pool_k.shape[2] if pages > 1 else UNUSED, q_head=q.stride(1), q_node=q.stride(2),
-            k_page=pool_k.stride(0), k_head=pool_k.stride(1), k_token=pool_k.stride(2),
-            v_page=pool_v.stride(0), v_head=pool_v.stride(1), v_token=pool_v.stride(2),
-            **constexprs(config, requests=_request_room(requests), one_page=pages == 1, split=parts > 1,
-                         chain=chain),
-            **config.options(), enable_fp_fusion=True,
-        )  # fmt: skip
-        if parts > 1:
-            kernels.merge[(nodes * spec.heads,)](
-                partial, lse, out, node_offsets, **({"sinks": sinks.contiguous()} if sinks is not None else {}),
-                requests=requests, rows=nodes * spec.heads, parts=parts, PARTS=power_of_two(parts),
-                num_warps=merge_warps(spec, parts), enable_fp_fusion=True,
-            )  # fmt: skip
+        self_check.confirm(attend, spec, config, splits > 1, requests > 1, chain, q.device)
+    step = (positions, node_offsets, page_table, prefix_lens, tree_lens, ancestors, scale)
+    for launch in attention_launches(spec, config, splits, out, q, pool_k, pool_v, *step, slopes, bias, sinks):
+        launch.run()
     return out.transpose(1, 2)
-
-
-def _request_room(requests: int) -> int:
-    """What a kernel is compiled for: few different sizes, since each compilation takes seconds."""
-    return 1 if requests == 1 else max(8, power_of_two(requests))
 
 
 def _check_extents(q: Tensor, *pools: Tensor) -> None:

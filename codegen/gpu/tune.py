@@ -14,8 +14,8 @@ from treespec_compiler.errors import InvalidOption
 from treespec_compiler.logs import logger
 
 from ..tables import Entry, Table, identity, merge
-from . import tree_attention
-from .offline import Offline, compile_offline
+from .attention_launches import launches_on_meta
+from .offline import Offline
 from .tree_attention_spec import AttentionKernel, Config, default_config, search_space
 from .trial import TOLERANCE, Shape
 
@@ -58,15 +58,7 @@ def objection(spec: AttentionKernel, config: Config, target: str, made: Offline)
 
 def compile_config(spec: AttentionKernel, config: Config, target: str) -> Offline:
     """The kernel that shares keys out, which needs the most registers."""
-    return compile_offline(
-        tree_attention.module(spec).attend,
-        tree_attention.signature(spec, split=True),
-        tree_attention.constexprs(config, split=True),
-        target,
-        config.num_warps,
-        config.num_stages,
-        tree_attention.divisible(spec),
-    )
+    return launches_on_meta(spec, config)[0].compile(target)
 
 
 def candidates(spec: AttentionKernel, rows: int, target: str, limit: int | None = None) -> list[Config]:

@@ -58,17 +58,16 @@ def test_the_interpreter_is_refused_before_the_model_is_read():
 
 
 def compiled(name, what, block, measured=None, stack=0, shared=0):
-    launch = SimpleNamespace(
+    listed = SimpleNamespace(
         name=name,
         what=what,
-        constexprs={f"BLOCK_{i}": n for i, n in enumerate(block)},
-        num_warps=4,
-        num_stages=3,
+        constants={f"BLOCK_{i}": n for i, n in enumerate(block)},
+        launch=SimpleNamespace(num_warps=4, num_stages=3),
         measured=measured,
         file=Path("/cache/kernels/tree_attention-0123456789abcdef.py"),
     )
     offline = SimpleNamespace(resources=Resources(128, stack, shared, 227 * 1024), has=lambda name: name == "HGMMA")
-    return kernels.Compiled(launch, offline)
+    return kernels.Compiled(listed, offline)
 
 
 WIDEST = [

@@ -7,22 +7,19 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET makes no kernels to compile", allow_module_level=True)
 
 from treespec_compiler.codegen.gpu.accept import walk_warps
-from treespec_compiler.codegen.gpu.inventory import chance_pointers
 from treespec_compiler.codegen.gpu.kernels.accept import greedy_walk_kernel, row_best_kernel
 from treespec_compiler.codegen.gpu.kernels.append import append_kernel, rope_append_kernel
 from treespec_compiler.codegen.gpu.kernels.commit import commit_kernel
-from treespec_compiler.codegen.gpu.kernels.stochastic_accept import (
-    chance_walk_kernel,
-    residual_kernel,
-    traversal_kernel,
-)
+from treespec_compiler.codegen.gpu.launch import Launch, on_meta
 from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offline
+from treespec_compiler.codegen.gpu.stochastic_accept import chance_launches
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -96,23 +93,17 @@ def test_greedy_walk(target: str, nodes: int, splits: int) -> None:
     assert done.resources.fits
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("replacement", "weighted"), [(True, False), (False, False), (False, True)])
-def test_residuals(target: str, replacement: bool, weighted: bool) -> None:
-    constants = {"REPLACEMENT": replacement, "WEIGHTED": weighted, "BLOCK": 1024}
-    done = compiled(residual_kernel, chance_pointers(residual_kernel), constants, target)
-    assert done.resources.fits
+def by_chance(rule: str, nodes: int = 64, ids: int = 128 * 1024) -> list[Launch]:
+    """What is owed after every node, and the walk."""
+    numbers, draws, p = on_meta(nodes), on_meta(nodes - 1), on_meta(nodes, ids, dtype=torch.float64)
+    step = (p, p, numbers, numbers, on_meta(2), on_meta(nodes + 1), draws, draws, p[:1], on_meta(3 + nodes))
+    return chance_launches(*step, rule, 1)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("naive", [True, False])
-def test_chance_walk(target: str, naive: bool) -> None:
-    blocks = {"FIELDS": 3, "BLOCK": 1024, "BLOCKS": 128, "BLOCK_N": 64}
-    constants = {"NAIVE": naive, "REPLACEMENT": naive, **blocks}
-    assert compiled(chance_walk_kernel, chance_pointers(chance_walk_kernel), constants, target).resources.fits
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_traversal(target: str) -> None:
-    blocks = {"FIELDS": 3, "BLOCK": 1024, "BLOCKS": 128, "BLOCK_N": 64}
-    assert compiled(traversal_kernel, chance_pointers(traversal_kernel), blocks, target).resources.fits
+@pytest.mark.parametrize("rule", ["naive", "multi-step", "recursive", "traversal"])
+def test_stochastic_acceptance(target: str, rule: str) -> None:
+    owed, walk = by_chance(rule)
+    assert walk.constants["BLOCKS"] == 128 and owed.constants["WEIGHTED"] == (rule == "traversal")
+    for launch in (owed, walk):
+        assert launch.compile(target).resources.fits

@@ -14,15 +14,14 @@ pytest.importorskip("triton", reason="needs triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET makes no kernels to compile", allow_module_level=True)
 
-from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offline
-from treespec_compiler.codegen.gpu.tree_attention import constexprs, divisible, module, signature
+from treespec_compiler.codegen.gpu.attention_launches import launches_on_meta
+from treespec_compiler.codegen.gpu.offline import TARGETS, Offline
 from treespec_compiler.codegen.gpu.tree_attention_spec import (
     MAX_SPLITS,
     MAX_WAVES,
     AttentionKernel,
     Config,
     default_config,
-    merge_warps,
     resident_programs,
     search_space,
     split_count,
@@ -42,15 +41,8 @@ TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942"
 
 
 def compiled(spec: AttentionKernel, config: Config, target: str, split: bool, **shape) -> Offline:
-    return compile_offline(
-        module(spec).attend,
-        signature(spec, split=split),
-        constexprs(config, split=split, **shape),
-        target,
-        config.num_warps,
-        config.num_stages,
-        divisible(spec),
-    )
+    attend, *_ = launches_on_meta(spec, config, MAX_SPLITS if split else 1, **shape)
+    return attend.compile(target)
 
 
 # Of each target, what takes more registers.
@@ -123,7 +115,7 @@ def test_float32_keeps_its_precision(dim: int, target: str) -> None:
 
 def test_several_requests_and_pages() -> None:
     spec = FAMILIES["llama"]
-    done = compiled(spec, default_config(spec, 64), "sm_90", split=True, requests=8, one_page=False)
+    done = compiled(spec, default_config(spec, 64), "sm_90", split=True, requests=8, pages=4)
     assert done.resources.fits, done.resources
 
 
@@ -142,12 +134,9 @@ def test_bits_are_counted_by_one_instruction() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_merge(target: str) -> None:
     spec = FAMILIES["gpt_oss"]
-    pointers = {"partial": "*fp32", "lse": "*fp32", "out": "*bf16", "node_offsets": "*i64", "sinks": "*bf16"}
-    sizes = dict.fromkeys(("requests", "rows", "parts"), "i32")
-    done = compile_offline(
-        module(spec).merge, pointers | sizes, {"PARTS": 64}, target, merge_warps(spec, 64), divisible=("partial", "lse")
-    )
-    assert done.resources.fits, done.resources
+    _, merge = launches_on_meta(spec, default_config(spec, 4, target))
+    done = merge.compile(target)
+    assert merge.constants["PARTS"] == 64 and done.resources.fits, done.resources
 
 
 def test_the_source_shows_what_was_proved() -> None:

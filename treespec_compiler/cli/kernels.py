@@ -66,7 +66,7 @@ def configure(parser: ArgumentParser) -> None:
 class Compiled:
     """A kernel and what became of it on the target."""
 
-    launch: Listed
+    listed: Listed
     offline: Offline
 
     @property
@@ -74,16 +74,16 @@ class Compiled:
         return next((name for name in TENSOR_CORES if self.offline.has(name)), "")
 
     def as_json(self) -> dict[str, Any]:
-        launch, used = self.launch, self.offline.resources
+        listed, used = self.listed, self.offline.resources
         return {
-            "op": launch.op,
-            "kernel": launch.name,
-            "for": launch.what,
-            "file": str(launch.file),
-            "constants": {name: _plain(value) for name, value in launch.constexprs.items()},
-            "num_warps": launch.num_warps,
-            "num_stages": launch.num_stages,
-            "measured": launch.measured,
+            "op": listed.op,
+            "kernel": listed.name,
+            "for": listed.what,
+            "file": str(listed.file),
+            "constants": {name: _plain(value) for name, value in listed.constants.items()},
+            "num_warps": listed.launch.num_warps,
+            "num_stages": listed.launch.num_stages,
+            "measured": listed.measured,
             "registers": used.registers,
             "stack_bytes": used.stack,
             "shared_bytes": used.shared,
@@ -114,13 +114,13 @@ def run(arguments: Namespace) -> int:
         return REFUSED
     logits: Any = state.logits.meta["val"]
     vocab_size, turned = int(logits.shape[-1]), turns(state.graph)
-    launches = list(inventory(state.sites, vocab_size, logits.dtype, arguments.target, arguments.nodes, turned))
+    kernels = list(inventory(state.sites, vocab_size, logits.dtype, arguments.target, arguments.nodes, turned))
     if arguments.kernel is not None:
-        names = sorted({launch.name for launch in launches})
+        names = sorted({listed.name for listed in kernels})
         if arguments.kernel not in names:
             raise InvalidOption(name="--kernel", got=arguments.kernel, expected=f"one of {', '.join(names)}")
-        launches = [launch for launch in launches if launch.name == arguments.kernel]
-    compiled = _with_progress(launches, lambda launch: Compiled(launch, launch.compile(arguments.target)))
+        kernels = [listed for listed in kernels if listed.name == arguments.kernel]
+    compiled = _with_progress(kernels, lambda listed: Compiled(listed, listed.launch.compile(arguments.target)))
     if arguments.json:
         rows = [c.as_json() | _text(arguments, c) for c in compiled]
         print(json.dumps({"model": subject.name, "target": arguments.target, "kernels": rows}, indent=2))
@@ -139,19 +139,19 @@ def _refuse(arguments: Namespace, subject: Any, error: Unsupported) -> None:
         show_refusal(console(), subject.name, type(subject.loaded.model).__name__, error)
 
 
-def _with_progress(launches: list[Listed], work: Callable[[Listed], T]) -> list[T]:
+def _with_progress(kernels: list[Listed], work: Callable[[Listed], T]) -> list[T]:
     done = []
     with Console(stderr=True).status("") as status:
-        for i, launch in enumerate(launches, 1):
-            status.update(f"compiling {i} of {len(launches)}: {launch.name}")
-            done.append(work(launch))
+        for i, listed in enumerate(kernels, 1):
+            status.update(f"compiling {i} of {len(kernels)}: {listed.name}")
+            done.append(work(listed))
     return done
 
 
 def _text(arguments: Namespace, compiled: Compiled) -> dict[str, str]:
     """The text that was asked for, by its kind."""
     if arguments.source:
-        return {"source": compiled.launch.source}
+        return {"source": compiled.listed.source}
     if arguments.ptx:
         return {"ptx": compiled.offline.ptx}
     return {"sass": compiled.offline.sass} if arguments.sass else {}
@@ -166,7 +166,7 @@ def _print_texts(arguments: Namespace, compiled: list[Compiled]) -> None:
             continue
         seen.add(text)
         mark = "#" if arguments.source else "//"
-        print(f"{mark} {one.launch.name}: {one.launch.what}\n{mark} {one.launch.file}")
+        print(f"{mark} {one.listed.name}: {one.listed.what}\n{mark} {one.listed.file}")
         if arguments.resources:
             print(f"{mark} {_resources(one)}")
         print(text.rstrip() + "\n")
@@ -181,11 +181,11 @@ def _resources(one: Compiled) -> str:
 
 
 def _block(one: Compiled) -> str:
-    return "x".join(str(v) for n, v in one.launch.constexprs.items() if n.startswith("BLOCK_")) or "-"
+    return "x".join(str(v) for n, v in one.listed.constants.items() if n.startswith("BLOCK_")) or "-"
 
 
 def _tuned(one: Compiled) -> str:
-    return {None: "-", True: "yes", False: "no"}[one.launch.measured]
+    return {None: "-", True: "yes", False: "no"}[one.listed.measured]
 
 
 def _spills(one: Compiled) -> Text:
@@ -208,11 +208,11 @@ class Column:
 
 
 COLUMNS = (
-    Column("kernel", "kernel", lambda one: one.launch.name, "left"),
-    Column("for", "for", lambda one: one.launch.what, "left"),
+    Column("kernel", "kernel", lambda one: one.listed.name, "left"),
+    Column("for", "for", lambda one: one.listed.what, "left"),
     Column("block", "block", _block),
-    Column("warps", "warps", lambda one: str(one.launch.num_warps)),
-    Column("stages", "stages", lambda one: str(one.launch.num_stages)),
+    Column("warps", "warps", lambda one: str(one.listed.launch.num_warps)),
+    Column("stages", "stages", lambda one: str(one.listed.launch.num_stages)),
     Column("tuned", "tuned", _tuned),
     Column("registers", "regs", lambda one: str(one.offline.resources.registers)),
     Column("spills", "spills", _spills),
@@ -238,7 +238,7 @@ def _print_table(out: Console, title: str, compiled: list[Compiled]) -> None:
     left_out = [column.heading for column in COLUMNS if column not in columns]
     if left_out:
         out.print(f"no room for: {', '.join(left_out)}; --json shows everything", style="dim")
-    files = sorted({str(one.launch.file) for one in compiled})
+    files = sorted({str(one.listed.file) for one in compiled})
     out.print("\nsource (`--source` prints it):")
     for file in files:
         out.print(f"  {file}", markup=False, soft_wrap=True)

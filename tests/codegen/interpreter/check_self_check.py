@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from treespec_compiler.codegen.gpu import self_check, tree_attention
+from treespec_compiler.codegen.gpu import attention_launches, self_check, tree_attention
 from treespec_compiler.codegen.gpu.source import load
 from treespec_compiler.codegen.gpu.tree_attention_source import source
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config
@@ -51,7 +51,7 @@ def test_wrong_kernels_are_refused(monkeypatch, right, wrong):
     text = source(PLAIN)
     assert right in text
     module = load("tree_attention", PLAIN.key(), text.replace(right, wrong))
-    monkeypatch.setattr(tree_attention, "module", lambda spec: module)
+    monkeypatch.setattr(attention_launches, "module", lambda spec: module)
     with pytest.raises(WrongKernel) as caught:
         self_check.confirm(tree_attention.attend, PLAIN, CONFIG, True, False, False, CPU)
     for part in ("4 heads over 2 of 16 numbers", "block_m=16", "expected at most 1.0e-05", "triton", 'kernels="aten"'):
