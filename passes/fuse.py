@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from treespec_compiler.ir import ops
+from treespec_compiler.ir.device import profile
 from treespec_compiler.ir.registry import best_kernel
 from treespec_compiler.ir.weights import Pack
 from treespec_compiler.options import Options
@@ -21,7 +22,7 @@ from .spellings.products import Product, joined_bias, joined_weight, products, r
 
 
 def pack_linears(state: GraphState) -> int:
-    groups = products(state, lambda weight: weight.dtype is torch.float32 and weight.device.type == "cpu")
+    groups = products(state, lambda weight: weight.dtype in profile(weight.device).packs)
     for members in groups:
         _pack(state, members)
     return sum(map(len, groups))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from treespec_compiler.ir import grouped_linear as definition
 from treespec_compiler.ir import ops
+from treespec_compiler.ir.device import profile
 from treespec_compiler.ir.library import implement
 from treespec_compiler.ir.private_torch import OpOverload
 
@@ -52,9 +53,7 @@ def _is_taken(x: Tensor, matrices: Tensor) -> bool:
 @functools.cache
 def has_kernel(device: torch.device) -> bool:
     """Whether torch has a grouped product for this device that does not wait for it."""
-    if device.type != "cuda" or torch.version.hip or sys.platform == "win32":
-        return False
-    return torch.cuda.get_device_capability(device)[0] in ARCHITECTURES
+    return sys.platform != "win32" and profile(device).capability(device) in ARCHITECTURES
 
 
 def is_aligned(matrices: Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from treespec_compiler.errors import WrongKernel
+from treespec_compiler.ir.device import profile
 from treespec_compiler.logs import logger
 
 from .source import kernel_versions
@@ -42,7 +43,7 @@ def confirm(
 
     `several`: requests in a launch.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if profile(device).records and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a kernel is recorded that has never been launched")  # `Graphs` launches every size first
     began = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad():

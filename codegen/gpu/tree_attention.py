@@ -11,6 +11,7 @@ from torch import Tensor
 
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.attention import stored
+from treespec_compiler.ir.device import profile
 from treespec_compiler.ir.library import implement
 from treespec_compiler.ir.private_torch import OpOverload
 from treespec_compiler.ir.specs import MaskSpec
@@ -66,7 +67,7 @@ def attend(
     _check_extents(q, pool_k, pool_v)
     if scale <= 0:
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)  # the kernel's maxima need it above 0
-    device = _device_key(q.device)
+    device = profile(q.device).number(q.device)  # -1: the interpreter
     chain, given_config = ancestors.shape[1] == 0, config
     config = config or _config(spec, nodes, requests, capacity, device, chain)
     blocks = blocks_of(spec, config, nodes, requests)
@@ -91,11 +92,6 @@ def _check_extents(q: Tensor, *pools: Tensor) -> None:
                 f"got {name} over {extent} numbers, expected fewer than 2**31. Lay pools out as "
                 "[pages, heads, tokens, dim], or pass fewer nodes at once."
             )
-
-
-def _device_key(device: torch.device) -> int:
-    """An index of a GPU, -1 for the interpreter on a CPU."""
-    return (torch.cuda.current_device() if device.index is None else device.index) if device.type == "cuda" else -1
 
 
 @functools.lru_cache(4096)

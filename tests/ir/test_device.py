@@ -19,7 +19,7 @@ def test_a_device_has_the_record_of_its_backend():
 def test_an_unknown_device_waits_and_records_nothing():
     other = profile("xpu")
     assert other.kind == "xpu" and other.describe(torch.device("xpu")).startswith("xpu, ")
-    assert not (other.synchronous or other.host_rows or other.records or other.pinned_copies)
+    assert not (other.synchronous or other.host_memory or other.records or other.pinned_copies)
 
 
 @pytest.mark.parametrize("device", ["cpu", "xpu", "cuda"])
@@ -31,3 +31,11 @@ def test_calls_are_recorded_where_the_record_says_so(device):
 def test_inductor_s_settings():
     assert _settings(torch.device("cpu")).items() >= dict(CPU.inductor).items()
     assert "cpp_wrapper" not in _settings(torch.device("cuda"))
+
+
+def test_what_only_one_backend_has():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 2)
+    assert torch.float32 in CPU.packs and not CUDA.packs and not profile("xpu").packs
+    assert CPU.number(cpu) == -1 and CUDA.number(cuda) == 2  # a device without an index is asked for its own
+    assert CPU.capability(cpu) == profile("xpu").capability(torch.device("xpu")) == 0
+    assert CPU.free_bytes(cpu) > 0 == profile("mps").free_bytes(torch.device("mps"))

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..codegen import cpu
+from ..ir.device import profile
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksums(tensors: Sequence[Tensor], native: bool) -> list[int]:
     """One number a tensor. `native`: by the CPU's kernel where it can; the two kinds of numbers differ."""
-    kernel = [native and t.is_cpu and t.is_contiguous() for t in tensors]
+    kernel = [native and profile(t.device).host_memory and t.is_contiguous() for t in tensors]
     with torch.no_grad():
         fast = [t for t, by in zip(tensors, kernel, strict=True) if by]
         sums = iter(cpu.CHECKSUMS(fast) if fast else ())

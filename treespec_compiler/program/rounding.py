@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.call import CallSpec, run_logits
+from ..ir.device import profile
 from ..ir.specs import EVERY_ROW, LogitsSpec
 from ..logs import logger
 
@@ -26,7 +27,7 @@ DRAWS = 4
 UNMEASURED = {torch.float64: 10, torch.float32: 10}
 LOOSE_UNMEASURED = 2
 # Bytes of a copy in float64: at most, and where the machine does not say what is free.
-MOST_BYTES, UNKNOWN_ROOM = 2**33, 2**31
+MOST_BYTES = 2**33
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -105,15 +106,4 @@ def only_rounded(exact: Exact, ids: list[int], at: int, got: Tensor, expected: T
 
 def _room(device: torch.device) -> int:
     """Bytes that a copy may take: half of what is free, and no more than a run of it is worth."""
-    if device.type == "cuda":
-        return min(MOST_BYTES, torch.cuda.mem_get_info(device)[0] // 2)
-    return min(MOST_BYTES, _available() // 2) if device.type == "cpu" else 0
-
-
-def _available() -> int:
-    """Free memory of the machine, in bytes, where it says so."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 2 * UNKNOWN_ROOM
+    return min(MOST_BYTES, profile(device).free_bytes(device) // 2)

@@ -66,7 +66,7 @@ def test_nothing_is_confirmed_while_a_graph_is_recorded(monkeypatch):
 
 def test_what_a_launch_chose_itself_is_confirmed(monkeypatch):
     asked = []
-    monkeypatch.setattr(tree_attention, "_device_key", lambda device: 0)
+    monkeypatch.setattr(tree_attention, "profile", lambda device: types.SimpleNamespace(number=lambda device: 0))
     monkeypatch.setattr(tree_attention, "_config", lambda *_: CONFIG)
     monkeypatch.setattr(tree_attention, "_processors", lambda device: 132)
     monkeypatch.setattr(tree_attention, "self_check", types.SimpleNamespace(confirm=lambda *given: asked.append(given)))

@@ -175,7 +175,7 @@ class DeviceRows:
 
 def stays_on_device(program: TreeProgram) -> bool:
     """Whether rows of the program's logits are used where they are: on a CPU, reading them costs nothing."""
-    return not profile(program.device).host_rows
+    return not profile(program.device).host_memory
 
 
 def row_sampler(

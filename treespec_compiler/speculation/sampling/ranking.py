@@ -23,7 +23,7 @@ def likeliest(logits: Tensor, k: int = 1, bad: list[int] | None = None) -> list[
     `bad`: gets the rows that are NaN or infinite appended. Their largest logit tells: NaN and +inf are above all
     others, and -inf is the largest if there is nothing else.
     """
-    if logits.dtype is not float32 or not profile(logits.device).host_rows or k > SMALL_K:
+    if logits.dtype is not float32 or not profile(logits.device).host_memory or k > SMALL_K:
         ids = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
         if bad is None:
             return ids.flatten().tolist()

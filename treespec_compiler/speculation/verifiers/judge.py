@@ -145,7 +145,7 @@ class SamplingJudge:
 
 def row_reader(logits: Tensor) -> Callable[[int], NDArray[np.float32]]:
     """Rows of logits [N, V] as they are asked for: most rules look at the path's rows only."""
-    if profile(logits.device).host_rows:
+    if profile(logits.device).host_memory:
         return _rows(logits).__getitem__
     # NOTE: from another device one row at a time; all rows of 64 nodes and 128000 ids would be 33 MB a step
     return lambda node: _rows(logits[node])
