@@ -22,7 +22,7 @@ from treespec_compiler.cli.models import DTYPES
 from treespec_compiler.cli.tune_kernels import add_limit, gpu, tune_kernels
 from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
-from treespec_compiler.codegen.gpu.trial import Shape
+from treespec_compiler.codegen.gpu.trial import Workload
 from treespec_compiler.codegen.gpu.tune import OP, SHAPES
 from treespec_compiler.errors import InvalidOption, TreespecError
 from treespec_compiler.ir.specs import MaskSpec
@@ -43,9 +43,9 @@ def kernel(text: str) -> AttentionKernel:
     return AttentionKernel(heads, kv_heads, key_dim, value_dim or key_dim, dtype, dtype, MaskSpec(window))
 
 
-def shape(text: str) -> Shape:
+def shape(text: str) -> Workload:
     try:
-        return Shape.parse(text)
+        return Workload.parse(text)
     except InvalidOption as error:  # argparse shows no other error's text
         raise argparse.ArgumentTypeError(f"got {error.got!r}, expected {error.expected}") from None
 

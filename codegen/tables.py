@@ -49,7 +49,7 @@ OPS: dict[str, Tuned] = {}
 
 
 @dataclass(frozen=True)
-class Entry:
+class TuningEntry:
     """The fastest configuration for a key, its microseconds a launch, and the second one (`{"config", "us"}`)."""
 
     key: Key
@@ -63,17 +63,17 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Table:
+class TuningTable:
     """Entries of one op on one architecture, made with the kernel of this source."""
 
     op: str
     arch: str
     source_hash: str
-    entries: tuple[Entry, ...]
+    entries: tuple[TuningEntry, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Device and versions, for readers."""
 
-    def nearest(self, key: Key) -> Entry | None:
+    def nearest(self, key: Key) -> TuningEntry | None:
         """The entry whose sizes are nearest by ratio, of those that are otherwise equal; of two as near the smaller.
 
         One that was measured with fewer rows comes last: its blocks may be too small for all rows, and those of two
@@ -81,7 +81,7 @@ class Table:
         """
         fitting = [e for e in self.entries if _exact(e.key) == _exact(key) and e.key.keys() == key.keys()]
 
-        def order(entry: Entry) -> tuple[bool, float, list[tuple[str, float]]]:
+        def order(entry: TuningEntry) -> tuple[bool, float, list[tuple[str, float]]]:
             sizes, asked = _sizes(entry.key), _sizes(key)
             short = max(16.0, sizes.get("rows", 0.0)) < asked.get("rows", 0.0)
             return short, _distance(entry.key, key), sorted(sizes.items())
@@ -118,10 +118,10 @@ def _lookup(op: str, arch: str, items: tuple[tuple[str, Scalar], ...]) -> Mappin
 
 
 @functools.cache
-def current(op: str, arch: str) -> Table:
+def current(op: str, arch: str) -> TuningTable:
     """What holds for the kernel as it is: the user's entries over the shipped ones of other keys."""
     source_hash = kernel_hash(op)
-    entries: dict[Any, Entry] = {}
+    entries: dict[Any, TuningEntry] = {}
     for path in (shipped_path(op, arch), user_path(op, arch)):
         try:
             table = read(path, op, arch) if path.is_file() else None
@@ -138,7 +138,7 @@ def current(op: str, arch: str) -> Table:
             )
         elif table is not None:
             entries |= {identity(e.key): e for e in table.entries}
-    return Table(op, arch, source_hash, tuple(entries.values()))
+    return TuningTable(op, arch, source_hash, tuple(entries.values()))
 
 
 def identity(key: Key) -> tuple[tuple[str, Scalar], ...]:
@@ -177,7 +177,7 @@ def architecture(device: torch.device | str) -> str:
     return str(name).split(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
 
 
-def read(path: Path, op: str, arch: str) -> Table:
+def read(path: Path, op: str, arch: str) -> TuningTable:
     """A table from its file; raises `CorruptTable` where it does not parse or is one of another op or architecture."""
     data = read_table(path, SCHEMA)
     meta = data.get("meta")
@@ -191,10 +191,10 @@ def read(path: Path, op: str, arch: str) -> Table:
     if not isinstance(entries, list):
         raise CorruptTable(path=str(path), problem=f"entries of type {type(entries).__name__}", expected="a list")
     about = {name: value for name, value in meta.items() if name not in ("op", "arch", "source_hash")}
-    return Table(op, arch, meta["source_hash"], tuple(_entry(path, e, OPS[op].parse) for e in entries), about)
+    return TuningTable(op, arch, meta["source_hash"], tuple(_entry(path, e, OPS[op].parse) for e in entries), about)
 
 
-def resumed(path: Path, empty: Table) -> Table:
+def resumed(path: Path, empty: TuningTable) -> TuningTable:
     """The table to go on with: the one at `path` if it is of the kernel as it is, else `empty`.
 
     Its `meta` names every device that entries come from, and the versions of the run that goes on.
@@ -207,9 +207,9 @@ def resumed(path: Path, empty: Table) -> Table:
     return replace(table, meta={**empty.meta, **({"device": ", ".join(names)} if names else {})})
 
 
-def _entry(path: Path, data: Any, parse: Callable[[Mapping[str, int]], object]) -> Entry:
+def _entry(path: Path, data: Any, parse: Callable[[Mapping[str, int]], object]) -> TuningEntry:
     try:
-        entry = Entry(data["key"], data["config"], float(data["us"]), data.get("runner_up"))
+        entry = TuningEntry(data["key"], data["config"], float(data["us"]), data.get("runner_up"))
         good = (
             all(isinstance(v, str | int | float) for v in entry.key.values())
             and all(isinstance(v, int | float) for v in _sizes(entry.key).values())
@@ -232,7 +232,7 @@ def _entry(path: Path, data: Any, parse: Callable[[Mapping[str, int]], object]) 
     return entry
 
 
-def write(path: Path, table: Table) -> None:
+def write(path: Path, table: TuningTable) -> None:
     """Whole or not at all, also when several processes write: the last one wins."""
     meta = {"op": table.op, "arch": table.arch, "source_hash": table.source_hash, **table.meta}
     head = json.dumps({"schema": SCHEMA, "meta": meta}, indent=1)[:-2]
@@ -243,7 +243,7 @@ def write(path: Path, table: Table) -> None:
     forget()
 
 
-def merge(table: Table, entries: Iterable[Entry]) -> Table:
+def merge(table: TuningTable, entries: Iterable[TuningEntry]) -> TuningTable:
     """The table with these entries added, in place of those of the same keys."""
     every = {identity(e.key): e for e in (*table.entries, *entries)}
-    return Table(table.op, table.arch, table.source_hash, tuple(every.values()), table.meta)
+    return TuningTable(table.op, table.arch, table.source_hash, tuple(every.values()), table.meta)

@@ -18,7 +18,7 @@ from treespec_compiler.ir.weights import Table
 from .attention.key_bias import BIASED
 from .attention.score_pack import score_table
 from .forms.biases import NotAMask
-from .forms.by_value import Sampled, signature
+from .forms.by_value import SampledValues, signature
 from .forms.closed_form import ClosedForms, broadcast, shape_of
 from .forms.evaluate import evaluate_for_length
 from .forms.masks import BIDIRECTIONAL, BURIED, HIDDEN, Scoring, classify
@@ -86,7 +86,7 @@ def _scoring(
 
     try:
         scoring = classify(form, state.length, evaluate, forms.tables, sinks)
-        sampled = Sampled(mask, state.gm, state.tokens, state.constants, _ceiling(state))
+        sampled = SampledValues(mask, state.gm, state.tokens, state.constants, _ceiling(state))
         scoring, table = _tabulated(state, scoring, sampled, int(heads))
         hides = BURIED if node.meta.get(BIASED) else HIDDEN
         scoring = _checked(checks, scoring, table, state, sampled, sinks, hides)
@@ -101,7 +101,7 @@ def _ceiling(state: GraphState) -> int | None:
     return min(limits, default=None)
 
 
-def _tabulated(state: GraphState, scoring: Scoring, sampled: Sampled, heads: int) -> tuple[Scoring, Table | None]:
+def _tabulated(state: GraphState, scoring: Scoring, sampled: SampledValues, heads: int) -> tuple[Scoring, Table | None]:
     """What tabulates the bias, and the mask with the context that the table allows."""
     if not scoring.bias:
         return scoring, None
@@ -119,7 +119,7 @@ def _checked(
     scoring: Scoring,
     table: Table | None,
     state: GraphState,
-    sampled: Sampled,
+    sampled: SampledValues,
     sinks: bool,
     hides: float,
 ) -> Scoring:

@@ -89,7 +89,7 @@ class TokenAxes:
         """A rule's claim, against the shape: exactly one dimension depends on the number of tokens, as it says."""
         value = node.meta["val"]
         at = place.at if isinstance(place, (Rows, Uniform)) else None if isinstance(place, GroupSizes) else place
-        wanted = place.layout.size(self.length) if isinstance(place, Rows) else self.length
+        wanted = place.repeats.size(self.length) if isinstance(place, Rows) else self.length
         for tensor in value if isinstance(value, (tuple, list)) else [value]:
             shape = tuple(map(_size, tensor.shape)) if isinstance(tensor, Tensor) else ()
             if shape == (0,):

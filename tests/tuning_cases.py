@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from treespec_compiler.codegen.gpu import tune as tuning
-from treespec_compiler.codegen.tables import Table
+from treespec_compiler.codegen.tables import TuningTable
 
-EMPTY = Table(tuning.OP, "sm_90", "hash", ())
+EMPTY = TuningTable(tuning.OP, "sm_90", "hash", ())
 
 
 def microseconds(config, shape):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
-from treespec_compiler.codegen.gpu.trial import TOLERANCE, Shape, binary_tree, relative_error
+from treespec_compiler.codegen.gpu.trial import TOLERANCE, Workload, binary_tree, relative_error
 from treespec_compiler.codegen.gpu.tune_device import Inputs
 
 from .base import Context, copy_rate, milliseconds, reason
@@ -49,7 +49,7 @@ def run(context: Context) -> None:
 
 def measure(context: Context, spec: AttentionKernel, nodes: int, length: int, rate: float) -> None:
     """One request's tree; `rate` in bytes a second."""
-    inputs = Inputs(spec, Shape(nodes, 1, length), context.device)
+    inputs = Inputs(spec, Workload(nodes, 1, length), context.device)
     calls = contenders(context, inputs, nodes, length)
     agreement = compare(context, calls, TOLERANCE[spec.dtype])
     took = milliseconds(context, calls, budget=0.25)

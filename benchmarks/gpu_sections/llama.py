@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Shape:
+class Sizes:
     hidden: int
     layers: int
     heads: int
@@ -26,9 +26,9 @@ class Shape:
 
 
 SHAPES = {
-    "1B": Shape(2048, 16, 32, 8, 8192, 128256, tied=True),
-    "8B": Shape(4096, 32, 32, 8, 14336, 128256),
-    "tiny": Shape(64, 2, 4, 2, 96, 97),
+    "1B": Sizes(2048, 16, 32, 8, 8192, 128256, tied=True),
+    "8B": Sizes(4096, 32, 32, 8, 14336, 128256),
+    "tiny": Sizes(64, 2, 4, 2, 96, 97),
 }
 
 
@@ -48,7 +48,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Sizes) -> None:
         super().__init__()
         self.shape = shape
         kv = shape.kv_heads * shape.head_dim
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Sizes) -> None:
         super().__init__()
         self.shape = shape
         self.embed = nn.Embedding(shape.vocab, shape.hidden)

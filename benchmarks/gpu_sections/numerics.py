@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
-from treespec_compiler.codegen.gpu.trial import TOLERANCE, Shape, relative_error
+from treespec_compiler.codegen.gpu.trial import TOLERANCE, Workload, relative_error
 from treespec_compiler.codegen.gpu.tune_device import Inputs
 from treespec_compiler.ir import accept, commit, ops
 from treespec_compiler.ir import attention as reference
@@ -53,7 +53,7 @@ FAMILIES = {
     "sinks, window": spec(64, 8, 64, sinks=True, mask=MaskSpec(128)),
 }
 # Each size and dtype is compiled, which takes most of the time: the first family gets all, the others the hardest.
-CASES = (Shape(70, 2, 300), Shape(1, 1, 1000), Shape(16, 3, 300))
+CASES = (Workload(70, 2, 300), Workload(1, 1, 1000), Workload(16, 3, 300))
 # Torch's grouped product takes the first; the others are every row times every matrix.
 GROUPED = {"bf16": (BF16, 1024), "bf16, rows of 2008 bytes": (BF16, 1004), "fp16": (FP16, 1024), "fp32": (FP32, 1024)}
 
@@ -72,7 +72,7 @@ def checks(context: Context) -> dict[str, tuple[Callable[[], float], float]]:
     families = dict(list(FAMILIES.items())[:2]) if context.smoke else FAMILIES
     found: dict[str, tuple[Callable[[], float], float]] = {}
     for name, kernel in families.items():
-        cases = context.pick(CASES if name == "llama bf16" else CASES[:1], (Shape(3, 2, 20),))
+        cases = context.pick(CASES if name == "llama bf16" else CASES[:1], (Workload(3, 2, 20),))
         found[name] = functools.partial(attention, context, kernel, cases), TOLERANCE[kernel.dtype]
     for style in ("half", "interleaved"):
         found[f"rope and append, {style}"] = functools.partial(rope, context, style), TOLERANCE[BF16]
@@ -98,7 +98,7 @@ def attempt(context: Context, name: str, check: Callable[[], float], tolerance: 
     context.row("kernels", name=name, ok=bool(error <= tolerance), error=error, tolerance=tolerance)
 
 
-def attention(context: Context, kernel: AttentionKernel, cases: tuple[Shape, ...]) -> float:
+def attention(context: Context, kernel: AttentionKernel, cases: tuple[Workload, ...]) -> float:
     worst = 0.0
     for seed, shape in enumerate(cases):
         inputs = Inputs(kernel, shape, context.device, seed)
@@ -123,7 +123,7 @@ def eager_attention(inputs: Inputs) -> torch.Tensor:
 def rope(context: Context, style: str) -> float:
     """Rotation, append and attention in one op; its pools are compared as well."""
     kernel = context.pick(FAMILIES["dim 64"], spec(4, 2, 16))
-    inputs = Inputs(kernel, context.pick(Shape(20, 2, 300), Shape(3, 2, 20)), context.device)
+    inputs = Inputs(kernel, context.pick(Workload(20, 2, 300), Workload(3, 2, 20)), context.device)
     nodes, rotary = inputs.q.shape[2], kernel.key_dim // 2
     k, v = (torch.randn(1, kernel.kv_heads, nodes, kernel.key_dim, device=context.device).to(BF16) for _ in range(2))
     angles = torch.rand(nodes, rotary // 2, device=context.device) * 6
@@ -165,7 +165,7 @@ def grouped_linear(context: Context, dtype: torch.dtype, inner: int) -> float:
 def append(context: Context) -> float:
     """Wrong numbers in the pools after an op that does not rotate; K and V of any strides, every third node padding."""
     kernel = spec(4, 2, 64, value=32)
-    inputs = Inputs(kernel, Shape(20, 2, 30), context.device)
+    inputs = Inputs(kernel, Workload(20, 2, 30), context.device)
     nodes = inputs.q.shape[2]
     k, v = (
         torch.randn(1, nodes, kernel.kv_heads, 2 * dim, device=context.device).to(BF16)[..., ::2].transpose(1, 2)

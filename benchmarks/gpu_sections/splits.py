@@ -10,7 +10,7 @@ import functools
 import torch
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import MAX_SPLITS, AttentionKernel, default_config, split_count
-from treespec_compiler.codegen.gpu.trial import Shape
+from treespec_compiler.codegen.gpu.trial import Workload
 from treespec_compiler.codegen.gpu.tune_device import Inputs
 
 from .base import Context, milliseconds
@@ -33,7 +33,7 @@ def run(context: Context) -> None:
 
 def sweep(context: Context, spec: AttentionKernel, nodes: int, length: int) -> None:
     """One request's tree, by the default configuration."""
-    inputs = Inputs(spec, Shape(nodes, 1, length), context.device)
+    inputs = Inputs(spec, Workload(nodes, 1, length), context.device)
     config = default_config(spec, nodes * spec.group)
     programs = -(-nodes * spec.group // config.block_m) * spec.kv_heads
     processors = torch.cuda.get_device_properties(context.device).multi_processor_count if context.on_gpu else 1

@@ -10,7 +10,7 @@ import torch
 from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu import triton_installed
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, default_config
-from treespec_compiler.codegen.gpu.trial import Shape
+from treespec_compiler.codegen.gpu.trial import Workload
 from treespec_compiler.codegen.gpu.tune import OP, Tuner, tune
 from treespec_compiler.errors import TreespecError
 
@@ -18,7 +18,7 @@ from .base import Context, milliseconds, reason
 from .numerics import eager_attention
 
 SPEC = AttentionKernel(32, 8, 128, 128, torch.bfloat16, torch.bfloat16)
-SHAPES = tuple(Shape(n, 1, c) for n in (64, 1) for c in (2048, 32768))
+SHAPES = tuple(Workload(n, 1, c) for n in (64, 1) for c in (2048, 32768))
 LIMIT = 3
 
 
@@ -60,13 +60,13 @@ def smoke(context: Context, inputs_of: type) -> None:
     if not triton_installed():
         context.skipped("compilation", "triton is not installed")
         return
-    spec, shape = AttentionKernel(4, 2, 16, 16, torch.float32, torch.float32), Shape(2, 1, 16)
+    spec, shape = AttentionKernel(4, 2, 16, 16, torch.float32, torch.float32), Workload(2, 1, 16)
     inputs = inputs_of(spec, shape, context.device)
 
     def measure(config: object, shape: object) -> float:
         return 1e3 * milliseconds(context, {"reference": lambda: eager_attention(inputs)}, 0.01)["reference"]
 
     tuner = Tuner(spec, "sm_90", check=lambda config, shape: 0.0, measure=measure, limit=1)
-    table = tables.Table(OP, "sm_90", tables.kernel_hash(OP), ())
+    table = tables.TuningTable(OP, "sm_90", tables.kernel_hash(OP), ())
     table = tune(tuner, [shape], table, lambda t: tables.write(context.path.with_name("table.json"), t))
     context.row("shapes", shape=str(shape), us=table.entries[0].us, config=dict(table.entries[0].config))

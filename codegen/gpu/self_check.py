@@ -20,7 +20,7 @@ from treespec_compiler.logs import logger
 
 from .source import kernel_versions
 from .tree_attention_spec import AttentionKernel, Config
-from .trial import TOLERANCE, Shape, Trial, relative_error
+from .trial import TOLERANCE, Trial, Workload, relative_error
 
 log = logger(__name__)
 
@@ -47,7 +47,7 @@ def confirm(
         raise RuntimeError("a kernel is recorded that has never been launched")  # `Graphs` launches every size first
     began = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad():
-        trials = [Trial(spec, Shape(NODES, 1 + several, tokens), device, seed=1, chain=chain) for tokens in CONTEXTS]
+        trials = [Trial(spec, Workload(NODES, 1 + several, tokens), device, seed=1, chain=chain) for tokens in CONTEXTS]
         error = max(_error(attend, trial, config, 3 if split else 1) for trial in trials)
     # NOTE written so that NaN is wrong too
     if not error <= TOLERANCE[spec.dtype]:

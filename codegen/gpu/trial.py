@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
 @dataclass(frozen=True)
-class Shape:
+class Workload:
     """New nodes of each of `requests` trees behind `context` committed tokens each."""
 
     nodes: int
@@ -28,7 +28,7 @@ class Shape:
     context: int
 
     @classmethod
-    def parse(cls, text: str) -> Shape:
+    def parse(cls, text: str) -> Workload:
         """`64x1x2048`: nodes, requests, context."""
         try:
             nodes, requests, context = map(int, text.split("x"))
@@ -51,7 +51,7 @@ class Trial:
     """A random forest behind random K/V: `requests` binary trees, or chains, of `nodes` nodes, all of them new."""
 
     def __init__(
-        self, spec: AttentionKernel, shape: Shape, device: torch.device, seed: int = 0, chain: bool = False
+        self, spec: AttentionKernel, shape: Workload, device: torch.device, seed: int = 0, chain: bool = False
     ) -> None:
         self.spec, self.shape = spec, shape
         self.scale = 1 / math.sqrt(spec.key_dim)

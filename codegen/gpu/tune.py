@@ -13,11 +13,11 @@ import torch
 from treespec_compiler.errors import InvalidOption
 from treespec_compiler.logs import logger
 
-from ..tables import Entry, Table, identity, merge
+from ..tables import TuningEntry, TuningTable, identity, merge
 from .attention_launches import launches_on_meta
 from .offline import Offline
 from .tree_attention_spec import AttentionKernel, Config, default_config, search_space
-from .trial import TOLERANCE, Shape
+from .trial import TOLERANCE, Workload
 
 log = logger(__name__)
 
@@ -27,7 +27,7 @@ TENSOR_CORES = {"sm_80": ("HMMA",), "sm_90": ("HMMA", "HGMMA"), "sm_100": ("HMMA
 
 
 SHAPES = tuple(
-    Shape(nodes, requests, context)
+    Workload(nodes, requests, context)
     for requests, contexts in ((1, (1024, 8192, 32768)), (8, (2048,)))
     for context in contexts
     for nodes in (1, 8, 64)
@@ -105,8 +105,8 @@ class Tuner:
 
     spec: AttentionKernel
     target: str
-    check: Callable[[Config, Shape], float]
-    measure: Callable[[Config, Shape], float]
+    check: Callable[[Config, Workload], float]
+    measure: Callable[[Config, Workload], float]
     compiler: Callable[[AttentionKernel, Config, str], Offline] = compile_config
     limit: int | None = None
     """Configurations a shape, of those nearest to the default."""
@@ -118,7 +118,7 @@ class Tuner:
         """Configurations that were compiled and not run, and why."""
         return self._pruned.rejected
 
-    def entry(self, shape: Shape) -> Entry:
+    def entry(self, shape: Workload) -> TuningEntry:
         """The fastest configuration that is right, and the second; raises InvalidOption where none is."""
         found = self.find(shape)
         if isinstance(found, str):
@@ -127,7 +127,7 @@ class Tuner:
             )
         return found
 
-    def find(self, shape: Shape) -> Entry | str:
+    def find(self, shape: Workload) -> TuningEntry | str:
         """As `entry`; why there is none where no configuration is right."""
         best: list[tuple[float, Config]] = []
         wrong: dict[Config, str] = {}
@@ -152,7 +152,7 @@ class Tuner:
         (us, config), *rest = best
         runner_up = {"config": rest[0][1].as_dict(), "us": round(rest[0][0], 3)} if rest else None
         key = self.spec.tuning_key(shape.nodes, shape.requests, shape.capacity)
-        return Entry(key, config.as_dict(), us, runner_up)
+        return TuningEntry(key, config.as_dict(), us, runner_up)
 
     def _compiled(self, configs: Sequence[Config]) -> list[Config]:
         known = {*self._pruned.kept, *self._pruned.rejected}
@@ -178,8 +178,8 @@ class Outcome:
     """What became of a kernel's shape: an entry, or why there is none; neither where it was measured before."""
 
     spec: AttentionKernel
-    shape: Shape
-    entry: Entry | None = None
+    shape: Workload
+    entry: TuningEntry | None = None
     why: str = ""
 
     @property
@@ -193,12 +193,12 @@ class Outcome:
 
 def tune(
     tuner: Tuner,
-    shapes: Sequence[Shape],
-    table: Table,
-    save: Callable[[Table], None],
+    shapes: Sequence[Workload],
+    table: TuningTable,
+    save: Callable[[TuningTable], None],
     again: bool = False,
     on_shape: Callable[[Outcome], None] = lambda outcome: None,
-) -> Table:
+) -> TuningTable:
     """Add an entry for each shape; saved after each, so that a run that was stopped goes on where it was.
 
     Shapes that the table has (of the same kernel source) are left alone unless `again`. A shape that no configuration

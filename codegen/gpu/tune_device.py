@@ -11,7 +11,7 @@ from .. import tables
 from .source import kernel_versions
 from .tree_attention import attend
 from .tree_attention_spec import AttentionKernel, Config
-from .trial import Shape, Trial, relative_error
+from .trial import Trial, Workload, relative_error
 from .tune import OP
 
 CHECKED_CONTEXT = 301
@@ -31,12 +31,12 @@ class DeviceBench:
 
     def __init__(self, spec: AttentionKernel, device: torch.device, budget: float = 0.02) -> None:
         self.spec, self.device, self.budget = spec, device, budget
-        self._inputs: tuple[Shape, Inputs] | None = None
-        self._expected: dict[Shape, tuple[Inputs, Tensor]] = {}
+        self._inputs: tuple[Workload, Inputs] | None = None
+        self._expected: dict[Workload, tuple[Inputs, Tensor]] = {}
 
-    def check(self, config: Config, shape: Shape) -> float:
+    def check(self, config: Config, shape: Workload) -> float:
         """Worst error of a smaller case, with the keys shared out and not."""
-        small = Shape(min(shape.nodes, CHECKED_NODES), min(shape.requests, 2), min(shape.context, CHECKED_CONTEXT))
+        small = Workload(min(shape.nodes, CHECKED_NODES), min(shape.requests, 2), min(shape.context, CHECKED_CONTEXT))
         if small not in self._expected:
             inputs = Inputs(self.spec, small, self.device, seed=1)
             self._expected[small] = inputs, inputs.expected()
@@ -44,7 +44,7 @@ class DeviceBench:
         errors = [relative_error(inputs.attend(config, splits), expected) for splits in (1, 3)]
         return math.nan if any(map(math.isnan, errors)) else max(errors)
 
-    def measure(self, config: Config, shape: Shape) -> float:
+    def measure(self, config: Config, shape: Workload) -> float:
         from .timing import microseconds
 
         if self._inputs is None or self._inputs[0] != shape:
@@ -54,7 +54,7 @@ class DeviceBench:
         return microseconds(lambda: inputs.attend(config), self.device, self.budget)
 
 
-def empty_table(arch: str, device: torch.device) -> tables.Table:
+def empty_table(arch: str, device: torch.device) -> tables.TuningTable:
     """A table for this device without entries yet."""
     meta = {"device": torch.cuda.get_device_name(device), "versions": kernel_versions()}
-    return tables.Table(OP, arch, tables.kernel_hash(OP), (), meta)
+    return tables.TuningTable(OP, arch, tables.kernel_hash(OP), (), meta)

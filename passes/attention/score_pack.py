@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from treespec_compiler.ir.weights import Table
 
-from ..forms.by_value import Sampled
+from ..forms.by_value import SampledValues
 from ..forms.evaluate import cone
 from ..forms.score_check import block
 from ..framework.state import GraphState
@@ -53,7 +53,7 @@ class ScoreTable:
         output: Any = next(x for x in reversed(self.mask.graph.nodes) if x.op == "output").args[0]
         query = self.seen if self.kind == "slopes" else self.seen - 1
         keys = torch.tensor([query - self.seen, query]) if self.kind == "slopes" else torch.arange(query, -1, -1)
-        sampled = Sampled(output, self.mask, self.tokens, constants, None)
+        sampled = SampledValues(output, self.mask, self.tokens, constants, None)
         row = block(sampled, query + 1, torch.tensor([query]), keys)[:, 0]  # [heads or 1, keys]
         if self.kind == "slopes":
             found = (row[:, 1] - row[:, 0]) / self.seen

@@ -25,7 +25,7 @@ _MOST_LITERALS = 24
 _ODD_LENGTHS = (1021, 1500, 2049, 3001, 4099, 8191, 16411, 32771, 65537, 100003, 131101, 262147, 524309, LONGEST)
 
 
-class Sampled:
+class SampledValues:
     """The values of one node for any number of tokens up to `ceiling`."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Sampled:
         return torch.tensor(rows), torch.tensor(columns)
 
 
-def proved_up_to(sampled: Sampled, holds: Callable[[int], bool]) -> int:
+def proved_up_to(sampled: SampledValues, holds: Callable[[int], bool]) -> int:
     """The largest number of tokens looked at up to which `holds(n)` is true; 0: not for the fewest.
 
     Where the model's own arithmetic ends (a table), or a value is too large to be computed, so do the lengths.
@@ -96,7 +96,7 @@ def proved_up_to(sampled: Sampled, holds: Callable[[int], bool]) -> int:
     return last
 
 
-def same_everywhere(sampled: Sampled) -> bool:
+def same_everywhere(sampled: SampledValues) -> bool:
     """Whether a value of fixed shape is the same for every number of tokens, bit for bit."""
     first: Tensor | None = None
     for n in (1, *sampled.lengths()):

@@ -21,7 +21,7 @@ from treespec_compiler.ir.provenance import op_name
 
 from .evaluate import SHAPE_ONLY, cone, evaluate_for_length
 from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
-from .rules import RULES, Call
+from .rules import RULES, OpCall
 from .sequences import SEQUENCE_RULES
 
 __all__ = ["SHAPE_ONLY", "ClosedForms", "Form", "Shape", "axis", "broadcast", "number", "shape_of"]
@@ -72,7 +72,7 @@ class ClosedForms:
             return None
         rule = RULES.get(op_name(node)) or SEQUENCE_RULES.get(op_name(node))
         try:
-            form = rule(Call(self, node)) if rule is not None else None
+            form = rule(OpCall(self, node)) if rule is not None else None
         except (TypeError, ValueError, NotImplementedError):  # sympy orders no infinite or undefined values
             form = None
         return self._computed(node) if form is None else _normal(form)

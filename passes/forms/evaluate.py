@@ -121,7 +121,7 @@ def _outer(index: Index) -> tuple[Tensor, ...]:
     return tuple(places.view([-1 if i == d else 1 for i in range(rank)]) for d, places in enumerate(index))
 
 
-Rule = Callable[[Values, fx.Node, Index], Tensor | None]
+ValueRule = Callable[[Values, fx.Node, Index], Tensor | None]
 
 
 def _broadcast(values: Values, node: Any, index: Index) -> Any:
@@ -155,7 +155,7 @@ def _blank(values: Values, node: fx.Node, index: Index) -> Tensor | None:
     return torch.full(sizes, fill, dtype=dtype)
 
 
-def _moved(order: Callable[[fx.Node, int], list[int]]) -> Rule:
+def _moved(order: Callable[[fx.Node, int], list[int]]) -> ValueRule:
     """Dimensions in another order: `order(node, rank)[i]` is where dimension i of the result was."""
 
     def rule(values: Values, node: fx.Node, index: Index) -> Tensor:
@@ -214,7 +214,7 @@ def _select(values: Values, node: fx.Node, index: Index) -> Tensor:
     return values.at(source, (*index[:dim], picked, *index[dim:])).squeeze(dim)
 
 
-def _triangle(lower: bool) -> Rule:
+def _triangle(lower: bool) -> ValueRule:
     def rule(values: Values, node: fx.Node, index: Index) -> Tensor:
         diagonal = values.argument(node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0))
         gap = index[-1][None, :] - index[-2][:, None]
@@ -265,7 +265,7 @@ _ELEMENTWISE = (
     "reciprocal", "sin", "cos", "tan", "tanh", "sigmoid", "relu", "isinf", "isnan", "isfinite", "nan_to_num",
 )  # fmt: skip
 
-_AT: dict[str, Rule] = dict.fromkeys(_ELEMENTWISE, _pointwise) | {
+_AT: dict[str, ValueRule] = dict.fromkeys(_ELEMENTWISE, _pointwise) | {
     "ones": _blank, "zeros": _blank, "full": _blank, "new_ones": _blank, "new_zeros": _blank, "new_full": _blank,
     "ones_like": _blank, "zeros_like": _blank, "full_like": _blank,
     "permute": _moved(_permuted), "transpose": _moved(_swapped), "t": _moved(_swapped),

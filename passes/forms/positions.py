@@ -19,7 +19,7 @@ from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
 
 from ..framework.state import GraphState, refuse
-from .by_value import Sampled, proved_up_to, same_bits, same_everywhere
+from .by_value import SampledValues, proved_up_to, same_bits, same_everywhere
 from .closed_form import ClosedForms, Form, axis, shape_of
 
 
@@ -78,8 +78,8 @@ def _refuse_counted(state: GraphState, forms: ClosedForms, node: fx.Node) -> Non
         )
 
 
-def _sampled(state: GraphState, node: fx.Node) -> Sampled:
-    return Sampled(node, state.gm, state.tokens, state.constants, state.max_context)
+def _sampled(state: GraphState, node: fx.Node) -> SampledValues:
+    return SampledValues(node, state.gm, state.tokens, state.constants, state.max_context)
 
 
 def _counts(state: GraphState, node: fx.Node, at: int, offset: int | None) -> bool:

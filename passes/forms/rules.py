@@ -23,7 +23,7 @@ class Forms(Protocol):
     def of(self, node: fx.Node) -> Form | None: ...
 
 
-class Call:
+class OpCall:
     """Arguments of one node, resolved to forms and sizes."""
 
     def __init__(self, forms: Forms, node: fx.Node) -> None:
@@ -77,29 +77,29 @@ class Call:
         return isinstance(expr, AppliedUndef) and expr.func in held
 
 
-def _arange(call: Call) -> Form | None:
+def _arange(call: OpCall) -> Form | None:
     start, step = call.size(call.arg("start", 0)), call.size(call.arg("step", 1))
     if start is None or step is None or call.size(call.arg("end")) is None:
         return None
     return call.result(start + step * axis(0))
 
 
-def _constant(value: Any) -> Callable[[Call], Form | None]:
+def _constant(value: Any) -> Callable[[OpCall], Form | None]:
     return lambda call: (
         call.result(sympy.true if value else sympy.false) if call.dtype is torch.bool else call.result(number(value))
     )
 
 
-def _filled(name: str) -> Callable[[Call], Form | None]:
-    def rule(call: Call) -> Form | None:
+def _filled(name: str) -> Callable[[OpCall], Form | None]:
+    def rule(call: OpCall) -> Form | None:
         value = call.form(call.arg(name))
         return None if value is None or value.shape != () else call.result(value.expr)
 
     return rule
 
 
-def _pointwise(function: Callable[..., Any], *, numeric: bool = True) -> Callable[[Call], Form | None]:
-    def rule(call: Call) -> Form | None:
+def _pointwise(function: Callable[..., Any], *, numeric: bool = True) -> Callable[[OpCall], Form | None]:
+    def rule(call: OpCall) -> Form | None:
         if call.arg("alpha", 1) != 1:
             return None
         forms = [call.broadcast(a) for a in call.operands]
@@ -109,7 +109,7 @@ def _pointwise(function: Callable[..., Any], *, numeric: bool = True) -> Callabl
     return rule
 
 
-def _compare(relation: Callable[..., Any]) -> Callable[[Call], Form | None]:
+def _compare(relation: Callable[..., Any]) -> Callable[[OpCall], Form | None]:
     """A comparison; branches of a Piecewise are compared one by one, so that the result is plain logic."""
 
     def decide(a: Any, b: Any) -> Any:
@@ -129,8 +129,8 @@ def _compare(relation: Callable[..., Any]) -> Callable[[Call], Form | None]:
     return _pointwise(decide)
 
 
-def _bitwise(logical: Callable[..., Any]) -> Callable[[Call], Form | None]:
-    def rule(call: Call) -> Form | None:
+def _bitwise(logical: Callable[..., Any]) -> Callable[[OpCall], Form | None]:
+    def rule(call: OpCall) -> Form | None:
         if call.dtype is not torch.bool:
             return None
         return _pointwise(logical, numeric=False)(call)
@@ -138,7 +138,7 @@ def _bitwise(logical: Callable[..., Any]) -> Callable[[Call], Form | None]:
     return rule
 
 
-def _divide(call: Call) -> Form | None:
+def _divide(call: OpCall) -> Form | None:
     a, b = call.broadcast(call.node.args[0]), call.broadcast(call.node.args[1])
     if a is None or b is None or b.as_number() == 0:
         return None
@@ -149,7 +149,7 @@ def _divide(call: Call) -> Form | None:
     return call.result(sympy.floor(quotient)) if mode == "floor" else None
 
 
-def _clamp(call: Call) -> Form | None:
+def _clamp(call: OpCall) -> Form | None:
     form = call.broadcast(call.node.args[0])
     if form is None:
         return None
@@ -172,18 +172,18 @@ def _log(value: Any) -> Any:
     return sympy.log(value)
 
 
-def _where(call: Call) -> Form | None:
+def _where(call: OpCall) -> Form | None:
     if call.arg("self") is None or call.arg("other") is None:
         return None
     return choose(call, *(call.broadcast(a) for a in call.node.args))
 
 
-def _masked_fill(call: Call) -> Form | None:
+def _masked_fill(call: OpCall) -> Form | None:
     kept, mask, value = (call.broadcast(a) for a in call.node.args[:3])
     return choose(call, mask, value, kept)
 
 
-def choose(call: Call, mask: Form | None, yes: Form | None, no: Form | None) -> Form | None:
+def choose(call: OpCall, mask: Form | None, yes: Form | None, no: Form | None) -> Form | None:
     if mask is None or yes is None or no is None:
         return None
     condition = mask.as_bool()
@@ -198,14 +198,14 @@ class trunc(sympy.Function):  # printed in formulas
     is_integer = True
 
 
-def _embedding(call: Call) -> Form | None:
+def _embedding(call: OpCall) -> Form | None:
     table, index = call.form(call.node.args[0]), call.form(call.node.args[1])
     if table is None or index is None or index.is_bool:
         return None
     return call.result(rename(table, {0: index.expr, 1: axis(len(call.shape) - 1)}))
 
 
-def _identity(call: Call) -> Form | None:
+def _identity(call: OpCall) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None:
         return None
@@ -216,11 +216,11 @@ def _identity(call: Call) -> Form | None:
     return call.result(form.expr)
 
 
-def dimension(call: Call, dim: Any, rank: int) -> int:
+def dimension(call: OpCall, dim: Any, rank: int) -> int:
     return int(dim) % max(rank, 1)
 
 
-def _unsqueeze(call: Call) -> Form | None:
+def _unsqueeze(call: OpCall) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None:
         return None
@@ -228,7 +228,7 @@ def _unsqueeze(call: Call) -> Form | None:
     return call.result(rename(form, {i: axis(i + (i >= at)) for i in range(len(form.shape))}))
 
 
-def _reshape(call: Call) -> Form | None:
+def _reshape(call: OpCall) -> Form | None:
     """Only size-1 dimensions may come or go."""
     form = call.form(call.node.args[0])
     if form is None or call.node.target is torch.ops.aten.view.dtype:  # the same bits are another number there
@@ -240,11 +240,11 @@ def _reshape(call: Call) -> Form | None:
     return call.result(rename(form, {b: axis(a) for b, a in zip(before, after, strict=True)}))
 
 
-def _expand(call: Call) -> Form | None:
+def _expand(call: OpCall) -> Form | None:
     return call.broadcast(call.node.args[0])
 
 
-def _repeat(call: Call) -> Form | None:
+def _repeat(call: OpCall) -> Form | None:
     """Index i of a repeated dimension of size s reads i mod s; size-1 dimensions read 0."""
     form = call.form(call.node.args[0])
     if form is None:
@@ -257,7 +257,7 @@ def _repeat(call: Call) -> Form | None:
     return call.result(rename(form, mapping))
 
 
-def _permute(call: Call) -> Form | None:
+def _permute(call: OpCall) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None:
         return None
@@ -275,14 +275,14 @@ def _permute(call: Call) -> Form | None:
     return call.result(rename(form, {old: axis(new) for new, old in enumerate(order)}))
 
 
-def _start(call: Call, start: Any, size: sympy.Expr) -> sympy.Expr | None:
+def _start(call: OpCall, start: Any, size: sympy.Expr) -> sympy.Expr | None:
     value = call.size(0 if start is None else start)
     if value is None:
         return None
     return value + size if value.is_negative else value
 
 
-def _slice(call: Call) -> Form | None:
+def _slice(call: OpCall) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None:
         return None
@@ -292,7 +292,7 @@ def _slice(call: Call) -> Form | None:
     return None if start is None or step is None else call.result(rename(form, {at: start + step * axis(at)}))
 
 
-def _select(call: Call) -> Form | None:
+def _select(call: OpCall) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None:
         return None
@@ -305,7 +305,7 @@ def _select(call: Call) -> Form | None:
     return call.result(rename(form, mapping))
 
 
-def _index(call: Call) -> Form | None:
+def _index(call: OpCall) -> Form | None:
     """Advanced indexing whose index tensors stand side by side."""
     form = call.form(call.node.args[0])
     if form is None:
@@ -329,7 +329,7 @@ def _index(call: Call) -> Form | None:
     return call.result(rename(form, mapping))
 
 
-def _index_select(call: Call) -> Form | None:
+def _index_select(call: OpCall) -> Form | None:
     form, index = call.form(call.node.args[0]), call.form(call.node.args[2])
     if form is None or index is None or len(index.shape) != 1:
         return None
@@ -337,7 +337,7 @@ def _index_select(call: Call) -> Form | None:
     return call.result(rename(form, {at: rename(index, {0: axis(at)})}))
 
 
-RULES: dict[str, Callable[[Call], Form | None]] = {
+RULES: dict[str, Callable[[OpCall], Form | None]] = {
     "aten.arange": _arange,
     "aten.ones": _constant(1),
     "aten.zeros": _constant(0),

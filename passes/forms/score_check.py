@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .biases import NotAMask
-from .by_value import LONGEST, Sampled, proved_up_to
+from .by_value import LONGEST, SampledValues, proved_up_to
 from .evaluate import TooLarge
 from .masks import HIDDEN, Scoring
 
@@ -23,7 +23,9 @@ _LEAST = 64
 _LONGEST_SLOPE = 4096
 
 
-def checked(scoring: Scoring, table: Tensor | None, sampled: Sampled, sinks: bool, hides: float = HIDDEN) -> int | None:
+def checked(
+    scoring: Scoring, table: Tensor | None, sampled: SampledValues, sinks: bool, hides: float = HIDDEN
+) -> int | None:
     """The longest context in which the mask's values are what `scoring` says; None: any that is looked at.
 
     `table`: slopes [heads], or a bias [heads, distances]. `hides`: how far below what is seen a hidden score must be;
@@ -40,7 +42,7 @@ def checked(scoring: Scoring, table: Tensor | None, sampled: Sampled, sinks: boo
     return None if proved >= ceiling else proved
 
 
-def _agrees(scoring: Scoring, table: Tensor | None, sampled: Sampled, n: int, sinks: bool, hides: float) -> bool:
+def _agrees(scoring: Scoring, table: Tensor | None, sampled: SampledValues, n: int, sinks: bool, hides: float) -> bool:
     rows, columns = sampled.pairs(n)
     values = block(sampled, n, rows, columns)
     visible = scoring.mask.visible(rows[:, None], columns[None, :])
@@ -63,7 +65,7 @@ def _agrees(scoring: Scoring, table: Tensor | None, sampled: Sampled, n: int, si
     return bool((off <= _CLOSE + _RELATIVE * wanted[:, visible].abs()).all())
 
 
-def block(sampled: Sampled, n: int, rows: Tensor, columns: Tensor) -> Tensor:
+def block(sampled: SampledValues, n: int, rows: Tensor, columns: Tensor) -> Tensor:
     """[heads or 1, rows, columns] of a mask [.., T or 1, T or 1] for n tokens."""
     rank = sampled.node.meta["val"].dim()
     index = [None] * max(rank - 2, 0) + ([rows, columns] if rank > 1 else [columns])
@@ -72,7 +74,7 @@ def block(sampled: Sampled, n: int, rows: Tensor, columns: Tensor) -> Tensor:
     return wide.reshape(-1, len(rows), len(columns))
 
 
-def readable(sampled: Sampled, most: int) -> int:
+def readable(sampled: SampledValues, most: int) -> int:
     """The largest number of tokens up to `most` for which the last query's row can be computed (a table may end)."""
     low, high = 1, most
     while low < high:
@@ -85,7 +87,7 @@ def readable(sampled: Sampled, most: int) -> int:
     return low
 
 
-def slope_distance(scoring: Scoring, sampled: Sampled) -> int:
+def slope_distance(scoring: Scoring, sampled: SampledValues) -> int:
     """The power of two over which a slope is read: a visible distance."""
     mask = scoring.mask
     most = min(x for x in (mask.window or LONGEST, mask.chunk or LONGEST, sampled.ceiling, _LONGEST_SLOPE + 1))

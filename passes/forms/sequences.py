@@ -7,10 +7,10 @@ from collections.abc import Callable
 import sympy
 
 from .form import Form, axis
-from .rules import Call, choose, dimension
+from .rules import OpCall, choose, dimension
 
 
-def _cumsum(call: Call) -> Form | None:
+def _cumsum(call: OpCall) -> Form | None:
     form = call.form(call.node.args[0])
     if form is None or not form.shape:
         return None
@@ -19,7 +19,7 @@ def _cumsum(call: Call) -> Form | None:
     return None if axis(at) in expr.free_symbols else call.result(sympy.expand(expr * (axis(at) + 1)))
 
 
-def _diff(call: Call) -> Form | None:
+def _diff(call: OpCall) -> Form | None:
     form, before = call.form(call.node.args[0]), call.form(call.arg("prepend"))
     at = dimension(call, call.arg("dim"), len(call.shape))
     if form is None or before is None or call.arg("n") != 1 or before.shape[at] != 1 or call.arg("append") is not None:
@@ -30,8 +30,8 @@ def _diff(call: Call) -> Form | None:
     return call.result(later if later == first else sympy.Piecewise((first, sympy.Eq(axis(at), 0)), (later, True)))
 
 
-def _triangle(lower: bool) -> Callable[[Call], Form | None]:
-    def rule(call: Call) -> Form | None:
+def _triangle(lower: bool) -> Callable[[OpCall], Form | None]:
+    def rule(call: OpCall) -> Form | None:
         form = call.form(call.node.args[0])
         if form is None:
             return None
@@ -45,10 +45,10 @@ def _triangle(lower: bool) -> Callable[[Call], Form | None]:
     return rule
 
 
-def _extreme(largest: bool) -> Callable[[Call], Form | None]:
+def _extreme(largest: bool) -> Callable[[OpCall], Form | None]:
     """max() or min() over all elements of a form that is linear in every index."""
 
-    def rule(call: Call) -> Form | None:
+    def rule(call: OpCall) -> Form | None:
         form = call.form(call.node.args[0])
         if form is None or form.is_bool or call.arg("dim") or call.arg("other") is not None:
             return None
@@ -63,7 +63,7 @@ def _extreme(largest: bool) -> Callable[[Call], Form | None]:
     return rule
 
 
-SEQUENCE_RULES: dict[str, Callable[[Call], Form | None]] = {
+SEQUENCE_RULES: dict[str, Callable[[OpCall], Form | None]] = {
     "aten.cumsum": _cumsum,
     "aten.diff": _diff,
     "aten.tril": _triangle(lower=True),

@@ -12,7 +12,7 @@ from torch import fx
 from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
-from .token_rules import RULES, Axes, Axis, Mixes, Rule, rank_of
+from .token_rules import RULES, Axes, Axis, AxisRule, Mixes, rank_of
 
 _SPATIAL = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}
 
@@ -121,7 +121,7 @@ _REDUCED = (
 _ALONG = ("cumprod", "diff", "glu", "logcumsumexp")
 _KEPT = ("cummax", "cummin")
 
-CHANNELS: dict[str, Rule] = (
+CHANNELS: dict[str, AxisRule] = (
     {f"aten.{name}": RULES["aten.add"] for name in _POINTWISE}
     | {f"aten.{name}": RULES["aten.cumsum" if name in _KEPT else "aten.amax"] for name in _REDUCED}
     | {f"aten.{name}": RULES["aten.cumsum"] for name in _ALONG}

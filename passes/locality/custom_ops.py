@@ -11,13 +11,13 @@ from treespec_compiler.errors import InvalidOption
 from treespec_compiler.ir.private_torch import OpOverloadPacket
 
 from .channel_rules import CHANNELS
-from .token_rules import RULES, Axes, Axis, Mixes, Rule
+from .token_rules import RULES, Axes, Axis, AxisRule, Mixes
 from .token_writes import WRITES
 
 TokenRule = Callable[[Sequence[int | None]], int]
 """Token dimension of each positional argument (None: none) -> that of the result; ValueError(why) refuses."""
 
-_CUSTOM: dict[str, Rule] = {}
+_CUSTOM: dict[str, AxisRule] = {}
 
 
 def register_op(op: Any, token_local: bool | TokenRule = True) -> None:
@@ -43,7 +43,7 @@ def register_op(op: Any, token_local: bool | TokenRule = True) -> None:
         raise InvalidOption(name="token_local", got=token_local, expected="True, False or a rule function")
 
 
-def custom_rule(name: str) -> Rule | None:
+def custom_rule(name: str) -> AxisRule | None:
     """The rule of an op that was vouched for."""
     return _CUSTOM.get(name)
 
@@ -68,7 +68,7 @@ def _like_first(node: fx.Node, axes: Axes) -> Axis:
     return axes.axes[first]
 
 
-def _by_rule(rule: TokenRule) -> Rule:
+def _by_rule(rule: TokenRule) -> AxisRule:
     def apply(node: fx.Node, axes: Axes) -> Axis:
         dims = [axes.axes.get(a) if isinstance(a, fx.Node) else None for a in node.args]
         try:

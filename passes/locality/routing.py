@@ -27,8 +27,8 @@ from ..forms.closed_form import shape_of
 from .channel_rules import CHANNELS
 from .custom_ops import custom_rule
 from .ids import id_bound, same_ids
-from .rows import GroupSizes, Layout, Place, Rows, Uniform, reshaped, rows_of, simplest
-from .token_rules import RULES, Axis, Mixes, Rule, rank_of
+from .rows import GroupSizes, Place, Repeats, Rows, Uniform, reshaped, rows_of, simplest
+from .token_rules import RULES, Axis, AxisRule, Mixes, rank_of
 from .token_writes import WRITES
 
 aten = torch.ops.aten
@@ -36,12 +36,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class RowNumbers:
-    """A tensor whose value at each row is the number of a row of `layout` that belongs to the same token.
+    """A tensor whose value at each row is the number of a row of `repeats` that belongs to the same token.
 
     `exact`: it is the row's own number, so over all rows the values are a permutation.
     """
 
-    layout: Layout
+    repeats: Repeats
     exact: bool
 
 
@@ -110,11 +110,11 @@ class Routing:
             if isinstance(self.places[operand], GroupSizes):
                 raise Mixes(f"it reads how many rows each expert got ({operand.name}), which depends on every token")
         held = {a: rows for a in operands if (rows := rows_of(self.places[a])) is not None}
-        kinds = {(rows.layout, rows.order) for rows in held.values()}
+        kinds = {(rows.repeats, rows.order) for rows in held.values()}
         if len(kinds) != 1:
             names = "; ".join(sorted({f"{a.name}: {rows}" for a, rows in held.items()}))
             raise Mixes(f"its operands hold rows in different orders ({names})")
-        layout, order = kinds.pop()
+        repeats, order = kinds.pop()
         axes: dict[fx.Node, Axis] = {}
         for operand in operands:
             place = self.places[operand]
@@ -122,9 +122,9 @@ class Routing:
         rule = _rule(node)
         if rule is None:
             raise Mixes("it is known as a part of routing only, and here it is none")
-        at = rule(node, _View(layout.size(self.length), axes))
+        at = rule(node, _View(repeats.size(self.length), axes))
         self._follow_numbers(node)
-        return None if at is None else simplest(Rows(at, layout, order))
+        return None if at is None else simplest(Rows(at, repeats, order))
 
     def _follow_numbers(self, node: fx.Node) -> None:
         """Casts and added dimensions of size 1 keep what row numbers mean."""
@@ -139,7 +139,7 @@ class Routing:
             self.inverses[node] = self.inverses[source]
 
 
-def _rule(node: fx.Node) -> Rule | None:
+def _rule(node: fx.Node) -> AxisRule | None:
     """The rule of an op that acts on each token alone."""
     name = op_name(node)
     return RULES.get(name) or WRITES.get(name) or CHANNELS.get(name) or custom_rule(name)
@@ -189,7 +189,7 @@ def _repeat_interleave(self: Routing, node: fx.Node) -> Place:
         return NotImplemented
     if not isinstance(times, int):
         raise Mixes("it repeats each token a number of times that is computed")
-    return simplest(Rows(rows.at, Layout(rows.layout.outer, rows.layout.inner * times)))
+    return simplest(Rows(rows.at, Repeats(rows.repeats.outer, rows.repeats.inner * times)))
 
 
 def _repeat(self: Routing, node: fx.Node) -> Place:
@@ -198,7 +198,7 @@ def _repeat(self: Routing, node: fx.Node) -> Place:
     at = rows.at + rank_of(node) - rank_of(node.args[0]) if rows is not None else 0
     if rows is None or rows.order is not None or not isinstance(times := node.args[1][at], int):
         return NotImplemented
-    return simplest(Rows(at, Layout(rows.layout.outer * times, rows.layout.inner)))
+    return simplest(Rows(at, Repeats(rows.repeats.outer * times, rows.repeats.inner)))
 
 
 def sort_call(node: fx.Node) -> tuple[int, bool]:
@@ -220,20 +220,20 @@ def _sort(self: Routing, node: fx.Node) -> Place:
     if argsort and not descending and numbers is not None and numbers.exact and rows.order is not None:
         # NOTE sorting a permutation: its values are 0, 1, 2, ..., so the places they came from are its inverse.
         self.inverses[node] = Inverse(rows.order)
-        return simplest(Rows(0, rows.layout))
+        return simplest(Rows(0, rows.repeats))
     if rows.order is not None:
         raise Mixes(f"it sorts rows that are already in the order of {rows.order.name}")
     self._refuse_places_as_values(node, index=True)
     if argsort:
-        self.numbers[node] = RowNumbers(rows.layout, exact=True)
-    return Rows(0, rows.layout, node)
+        self.numbers[node] = RowNumbers(rows.repeats, exact=True)
+    return Rows(0, rows.repeats, node)
 
 
 def _getitem(self: Routing, node: fx.Node) -> Place:
     source: Any = node.args[0]
     place = self.places[source]
     if isinstance(place, Rows) and place.order is source and node.args[1] == 1:
-        self.numbers[node] = RowNumbers(place.layout, exact=True)
+        self.numbers[node] = RowNumbers(place.repeats, exact=True)
     return place if isinstance(place, Rows) else NotImplemented
 
 
@@ -242,8 +242,8 @@ def _divide(self: Routing, node: fx.Node) -> Place:
     numbers = self.numbers.get(node.args[0])
     whole = op_name(node) == "aten.floor_divide" or argument(node, "rounding_mode") in ("floor", "trunc")
     by = node.args[1]
-    if numbers is not None and whole and isinstance(by, int) and by > 0 and numbers.layout.inner % by == 0:
-        divided = Layout(numbers.layout.outer, numbers.layout.inner // by)
+    if numbers is not None and whole and isinstance(by, int) and by > 0 and numbers.repeats.inner % by == 0:
+        divided = Repeats(numbers.repeats.outer, numbers.repeats.inner // by)
         self.numbers[node] = RowNumbers(divided, exact=by == 1 and numbers.exact)
         return self.places[node.args[0]]
     return NotImplemented
@@ -252,7 +252,7 @@ def _divide(self: Routing, node: fx.Node) -> Place:
 def _remainder(self: Routing, node: fx.Node) -> Place:
     """Row number % k: which of its token's k copies a row is. Another remainder tells of the other tokens."""
     numbers, by = self.numbers.get(node.args[0]), node.args[1]
-    if numbers is not None and isinstance(by, int) and by > 0 and numbers.layout.inner % by == 0:
+    if numbers is not None and isinstance(by, int) and by > 0 and numbers.repeats.inner % by == 0:
         return self.places[node.args[0]]
     return NotImplemented
 
@@ -267,10 +267,10 @@ def _taken(self: Routing, source: fx.Node, dim: int, index: fx.Node) -> Place:
         if rows.order is not inverse.order:
             wanted = inverse.order.name
             raise Mixes(f"it undoes the order of {wanted}, but its rows are {rows}")
-        return simplest(Rows(dim, rows.layout))
+        return simplest(Rows(dim, rows.repeats))
     if numbers is None:
         return NotImplemented
-    if rows.order is not None or rows.layout != numbers.layout:
+    if rows.order is not None or rows.repeats != numbers.repeats:
         raise Mixes(f"it picks rows by numbers that count other rows than these ({rows})")
     return simplest(rows_of(self.places[index]).moved(dim))  # type: ignore[union-attr]
 
@@ -296,7 +296,7 @@ def _index_put(self: Routing, node: fx.Node) -> Place:
         return _added(self, node, target, 0, index, values)
     if not numbers.exact or moved is None or moved != rows_of(self.places[index]).moved(moved.at) or moved.at != 0:  # type: ignore[union-attr]
         raise Mixes("it writes rows to places that are not a known permutation of them")
-    return simplest(Rows(0, numbers.layout))
+    return simplest(Rows(0, numbers.repeats))
 
 
 def _index_add(self: Routing, node: fx.Node) -> Place:
@@ -312,10 +312,10 @@ def _added(self: Routing, node: fx.Node, target: Any, dim: int, index: Any, valu
         raise Mixes("it adds rows up at places that are not known to belong to the same token")
     if moved != by.moved(dim):
         raise Mixes(f"it adds up rows that are {moved} at places of rows that are {by}")
-    same = isinstance(base, Uniform) and shape_of(target)[dim] == numbers.layout.size(self.length)
-    if not same and rows_of(base) != Rows(dim, numbers.layout):
+    same = isinstance(base, Uniform) and shape_of(target)[dim] == numbers.repeats.size(self.length)
+    if not same and rows_of(base) != Rows(dim, numbers.repeats):
         raise Mixes("it adds rows up in a tensor that does not hold the rows of their tokens")
-    return simplest(Rows(dim, numbers.layout))
+    return simplest(Rows(dim, numbers.repeats))
 
 
 def _histc(self: Routing, node: fx.Node) -> Place:

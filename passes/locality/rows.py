@@ -17,7 +17,7 @@ from .token_rules import Mixes
 
 
 @dataclass(frozen=True)
-class Layout:
+class Repeats:
     """outer * T * inner rows; row r belongs to token (r // inner) % T."""
 
     outer: int = 1
@@ -27,25 +27,25 @@ class Layout:
         return self.outer * length * self.inner
 
 
-TOKENS = Layout()
+TOKENS = Repeats()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Dimension `at` holds the rows of `layout`; with `order`, row r is row order[r] of it.
+    """Dimension `at` holds the rows of `repeats`; with `order`, row r is row order[r] of it.
 
     `order` is the sort that made the permutation. Orders of different sorts are different, even of equal keys.
     """
 
     at: int
-    layout: Layout = TOKENS
+    repeats: Repeats = TOKENS
     order: fx.Node | None = None
 
     def moved(self, at: int) -> Rows:
         return replace(self, at=at)
 
     def __str__(self) -> str:
-        rows = f"{self.layout.outer} x tokens x {self.layout.inner}".replace("1 x ", "").replace(" x 1", "")
+        rows = f"{self.repeats.outer} x tokens x {self.repeats.inner}".replace("1 x ", "").replace(" x 1", "")
         return rows if self.order is None else f"{rows} in the order of {self.order.name}"
 
 
@@ -82,7 +82,7 @@ def rows_of(place: Place) -> Rows | None:
 
 def simplest(rows: Rows) -> int | Rows:
     """A plain token dimension is its number."""
-    return rows.at if rows.layout == TOKENS and rows.order is None else rows
+    return rows.at if rows.repeats == TOKENS and rows.order is None else rows
 
 
 def reshaped(rows: Rows, before: Shape, after: Shape, length: sympy.Expr) -> Rows:
@@ -91,15 +91,15 @@ def reshaped(rows: Rows, before: Shape, after: Shape, length: sympy.Expr) -> Row
     In element order the tensor is [lead * outer, T, inner * rest]. A dimension of the result that holds T splits it in
     the same place when what stands before it divides lead * outer.
     """
-    layout = rows.layout
+    repeats = rows.repeats
     for at, size in enumerate(after):
         if length not in size.free_symbols:
             continue
-        outer = _quotient(sympy.prod(before[: rows.at]) * layout.outer, sympy.prod(after[:at]))
+        outer = _quotient(sympy.prod(before[: rows.at]) * repeats.outer, sympy.prod(after[:at]))
         inner = _quotient(size, outer * length) if outer is not None else None
         if outer is not None and inner is not None and rows.order is None:
-            return Rows(at, Layout(outer, inner))
-        if rows.order is not None and size == layout.size(length) and outer == layout.outer:
+            return Rows(at, Repeats(outer, inner))
+        if rows.order is not None and size == repeats.size(length) and outer == repeats.outer:
             return rows.moved(at)
     what = "cuts the tokens apart" if rows.order is None else f"splits rows that are in the order of {rows.order.name}"
     raise Mixes(f"a reshape from {list(before)} to {list(after)} {what}")

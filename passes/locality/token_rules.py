@@ -350,9 +350,9 @@ _POINTWISE = (
     "threshold", "type_as",
 )  # fmt: skip
 
-Rule = Callable[[fx.Node, Axes], Axis]
+AxisRule = Callable[[fx.Node, Axes], Axis]
 
-RULES: dict[str, Rule] = {f"aten.{name}": _pointwise for name in _POINTWISE} | {
+RULES: dict[str, AxisRule] = {f"aten.{name}": _pointwise for name in _POINTWISE} | {
     "treespec.causal_attention": _attention,
     "aten.linear": _linear,
     "aten.matmul": _matmul,

@@ -9,14 +9,14 @@ from torch import fx
 from treespec_compiler.ir.arguments import argument
 
 from ..forms.closed_form import shape_of
-from .token_rules import RULES, Axes, Axis, Mixes, Rule, rank_of
+from .token_rules import RULES, Axes, Axis, AxisRule, Mixes, rank_of
 
 
 def _places(nodes: list[Any], axes: Axes) -> set[Axis]:
     return {axes.axes[n] for n in nodes if isinstance(n, fx.Node) and n in axes.axes and rank_of(n) > 0}
 
 
-def _along(dim_at: int, operands: tuple[int, ...]) -> Rule:
+def _along(dim_at: int, operands: tuple[int, ...]) -> AxisRule:
     """Operands of one rank that carry the tokens in the same dimension, which `dim` is not."""
 
     def rule(node: fx.Node, axes: Axes) -> Axis:
@@ -61,7 +61,7 @@ def _extreme(node: fx.Node, axes: Axes) -> Axis:
     return RULES["aten.maximum" if two else "aten.amax"](node, axes)
 
 
-WRITES: dict[str, Rule] = {
+WRITES: dict[str, AxisRule] = {
     "aten.gather": _along(1, (0, 2)),
     "aten.scatter": _along(1, (0, 2, 3)),
     "aten.scatter_add": _along(1, (0, 2, 3)),

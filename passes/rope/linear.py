@@ -27,7 +27,7 @@ from ..forms.form import Shape, shape_of
 from ..framework.state import GraphState
 
 Term: TypeAlias = tuple[int, "fx.Node | None", int]  # place in the root's head; factor and its column
-Entry: TypeAlias = dict[Term, float]  # coefficients
+Combination: TypeAlias = dict[Term, float]  # coefficients
 Entries: TypeAlias = "np.ndarray[Any, Any]"
 
 LEADING = 3  # dimensions in front of a head's numbers: 1, and heads and tokens in either order
@@ -35,7 +35,7 @@ LEADING = 3  # dimensions in front of a head's numbers: 1, and heads and tokens 
 
 @dataclass(frozen=True)
 class Head:
-    """A value that is linear in the root: an Entry for each number of a head, and whether A and B are exchanged."""
+    """A value that is linear in the root: what each number of a head is made of, and whether A and B are exchanged."""
 
     entries: Entries
     swapped: bool
@@ -136,7 +136,7 @@ def _writes(node: fx.Node) -> bool:
 _ONE = sympy.Integer(1)
 
 
-def _array(entries: list[Entry], shape: tuple[int, ...]) -> Entries:
+def _array(entries: list[Combination], shape: tuple[int, ...]) -> Entries:
     flat = np.empty(len(entries), dtype=object)
     flat[:] = entries
     return flat.reshape(shape)
@@ -155,7 +155,7 @@ def _without_ones(factor: fx.Node) -> fx.Node:
 
 _RESHAPES = ("aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten", "aten.unflatten")
 
-Rule: TypeAlias = Callable[[Walk, fx.Node], "Head | tuple[Head, ...] | None"]
+HeadRule: TypeAlias = Callable[[Walk, fx.Node], "Head | tuple[Head, ...] | None"]
 
 
 def _axis(dim: Any, rank: int) -> int | None:
@@ -166,7 +166,7 @@ def _axis(dim: Any, rank: int) -> int | None:
     return dim - LEADING if dim >= LEADING else None
 
 
-def _moved(change: Callable[[Head, fx.Node], Entries | None]) -> Rule:
+def _moved(change: Callable[[Head, fx.Node], Entries | None]) -> HeadRule:
     """A rule for an op that moves the numbers of its first argument."""
 
     def rule(walk: Walk, node: fx.Node) -> Head | None:
@@ -303,7 +303,7 @@ def _sum(walk: Walk, node: fx.Node) -> Head | None:
     return Head(_array(made, a.entries.shape), a.swapped)
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, HeadRule] = {
     "aten.slice": _moved(_slice),
     "aten.select": _moved(_select),
     "aten.unsqueeze": _moved(_unsqueeze),

@@ -12,7 +12,7 @@ from treespec_compiler.ir.rotation import STYLES, columns, partners
 
 from ..forms.form import shape_of
 from ..framework.state import GraphState
-from .linear import RULES, Entry, Head, Walk, same_value
+from .linear import RULES, Combination, Head, Walk, same_value
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _read(head: Head, root: fx.Node, walk: Walk) -> Rotation | None:
     """The style, if every number is turned as one of them says."""
     if head.entries.ndim != 1:
         return None
-    entries: list[Entry] = list(head.entries)
+    entries: list[Combination] = list(head.entries)
     unturned = [entry == {(d, None, 0): 1.0} for d, entry in enumerate(entries)]
     rotary = unturned.index(True) if True in unturned else len(entries)
     if rotary < 2 or rotary % 2 or not all(unturned[rotary:]):
@@ -91,7 +91,7 @@ def _read(head: Head, root: fx.Node, walk: Walk) -> Rotation | None:
     return None
 
 
-def _read_style(entries: list[Entry], other: list[int]) -> tuple[fx.Node, fx.Node, list[int]] | None:
+def _read_style(entries: list[Combination], other: list[int]) -> tuple[fx.Node, fx.Node, list[int]] | None:
     """cos, sin and the column of both for each number: own * cos - partner * sin, or + for the second of a pair."""
     turns: set[tuple[fx.Node, fx.Node]] = set()
     places = []

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
-from ..forms.by_value import Sampled, proved_up_to
+from ..forms.by_value import SampledValues, proved_up_to
 from ..forms.closed_form import ClosedForms, shape_of
 from ..framework.state import GraphState
 
@@ -94,7 +94,7 @@ def _constant_place(state: GraphState, forms: ClosedForms, index: Any) -> sympy.
 
 def _last_by_value(state: GraphState, index: fx.Node) -> sympy.Expr | None:
     """T - 1 where that is the value for every number of tokens, whatever computes it."""
-    sampled = Sampled(index, state.gm, state.tokens, state.constants, state.max_context)
+    sampled = SampledValues(index, state.gm, state.tokens, state.constants, state.max_context)
 
     def holds(n: int) -> bool:
         value = sampled.values(n).whole(index)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from .snapshot import NodeData, Snapshot
 
-Kind = Literal["same", "changed", "removed", "added"]
+PairKind = Literal["same", "changed", "removed", "added"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Difference:
     def equal(self) -> bool:
         return not (self.changed or self.removed or self.added)
 
-    def rows(self) -> Iterator[tuple[Kind, NodeData | None, NodeData | None]]:
+    def rows(self) -> Iterator[tuple[PairKind, NodeData | None, NodeData | None]]:
         """Nodes of both graphs in one order: `b`'s, with removed nodes behind the last pair before them."""
         back = {b: a for a, b in self.pairs.items()}
         in_a = {n.name: n for n in self.a.nodes}

@@ -19,7 +19,7 @@ from treespec_compiler.cli.main import main
 from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu import tune as tuning
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
-from treespec_compiler.codegen.gpu.trial import Shape
+from treespec_compiler.codegen.gpu.trial import Workload
 from treespec_compiler.codegen.gpu.tune import candidates
 from treespec_compiler.ir.specs import MaskSpec
 
@@ -254,4 +254,4 @@ def test_the_scripts_kernels_and_shapes(monkeypatch):
         AttentionKernel(16, 16, 192, 128, half, half),
         AttentionKernel(32, 8, 64, 64, half, half, MaskSpec(4096)),
     ]
-    assert asked == [(specs, [Shape(64, 1, 2048)])]
+    assert asked == [(specs, [Workload(64, 1, 2048)])]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config, split_count
-from treespec_compiler.codegen.gpu.trial import Shape
+from treespec_compiler.codegen.gpu.trial import Workload
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200" / "gpu_suite-splits.json"
 RUN = json.loads(RESULTS.read_text())
@@ -21,7 +21,7 @@ LLAMA = AttentionKernel(32, 8, 128, 128, torch.bfloat16, torch.bfloat16)
 def chosen(sweep: dict[str, Any]) -> int:
     config, nodes = Config.parse(sweep["config"]), sweep["nodes"]
     programs = -(-nodes * LLAMA.group // config.block_m) * LLAMA.kv_heads
-    capacity = Shape(nodes, 1, sweep["context"]).capacity
+    capacity = Workload(nodes, 1, sweep["context"]).capacity
     return split_count(LLAMA, programs, capacity, config, RUN["run"]["multiprocessors"])
 
 

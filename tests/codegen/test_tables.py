@@ -14,7 +14,7 @@ import pytest
 from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu.tree_attention_source import SHOWN, source
 from treespec_compiler.codegen.gpu.tree_attention_spec import DTYPES, AttentionKernel, Config
-from treespec_compiler.codegen.tables import Entry, Table
+from treespec_compiler.codegen.tables import TuningEntry, TuningTable
 from treespec_compiler.errors import CorruptTable
 from treespec_compiler.ir.specs import MaskSpec
 
@@ -43,13 +43,13 @@ def _places(tmp_path, monkeypatch):
 
 
 def entry(block, us=1.0, **key):
-    return Entry(KEY | key, {"block_m": block}, us)
+    return TuningEntry(KEY | key, {"block_m": block}, us)
 
 
 def write(entries, where=tables.user_path, **changed):
     fields = {"op": "toy", "arch": "sm_90", "source_hash": tables.kernel_hash("toy")} | changed
     path = where("toy", "sm_90")
-    tables.write(path, Table(**fields, entries=tuple(entries), meta={"device": "a GPU"}))
+    tables.write(path, TuningTable(**fields, entries=tuple(entries), meta={"device": "a GPU"}))
     return path
 
 
@@ -146,7 +146,7 @@ def test_corrupt_and_foreign_tables_are_named_and_ignored(text, problem, caplog)
 
 def test_what_is_written_is_read_again_one_line_an_entry():
     runner_up = {"config": {"block_m": 64}, "us": 2.5}
-    first = Entry(KEY, {"block_m": 32, "warps": 4}, 2.0, runner_up)
+    first = TuningEntry(KEY, {"block_m": 32, "warps": 4}, 2.0, runner_up)
     path = write([first, entry(16, rows=1)])
     table = tables.read(path, "toy", "sm_90")
     assert table.entries == (first, entry(16, rows=1)) and table.meta == {"device": "a GPU"}
@@ -155,7 +155,7 @@ def test_what_is_written_is_read_again_one_line_an_entry():
 
 
 def test_merging_replaces_entries_of_the_same_key():
-    table = Table("toy", "sm_90", "h", (entry(16), entry(32, rows=64)))
+    table = TuningTable("toy", "sm_90", "h", (entry(16), entry(32, rows=64)))
     merged = tables.merge(table, [entry(128)])
     assert [e.config["block_m"] for e in merged.entries] == [128, 32]
 

@@ -16,14 +16,14 @@ from treespec_compiler.codegen import tables
 from treespec_compiler.codegen.gpu import tune as tuning
 from treespec_compiler.codegen.gpu.offline import Resources
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config, default_config, search_space
-from treespec_compiler.codegen.gpu.trial import Shape
+from treespec_compiler.codegen.gpu.trial import Workload
 from treespec_compiler.codegen.gpu.tune import Tuner, candidates, prune, tune
-from treespec_compiler.codegen.tables import Table
+from treespec_compiler.codegen.tables import TuningTable
 from treespec_compiler.errors import CorruptTable, InvalidOption
 from treespec_compiler.ir.specs import MaskSpec
 
 SPEC = AttentionKernel(32, 8, 128, 128, torch.bfloat16, torch.bfloat16)
-SHORT, LONG = Shape(1, 1, 1024), Shape(64, 1, 8192)
+SHORT, LONG = Workload(1, 1, 1024), Workload(64, 1, 8192)
 
 
 class Compiled:
@@ -47,10 +47,10 @@ def make(**changes):
 
 
 def test_shapes():
-    assert Shape.parse("64x8x2048") == Shape(64, 8, 2048) and str(Shape(64, 8, 2048)) == "64x8x2048"
+    assert Workload.parse("64x8x2048") == Workload(64, 8, 2048) and str(Workload(64, 8, 2048)) == "64x8x2048"
     for text in ("64", "64x8", "0x1x5", "axbxc", "1x2x3x4", "-1x1x1"):
         with pytest.raises(InvalidOption, match=f"got '{text}'"):
-            Shape.parse(text)
+            Workload.parse(text)
 
 
 def test_candidates_begin_with_the_default_and_fit_the_rows():
@@ -133,7 +133,7 @@ def test_each_configuration_is_compiled_once():
 
     tuner = make(compiler=compiler, limit=4)
     tuner.entry(SHORT)
-    tuner.entry(Shape(2, 1, 8192))  # its default is the same one
+    tuner.entry(Workload(2, 1, 8192))  # its default is the same one
     assert len(made) == len(set(made)) and set(candidates(SPEC, 4, "sm_90", 4)) <= set(made)
 
 
@@ -210,7 +210,7 @@ def test_what_was_tuned_is_what_is_launched(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "none")
     tables.forget()
     assert chosen_config(SPEC, 1, "sm_90") == (default_config(SPEC, 4, "sm_90"), False)
-    table = Table(tuning.OP, "sm_90", tables.kernel_hash(tuning.OP), ())
+    table = TuningTable(tuning.OP, "sm_90", tables.kernel_hash(tuning.OP), ())
     path = tables.user_path(tuning.OP, "sm_90")
     table = tune(make(), [SHORT], table, lambda t: tables.write(path, t))
     config, measured = chosen_config(SPEC, 1, "sm_90")
@@ -219,7 +219,7 @@ def test_what_was_tuned_is_what_is_launched(tmp_path, monkeypatch):
     from treespec_compiler.codegen.gpu.tree_attention import _config
 
     monkeypatch.setattr(tables, "architecture", lambda device: "sm_90")
-    batch = Shape(8, 4, 2048)
+    batch = Workload(8, 4, 2048)
     table = tune(make(measure=lambda c, s: c.block_n), [batch], table, lambda t: tables.write(path, t))
     launched = _config.__wrapped__(SPEC, 8 * 4, 4, batch.capacity, 0, False)  # an op sees the nodes of all requests
     assert launched.as_dict() == table.entries[-1].config != config.as_dict()

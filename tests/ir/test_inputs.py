@@ -9,7 +9,7 @@ import torch
 
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.inputs import ATTENTION, BY_NAME, INPUTS, POOL, SYMBOLS, TreeMeta, input_of, pool_names
-from treespec_compiler.program.batch import Part, Shape, lay_out
+from treespec_compiler.program.batch import CallSizes, Part, lay_out
 from treespec_compiler.program.lowering import EXAMPLE
 from treespec_compiler.tree import TokenTree
 
@@ -47,7 +47,7 @@ class _Cache:
 def test_a_call_is_laid_out_in_the_table_s_order(aligned):
     parts = [Part(1, TokenTree([7, 8, 9], [-1, 0, 0])), Part(0, TokenTree([5], [-1]))]
     shape, numbers = lay_out(parts, _Cache([10, 20]), aligned=aligned)
-    batch = Shape(*shape).split(torch.frombuffer(numbers, dtype=torch.int64), aligned)
+    batch = CallSizes(*shape).split(torch.frombuffer(numbers, dtype=torch.int64), aligned)
     expected = {
         "tokens": [[7, 8, 9, 5]],
         "positions": [20, 21, 21, 10],

@@ -12,7 +12,7 @@ from oracles import EAGER, Forest, assert_decodes, assert_rows, random_tree
 from torch import Tensor, nn
 
 import treespec_compiler as treespec
-from treespec_compiler.passes.locality.rows import Layout, Rows, reshaped
+from treespec_compiler.passes.locality.rows import Repeats, Rows, reshaped
 from treespec_compiler.passes.locality.token_rules import Mixes
 
 pytest.importorskip("transformers.integrations.moe")  # defines transformers::grouped_mm_fallback
@@ -307,12 +307,12 @@ def shape(*sizes: Any) -> tuple[sympy.Expr, ...]:
 @pytest.mark.parametrize(
     ("rows", "before", "after", "expected"),
     [
-        (Rows(0), shape(T, 2), shape(2 * T), Rows(0, Layout(1, 2))),
-        (Rows(0, Layout(1, 2)), shape(2 * T), shape(T, 2), Rows(0)),
-        (Rows(1), shape(3, T), shape(3 * T), Rows(0, Layout(3, 1))),
-        (Rows(0, Layout(3, 1)), shape(3 * T, 5), shape(3, T, 5), Rows(1)),
-        (Rows(1), shape(1, T, 4, 2), shape(T * 4, 2), Rows(0, Layout(1, 4))),
-        (Rows(1, Layout(1, 4)), shape(1, 4 * T), shape(1, 2 * T, 2), Rows(1, Layout(1, 2))),
+        (Rows(0), shape(T, 2), shape(2 * T), Rows(0, Repeats(1, 2))),
+        (Rows(0, Repeats(1, 2)), shape(2 * T), shape(T, 2), Rows(0)),
+        (Rows(1), shape(3, T), shape(3 * T), Rows(0, Repeats(3, 1))),
+        (Rows(0, Repeats(3, 1)), shape(3 * T, 5), shape(3, T, 5), Rows(1)),
+        (Rows(1), shape(1, T, 4, 2), shape(T * 4, 2), Rows(0, Repeats(1, 4))),
+        (Rows(1, Repeats(1, 4)), shape(1, 4 * T), shape(1, 2 * T, 2), Rows(1, Repeats(1, 2))),
     ],
 )
 def test_rows_through_reshapes(rows: Rows, before: Any, after: Any, expected: Rows) -> None:
@@ -334,4 +334,4 @@ def test_a_reshape_that_cuts_tokens_is_refused() -> None:
         reshaped(Rows(0), shape(T, 4), shape(2, T, 2), T)
     sort: Any = type("Sort", (), {"name": "sort_1"})()
     with pytest.raises(Mixes, match="in the order of sort_1"):
-        reshaped(Rows(0, Layout(1, 2), sort), shape(2 * T), shape(T, 2), T)
+        reshaped(Rows(0, Repeats(1, 2), sort), shape(2 * T), shape(T, 2), T)

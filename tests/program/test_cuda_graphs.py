@@ -25,7 +25,7 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import kernel_of, kernels
 from treespec_compiler.options import Options
 from treespec_compiler.program import cuda_graphs
-from treespec_compiler.program.batch import Part, Shape, lay_out
+from treespec_compiler.program.batch import CallSizes, Part, lay_out
 from treespec_compiler.program.cuda_graphs import Graphs, bucket, power_of_two
 from treespec_compiler.program.early_exit import EarlyExitProgram, exit_graph
 from treespec_compiler.program.executor import Bound, Executor
@@ -55,7 +55,7 @@ class FakeRecorder:
 def graphs_of(program, **settings):
     """Make a program on the CPU believe that it can be recorded."""
     executor = program._executor
-    executor._graphs = Graphs(executor._place, executor._launch, FakeRecorder(), executor.device, **settings)
+    executor._graphs = Graphs(executor._inputs_of, executor._launch, FakeRecorder(), executor.device, **settings)
     return executor._graphs
 
 
@@ -85,10 +85,10 @@ def test_powers_of_two():
 
 
 def test_the_bucket_holds_the_call():
-    assert bucket([Part(0, tree(1))]) == Shape(1, 1, 1, 1)
-    assert bucket([Part(0, tree(5)), Part(2, tree(6)), Part(1, tree(3))]) == Shape(16, 4, 16, 1)
-    assert bucket([Part(0, tree(70), start=60)]) == Shape(16, 1, 16, 2)
-    assert bucket([Part(0, tree(200))]) == Shape(256, 1, 256, 4)
+    assert bucket([Part(0, tree(1))]) == CallSizes(1, 1, 1, 1)
+    assert bucket([Part(0, tree(5)), Part(2, tree(6)), Part(1, tree(3))]) == CallSizes(16, 4, 16, 1)
+    assert bucket([Part(0, tree(70), start=60)]) == CallSizes(16, 1, 16, 2)
+    assert bucket([Part(0, tree(200))]) == CallSizes(256, 1, 256, 4)
     assert bucket([Part(0, tree(1025))]) is None
     assert bucket([Part(0, tree(1025), start=1024)]) is None  # more words than any
     assert bucket([Part(s, tree(1)) for s in range(65)]) is None
@@ -98,7 +98,7 @@ def test_padding_writes_nowhere_and_belongs_to_no_request(program):
     cache = program.new_cache(max_tokens=32, slots=3)
     cache._lengths = [4, 9, 0]
     parts = [Part(1, tree(3)), Part(0, tree(2))]
-    room = Shape(8, 4, 8, 2)
+    room = CallSizes(8, 4, 8, 2)
     sizes, numbers = lay_out(parts, cache, room=room, aligned=True)
     assert sizes == (8, 4, 8, 2, 1) and len(numbers) == room.integers
     batch = room.split(torch.frombuffer(numbers, dtype=torch.int64), aligned=True)
@@ -109,7 +109,7 @@ def test_padding_writes_nowhere_and_belongs_to_no_request(program):
     assert meta.rows.tolist() == list(range(8)) and meta.page_table.shape == (4, 1)
     assert not meta.ancestors[5:].any() and not meta.ancestors[:, 1].any()
     exact = lay_out(parts, cache)
-    plain = Shape(*exact[0]).split(torch.frombuffer(exact[1], dtype=torch.int64)).meta
+    plain = CallSizes(*exact[0]).split(torch.frombuffer(exact[1], dtype=torch.int64)).meta
     assert torch.equal(meta.ancestors[:5, :1], plain.ancestors)
     assert torch.equal(meta.positions[:5], plain.positions)
     start = batch.tokens.data_ptr()
@@ -250,7 +250,7 @@ def model_of_one_layer():
 def test_the_early_exit_is_recorded_as_well(program):
     exit, plain = EarlyExitProgram(program, 1), program.executor(exit_graph(1))
     own = exit._executor()
-    own._graphs = Graphs(own._place, own._launch, FakeRecorder(), exit.device)
+    own._graphs = Graphs(own._inputs_of, own._launch, FakeRecorder(), exit.device)
     cache = program.new_cache()
     program.prefill([1, 2, 3], cache)
     for seed in range(4):
@@ -262,7 +262,7 @@ def test_the_early_exit_is_recorded_as_well(program):
 def test_every_named_output_is_replayed(program):
     wanted = ("logits", "hidden:1", "hidden:2")
     own, plain = program._returning(wanted), program.executor(lambda state: tapped(state, (1, 2)))
-    own._graphs = Graphs(own._place, own._launch, FakeRecorder(), program.device)
+    own._graphs = Graphs(own._inputs_of, own._launch, FakeRecorder(), program.device)
     cache = program.new_cache()
     program.prefill([1, 2, 3], cache)
     for seed in range(4):

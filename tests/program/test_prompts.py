@@ -15,7 +15,7 @@ import treespec_compiler as treespec
 from treespec_compiler.codegen import aten, cpu
 from treespec_compiler.codegen.gpu import prompt, tree_attention
 from treespec_compiler.ir import attention, ops
-from treespec_compiler.program.batch import Part, Shape, lay_out
+from treespec_compiler.program.batch import CallSizes, Part, lay_out
 from treespec_compiler.tree import TokenTree
 
 KERNELS = [ops.tree_attention, aten.TREE_ATTENTION, cpu.TREE_ATTENTION]
@@ -87,8 +87,8 @@ def test_prompts_are_laid_out_without_words_and_pages(program):
     cache = program.new_cache(max_tokens=64, slots=2)
     tree = TokenTree.chain([1, 2, 3])
     shape, numbers = lay_out([Part(1, tree, chain=True, pages=0)], cache, rows=[2], aligned=True)
-    assert shape == (3, 1, 1, 0, 0) and len(numbers) == Shape(*shape).integers
-    meta = Shape(*shape).split(torch.frombuffer(numbers, dtype=torch.int64), aligned=True).meta
+    assert shape == (3, 1, 1, 0, 0) and len(numbers) == CallSizes(*shape).integers
+    meta = CallSizes(*shape).split(torch.frombuffer(numbers, dtype=torch.int64), aligned=True).meta
     assert meta.ancestors.shape == (3, 0) and meta.page_table.shape == (1, 0)
     assert meta.write_index.tolist() == [64, 65, 66] and meta.tree_lens.tolist() == [3]
     cache._lengths[1] = 4

@@ -27,7 +27,7 @@ from gpu_sections.base import Context  # noqa: E402
 
 from treespec_compiler.codegen.gpu import timing  # noqa: E402
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel  # noqa: E402
-from treespec_compiler.codegen.gpu.trial import Shape  # noqa: E402
+from treespec_compiler.codegen.gpu.trial import Workload  # noqa: E402
 from treespec_compiler.codegen.gpu.tune_device import Inputs  # noqa: E402
 from treespec_compiler.program import executor  # noqa: E402
 
@@ -260,7 +260,7 @@ def test_tuning_on_a_pretended_gpu(pretended, tmp_path, monkeypatch):
     pytest.importorskip("triton")
     tune = importlib.import_module("gpu_sections.tune")
     monkeypatch.setattr(tune, "SPEC", AttentionKernel(4, 2, 16, 16, torch.bfloat16, torch.bfloat16))
-    monkeypatch.setattr(tune, "SHAPES", (Shape(2, 1, 16),))
+    monkeypatch.setattr(tune, "SHAPES", (Workload(2, 1, 16),))
     monkeypatch.setattr(tune, "LIMIT", 2)
     (row,) = on_gpu("tune", tmp_path)["shapes"]
     assert row["us"] == row["default_us"] == 1000.0

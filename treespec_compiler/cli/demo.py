@@ -47,7 +47,7 @@ def configure(parser: ArgumentParser) -> None:
 
 
 @dataclass
-class Row:
+class TimedLoop:
     """One loop's runs over all prompts."""
 
     name: str
@@ -119,9 +119,9 @@ def run(arguments: Namespace) -> int:
         speculation = Speculation(target.model, draft.model, policy, options)
         static = StaticCacheLoop(target.model, longest + new_tokens)
         rows = [
-            Row(HuggingFaceGenerate.name, HuggingFaceGenerate(target.model)),
-            Row(StaticCacheLoop.name, static),
-            Row("treespec", speculation),
+            TimedLoop(HuggingFaceGenerate.name, HuggingFaceGenerate(target.model)),
+            TimedLoop(StaticCacheLoop.name, static),
+            TimedLoop("treespec", speculation),
         ]
         say("compiling target and draft with treespec")
         speculation(prompts[0], 8)
@@ -200,7 +200,9 @@ def show_tree(console: Console, tokenizer: Any, steps: list[Step]) -> None:
     console.print(line, markup=False)
 
 
-def show_table(console: Console, rows: list[Row], speculation: Speculation, prompts: int, new_tokens: int) -> None:
+def show_table(
+    console: Console, rows: list[TimedLoop], speculation: Speculation, prompts: int, new_tokens: int
+) -> None:
     console.rule(f"{prompts} held-out prompts, {new_tokens} new tokens each, float32, {threads()}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("", "tokens/s", "x HF", "x loop", "tokens/step", "identical"):

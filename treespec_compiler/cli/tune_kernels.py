@@ -18,9 +18,9 @@ from ..codegen import tables
 from ..codegen.gpu.inventory import attention_kernels
 from ..codegen.gpu.offline import TARGETS
 from ..codegen.gpu.tree_attention_spec import AttentionKernel, default_config
-from ..codegen.gpu.trial import Shape
+from ..codegen.gpu.trial import Workload
 from ..codegen.gpu.tune import OP, SHAPES, Outcome, Tuner, tune
-from ..codegen.tables import Table
+from ..codegen.tables import TuningTable
 from ..errors import CorruptTable, InvalidOption, Unsupported
 from ..pipeline import convert
 from .arguments import TakesArguments
@@ -70,9 +70,9 @@ def tune_model(arguments: Namespace) -> int:
     return 0
 
 
-def parse_shapes(texts: Sequence[str]) -> list[Shape]:
+def parse_shapes(texts: Sequence[str]) -> list[Workload]:
     try:
-        return [Shape.parse(text) for text in texts]
+        return [Workload.parse(text) for text in texts]
     except InvalidOption as error:
         raise replace(error, name="--shapes") from None
 
@@ -132,13 +132,13 @@ def gpu() -> torch.device:
 
 def tune_kernels(
     specs: Sequence[AttentionKernel],
-    shapes: Sequence[Shape],
+    shapes: Sequence[Workload],
     device: torch.device,
     path: Path,
     limit: int | None = None,
     again: bool = False,
     budget: float = 0.02,
-) -> Table:
+) -> TuningTable:
     """Measure every kernel for every shape and keep the table at `path`, with a progress bar.
 
     Shapes that no configuration is right for are left out; raises InvalidOption where that is all of them.

@@ -9,24 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
-Row: TypeAlias = Any
+AnyRow: TypeAlias = Any
 """One float64 number for every id [V]: a numpy array or a tensor. What the rules do to it: index one, `*` and `/` by a
 number, `-`, `clip(min=0.0)`, `sum()`."""
-Target: TypeAlias = Callable[[int], Row]
+Target: TypeAlias = Callable[[int], AnyRow]
 """Node -> the target's distribution after the path to it; asked for when it is needed, once a visit."""
-Drawn: TypeAlias = Callable[[int], Iterable[tuple[int, Row | None]]]
+DrawsBelow: TypeAlias = Callable[[int], Iterable[tuple[int, AnyRow | None]]]
 """Node -> each draw below it, in the order drawn: the child, and the distribution it was drawn from given those before;
 None: it was chosen without chance, a draw from what has probability 1 for its token."""
 Accepted: TypeAlias = tuple[list[int], int]
 """The path, root first, and the target's token after it."""
 
 
-class Chance(Protocol):
+class Randomness(Protocol):
     """Every question takes the next random number, also where the answer is certain."""
 
     def accept(self, probability: float) -> bool: ...
 
-    def choose(self, weights: Row) -> int: ...
+    def choose(self, weights: AnyRow) -> int: ...
 
 
 def follow(
@@ -44,7 +44,7 @@ def follow(
     return path, want
 
 
-def naive(tokens: Sequence[int], parents: Sequence[int], target: Target, chance: Chance) -> Accepted:
+def naive(tokens: Sequence[int], parents: Sequence[int], target: Target, chance: Randomness) -> Accepted:
     """A token is drawn from p; the walk goes on where a child has it."""
 
     def draw(node: int) -> int:
@@ -53,7 +53,7 @@ def naive(tokens: Sequence[int], parents: Sequence[int], target: Target, chance:
     return follow(tokens, parents, [0], draw(0), draw)
 
 
-def rejection(tokens: Sequence[int], target: Target, drawn: Drawn, chance: Chance) -> Accepted:
+def rejection(tokens: Sequence[int], target: Target, drawn: DrawsBelow, chance: Randomness) -> Accepted:
     """Multi-step and recursive, which differ in `drawn`: x is accepted with min(1, p(x) / q(x)), else p is what is left
     of it. After the last rejection the walk ends."""
     path = [0]
@@ -71,7 +71,7 @@ def rejection(tokens: Sequence[int], target: Target, drawn: Drawn, chance: Chanc
             return path, chance.choose(p)
 
 
-def traversal(tokens: Sequence[int], target: Target, drawn: Drawn, chance: Chance) -> Accepted:
+def traversal(tokens: Sequence[int], target: Target, drawn: DrawsBelow, chance: Randomness) -> Accepted:
     """Leaves before their parents, each node accepted with its weight."""
     visits = [_Visit(0, 1.0, target, drawn)]
     while True:
@@ -92,15 +92,15 @@ def traversal(tokens: Sequence[int], target: Target, drawn: Drawn, chance: Chanc
 class _Visit:
     """A node on the way: its weight, what is still owed after it, and the draws below it that were not tried yet."""
 
-    def __init__(self, node: int, weight: float, target: Target, drawn: Drawn) -> None:
+    def __init__(self, node: int, weight: float, target: Target, drawn: DrawsBelow) -> None:
         self.node, self.weight = node, weight
         self._target: Target = target
-        self._owed: Row = None
-        self._last: tuple[Row | None, int] = None, 0
+        self._owed: AnyRow = None
+        self._last: tuple[AnyRow | None, int] = None, 0
         self._untried = iter(drawn(node))
 
     @property
-    def owed(self) -> Row:
+    def owed(self) -> AnyRow:
         if self._owed is None:
             self._owed = self._target(self.node)
         return self._owed
@@ -125,9 +125,9 @@ class _Visit:
 
 
 def in_order(
-    children: Iterable[int], tokens: Sequence[int], q: Row | None, replacement: bool
-) -> Iterator[tuple[int, Row | None]]:
-    """Draws from q in the order drawn, as `Drawn` tells them. Without replacement a drawn token leaves q."""
+    children: Iterable[int], tokens: Sequence[int], q: AnyRow | None, replacement: bool
+) -> Iterator[tuple[int, AnyRow | None]]:
+    """Draws from q in the order drawn, as `DrawsBelow` tells them. Without replacement a drawn token leaves q."""
     for child in children:
         yield child, q
         if not replacement and q is not None:
@@ -144,11 +144,11 @@ def ratio(p: float, q: float) -> float:
     return 1.0 if p >= q else p / q
 
 
-def _chance_of(q: Row | None, token: int) -> float:
+def _chance_of(q: AnyRow | None, token: int) -> float:
     return 1.0 if q is None else float(q[token])
 
 
-def _residual(p: Row, q: Row | None, token: int, weight: float = 1.0) -> tuple[Row, float]:
+def _residual(p: AnyRow, q: AnyRow | None, token: int, weight: float = 1.0) -> tuple[AnyRow, float]:
     """max(0, weight p - q), what is still owed after the draw of `token` from q was rejected, and its sum."""
     rest = p * weight
     if q is None:

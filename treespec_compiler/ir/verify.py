@@ -17,7 +17,7 @@ from .inputs import ROWS, is_pool, pool_names
 from .library import definition
 from .provenance import op_name
 
-Rule = Callable[[fx.Graph], str | None]
+GraphRule = Callable[[fx.Graph], str | None]
 
 LOGITS = "logits"
 LEVELS = ("captured", "normalized", "recognized", "classified", "treeified", "stateful", "rows", "bound")
@@ -27,7 +27,7 @@ def _calls(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "call_function"]
 
 
-def _without(names: set[str], what: str) -> Rule:
+def _without(names: set[str], what: str) -> GraphRule:
     def rule(graph: fx.Graph) -> str | None:
         found = (n for n in _calls(graph) if op_name(n) in names)
         bad = next((n for n in found if n.target is not torch.ops.aten.view.dtype), None)  # another value, no alias
@@ -43,7 +43,7 @@ def _tensor_inputs_only(graph: fx.Graph) -> str | None:
     return f"an input that is not a tensor: {bad.name}" if bad is not None else None
 
 
-def _named_outputs(names: Sequence[str]) -> Rule:
+def _named_outputs(names: Sequence[str]) -> GraphRule:
     """As many outputs as there are names: the logits [1, rows, V], and hidden states [1, T, D]."""
 
     def rule(graph: fx.Graph) -> str | None:
@@ -131,7 +131,7 @@ def _no_counting(graph: fx.Graph) -> str | None:
 
 _NO_SEQUENCE = _without({"treespec.causal_attention", "treespec.attention"}, "attention over one whole sequence")
 
-_ADDED: dict[str, tuple[Rule, ...]] = {
+_ADDED: dict[str, tuple[GraphRule, ...]] = {
     "captured": (_tensor_inputs_only, _logits_first, _every_value_known),
     "normalized": (_NORMAL_RULE, _all_arguments),
     "recognized": (_NO_SDPA,),

@@ -42,7 +42,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class CallSizes:
     """What decides the sizes of a call's inputs."""
 
     nodes: int
@@ -83,13 +83,14 @@ def lay_out(
     parts: Sequence[Part],
     cache: TreeCache,
     rows: Sequence[int] | None = None,
-    room: Shape | None = None,
+    room: CallSizes | None = None,
     aligned: bool = False,
 ) -> tuple[tuple[int, int, int, int, int], array[int]]:
-    """The fields of a `Shape`, and all integers of the call; `rows` defaults to every new node.
+    """The fields of a `CallSizes`, and all integers of the call; `rows` defaults to every new node.
 
-    With `room`, a shape at least as large, the call is padded to it: with nodes that belong to no request and write
-    nowhere, requests without nodes, and words without ancestors. Row i is then node i. `aligned` as in `Shape.split`.
+    With `room`, sizes at least as large, the call is padded to it: with nodes that belong to no request and write
+    nowhere, requests without nodes, and words without ancestors. Row i is then node i. `aligned` as in
+    `CallSizes.split`.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -168,7 +169,7 @@ def pack(parts: Sequence[Part], cache: TreeCache, device: torch.device, rows: Se
     """Build the inputs for these parts; `rows` defaults to every new node."""
     shape, numbers = lay_out(parts, cache, rows, aligned=True)
     flat = torch.frombuffer(numbers, dtype=torch.int64).to(device, non_blocking=True)
-    return Shape(*shape).split(flat, aligned=True)
+    return CallSizes(*shape).split(flat, aligned=True)
 
 
 class Buffer:
@@ -177,7 +178,7 @@ class Buffer:
     NOTE: for the CPU only, where a call has ended when it returns.
     """
 
-    def __init__(self, shape: Shape, total: int) -> None:
+    def __init__(self, shape: CallSizes, total: int) -> None:
         numbers = array("q", bytes(8 * total))
         self._memory = memoryview(numbers)
         with torch.inference_mode(False):

@@ -31,7 +31,7 @@ from ..ir.device import profile
 from ..ir.registry import kernel_of
 from ..logs import logger
 from ..options import Options
-from .batch import Batch, Part, Shape, lay_out, page_count, word_count
+from .batch import Batch, CallSizes, Part, lay_out, page_count, word_count
 from .cache import TreeCache
 
 log = logger(__name__)
@@ -42,11 +42,11 @@ MAX_REQUESTS = 64
 USES_BEFORE_CAPTURE = 1
 MAX_BUCKETS = 64
 
-Place: TypeAlias = Callable[[Batch, TreeCache], list[Tensor]]
+InputsOf: TypeAlias = Callable[[Batch, TreeCache], list[Tensor]]
 """The program's inputs for a batch on a cache, in placeholder order."""
-Launch: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor]]
+RunInputs: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor]]
 """Inputs in placeholder order -> outputs [rows or nodes, ...]; may empty the list."""
-Recorder: TypeAlias = Callable[[Callable[[], Sequence[Tensor]]], tuple[Callable[[], Any], Sequence[Tensor]]]
+CallRecorder: TypeAlias = Callable[[Callable[[], Sequence[Tensor]]], tuple[Callable[[], Any], Sequence[Tensor]]]
 """Records a call: gives what replays it, and its outputs, which every replay writes again."""
 
 
@@ -56,7 +56,7 @@ INDEXING = frozenset(
 )
 
 
-def bucket(parts: Sequence[Part], pages: int = 1) -> Shape | None:
+def bucket(parts: Sequence[Part], pages: int = 1) -> CallSizes | None:
     """The recorded size that holds this call: powers of two; None where it is larger than all of them.
 
     `pages` is the width of the call's page table.
@@ -68,7 +68,7 @@ def bucket(parts: Sequence[Part], pages: int = 1) -> Shape | None:
     if words > MAX_NODES // 64:
         return None
     padded = power_of_two(nodes)
-    return Shape(padded, power_of_two(len(parts)), padded, power_of_two(words), pages)
+    return CallSizes(padded, power_of_two(len(parts)), padded, power_of_two(words), pages)
 
 
 def obstacle(graph: fx.Graph, device: torch.device) -> str:
@@ -128,7 +128,7 @@ class GraphStats:
 class _Entry:
     """A bucket of one cache: its static inputs and, from the second use on, its recording."""
 
-    shape: Shape
+    shape: CallSizes
     flat: Tensor  # int64, on the device
     inputs: list[Tensor]
     uses: int = 0
@@ -145,12 +145,12 @@ class _Entry:
 class Graphs:
     """Recordings of one program's calls."""
 
-    place: Place
-    launch: Launch
-    record: Recorder
+    inputs_of: InputsOf
+    launch: RunInputs
+    record: CallRecorder
     device: torch.device
     limit: int = MAX_BUCKETS
-    _entries: OrderedDict[tuple[int, Shape], _Entry] = field(default_factory=OrderedDict)
+    _entries: OrderedDict[tuple[int, CallSizes], _Entry] = field(default_factory=OrderedDict)
     _watched: set[int] = field(default_factory=set)
     _template: Any = None
     _counts: Counter[str] = field(default_factory=Counter)
@@ -200,7 +200,7 @@ class Graphs:
             dropped=n["dropped"],
         )
 
-    def _entry(self, cache: TreeCache, shape: Shape) -> _Entry:
+    def _entry(self, cache: TreeCache, shape: CallSizes) -> _Entry:
         key = (id(cache), shape)
         entry = self._entries.get(key)
         if entry is not None:
@@ -214,7 +214,7 @@ class Graphs:
             weakref.finalize(cache, _forget, weakref.ref(self), id(cache))
         with torch.inference_mode(False):
             flat = torch.zeros(shape.integers, dtype=torch.int64, device=self.device)
-            entry = _Entry(shape, flat, self.place(shape.split(flat, aligned=True), cache))
+            entry = _Entry(shape, flat, self.inputs_of(shape.split(flat, aligned=True), cache))
         self._entries[key] = entry
         return entry
 

@@ -20,7 +20,7 @@ from ..ir.device import profile
 from ..ir.inputs import BY_NAME, TOKENS, pool_names
 from ..options import Options
 from ..passes.framework.state import GraphState
-from .batch import Batch, Buffer, Part, Shape, lay_out, pack
+from .batch import Batch, Buffer, CallSizes, Part, lay_out, pack
 from .cache import TreeCache
 from .cuda_graphs import CudaRecorder, Graphs, GraphStats, obstacle, run_or_explain
 from .lowering import Lowered, lower_eager, lower_inductor
@@ -89,7 +89,7 @@ class Executor:
         wanted = self.options.cuda_graphs
         reason = "option cuda_graphs=False" if wanted is False else obstacle(self.state.graph, self.device)
         if not reason:
-            return Graphs(self._place, self._launch, CudaRecorder(self.device), self.device), ""
+            return Graphs(self._inputs_of, self._launch, CudaRecorder(self.device), self.device), ""
         if wanted is True:
             fix = f"This one cannot: {reason}."
             raise InvalidOption(name="cuda_graphs", got=True, expected="a program that can be recorded", fix=fix)
@@ -139,7 +139,7 @@ class Executor:
 
     def _inputs(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None) -> list[Tensor]:
         if not self._profile.synchronous:
-            return self._place(pack(parts, cache, self.device, rows), cache)
+            return self._inputs_of(pack(parts, cache, self.device, rows), cache)
         shape, numbers = lay_out(parts, cache, rows)
         # NOTE an id may be that of a graph that is gone; its template cannot be this one's.
         key = (id(self), shape)
@@ -147,12 +147,12 @@ class Executor:
         if held is None or held[0] is not self._template:
             if len(cache.prepared) >= MAX_PREPARED:
                 cache.prepared.clear()
-            buffer = Buffer(Shape(*shape), len(numbers))
-            held = cache.prepared[key] = (self._template, buffer, self._place(buffer.batch, cache))
+            buffer = Buffer(CallSizes(*shape), len(numbers))
+            held = cache.prepared[key] = (self._template, buffer, self._inputs_of(buffer.batch, cache))
         held[1].fill(numbers)
         return held[2].copy()  # compiled code empties the list it is given
 
-    def _place(self, batch: Batch, cache: TreeCache) -> list[Tensor]:
+    def _inputs_of(self, batch: Batch, cache: TreeCache) -> list[Tensor]:
         inputs = list(self._template)
         named = batch.named()
         for place, name in self._given:

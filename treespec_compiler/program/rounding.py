@@ -26,8 +26,7 @@ DRAWS = 4
 # Times the tolerance, where the model cannot be copied; half precision's is loose already.
 UNMEASURED = {torch.float64: 10, torch.float32: 10}
 LOOSE_UNMEASURED = 2
-# Bytes of a copy in float64: at most, and where the machine does not say what is free.
-MOST_BYTES = 2**33
+MOST_BYTES = 2**33  # of a copy in float64
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

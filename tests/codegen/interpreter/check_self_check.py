@@ -11,7 +11,7 @@ from treespec_compiler.codegen.gpu import attention_launches, self_check, tree_a
 from treespec_compiler.codegen.gpu.source import load
 from treespec_compiler.codegen.gpu.tree_attention_source import source
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config
-from treespec_compiler.codegen.gpu.trial import Shape
+from treespec_compiler.codegen.gpu.trial import Workload
 from treespec_compiler.codegen.gpu.tune_device import Inputs
 from treespec_compiler.errors import WrongKernel
 from treespec_compiler.ir.specs import MaskSpec
@@ -71,8 +71,8 @@ def test_what_a_launch_chose_itself_is_confirmed(monkeypatch):
     monkeypatch.setattr(tree_attention, "_processors", lambda device: 132)
     monkeypatch.setattr(tree_attention, "self_check", types.SimpleNamespace(confirm=lambda *given: asked.append(given)))
     for requests, context, chain in ((1, 5, False), (2, 5, False), (1, 4096, False), (1, 5, True)):
-        Inputs(PLAIN, Shape(2, requests, context), CPU, chain=chain).attend()
+        Inputs(PLAIN, Workload(2, requests, context), CPU, chain=chain).attend()
     flags = [(split, several, chain) for _, _, _, split, several, chain, _ in asked]
     assert flags == [(False, False, False), (False, True, False), (True, False, False), (False, False, True)]
-    Inputs(PLAIN, Shape(2, 1, 5), CPU).attend(CONFIG, 1)
+    Inputs(PLAIN, Workload(2, 1, 5), CPU).attend(CONFIG, 1)
     assert len(asked) == 4  # the caller's own choice is the caller's

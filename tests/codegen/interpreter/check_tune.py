@@ -7,7 +7,7 @@ import torch
 
 from treespec_compiler.codegen.gpu import tune_device
 from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel, Config
-from treespec_compiler.codegen.gpu.trial import TOLERANCE, Shape, binary_tree
+from treespec_compiler.codegen.gpu.trial import TOLERANCE, Workload, binary_tree
 from treespec_compiler.codegen.gpu.tune_device import DeviceBench, Inputs
 from treespec_compiler.ir.specs import MaskSpec
 
@@ -22,15 +22,15 @@ def test_check(changes, monkeypatch):
     monkeypatch.setattr(tune_device, "CHECKED_CONTEXT", 70)
     spec = AttentionKernel(4, 2, 16, 32, torch.float32, torch.float32, **changes)
     bench = DeviceBench(spec, CPU)
-    assert bench.check(CONFIG, Shape(5, 2, 4096)) <= TOLERANCE[torch.float32]
+    assert bench.check(CONFIG, Workload(5, 2, 4096)) <= TOLERANCE[torch.float32]
     ((inputs, _),) = bench._expected.values()
     inputs.pool_v[0, 0, 60] += 5
-    assert bench.check(CONFIG, Shape(5, 2, 4096)) > 1e-3
+    assert bench.check(CONFIG, Workload(5, 2, 4096)) > 1e-3
 
 
 def test_inputs():
     spec = AttentionKernel(4, 2, 16, 32, torch.float32, torch.float32)
-    inputs = Inputs(spec, Shape(3, 2, 10), CPU)
+    inputs = Inputs(spec, Workload(3, 2, 10), CPU)
     assert inputs.bytes == 2 * 13 * 2 * 48 * 4 + 6 * 4 * 48 * 4
     rows, depths = binary_tree(70)
     assert depths[:4] == [0, 1, 1, 2] and depths[69] == 6

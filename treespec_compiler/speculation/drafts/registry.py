@@ -35,13 +35,13 @@ Factory: TypeAlias = Callable[[Any, DraftContext], Draft]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class DraftKind:
     factory: Factory
     usage: str
     takes: Callable[[object], bool] | None
 
 
-_kinds: dict[str, Kind] = {}
+_kinds: dict[str, DraftKind] = {}
 
 
 def register_draft(
@@ -57,7 +57,7 @@ def register_draft(
         raise InvalidOption(name="register_draft", got=name, expected="a name without spaces around it and colons")
     if not callable(factory):
         raise InvalidOption(name="register_draft", got=factory, expected="a function (argument, context) -> Draft")
-    _kinds[name] = Kind(factory, usage or f'"{name}"', takes)
+    _kinds[name] = DraftKind(factory, usage or f'"{name}"', takes)
 
 
 def unregister_draft(name: str) -> None:
@@ -65,7 +65,7 @@ def unregister_draft(name: str) -> None:
     _kinds.pop(name, None)
 
 
-def kinds() -> dict[str, Kind]:
+def kinds() -> dict[str, DraftKind]:
     """All kinds by name, those of installed packages included."""
     _load_installed()
     return dict(_kinds)
@@ -89,7 +89,7 @@ def is_named(text: str) -> bool:
     return text.strip().partition(":")[0] in kinds()
 
 
-def check_named(text: str) -> tuple[Kind, str]:
+def check_named(text: str) -> tuple[DraftKind, str]:
     """What `name` or `name:argument` means: a kind and its argument; raises InvalidOption with the names there are."""
     name, _, argument = text.strip().partition(":")
     known = kinds()

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...ir.device import profile
 from .chance import REPEATS, Chance, SeededChance, without_repeats
 from .rows import NONE, Drawn, HostRows, RowSampler
-from .samplers import SAMPLERS, ChildSampler, Kind
+from .samplers import SAMPLERS, ChildSampler, SamplerKind
 from .settings import TINY, Sampling
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class DeviceRows:
     """All rows of a level at once; the numbers come from the request's `chance`."""
 
     def __init__(
-        self, sampling: Sampling, kind: Kind, chance: SeededChance, vocab_size: int, device: torch.device
+        self, sampling: Sampling, kind: SamplerKind, chance: SeededChance, vocab_size: int, device: torch.device
     ) -> None:
         self._processor = DeviceProcessor(sampling, device)
         self._kind, self._chance, self._vocab_size = kind, chance, vocab_size

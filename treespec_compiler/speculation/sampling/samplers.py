@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 from ...errors import InvalidOption
 from .chance import Chance, Row
 
-Kind: TypeAlias = Literal["top-k", "iid", "without-replacement"]
+SamplerKind: TypeAlias = Literal["top-k", "iid", "without-replacement"]
 """What a verifier may assume of the children: chosen without chance, drawn independently, drawn one after the other
 among those not yet drawn."""
 
@@ -16,7 +16,7 @@ among those not yet drawn."""
 @runtime_checkable
 class ChildSampler(Protocol):
     @property
-    def kind(self) -> Kind: ...
+    def kind(self) -> SamplerKind: ...
 
     def draw(self, q: Row, count: int, chance: Chance) -> list[int]:
         """Up to `count` tokens in the order drawn; a token drawn twice is listed twice.
@@ -30,7 +30,7 @@ class ChildSampler(Protocol):
 class TopK:
     """The likeliest tokens; ties go to the lowest id. SpecInfer, section 3.1 (expansion-based construction)."""
 
-    kind: ClassVar[Kind] = "top-k"
+    kind: ClassVar[SamplerKind] = "top-k"
 
     def draw(self, q: Row, count: int, chance: Chance) -> list[int]:
         best = (-q).argsort(kind="stable")[:count]
@@ -42,7 +42,7 @@ class TopK:
 class IID:
     """Independent draws from q: the samples that SpecInfer's Algorithm 2 (Theorem 4.2) is about."""
 
-    kind: ClassVar[Kind] = "iid"
+    kind: ClassVar[SamplerKind] = "iid"
 
     def draw(self, q: Row, count: int, chance: Chance) -> list[int]:
         return chance.repeated(q, count)
@@ -52,7 +52,7 @@ class IID:
 class WithoutReplacement:
     """Draws without replacement, by Gumbel top-k: no node is spent on a token twice (Sequoia, arXiv 2402.12374)."""
 
-    kind: ClassVar[Kind] = "without-replacement"
+    kind: ClassVar[SamplerKind] = "without-replacement"
 
     def draw(self, q: Row, count: int, chance: Chance) -> list[int]:
         return chance.distinct(q, count)

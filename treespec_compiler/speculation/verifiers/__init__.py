@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from ...ir.acceptance import Target
 from .block import BlockVerification
 from .multi_step import MultiStep
 from .naive import NaiveSampling
 from .recursive import RecursiveRejection
-from .rule import StochasticVerifier, Target
+from .rule import StochasticVerifier
 from .traversal import TraversalVerification
 
 __all__ = [

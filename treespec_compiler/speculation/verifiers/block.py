@@ -8,12 +8,11 @@ from typing import ClassVar
 import numpy as np
 
 from ...errors import InvalidTree
-from ...ir.acceptance import ratio
+from ...ir.acceptance import Target, ratio
 from ..proposal import Proposal
 from ..sampling.chance import Chance, Row
-from ..sampling.samplers import Kind
+from ..sampling.samplers import SamplerKind
 from .greedy import Verdict
-from .rule import Target
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class BlockVerification:
 
     name: ClassVar[str] = "block"
     needs_q: ClassVar[bool] = True
-    samplers: ClassVar[tuple[Kind, ...]] = ("iid", "without-replacement")
+    samplers: ClassVar[tuple[SamplerKind, ...]] = ("iid", "without-replacement")
 
     def verify(self, proposal: Proposal, target: Target, chance: Chance) -> Verdict:
         ps, weights = [target(0)], [1.0]

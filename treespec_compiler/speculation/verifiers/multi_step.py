@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...ir.acceptance import rejection
+from ...ir.acceptance import Target, rejection
 from ..proposal import Proposal
 from ..sampling.chance import Chance, Row
-from ..sampling.samplers import Kind
+from ..sampling.samplers import SamplerKind
 from .greedy import Verdict
-from .rule import Target
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class MultiStep:
 
     name: ClassVar[str] = "multi-step"
     needs_q: ClassVar[bool] = True
-    samplers: ClassVar[tuple[Kind, ...]] = ("iid",)
+    samplers: ClassVar[tuple[SamplerKind, ...]] = ("iid",)
 
     def verify(self, proposal: Proposal, target: Target, chance: Chance) -> Verdict:
         return rejection_walk(proposal, target, chance, replacement=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...ir.acceptance import naive
+from ...ir.acceptance import Target, naive
 from ..proposal import Proposal
 from ..sampling.chance import Chance
-from ..sampling.samplers import Kind
+from ..sampling.samplers import SamplerKind
 from .greedy import Verdict
-from .rule import Target
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class NaiveSampling:
 
     name: ClassVar[str] = "naive"
     needs_q: ClassVar[bool] = False
-    samplers: ClassVar[tuple[Kind, ...]] = ("top-k", "without-replacement", "iid")
+    samplers: ClassVar[tuple[SamplerKind, ...]] = ("top-k", "without-replacement", "iid")
 
     def verify(self, proposal: Proposal, target: Target, chance: Chance) -> Verdict:
         return Verdict(*naive(proposal.tokens, proposal.parents, target, chance))

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from ...errors import InvalidOption, LossyPair
 from ..policies.protocol import TreePolicy
-from ..sampling.samplers import SAMPLERS, ChildSampler, Kind, as_sampler
+from ..sampling.samplers import SAMPLERS, ChildSampler, SamplerKind, as_sampler
 from . import VERIFIERS, BlockVerification, StochasticVerifier
 from .greedy import GreedyVerifier, Verifier
 
 DEFAULT_VERIFIER = "traversal"
 
 # Why a rule that reads q is wrong about children of this kind.
-_REASONS: dict[tuple[Kind, str], str] = {
+_REASONS: dict[tuple[SamplerKind, str], str] = {
     ("top-k", "multi-step"): "The rule divides by the chance of drawing a child, but the top k are not drawn at all.",
     ("top-k", "recursive"): "The rule divides by the chance of drawing a child, but the top k are not drawn at all.",
     ("top-k", "traversal"): "The rule divides by the chance of drawing a child, but the top k are not drawn at all.",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...ir.acceptance import Target
 from ..proposal import Proposal
 from ..sampling.chance import Chance
-from ..sampling.samplers import Kind
+from ..sampling.samplers import SamplerKind
 from .greedy import Verdict
 from .multi_step import rejection_walk
-from .rule import Target
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RecursiveRejection:
 
     name: ClassVar[str] = "recursive"
     needs_q: ClassVar[bool] = True
-    samplers: ClassVar[tuple[Kind, ...]] = ("without-replacement",)
+    samplers: ClassVar[tuple[SamplerKind, ...]] = ("without-replacement",)
 
     def verify(self, proposal: Proposal, target: Target, chance: Chance) -> Verdict:
         return rejection_walk(proposal, target, chance, replacement=False)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from ...ir.acceptance import Target
 from ..proposal import Proposal
-from ..sampling.chance import Chance, Row
-from ..sampling.samplers import Kind
+from ..sampling.chance import Chance
+from ..sampling.samplers import SamplerKind
 from .greedy import Verdict
-
-Target: TypeAlias = Callable[[int], Row]
-"""Node -> the target's processed distribution after the path to it [V], computed when asked for."""
 
 
 @runtime_checkable
@@ -27,7 +24,7 @@ class StochasticVerifier(Protocol):
         ...
 
     @property
-    def samplers(self) -> tuple[Kind, ...]:
+    def samplers(self) -> tuple[SamplerKind, ...]:
         """Child samplers it is lossless with, the best first."""
         ...
 

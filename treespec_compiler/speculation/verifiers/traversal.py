@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...ir.acceptance import Drawn, traversal
+from ...ir.acceptance import DrawsBelow, Target, traversal
 from ..proposal import Proposal
 from ..sampling.chance import Chance, Row
-from ..sampling.samplers import Kind
+from ..sampling.samplers import SamplerKind
 from .greedy import Verdict
-from .rule import Target
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,13 @@ class TraversalVerification:
 
     name: ClassVar[str] = "traversal"
     needs_q: ClassVar[bool] = True
-    samplers: ClassVar[tuple[Kind, ...]] = ("without-replacement", "iid")
+    samplers: ClassVar[tuple[SamplerKind, ...]] = ("without-replacement", "iid")
 
     def verify(self, proposal: Proposal, target: Target, chance: Chance) -> Verdict:
         return Verdict(*traversal(proposal.tokens, target, draws_of(proposal), chance))
 
 
-def draws_of(proposal: Proposal) -> Drawn:
+def draws_of(proposal: Proposal) -> DrawsBelow:
     """Each proposer's draws, renormalised where that one drew without replacement."""
     drawn, tokens = proposal.drawn(), proposal.tokens
 
