@@ -1,9 +1,9 @@
 """strip native cache: a model's own K/V cache goes, and attention reads the keys and values of the new tokens.
 
-A buffer that forward writes is a K/V cache when token t writes its slot `input_pos[t]` and nothing else does, and when
-what is read back takes part in attention only. With positions 0 .. T-1 the first T slots are then the new tokens' own
-keys and values, and the slots behind them are to be hidden by the mask. So every value that has a dimension of slots is
-computed for the first T slots instead, masks included; that the masks hide all later slots follows when `classify`
+A buffer that forward writes is a K/V cache when token t writes its cell `input_pos[t]` and nothing else does, and when
+what is read back takes part in attention only. With positions 0 .. T-1 the first T cells are then the new tokens' own
+keys and values, and the cells behind them are to be hidden by the mask. So every value that has a dimension of cells is
+computed for the first T cells instead, masks included; that the masks hide all later cells follows when `classify`
 proves them causal, for which every table they read must reach the end of the buffer. What is not proved is refused.
 """
 
@@ -21,7 +21,7 @@ from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.ir.provenance import layer_path, op_name, source_line
 from treespec_compiler.ir.specs import Limit
 
-from .attention.slots import Slots
+from .attention.cells import Cells
 from .forms.closed_form import ClosedForms, axis, shape_of
 from .framework.manager import Pass
 from .framework.state import GraphState, refuse
@@ -33,7 +33,7 @@ _WAY_OUT = "call it without its own cache (use_cache=False), or move the update 
 
 @dataclass(frozen=True)
 class Write:
-    """`cache` [.., slots, ..] gets `value` at slots 0 .. T-1 of dimension `at`; `node` is the whole new contents."""
+    """`cache` [.., cells, ..] gets `value` at cells 0 .. T-1 of dimension `at`; `node` is the whole new contents."""
 
     cache: fx.Node
     node: fx.Node
@@ -41,7 +41,7 @@ class Write:
     at: int
 
     @property
-    def slots(self) -> int:
+    def cells(self) -> int:
         return int(shape_of(self.cache)[self.at])
 
 
@@ -54,10 +54,10 @@ def strip_cache(state: GraphState) -> int:
     updates = state.output.args[0][1:]
     writes = [_write(state, forms, state.node(name), node) for name, node in zip(state.written, updates, strict=True)]
     state.output.args = ((state.logits,),)
-    slots = Slots(state, forms)
+    cells = Cells(state, forms)
     for write in writes:
-        _strip(state, slots, write)
-    slots.follow()
+        _strip(state, cells, write)
+    cells.follow()
     state.graph.eliminate_dead_code()
     for write in writes:
         state.forget(write.cache.name)
@@ -95,7 +95,7 @@ def _changes_state(state: GraphState, cache: fx.Node, why: str, node: fx.Node | 
 
 
 def _write(state: GraphState, forms: ClosedForms, cache: fx.Node, node: Any) -> Write:
-    """The one write of a cache, proved to put token t's value into slot t."""
+    """The one write of a cache, proved to put token t's value into cell t."""
     if not isinstance(node, fx.Node) or node is cache or node.op != "call_function":
         raise _changes_state(state, cache, "what is written is not a K/V cache's update")
     at, value = _spelling(state, forms, cache, node)
@@ -108,7 +108,7 @@ def _write(state: GraphState, forms: ClosedForms, cache: fx.Node, node: Any) -> 
     wanted = [*shape[:at], state.length, *shape[at + 1 :]]
     lead = len(wanted) - len(shape_of(value))
     if wanted[lead:] != list(shape_of(value)) or any(size != 1 for size in wanted[:lead]):
-        problem = f"a value of shape {list(shape_of(value))} is spread over its slots of shape {wanted}"
+        problem = f"a value of shape {list(shape_of(value))} is spread over its cells of shape {wanted}"
         raise _changes_state(state, cache, problem, node)
     if value.meta["val"].dtype != cache.meta["val"].dtype:
         raise _changes_state(state, cache, "the write converts the value to another dtype", node)
@@ -116,7 +116,7 @@ def _write(state: GraphState, forms: ClosedForms, cache: fx.Node, node: Any) -> 
 
 
 def _spelling(state: GraphState, forms: ClosedForms, cache: fx.Node, node: fx.Node) -> tuple[int, fx.Node]:
-    """(slot dimension, value written) of an indexed write at the tokens' positions."""
+    """(cell dimension, value written) of an indexed write at the tokens' positions."""
     args: Any = node.args
     name = op_name(node)
     if not args or args[0] is not cache:
@@ -139,7 +139,7 @@ def _spelling(state: GraphState, forms: ClosedForms, cache: fx.Node, node: fx.No
     form = forms.of(index)
     if form is None or form.is_bool or form.shape != (state.length,) or form.expr != axis(0):
         found = "content of the tokens or of the cache" if form is None else f"index {form.expr}".replace("a0", "t")
-        raise _changes_state(state, cache, f"token t does not write slot t: the write depends on {found}", node)
+        raise _changes_state(state, cache, f"token t does not write cell t: the write depends on {found}", node)
     return at, value
 
 
@@ -150,16 +150,16 @@ def _from_the_start(state: GraphState, bounds: Sequence[Any]) -> bool:
     return start in (0, None) and length == state.length and step == 1
 
 
-def _strip(state: GraphState, slots: Slots, write: Write) -> None:
-    """Readers of the new contents get the new tokens' values, with T slots."""
+def _strip(state: GraphState, cells: Cells, write: Write) -> None:
+    """Readers of the new contents get the new tokens' values, with T cells."""
     value = write.value
     if shape_of(value) != (*shape_of(write.cache)[: write.at], state.length, *shape_of(write.cache)[write.at + 1 :]):
         sizes = [int(s) for s in shape_of(write.cache)]
-        whole: list[Any] = [*sizes[: write.at], slots.tokens, *sizes[write.at + 1 :]]
+        whole: list[Any] = [*sizes[: write.at], cells.tokens, *sizes[write.at + 1 :]]
         value = state.call(aten.reshape.default, (value, whole), like=write.node)
-    slots.replace(write.node, value, write.at, write.slots)
+    cells.replace(write.node, value, write.at, write.cells)
     where = layer_path(write.node) or source_line(write.node) or write.cache.name
-    state.limits.append(Limit(write.slots, f"the model's own K/V cache at {where}"))
+    state.limits.append(Limit(write.cells, f"the model's own K/V cache at {where}"))
 
 
 PASS = Pass(

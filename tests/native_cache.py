@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-VOCAB, WIDTH, HEADS, KV_HEADS, SLOTS = 29, 32, 4, 2, 48
+VOCAB, WIDTH, HEADS, KV_HEADS, CELLS = 29, 32, 4, 2, 48
 
 
 class Cache(nn.Module):
-    """Keys and values of one layer, [1, H, slots, D], written at the positions of the new tokens."""
+    """Keys and values of one layer, [1, H, cells, D], written at the positions of the new tokens."""
 
     def __init__(self) -> None:
         super().__init__()
-        shape = (1, KV_HEADS, SLOTS, WIDTH // HEADS)
+        shape = (1, KV_HEADS, CELLS, WIDTH // HEADS)
         self.register_buffer("k_cache", torch.zeros(shape), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape), persistent=False)
 
@@ -93,16 +93,16 @@ class CachedDecoder(nn.Module):
         self.norm = nn.RMSNorm(WIDTH)
         self.output = nn.Linear(WIDTH, VOCAB, bias=False)
         dim = WIDTH // HEADS
-        angle = torch.arange(SLOTS)[:, None] / 100.0 ** (torch.arange(0, dim, 2) / dim)
+        angle = torch.arange(CELLS)[:, None] / 100.0 ** (torch.arange(0, dim, 2) / dim)
         self.register_buffer("freqs_cis", torch.stack([angle.cos(), angle.sin()], -1), persistent=False)
         self.register_buffer("causal_mask", self.make_mask(), persistent=False)
         self.eval()
 
     def make_mask(self) -> Tensor:
-        return torch.tril(torch.ones(SLOTS, SLOTS, dtype=torch.bool))
+        return torch.tril(torch.ones(CELLS, CELLS, dtype=torch.bool))
 
     def mask(self, input_pos: Tensor) -> Tensor | None:
-        return self.causal_mask[None, None, input_pos]  # [1, 1, T, slots]
+        return self.causal_mask[None, None, input_pos]  # [1, 1, T, cells]
 
     def forward(self, idx: Tensor, input_pos: Tensor) -> Tensor:
         mask, rope = self.mask(input_pos), self.freqs_cis[input_pos]
@@ -118,7 +118,7 @@ class EagerScores(Attention):
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         assert mask is not None
         k, v = (
-            a[:, :, None].expand(-1, -1, HEADS // KV_HEADS, -1, -1).reshape(1, HEADS, SLOTS, WIDTH // HEADS)
+            a[:, :, None].expand(-1, -1, HEADS // KV_HEADS, -1, -1).reshape(1, HEADS, CELLS, WIDTH // HEADS)
             for a in (k, v)
         )
         scores = (q @ k.transpose(-2, -1) / math.sqrt(WIDTH // HEADS)).masked_fill(~mask, -torch.inf)
@@ -126,11 +126,11 @@ class EagerScores(Attention):
 
 
 class WidenedKeys(Attention):
-    """Cached keys go through a bottleneck of as many features as the cache has slots."""
+    """Cached keys go through a bottleneck of as many features as the cache has cells."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.wide, self.narrow = nn.Linear(WIDTH // HEADS, SLOTS), nn.Linear(SLOTS, WIDTH // HEADS)
+        self.wide, self.narrow = nn.Linear(WIDTH // HEADS, CELLS), nn.Linear(CELLS, WIDTH // HEADS)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return super().read(q, self.narrow(F.silu(self.wide(k))), v, mask)
@@ -142,7 +142,7 @@ class CopiedCache(Cache):
 
 
 class WrittenPartCache(Cache):
-    """Only the slots that were written are read again."""
+    """Only the cells that were written are read again."""
 
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k, v = super().update(input_pos, k, v)
@@ -150,7 +150,7 @@ class WrittenPartCache(Cache):
 
 
 class OuterCache(Cache):
-    """Slots in dimension 1, as [1, slots, H, D]."""
+    """Cells in dimension 1, as [1, cells, H, D]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Past(nn.Module):
         super().__init__()
         self.embed, self.output = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
         self.qkv, self.wo = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.positions = nn.Embedding(SLOTS, WIDTH)
+        self.positions = nn.Embedding(CELLS, WIDTH)
         self.eval()
 
     def forward(self, ids: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,11 +186,11 @@ class Past(nn.Module):
 
 
 class StartCache(nn.Module):
-    """Keys and values of one layer, [1, slots, H, D], written and read as slices from `start_pos`."""
+    """Keys and values of one layer, [1, cells, H, D], written and read as slices from `start_pos`."""
 
     def __init__(self) -> None:
         super().__init__()
-        shape = (1, SLOTS, HEADS, WIDTH // HEADS)
+        shape = (1, CELLS, HEADS, WIDTH // HEADS)
         self.register_buffer("cache_k", torch.zeros(shape), persistent=False)
         self.register_buffer("cache_v", torch.zeros(shape), persistent=False)
         self.qkv, self.wo = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -211,7 +211,7 @@ class StartDecoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.wpe = nn.Embedding(VOCAB, WIDTH), nn.Embedding(SLOTS, WIDTH)
+        self.embed, self.wpe = nn.Embedding(VOCAB, WIDTH), nn.Embedding(CELLS, WIDTH)
         self.layers = nn.ModuleList(StartCache() for _ in range(2))
         self.output = nn.Linear(WIDTH, VOCAB)
         self.eval()

@@ -26,7 +26,7 @@ from .passes.framework.instruments import always
 from .passes.framework.manager import Check, History, Instrument, Pass, run_passes
 from .passes.framework.plan import plan
 from .passes.framework.registry import registered_passes
-from .passes.framework.reproducer import Reproducer
+from .passes.framework.reproducer import ReproducerWriter
 from .passes.framework.state import GraphState
 from .passes.framework.weights import Weights
 
@@ -122,8 +122,8 @@ def convert(
 
 def _watching(options: Options, instruments: Sequence[Instrument]) -> list[Instrument]:
     """The instruments of every conversion, and those asked for; one of them may be a reproducer of its own."""
-    own = any(isinstance(i, Reproducer) for i in instruments)
-    return [*always(), *([] if own else [Reproducer(options)]), *instruments]
+    own = any(isinstance(i, ReproducerWriter) for i in instruments)
+    return [*always(), *([] if own else [ReproducerWriter(options)]), *instruments]
 
 
 def check_complete(passes: Sequence[Pass]) -> None:

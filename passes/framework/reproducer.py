@@ -38,7 +38,7 @@ LARGEST, SMALL = 64 << 20, 256 << 10
 INFO, GRAPH, WEIGHTS, FAILED = "reproducer.json", "graph.json", "weights.safetensors", "failed.py"
 
 
-class Reproducer(Instrument):
+class ReproducerWriter(Instrument):
     """Keeps a copy of the captured graph and writes the folder if a pass fails.
 
     A refusal is an answer, not a failure; it is written only with `refusals=True`.

@@ -20,7 +20,7 @@ from treespec_compiler import passes
 from treespec_compiler.capture.call import call_spec
 from treespec_compiler.cli.main import main
 from treespec_compiler.errors import InvalidPipeline, PassError, Unsupported
-from treespec_compiler.inspection.reproduce import bisect, read, run_again, same_failure
+from treespec_compiler.inspection.failures import bisect, read, run_again, same_failure
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.registry import best_kernel
 from treespec_compiler.options import Options

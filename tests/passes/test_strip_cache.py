@@ -9,7 +9,7 @@ from typing import Any
 import native_cache as zoo
 import pytest
 import torch
-from native_cache import HEADS, SLOTS, VOCAB, WIDTH, Attention, Cache, CachedDecoder
+from native_cache import CELLS, HEADS, VOCAB, WIDTH, Attention, Cache, CachedDecoder
 from oracles import EAGER, TOLERANCE, error, random_tree
 from pass_cases import captured, ops
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ def assert_path_oracle(model: nn.Module, program: Any, call: Callable[[nn.Module
     """Rounds of verify and commit against a fresh copy of the model on each path."""
     fresh = copy.deepcopy(model)  # before anything ran
     ids = [3, 1, 4, 1, 5]
-    cache = program.new_cache(max_tokens=SLOTS)
+    cache = program.new_cache(max_tokens=CELLS)
 
     def expected(path: list[int]) -> Tensor:
         with torch.no_grad():
@@ -66,8 +66,8 @@ def at_positions(model: nn.Module, ids: Tensor) -> Tensor:
 CONVERTED = {
     "index_put": CachedDecoder,
     "index_copy": with_cache(zoo.CopiedCache),
-    "slots in dimension 1": with_cache(zoo.OuterCache),
-    "as many features as slots": type("Decoder", (CachedDecoder,), {"attention": zoo.WidenedKeys}),
+    "cells in dimension 1": with_cache(zoo.OuterCache),
+    "as many features as cells": type("Decoder", (CachedDecoder,), {"attention": zoo.WidenedKeys}),
     "eager scores": type("Decoder", (CachedDecoder,), {"attention": zoo.EagerScores}),
 }
 
@@ -78,7 +78,7 @@ def test_path_oracle(name: str) -> None:
     before = {n: b.clone() for n, b in model.named_buffers()}
     program = treespec.tree_program(model, example(), ROLES, {**EAGER, "verify_each": "semantic"})
     assert program.history["strip native cache"].matches == 4
-    assert program.max_context == SLOTS and {s.mask.window for s in program.sites} == {0}
+    assert program.max_context == CELLS and {s.mask.window for s in program.sites} == {0}
     assert [s.kv_heads for s in program.sites] == [zoo.KV_HEADS] * 2
     assert_path_oracle(model, program, at_positions)
     for buffer, value in model.named_buffers():
@@ -88,8 +88,8 @@ def test_path_oracle(name: str) -> None:
 def test_a_window_of_the_mask_is_kept() -> None:
     class Windowed(CachedDecoder):
         def mask(self, input_pos: Tensor) -> Tensor:
-            slots = torch.arange(SLOTS)
-            return (slots <= input_pos[:, None]) & (slots > input_pos[:, None] - 4)
+            cells = torch.arange(CELLS)
+            return (cells <= input_pos[:, None]) & (cells > input_pos[:, None] - 4)
 
     model = built(Windowed)
     program = treespec.tree_program(model, example(), ROLES, EAGER)
@@ -107,11 +107,11 @@ def test_only_the_written_part_is_read() -> None:
 
 
 def test_a_start_position_given_as_a_number() -> None:
-    """The example starts at 0: the cache is written as a slice of the first T slots, and the same slice is read."""
+    """The example starts at 0: the cache is written as a slice of the first T cells, and the same slice is read."""
     model = built(zoo.StartDecoder)
     program = treespec.tree_program(model, (example()[0], 0), options=EAGER)
     assert program.history["strip native cache"].matches == 4 + 1  # and the mask's part for the past
-    assert program.max_context in (SLOTS, SLOTS - 1)
+    assert program.max_context in (CELLS, CELLS - 1)
     assert_path_oracle(model, program, lambda m, ids: m(ids, 0))
     with pytest.raises(Unsupported, match="changes state in place"):
         treespec.tree_program(model, (example()[0], 3), options=EAGER)
@@ -121,7 +121,7 @@ def test_the_model_runs_between_calls_of_the_program() -> None:
     """What the user's own calls leave in the buffers is no change of a weight."""
     model = built(CachedDecoder)
     program = treespec.tree_program(model, example(), ROLES, EAGER)
-    cache, tree = program.new_cache(SLOTS), TokenTree([1, 2, 3], [-1, 0, 0])
+    cache, tree = program.new_cache(CELLS), TokenTree([1, 2, 3], [-1, 0, 0])
     program.prefill([5, 6], cache)
     rows = program.verify(tree, cache).clone()
     with torch.no_grad():
@@ -220,7 +220,7 @@ class OldKeys(Cache):
 
 
 class Averaged(Cache):
-    """Keys are centred over all slots."""
+    """Keys are centred over all cells."""
 
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k, v = super().update(input_pos, k, v)
@@ -262,8 +262,8 @@ class IsCausal(Attention):
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-class LateSlots(CachedDecoder):
-    """The last slot is visible to everyone, written or not."""
+class LateCells(CachedDecoder):
+    """The last cell is visible to everyone, written or not."""
 
     def make_mask(self) -> Tensor:
         mask = super().make_mask()
@@ -286,28 +286,28 @@ class WideMask(CachedDecoder):
 
 
 class Everything(CachedDecoder):
-    """Visible: all slots below the number of tokens, for every query."""
+    """Visible: all cells below the number of tokens, for every query."""
 
     def mask(self, input_pos: Tensor) -> Tensor:
-        return (torch.arange(SLOTS) < input_pos.shape[0]).expand(input_pos.shape[0], SLOTS)
+        return (torch.arange(CELLS) < input_pos.shape[0]).expand(input_pos.shape[0], CELLS)
 
 
 REFUSED: dict[str, tuple[type[nn.Module], str]] = {
-    "another slot": (with_cache(Shifted), "does not write slot t"),
-    "ring buffer": (with_cache(Ring), "does not write slot t"),
+    "another cell": (with_cache(Shifted), "does not write cell t"),
+    "ring buffer": (with_cache(Ring), "does not write cell t"),
     "two writes": (with_cache(Twice), "not one write"),
     "spread over heads": (with_cache(OneForAll), "spread over"),
     "sum": (with_cache(Summed), "not known as a cache"),
     "old contents": (with_cache(OldKeys), "besides the write"),
-    "average over slots": (with_cache(Averaged), "outside attention"),
+    "average over cells": (with_cache(Averaged), "outside attention"),
     "recurrent": (with_cache(Decayed), "not one write"),
     "counter": (with_cache(Counted), "not known as a cache"),
     "flipped": (type("Decoder", (CachedDecoder,), {"attention": KeysOnly}), "outside attention"),
     "no mask": (Unmasked, "no mask"),
     "is_causal": (type("Decoder", (CachedDecoder,), {"attention": IsCausal}), "is_causal=True"),
-    "a slot shown to all": (LateSlots, "distance"),
+    "a cell shown to all": (LateCells, "distance"),
     "reversed mask": (Uncausal, "later token"),
-    "a mask that ends early": (WideMask, "24 entries for a cache of 48 slots"),
+    "a mask that ends early": (WideMask, "24 entries for a cache of 48 cells"),
     "a mask by length": (Everything, "not a function of the distance"),
 }
 
@@ -326,7 +326,7 @@ def test_refused(name: str) -> None:
 def test_a_context_past_the_cache_is_refused() -> None:
     model = built(CachedDecoder)
     program = treespec.tree_program(model, example(), ROLES, EAGER)
-    cache = program.new_cache(2 * SLOTS)
-    program.prefill([1] * SLOTS, cache)
+    cache = program.new_cache(2 * CELLS)
+    program.prefill([1] * CELLS, cache)
     with pytest.raises(treespec.errors.ContextOverflow):
         program.verify(TokenTree([1], [-1]), cache)

@@ -17,7 +17,7 @@ from ..passes.framework.instruments import Dumper, GraphPrinter, Recorder, alway
 from ..passes.framework.manager import History, Instrument, Pass, run_passes, slug
 from ..passes.framework.plan import plan
 from ..passes.framework.registry import registered_passes
-from ..passes.framework.reproducer import Reproducer
+from ..passes.framework.reproducer import ReproducerWriter
 from ..passes.show.printing import FORMATS, render
 from ..passes.show.snapshot import Snapshot
 from ..passes.show.view import View
@@ -83,7 +83,7 @@ def run(arguments: Namespace) -> int:
     after = frozenset("*") if arguments.print_after_all else wanted[1]
     printer = GraphPrinter(show, wanted[0], after, arguments.print_after_change, arguments.print_on_failure)
     recorder = Dumper(folder=arguments.dump_dir) if arguments.dump_dir else Recorder()
-    reproducer = Reproducer(subject.options, arguments.reproducer, arguments.model, bool(arguments.reproducer))
+    reproducer = ReproducerWriter(subject.options, arguments.reproducer, arguments.model, bool(arguments.reproducer))
     instruments: list[Instrument] = [*always(), recorder, printer, reproducer]
     meaning = [semantic_check(subject.loaded.model, subject.call)]
     try:

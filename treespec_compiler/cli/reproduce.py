@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from ..inspection.reproduce import Failure, bisect, read, run_again, same_failure
+from ..inspection.failures import Failure, bisect, read, run_again, same_failure
 from ..passes.framework.reproducer import FAILED, reproducer_versions
 from .arguments import add_json
 from .inspection import console, quiet_torch

@@ -17,12 +17,12 @@ def load_rows(x, x_t, x_h, x_d, tokens, live, head, DIM: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def store_rows(
-    rows, pool, pool_page, pool_h, pool_t, pool_d, live, slot, page_size, head, DIM: tl.constexpr, BLOCK: tl.constexpr
+    rows, pool, pool_page, pool_h, pool_t, pool_d, live, index, page_size, head, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Rows [tokens, BLOCK] of one head into pool [pages, H, page_size, D] at `slot`, where `live`."""
+    """Rows [tokens, BLOCK] of one head into pool [pages, H, page_size, D] at `index`, where `live`."""
     dims = tl.arange(0, BLOCK)
     # NOTE: int64 before the product: a pool may have more than 2**31 numbers.
-    page, offset = slot // page_size, slot % page_size
+    page, offset = index // page_size, index % page_size
     row = pool + page[:, None] * pool_page + head.to(tl.int64) * pool_h + offset[:, None] * pool_t
     tl.store(row + dims[None, :] * pool_d, rows, mask=live[:, None] & (dims < DIM)[None, :])
 
@@ -30,7 +30,7 @@ def store_rows(
 @triton.jit
 def store_token(
     keys, values, pool_k, pool_v, pool_k_page, pool_k_h, pool_k_t, pool_k_d, pool_v_page, pool_v_h, pool_v_t, pool_v_d,
-    live, slot, page_size, head,
+    live, index, page_size, head,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Keys and values of one head into their pools; values that are not all finite as zeros, and their keys as NaN.
@@ -44,11 +44,11 @@ def store_token(
     values = tl.where(lost[:, None], 0.0, wide)
     store_rows(
         keys.to(pool_k.dtype.element_ty), pool_k, pool_k_page, pool_k_h, pool_k_t, pool_k_d,
-        live, slot, page_size, head, KEY_DIM, BLOCK_K,
+        live, index, page_size, head, KEY_DIM, BLOCK_K,
     )  # fmt: skip
     store_rows(
         values.to(pool_v.dtype.element_ty), pool_v, pool_v_page, pool_v_h, pool_v_t, pool_v_d,
-        live, slot, page_size, head, VALUE_DIM, BLOCK_V,
+        live, index, page_size, head, VALUE_DIM, BLOCK_V,
     )  # fmt: skip
 
 
@@ -65,13 +65,13 @@ def append_kernel(
     """Program (i, h): head h of tokens i * BLOCK_T ... A negative write index writes nothing."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     head = tl.program_id(1)
-    slot = tl.load(write_index + tokens, mask=tokens < nodes, other=-1)
-    live = slot >= 0
+    index = tl.load(write_index + tokens, mask=tokens < nodes, other=-1)
+    live = index >= 0
     store_token(
         load_rows(k, k_t, k_h, k_d, tokens, live, head, KEY_DIM, BLOCK_K),
         load_rows(v, v_t, v_h, v_d, tokens, live, head, VALUE_DIM, BLOCK_V),
         pool_k, pool_v, pool_k_page, pool_k_h, pool_k_t, pool_k_d, pool_v_page, pool_v_h, pool_v_t, pool_v_d,
-        live, slot, page_size, head, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+        live, index, page_size, head, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
     )  # fmt: skip
 
 
@@ -130,8 +130,8 @@ def rope_append_kernel(
         tl.store(to, rows.to(rotated_q.dtype.element_ty), mask=there[:, None] & (dims < KEY_DIM)[None, :])
     else:
         head -= HEADS
-        slot = tl.load(write_index + tokens, mask=there, other=-1)
-        live = slot >= 0
+        index = tl.load(write_index + tokens, mask=there, other=-1)
+        live = index >= 0
         keys = rotated(
             k, k_t, k_h, k_d, cos, cos_t, cos_d, sin, sin_t, sin_d, tokens, live, head,
             KEY_DIM, ROTARY, COLUMNS, HALF, BLOCK_K,
@@ -141,5 +141,5 @@ def rope_append_kernel(
             keys.to(k.dtype.element_ty),
             load_rows(v, v_t, v_h, v_d, tokens, live, head, VALUE_DIM, BLOCK_V),
             pool_k, pool_v, pool_k_page, pool_k_h, pool_k_t, pool_k_d, pool_v_page, pool_v_h, pool_v_t, pool_v_d,
-            live, slot, page_size, head, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+            live, index, page_size, head, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Values with a dimension of cache slots, computed again for the slots of the new tokens only.
+"""Values with a dimension of cache cells, computed again for the cells of the new tokens only.
 
-Starting at the contents of a cache, each op must act on each slot alone (the rules of `token_rules`, with slots in the
+Starting at the contents of a cache, each op must act on each cell alone (the rules of `token_rules`, with cells in the
 place of tokens), until attention adds up over them: scaled_dot_product_attention, or softmax and a product with V.
-Any other use of a slot is refused.
+Any other use of a cell is refused.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ aten = torch.ops.aten
 _ATTENTION = "aten.scaled_dot_product_attention"
 _PRODUCTS = ("aten.matmul", "aten.bmm")
 _SIZED = ("aten.reshape", "aten.expand")  # the sizes of the result are argument 1
-_WAY_OUT = "a cache may be read by attention only, under a mask that hides the slots after the query's own"
+_WAY_OUT = "a cache may be read by attention only, under a mask that hides the cells after the query's own"
 
 
-class Slots:
-    """Where the slots are in every value, and the value with only the first T of them."""
+class Cells:
+    """Where the cells are in every value, and the value with only the first T of them."""
 
     def __init__(self, state: GraphState, forms: ClosedForms) -> None:
         self.state, self.forms = state, forms
         self.axes: dict[fx.Node, Axis] = {}
-        self.length: sympy.Expr = sympy.Integer(0)  # slots of the op at hand, for the rules
+        self.length: sympy.Expr = sympy.Integer(0)  # cells of the op at hand, for the rules
         self._new: dict[fx.Node, fx.Node] = {}
         self._sizes: dict[fx.Node, int] = {}
         self._masks: dict[tuple[fx.Node, int], fx.Node] = {}
         first = next(n for n in state.graph.nodes if n.op == "call_function")
         self.tokens: Any = state.call(aten.sym_size.int, (state.node(state.tokens), 1), like=first)
 
-    def replace(self, node: fx.Node, value: fx.Node, at: int, slots: int) -> None:
-        """`node` has `slots` slots in dimension `at`; `value` is it for the first T."""
-        self.axes[node], self._new[node], self._sizes[node] = at, value, slots
+    def replace(self, node: fx.Node, value: fx.Node, at: int, cells: int) -> None:
+        """`node` has `cells` cells in dimension `at`; `value` is it for the first T."""
+        self.axes[node], self._new[node], self._sizes[node] = at, value, cells
 
     def follow(self) -> None:
-        """Rewrite everything that is computed from slots; raises the refusal for a use other than attention."""
+        """Rewrite everything that is computed from cells; raises the refusal for a use other than attention."""
         for node in list(self.state.graph.nodes):
             if node in self._new:
                 continue
@@ -88,7 +88,7 @@ class Slots:
         self.replace(node, self._checked(node, self._again(node, args), at), at or 0, size)
 
     def _finish(self, node: fx.Node, new: fx.Node) -> None:
-        """The op added up over the slots, or cut them down to those of the tokens: its result has none."""
+        """The op added up over the cells, or cut them down to those of the tokens: its result has none."""
         if shape_of(new) != shape_of(node):
             raise self._elsewhere(node, f"its shape {list(shape_of(node))} becomes {list(shape_of(new))}")
         node.replace_all_uses_with(new)
@@ -96,7 +96,7 @@ class Slots:
         self.axes[new] = None
 
     def _again(self, node: fx.Node, args: Any) -> fx.Node:
-        """The op on the values with fewer slots."""
+        """The op on the values with fewer cells."""
         mapped = fx.node.map_arg((tuple(args), node.kwargs), lambda a: self._new.get(a, a))
         try:
             return self.state.call(node.target, tuple(mapped[0]), dict(mapped[1]), like=node)
@@ -104,7 +104,7 @@ class Slots:
             raise self._elsewhere(node, str(error).splitlines()[0]) from error
 
     def _checked(self, node: fx.Node, new: fx.Node, at: Axis) -> fx.Node:
-        """The shape must be the old one with T in place of the slots, in every part of the result."""
+        """The shape must be the old one with T in place of the cells, in every part of the result."""
         before, after = node.meta["val"], new.meta["val"]
         pairs = zip(before, after, strict=True) if isinstance(before, (tuple, list)) else [(before, after)]
         for old, made in pairs:
@@ -114,7 +114,7 @@ class Slots:
         return new
 
     def _arguments(self, node: fx.Node, at: Axis, size: int) -> Any:
-        """Sizes that count slots count tokens; a mask or bias over all slots is cut to the first T."""
+        """Sizes that count cells count tokens; a mask or bias over all cells is cut to the first T."""
         assert at is not None
         args: list[Any] = list(node.args)
         if op_name(node) in _SIZED:
@@ -130,7 +130,7 @@ class Slots:
         return args
 
     def _cut(self, mask: fx.Node, dim: int, size: int, reader: fx.Node) -> fx.Node:
-        """mask[.., :T, ..] for a mask over all slots."""
+        """mask[.., :T, ..] for a mask over all cells."""
         if (mask, dim) not in self._masks:
             self._reaches_the_end(mask, size, reader)
             cut = self.state.call(aten.slice.Tensor, (mask, dim, 0, self.tokens), like=reader)
@@ -144,9 +144,9 @@ class Slots:
         return self._masks[mask, dim]
 
     def _reaches_the_end(self, mask: fx.Node, size: int, reader: fx.Node) -> None:
-        """A table in the mask must have as many rows and columns as there are slots.
+        """A table in the mask must have as many rows and columns as there are cells.
 
-        `classify` decides a table on the square of its rows and columns; slots outside it would not be looked at.
+        `classify` decides a table on the square of its rows and columns; cells outside it would not be looked at.
         """
         form = self.forms.of(mask)
         if form is None:
@@ -158,8 +158,8 @@ class Slots:
                     if int(extent) - sympy.expand(index - symbol) < size:
                         raise refuse(
                             Refusal.STATE,
-                            f"the mask is read from a table of {extent} entries for a cache of {size} slots: nothing "
-                            "shows that the later slots are hidden",
+                            f"the mask is read from a table of {extent} entries for a cache of {size} cells: nothing "
+                            "shows that the later cells are hidden",
                             reader,
                             _WAY_OUT,
                         )
@@ -169,14 +169,14 @@ class Slots:
         mask, is_causal = argument(node, "attn_mask"), argument(node, "is_causal")
         for operand in (k, v):
             if self.axes.get(operand) != rank_of(operand) - 2:
-                raise self._elsewhere(node, "keys and values must both come from the cache, slots in dimension 2")
+                raise self._elsewhere(node, "keys and values must both come from the cache, cells in dimension 2")
         if self.axes.get(q) is not None or (mask is not None and self.axes.get(mask) is not None):
             raise self._elsewhere(node, "the query or the mask is computed from the cache")
         if mask is None or is_causal:
             what = "is_causal=True" if is_causal else "no mask"
             raise refuse(
                 Refusal.STATE,
-                f"attention reads the whole cache with {what}: slots that no token has written are not hidden by "
+                f"attention reads the whole cache with {what}: cells that no token has written are not hidden by "
                 "position",
                 node,
                 _WAY_OUT,
@@ -189,7 +189,7 @@ class Slots:
         return self.state.call(node.target, tuple(mapped[0]), dict(mapped[1]), like=node)
 
     def _adds_up(self, node: fx.Node) -> bool:
-        """weights [.., T, slots] @ V [.., slots, D]."""
+        """weights [.., T, cells] @ V [.., cells, D]."""
         a, b = node.args[:2]
         return (
             rank_of(a) >= 2
@@ -199,12 +199,12 @@ class Slots:
         )
 
     def _is_softmax(self, node: fx.Node) -> bool:
-        """Softmax over the slots: what is hidden has no part in it."""
+        """Softmax over the cells: what is hidden has no part in it."""
         at: Any = self.axes[node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else None
         return op_name(node) in SOFTMAXES and at is not None and int(node.args[1]) % rank_of(node.args[0]) == at
 
     def _is_written_part(self, node: fx.Node) -> bool:
-        """cache[.., :T, ..]: the slots that were written just now."""
+        """cache[.., :T, ..]: the cells that were written just now."""
         args = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
         source, dim, start, end, step = args
         length = end.meta["val"].node.expr if isinstance(end, fx.Node) else end
