@@ -74,13 +74,10 @@ def model(name: str) -> torch.nn.Module:
         from gpu_sections import llama
 
         return llama.make("tiny", torch.device("cpu"), torch.bfloat16)
-    import transformers
-    import zoo
+    from treespec_compiler.cli.coverage.models import tiny_model
 
-    more = {"gemma2": {"head_dim": 8, "sliding_window": 4}, "mixtral": {"num_local_experts": 4}}[name]
-    sizes = {**zoo.CONFIGS["llama"], "num_hidden_layers": LAYERS[name], **more}
-    config = transformers.AutoConfig.for_model(name, **sizes)
-    return transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    window = {"gemma2": {"window": 4}}.get(name, {})
+    return tiny_model(name, num_hidden_layers=LAYERS[name], **window).to(torch.bfloat16)
 
 
 def generated(module: torch.nn.Module) -> tuple[list[str], str]:

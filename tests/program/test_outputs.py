@@ -51,7 +51,7 @@ def assert_hidden(model, found, tree, prefix, nodes=None) -> None:
             assert error(found[f"hidden:{k}"][row], state[-1]) <= TOLERANCE, f"hidden:{k} of node {node}"
 
 
-@pytest.mark.parametrize("name", zoo.CONFIGS)
+@pytest.mark.parametrize("name", zoo.TYPES)
 def test_every_layer_of_every_type(name):
     model = zoo.make(name)
     program = tree_program(model, options=EAGER)

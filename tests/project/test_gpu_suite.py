@@ -149,7 +149,7 @@ def test_compilation_is_cold_or_warm_only_where_the_caches_say_so(caches, compil
 
 def test_the_oracles_models():
     zoo = pytest.importorskip("zoo")
-    assert {*oracle.MODELS} - {"plain llama"} <= {*zoo.CONFIGS} and {*oracle.COMPILED} <= {*oracle.MODELS}
+    assert {*oracle.MODELS} - {"plain llama"} <= {*zoo.TYPES} and {*oracle.COMPILED} <= {*oracle.MODELS}
     assert len({*oracle.MODELS}) == len(oracle.MODELS) == 12
 
 
