@@ -28,10 +28,10 @@ from treespec_compiler.program.early_exit import ExitHead
 from treespec_compiler.speculation.cost import acceptance
 from treespec_compiler.speculation.cost.latency import latency
 from treespec_compiler.speculation.drafts.early_exit import EarlyExitDraft
-from treespec_compiler.speculation.policies.sequoia import fastest_tree, sequoia_trees
+from treespec_compiler.speculation.policies.fixed import FixedTree
+from treespec_compiler.speculation.policies.sequoia import fastest_tree, greedy_nodes
 
 RANKS, DEPTHS = 5, 4
-WIDE = "5,1,1,1"
 
 
 @dataclass
@@ -273,10 +273,10 @@ def main() -> None:
             entries += found
         more, data = acceptance_tables(bench, list(dict.fromkeys((0.0, given.temperatures[-1]))), say)
         tables += more
+    order = greedy_nodes([min(rates[: k + 1]) for k in range(len(rates))], 16, 6)
     trees = {
-        f"{tree.max_nodes} nodes": tree.parents
-        for tree, _ in sequoia_trees(rates, 16, 6)
-        if tree.max_nodes in (4, 8, 16)
+        f"{nodes} nodes": FixedTree.of([(parent, rank) for parent, rank, _, _ in order[: nodes - 1]]).parents
+        for nodes in (4, 8, 16)
     }
     trees["fastest here"] = plan.tree.parents
     report = {

@@ -1,20 +1,19 @@
 """Prints sympy expressions as Triton or torch code.
 
-Both dialects are the same printer with other words, so what a kernel computes can be run as a torch function. Integer
-symbols stand for integer tensors: floor and Mod are exact and round down, also for negative numbers.
+Both dialects are the same printer with other words, so what a kernel computes can be run as a torch function
+(`tests/printed.py`). Integer symbols stand for integer tensors: floor and Mod are exact and round down, also for
+negative numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
-import torch
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
-from torch import Tensor
 
 
 class Unprintable(Exception):
@@ -222,34 +221,3 @@ class Printer(StrPrinter):
         if reader is None:
             raise Unprintable(f"no code for {expr.func.__name__}: {expr}")
         return reader(*(self._print(a) for a in expr.args))
-
-
-def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value)
-
-
-_TORCH_NAMES: dict[str, Any] = {
-    "__builtins__": {},
-    "float": float,
-    "exp": torch.exp,
-    "exp2": torch.exp2,
-    "log": torch.log,
-    "sqrt": torch.sqrt,
-    "abs": torch.abs,
-    "floor": torch.floor,
-    "tanh": torch.tanh,
-    "where": lambda c, a, b: torch.where(_tensor(c), a, b),
-    "minimum": lambda a, b: torch.minimum(*torch.broadcast_tensors(_tensor(a), _tensor(b))),
-    "maximum": lambda a, b: torch.maximum(*torch.broadcast_tensors(_tensor(a), _tensor(b))),
-}
-
-
-def torch_function(expr: Any, arguments: Sequence[Any], tables: Sequence[str] = ()) -> Callable[..., Tensor]:
-    """A function of tensors for `arguments` (symbols) and for `tables` (names), in this order; broadcasts.
-
-    A table is a tensor with a dimension for each index. Raises `Unprintable`.
-    """
-    readers = {name: (lambda *at, table=name: f"{table}[{', '.join(at)}]") for name in tables}
-    text = Printer(TORCH, tables=readers).doprint(expr)
-    names = [*(a.name for a in arguments), *tables]
-    return eval(f"lambda {', '.join(names)}: {text}", dict(_TORCH_NAMES))

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from treespec_compiler.ir.inputs import TreeMeta
+from treespec_compiler.ir.inputs import ATTENTION, TreeMeta
+
+
+def attention_inputs(meta: TreeMeta) -> tuple[Tensor, ...]:
+    """The metadata arguments of `treespec::tree_attention`, in the order of its schema."""
+    return tuple(getattr(meta, name) for name in ATTENTION)
 
 
 @dataclass
@@ -79,7 +84,7 @@ class Case:
     def arguments(self) -> tuple[Tensor | float | int, ...]:
         """The op's arguments, with pools of their own."""
         pools = self.pool_k.clone(), self.pool_v.clone()
-        return (self.q, self.k, self.v, *pools, *self.meta.attention_inputs(), self.scale, self.window)
+        return (self.q, self.k, self.v, *pools, *attention_inputs(self.meta), self.scale, self.window)
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
         """Output and pools, by masked dense attention over each request's whole slot in float64, node by node."""

@@ -96,15 +96,3 @@ def interleaved(timed: Sequence[Timed], budget: float, least: int = 5, most: int
             values.append(one.milliseconds())
         rounds += 1
     return found
-
-
-def copy_bandwidth(device: torch.device, size: int = 2 << 30) -> float:
-    """Bytes read and written a second by a copy of `size` bytes inside the device's memory.
-
-    NOTE launched, not recorded: a CUDA graph copies memory in a way that reaches two thirds of it on an H200.
-    """
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
-    target = torch.empty_like(source)
-    one = Timed(lambda: target.copy_(source), device, cold=False, graph=False)
-    (values,) = interleaved([one], budget=0.3)
-    return 2 * size / (1e-3 * statistics.median(values))

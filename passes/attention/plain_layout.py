@@ -114,7 +114,7 @@ class _Writer:
         shape = shape_of(node)
         own = batch[len(batch) - (len(shape) - 2) :] if len(shape) > 2 else ()
         dims: list[tuple[Atom, ...]] = [atoms if size != 1 else () for atoms, size in zip(own, shape, strict=False)]
-        node, atoms = self._split(node, [*dims, rows], keep_last=True)
+        node, atoms = self._split(node, [*dims, rows])
         heads = [h for h in self.heads if h in atoms]
         (token,) = [a for a in atoms if a in (self.query, self.key)]
         order = [*heads, token]
@@ -138,7 +138,7 @@ class _Writer:
         node = self.emit(aten.expand.default, node, [1, *(int(h.size) for h in self.heads), -1, -1])
         return self.emit(aten.flatten.using_ints, node, 1, len(self.heads))
 
-    def _split(self, node: fx.Node, dims: list[tuple[Atom, ...]], keep_last: bool) -> tuple[fx.Node, list[Atom]]:
+    def _split(self, node: fx.Node, dims: list[tuple[Atom, ...]]) -> tuple[fx.Node, list[Atom]]:
         """One dimension an atom; those without atoms are dropped. The last dimension stays last."""
         gone = [i for i, atoms in enumerate(dims) if not atoms]
         if gone:
@@ -169,7 +169,7 @@ class _Writer:
             return node
         tail = layout[len(layout) - len(shape) :]
         dims = [atoms if size != 1 else () for atoms, size in zip(tail, shape, strict=True)]
-        node, atoms = self._split(node, dims, keep_last=False)
+        node, atoms = self._split(node, dims)
         heads = [h for h in self.heads if h in atoms]
         tokens = [a for a in (self.query, self.key) if a in atoms]
         node = self._permute(node, [atoms.index(a) for a in (*heads, *tokens)])

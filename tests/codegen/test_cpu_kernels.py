@@ -13,7 +13,7 @@ import torch
 from forest_cases import check, forests
 from hypothesis import given, settings
 from torch._inductor.utils import run_and_get_code
-from tree_cases import CASES, Case, chain
+from tree_cases import CASES, Case, attention_inputs, chain
 
 from treespec_compiler.codegen import cpu
 from treespec_compiler.codegen.cpu import build
@@ -178,9 +178,9 @@ def test_inductor_passes_the_pools_themselves():
         weight = ops.pack_weight(torch.randn(64, 64))
         pools = [case.pool_k.clone(), case.pool_v.clone()]
         eager = [p.clone() for p in pools]
-        expected = layer(x, *eager, weight, *case.meta.attention_inputs())
+        expected = layer(x, *eager, weight, *attention_inputs(case.meta))
         got, (code,) = run_and_get_code(
-            torch.compile(layer, dynamic=True, fullgraph=True), x, *pools, weight, *case.meta.attention_inputs()
+            torch.compile(layer, dynamic=True, fullgraph=True), x, *pools, weight, *attention_inputs(case.meta)
         )
     torch.testing.assert_close(got, expected)
     for mine, other in zip(pools, eager):

@@ -10,8 +10,9 @@ import sympy
 import torch
 from expressions import GRID, booleans, integers, reals, values
 from hypothesis import given, settings
+from printed import torch_function
 
-from treespec_compiler.codegen.printer import TORCH, TRITON, Printer, Unprintable, torch_function
+from treespec_compiler.codegen.printer import TORCH, TRITON, Printer, Unprintable
 from treespec_compiler.ir import formulas
 from treespec_compiler.ir.formulas import CAUSAL, DISTANCES, D, H, K, Q, S
 from treespec_compiler.ir.scores import changed_scores

@@ -18,6 +18,7 @@ import torch
 import zoo
 from oracles import EAGER, TOLERANCE, assert_rows, error, random_tree
 from torch import fx
+from tree_cases import attention_inputs
 
 from treespec_compiler import Forest, TokenTree, generate, tree_program
 from treespec_compiler.errors import CaptureFailed, InvalidOption
@@ -113,7 +114,7 @@ def test_padding_writes_nowhere_and_belongs_to_no_request(program):
     assert torch.equal(meta.ancestors[:5, :1], plain.ancestors)
     assert torch.equal(meta.positions[:5], plain.positions)
     start = batch.tokens.data_ptr()
-    assert all((t.data_ptr() - start) % 16 == 0 for t in (*meta.attention_inputs(), meta.rows))
+    assert all((t.data_ptr() - start) % 16 == 0 for t in (*attention_inputs(meta), meta.rows))
 
 
 def test_replays_read_the_present_call(model, program):

@@ -22,6 +22,7 @@ from scored_modules import (
     built,
 )
 from torch import Tensor, nn
+from tree_cases import attention_inputs
 
 from treespec_compiler import TokenTree, tree_program
 from treespec_compiler.errors import Unsupported
@@ -141,7 +142,7 @@ def _arguments(heads: int, kv_heads: int, dim: int, nodes: int, prefix: int) -> 
     batch = pack([Part(0, trees[0]), Part(1, trees[1])], cache, torch.device("cpu"))
     rows = len(batch.meta.positions)
     q, k, v = (torch.randn(1, rows, h, dim, generator=generator).transpose(1, 2) for h in (heads, kv_heads, kv_heads))
-    return [q, k, v, *cache.pools, *batch.meta.attention_inputs()], cache
+    return [q, k, v, *cache.pools, *attention_inputs(batch.meta)], cache
 
 
 @pytest.mark.parametrize("window,chunk", [(0, 0), (4, 0), (0, 5)])

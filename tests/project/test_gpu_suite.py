@@ -22,7 +22,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_suite  # noqa: E402
-from gpu_sections import llama, numerics, oracle, report  # noqa: E402
+from gpu_sections import base, llama, numerics, oracle, report  # noqa: E402
 from gpu_sections.base import Context  # noqa: E402
 
 from treespec_compiler.codegen.gpu import timing  # noqa: E402
@@ -219,7 +219,7 @@ def pretended(monkeypatch, tmp_path):
             assert set(inspect.signature(stand_in).parameters) <= {*parameters, "pool", "stream", "device"}, name
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(timing, "FLUSH_BYTES", 1024)
-    monkeypatch.setattr(timing.copy_bandwidth, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(base, "COPY_BYTES", 1 << 20)
     monkeypatch.setattr(Inputs, "attend", lambda self, config=None, splits=None: numerics.eager_attention(self))
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **more: f if f is flex_attention else compile_(f, **more))

@@ -54,11 +54,9 @@ def test_a_batch_that_was_not_measured_counts_its_nodes():
 def test_the_speed_identity():
     target, draft = LatencyTable(POINTS), LatencyTable.assumed(0.1, 0.01)
     model = CostModel(target, [draft, None], overhead=0.05)
-    verify = target.seconds(4, 0) / target.seconds(1, 0)
-    expected = 2.5 / (verify + (0.1 + 0.11 + 0.12) / 1.0 + 0.05 / 1.0)
-    assert model.speedup(0, 2.5, 4, (1, 2, 3)) == pytest.approx(expected)
+    assert model.step(0, 4, (1, 2, 3)) == pytest.approx(target.seconds(4, 0) + 0.1 + 0.11 + 0.12 + 0.05)
     assert model.step(1, 4, (1, 2, 3)) == pytest.approx(1.3 + 0.05)
-    assert model.speedup(0, 1.0, 1, ()) == 1.0
+    assert model.step(0, 1, ()) == target.seconds(1, 0)
     assert not model.measured and CostModel(target, [None]).measured
 
 

@@ -11,6 +11,7 @@ from fake_program import FakeProgram, greedy, table_row
 from hypothesis import given
 from hypothesis import strategies as st
 from proposing import propose
+from sequoia import sequoia_trees
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidOption
@@ -21,7 +22,7 @@ from treespec_compiler.speculation.policies.equal_growth import EqualGrowth
 from treespec_compiler.speculation.policies.fixed import FixedTree
 from treespec_compiler.speculation.policies.named import as_policy
 from treespec_compiler.speculation.policies.protocol import Limits, TreePolicy
-from treespec_compiler.speculation.policies.sequoia import fastest_tree, greedy_nodes, sequoia_trees
+from treespec_compiler.speculation.policies.sequoia import fastest_tree, greedy_nodes
 from treespec_compiler.speculation.policies.static import StaticExpansion
 
 VOCAB = 40

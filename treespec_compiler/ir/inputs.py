@@ -92,7 +92,3 @@ class TreeMeta:
     tree_lens: Tensor  # M_r: uncommitted nodes, new ones included, at offsets prefix_len .. prefix_len + M_r - 1
     rows: Tensor  # which of the T nodes' logits are wanted
     ancestors: Tensor  # bit (j % 64) of word (j // 64) of row i: node j is an ancestor of node i, or i itself
-
-    def attention_inputs(self) -> tuple[Tensor, ...]:
-        """The metadata arguments of `treespec::tree_attention`, in the order of its schema."""
-        return tuple(getattr(self, name) for name in ATTENTION)

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from scored_cases import scored
-from tree_cases import Case, chain
+from tree_cases import Case, attention_inputs, chain
 
 from treespec_compiler.codegen.gpu.append import append
 from treespec_compiler.codegen.gpu.tree_attention import TREE_ATTENTION, attend
@@ -27,7 +27,7 @@ CHANGES = {"softcap": 3.0, "slopes": torch.tensor([0.5, 0.25]), "bias": torch.ra
 
 def bare(case: Case, pages: bool) -> tuple:
     table = case.meta.page_table if pages else case.meta.page_table[:, :0]
-    return replace(case.meta, ancestors=case.meta.ancestors[:, :0], page_table=table).attention_inputs()
+    return attention_inputs(replace(case.meta, ancestors=case.meta.ancestors[:, :0], page_table=table))
 
 
 FORESTS = {"later chunk": [(37, chain(70), 70)], "two": [(5, chain(20), 12), (0, chain(35), 35)]}

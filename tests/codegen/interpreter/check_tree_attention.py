@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from bfloat16 import exact_bfloat16
 from forest_cases import forests
 from scored_cases import scored
-from tree_cases import CASES, Case, chain, random_tree
+from tree_cases import CASES, Case, attention_inputs, chain, random_tree
 
 from treespec_compiler.codegen.gpu.append import append
 from treespec_compiler.codegen.gpu.tree_attention import TREE_ATTENTION, attend
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) e
 def run(case: Case, *rest, config=None, splits=None):
     """`attend` on pools that hold the new nodes already, as `append` leaves them."""
     append(case.k, case.v, case.pool_k, case.pool_v, case.meta.write_index)
-    positions, _, *meta = case.meta.attention_inputs()
+    positions, _, *meta = attention_inputs(case.meta)
     rest = rest or (case.window,)
     return attend(case.q, case.pool_k, case.pool_v, positions, *meta, case.scale, *rest, config=config, splits=splits)
 

@@ -163,10 +163,6 @@ class CostModel:
         drawn = sum(rows) if self.drafts[index] is not None else 0
         return seconds + self.overhead + self.sampled_row * (drawn + nodes - 1)
 
-    def speedup(self, index: int, tokens: float, nodes: int, rows: Sequence[int], context: int = 0) -> float:
-        """Over plain decoding, with so many tokens a step: the identity at the top."""
-        return tokens * self.verify(1, context) / self.step(index, nodes, rows, context)
-
 
 def fingerprint(program: Any) -> str | None:
     """What a program's speed depends on: its graph, sizes and dtypes (not values), device, threads and versions."""
