@@ -325,7 +325,7 @@ def test_rows_through_reshapes(rows: Rows, before: Any, after: Any, expected: Ro
 
 def tokens(rows: Rows, sizes: list[int]) -> Tensor:
     """The token that each element of a tensor belongs to."""
-    along = torch.arange(sizes[rows.at]) // rows.layout.inner % 7
+    along = torch.arange(sizes[rows.at]) // rows.repeats.inner % 7
     return along.view([-1 if i == rows.at else 1 for i in range(len(sizes))]).expand(sizes)
 
 

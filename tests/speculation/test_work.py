@@ -43,7 +43,7 @@ def test_one_piece_of_work_is_answered_with_what_it_names(program):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     longer = TokenTree([5, 6, 7, 8], [-1, 0, 0, 2])
     (found,) = answers(Nodes(slot, longer, 3, ("hidden:1",)))
-    assert found.keys() == {"hidden:1"} and found["hidden:1"].shape == (1, 32)
+    assert found.keys() == {"hidden:1"} and found["hidden:1"].shape == (1, 64)
     expected = program.verify(longer, slot.cache, outputs=("hidden:1",))["hidden:1"]
     torch.testing.assert_close(found["hidden:1"], expected[3:])
 
@@ -51,7 +51,7 @@ def test_one_piece_of_work_is_answered_with_what_it_names(program):
 def test_a_prompt_has_outputs_too(program):
     (slot,) = slot_with(program, [3, 1])
     (found,) = answers(Prompt(slot, [4, 1, 5], ("logits", "hidden:2")))
-    assert found["logits"].shape == (97,) and found["hidden:2"].shape == (3, 32)
+    assert found["logits"].shape == (96,) and found["hidden:2"].shape == (3, 64)
     assert slot.length == 5
 
 
@@ -89,7 +89,7 @@ def test_logits_alone_are_asked_for_without_names(program, monkeypatch):
     extend = program.extend
     monkeypatch.setattr(program, "extend", lambda *a, **k: calls.append(k) or extend(*a, **k))
     found = answers(Nodes(first, TREE), Nodes(second, TREE))
-    assert calls == [{}] and [rows.shape for rows in found] == [(3, 97)] * 2
+    assert calls == [{}] and [rows.shape for rows in found] == [(3, 96)] * 2
 
 
 def test_a_call_that_fails_is_the_error_of_him_whose_fault_it_is(program):
@@ -110,5 +110,5 @@ def test_a_generator_is_sent_the_outputs_it_asked_for(program):
         tree = yield Nodes(slot, TokenTree.chain([int(prompt["logits"].argmax())]), outputs=("hidden:1",))
         return prompt["hidden:1"].shape, tree["hidden:1"].shape
 
-    assert alone(works()) == ((3, 32), (1, 32))
+    assert alone(works()) == ((3, 64), (1, 64))
     KEPT.give_back(slot)
