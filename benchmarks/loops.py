@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
@@ -37,9 +37,7 @@ class Loop:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        described = asdict(self)
-        del described["run"]
-        return described
+        return {"name": self.name, "kind": self.kind, "settings": self.settings}
 
 
 @dataclass(frozen=True)

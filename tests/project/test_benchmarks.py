@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,34 @@ def test_bench_verifiers(folders: list[object], tmp_path: Path) -> None:
     check_run(report["meta"], report["meta"]["threads"])
     assert [e["verifier"] for e in report["entries"]] == ["naive"] * 5
     assert all(e["tokens_per_step"] >= 1 for e in report["entries"]) and "tokens/step" in shown
+
+
+def test_bench_real(pair: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TREESPEC_LOWERING", "eager")
+    model = tmp_path / "model"
+    shutil.copytree(pair.target.removeprefix("hf:"), model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}\n")
+    asked = [("coding", 121, "def f(x):"), ("qa", 300, "x = 1\nx = 1\nx ="), ("qa", 301, "import os")]
+    lines = [json.dumps({"category": c, "question_id": n, "turns": [text]}) for c, n, text in asked]
+    (tmp_path / "question.jsonl").write_text("\n".join(lines))
+    given = ["--questions", tmp_path / "question.jsonl", "--model", f"hf:{model}", "--each", 1, "--max-new-tokens", 8]
+    path = tmp_path / "real.json"
+    shown = run("bench_real.py", *given, "--static", "--fewer", 1, "--output", path)
+    report = json.loads(path.read_text())
+    check_run(report["run"])
+    greedy, sampled = report["kinds"]
+    assert [q["task"] for q in greedy["questions"]] == ["chat", "qa"] and greedy["parted"] == []
+    assert all(1 <= q["answer"] <= 8 for q in greedy["questions"])
+    assert set(greedy["runs"]) - set(sampled["runs"]) == {"Hugging Face prompt lookup"}
+    lengths = [q["answer"] for q in greedy["questions"]]
+    assert all([r["tokens"] for r in runs] == lengths for runs in greedy["runs"].values())
+    assert "Tokens a step, greedy" in shown and "temperature 0.7" in shown
+    again = run("bench_real.py", "--show", path, "--markdown")
+    assert "| treespec recycle |" in again
+
+
+def test_bench_real_names_what_it_cannot_read(tmp_path: Path) -> None:
+    assert "expected Spec-Bench's question.jsonl" in start("bench_real.py").stderr
 
 
 def test_bench_linear(tmp_path: Path) -> None:
