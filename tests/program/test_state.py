@@ -217,6 +217,29 @@ def test_a_table_made_at_the_first_call_is_no_counter() -> None:
     assert program.graph_module is first
 
 
+@pytest.mark.parametrize("change", ["in place", "replaced"])
+def test_arrays_of_numpy_are_followed(change: str) -> None:
+    """Each read of one gives another tensor, on the same memory."""
+    numpy = pytest.importorskip("numpy")
+
+    class Array(Tiny):
+        def setup(self) -> None:
+            self.factors = numpy.ones(VOCAB, dtype=numpy.float32)
+
+        def finish(self, x: Tensor) -> Tensor:
+            return self.head(x) * torch.from_numpy(self.factors)
+
+    model = build(Array)
+    program = treespec.tree_program(model, options=EAGER)
+    assert _row(model, program) <= TOLERANCE
+    if change == "in place":
+        model.factors[: VOCAB // 2] = 3
+    else:
+        model.factors = model.factors[::-1] * numpy.arange(VOCAB, dtype=numpy.float32)
+    assert treespec.tree_program(model, options=EAGER) is program
+    assert _row(model, program) <= TOLERANCE
+
+
 def test_a_program_keeps_no_module_alive() -> None:
     model = build()
     treespec.tree_program(model, options=EAGER)

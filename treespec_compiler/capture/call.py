@@ -25,11 +25,16 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 def original_module(model: nn.Module) -> nn.Module:
     """The user's module: without `torch.compile`, and without what spreads training over devices.
 
-    A module compiled in place is its own original.
+    A module compiled in place is its own original; compiled twice, it is a function that leads to its `forward`.
     """
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
+        elif hasattr(model, "_torchdynamo_orig_callable") and not isinstance(model, nn.Module):
+            owner = getattr(inspect.unwrap(model), "__self__", None)
+            if not isinstance(owner, nn.Module):
+                return model
+            model = owner
         elif type(model) in _WRAPPERS and not (model._forward_hooks or model._forward_pre_hooks):
             model = cast(nn.Module, model.module)
         else:

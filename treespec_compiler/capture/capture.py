@@ -26,7 +26,7 @@ from .found import finder
 from .functional import functional_graph
 from .reads import Reads
 from .state_changes import put_logits_first
-from .tracing import nothing_traced, tracing
+from .tracing import tracing
 from .weight_ref import WeightRef, registered
 
 log = logger(__name__)
@@ -81,7 +81,9 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
         with tracing(model, traced), contextlib.suppress(_Captured):
             torch.compile(forward, backend=backend, fullgraph=True)(*call.args, **call.kwargs)
         if not traced:
-            raise nothing_traced()
+            raise Unsupported(
+                Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids"
+            )
         captured = _tidy(traced, model, call, call.length, forward.__globals__)
         unheld = {r.name: r.tensor for r in captured.weights.values() if r.owner is None and r.find is None}
         captured.reads = Reads(model, forward, unheld)

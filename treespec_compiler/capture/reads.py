@@ -55,7 +55,7 @@ class Reads:
         # What the traced function reads: `capture._fresh_forward`.
         there = {"model": model, "args": args, "kwargs": kwargs, "sizes": vocabularies(model)}
         for source, code, tensor in self._unheld:
-            if self._read(code, there) is not tensor():
+            if not _same_tensor(self._read(code, there), tensor()):
                 return f"another tensor is {_plain(source)}"
         with torch.no_grad(), torch.inference_mode(self._inference), torch.no_grad(), outside_autocast():
             if guards.check(there):
@@ -66,7 +66,7 @@ class Reads:
 
     def _read(self, code: CodeType, there: Mapping[str, Any]) -> Any:
         try:
-            return eval(code, {"G": self._globals, "L": there})
+            return eval(code, {"G": self._globals, "L": there, "___from_numpy": torch.as_tensor})
         except Exception:  # what held it is not what it was
             return None
 
@@ -76,6 +76,14 @@ class Reads:
 
         entries = _debug_get_cache_entry_list(self._code)
         return entries[-1].guard_manager if entries else None
+
+
+def _same_tensor(now: Any, before: Tensor | None) -> bool:
+    """Whether it is the same memory, read in the same way: an array of numpy's is another tensor each time."""
+    if now is before or not isinstance(now, Tensor) or before is None:
+        return now is before
+    told = ((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in (now, before))
+    return now.layout is before.layout is torch.strided and len(set(told)) == 1
 
 
 @contextlib.contextmanager

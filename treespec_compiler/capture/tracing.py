@@ -64,14 +64,9 @@ def _refuse_disabled() -> None:
     if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         what = "Dynamo, which reads the model's code, is switched off (TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE)"
         raise Unsupported(Refusal.NO_GRAPH, what, way_out=f"switch it on for the conversion, {FALLBACK}")
-
-
-def nothing_traced() -> Unsupported:
-    """The refusal where the model ran, and Dynamo gave no graph of it."""
     if torch._C._len_torch_dispatch_stack():
         what = "a torch dispatch mode is active around the conversion, and Dynamo traces nothing inside of one"
-        return Unsupported(Refusal.NO_GRAPH, what, way_out="convert the model outside of it, with tree_program(model)")
-    return Unsupported(Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids")
+        raise Unsupported(Refusal.NO_GRAPH, what, way_out="convert the model outside of it: tree_program(model)")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..capture.alone import alone
 from ..capture.call import CallSpec, call_spec, original_module
 from ..capture.surroundings import not_traced, outside_autocast
-from ..errors import ContextOverflow, InvalidOption, Refusal, StaleCache, Unsupported
+from ..errors import ContextOverflow, InvalidOption, InvalidWeight, Refusal, StaleCache, Unsupported
 from ..ir import ops
 from ..ir.device import profile
 from ..ir.registry import best_kernel
@@ -503,6 +503,9 @@ class TreeProgram:
             raise InvalidOption(
                 name="cache", got=type(cache).__name__, expected="a TreeCache", fix="Use program.new_cache()."
             )
+        if self.device.type == "meta":
+            got, fix = "weights on the meta device", "Load the model's weights; without them it can only be converted."
+            raise InvalidWeight(got=got, expected="numbers to compute with", fix=fix)
         self.check_weights()
         cache._check_fresh(slots)
         if cache not in self._caches:

@@ -153,10 +153,11 @@ class Call(Settings):
 def _module(model: object) -> nn.Module | None:
     if is_program(model):
         return model._model()  # type: ignore[attr-defined]
-    if not isinstance(model, nn.Module):
+    found = original_module(model)  # type: ignore[arg-type]
+    if not isinstance(found, nn.Module):
         expected = "an nn.Module or a TreeProgram"
         raise InvalidOption(name="model", got=type(model).__name__, expected=expected, fix="Load the model first.")
-    return original_module(model)
+    return found
 
 
 def _positive(name: str, value: Any) -> int:
