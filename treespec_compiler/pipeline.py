@@ -51,6 +51,8 @@ class Converted:
     input_vocab: int | None
     reads: Reads | None = None
     """What the capture read besides weights."""
+    kept: int = 0
+    """Values of the tokens that forward sets as attributes."""
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Prepared:
     checks: list[Check]
     capture_seconds: float
     reads: Reads | None
+    kept: int
 
 
 def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
@@ -84,7 +87,7 @@ def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
         return there
 
     state.other_length = other_length
-    return Prepared(state, sources, passes, checks, seconds, captured.reads)
+    return Prepared(state, sources, passes, checks, seconds, captured.reads, captured.kept)
 
 
 def convert(
@@ -117,6 +120,7 @@ def convert(
         limits,
         _input_vocab(state),
         prepared.reads,
+        prepared.kept,
     )
 
 

@@ -67,7 +67,7 @@ def test_assigning_what_is_there_changes_nothing(cls: type[Tiny]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "words"), [(Swapped, "a second call takes another branch"), (Scaled, "sets attributes")]
+    ("cls", "words"), [(Swapped, "a second call takes another branch"), (Scaled, "a second call takes another branch")]
 )
 def test_another_value_is_refused(cls: type[Tiny], words: str) -> None:
     with pytest.raises(treespec.Unsupported, match=words):

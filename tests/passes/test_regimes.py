@@ -68,11 +68,19 @@ class Lazy(Scaled):
         return self.table
 
 
+class LazyFromWeight(Lazy):
+    def scale(self, ids: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = self.short * 2
+        return self.table
+
+
 CONVERTED: dict[str, tuple[type[Scaled], int]] = {
     "chosen": (Scaled, 20),
     "kept in a buffer": (Kept, 20),
     "never changes": (Never, CONTEXT),
     "made by the first call": (Lazy, CONTEXT),
+    "made by the first call from a weight": (LazyFromWeight, CONTEXT),
 }
 
 
@@ -109,13 +117,6 @@ class Running(Kept):
         return self.used
 
 
-class LazyFromWeight(Lazy):
-    def scale(self, ids: Tensor) -> Tensor:
-        if self.table is None:
-            self.table = self.short * 2
-        return self.table
-
-
 class OtherOnceSet(Lazy):
     """The second call is not the first one."""
 
@@ -130,7 +131,6 @@ REFUSED = {
     "one length": (OnlyAt, "number of tokens"),
     "by content": (ByContent, ""),
     "average": (Running, "changes state in place: used"),
-    "from a weight": (LazyFromWeight, "sets attributes"),
     "other once set": (OtherOnceSet, "another branch"),
 }
 

@@ -1,7 +1,8 @@
 """Capture: one run of Dynamo, then functional pre-dispatch ATen.
 
 docs/torch-api.md lists the private API of torch that this room uses; `TESTED_TORCH` is the range it was run on.
-The capture never executes the model: Dynamo traces it, the backend exports, and the traced call is abandoned.
+Dynamo traces the model, the backend exports, and the traced call is abandoned. The model itself is run only where it
+has attributes that it filled by itself (`fills`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..logs import logger
 from .call import CallSpec, call_module, logits_of, token_dim, tokens_of, vocabularies
 from .control_flow import refuse_control_flow, where_specialised
 from .fakes import forget_tensors
+from .fills import refillable, unfilled
 from .found import finder
 from .functional import functional_graph
 from .reads import Reads
@@ -49,6 +51,7 @@ class Capture:
     written: list[str] = field(default_factory=list)  # weights that forward writes, in the order of outputs 1, 2, ...
     reads: Reads | None = None
     logits: LogitsSpec = EVERY_ROW
+    kept: int = 0  # values of the tokens that forward sets as attributes
 
 
 class _Captured(BaseException):
@@ -78,13 +81,14 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
         torch._dynamo.mark_dynamic(value, token_dim(value) if value is tokens else value.dim() - 1)
     forward = _fresh_forward(model)
     try:
-        with tracing(model, traced), contextlib.suppress(_Captured):
-            torch.compile(forward, backend=backend, fullgraph=True)(*call.args, **call.kwargs)
-        if not traced:
-            raise Unsupported(
-                Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids"
-            )
-        captured = _tidy(traced, model, call, call.length, forward.__globals__)
+        with unfilled(refillable(model, call)):
+            with tracing(model, traced), contextlib.suppress(_Captured):
+                torch.compile(forward, backend=backend, fullgraph=True)(*call.args, **call.kwargs)
+            if not traced:
+                raise Unsupported(
+                    Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids"
+                )
+            captured = _tidy(traced, model, call, call.length, forward.__globals__)
         unheld = {r.name: r.tensor for r in captured.weights.values() if r.owner is None and r.find is None}
         captured.reads = Reads(model, forward, unheld)
         return captured
@@ -182,7 +186,8 @@ def _tidy(
             way_out="use torch ops on x.shape[1] instead of int()/len() or a table of fixed length",
         )
     written: list[str] = traced["written"]
-    put_logits_first(gm, written, weights)
+    kept = put_logits_first(gm, written, weights, tokens)
+    gm.graph.eliminate_dead_code()
     _one_text(gm, tokens, length, traced["mode"])
     _replace_sizes(gm, tokens, sizes, length.node.expr)
     mode = traced["mode"]
@@ -201,6 +206,7 @@ def _tidy(
         bounds,
         written,
         logits=LogitsSpec.of(shape, length.node.expr),
+        kept=kept,
     )
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .alone import alone
-from .call import vocabularies
+from .call import CallSpec, vocabularies
+from .fills import refillable, unfilled
 from .surroundings import outside_autocast, plain_layers
 
 GLOBAL_HOOKS = (
@@ -43,8 +44,8 @@ class Reads:
         self._hooks = _global_hooks()
         self._unheld = [(s, compile(s, "<source>", "eval"), weakref.ref(t)) for s, t in unheld.items() if s]
 
-    def changed(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-        """What is another now, in words for a log; None: nothing that the trace read. `args` are those of the trace."""
+    def changed(self, model: nn.Module, call: CallSpec) -> str | None:
+        """What is another now, in words for a log; None: nothing that the trace read. `call` is that of the trace."""
         if _global_hooks() != self._hooks:
             return "a hook on every module"
         if _methods(model) != self._methods:
@@ -53,7 +54,7 @@ class Reads:
         if guards is None:
             return "an object that forward reads was replaced"
         # What the traced function reads: `capture._fresh_forward`.
-        there = {"model": model, "args": args, "kwargs": kwargs, "sizes": vocabularies(model)}
+        there = {"model": model, "args": call.args, "kwargs": call.kwargs, "sizes": vocabularies(model)}
         for source, code, tensor in self._unheld:
             if not _same_tensor(self._read(code, there), tensor()):
                 return f"another tensor is {_plain(source)}"
@@ -61,7 +62,7 @@ class Reads:
             if guards.check(there):
                 return None
             # A second look, where things are as they were during the trace that mean nothing else afterwards.
-            with alone(), plain_layers(), _threads(self._threads):
+            with alone(), plain_layers(), _threads(self._threads), unfilled(refillable(model, call)):
                 return None if guards.check(there) else _reason(guards.check_verbose(there))
 
     def _read(self, code: CodeType, there: Mapping[str, Any]) -> Any:

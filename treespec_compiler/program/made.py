@@ -34,7 +34,7 @@ class Made:
         reads = self._converted.reads
         if reads is None or self._watch.incompatible() or self._watch.deep_mode_changed():
             return False
-        return reads.changed(model, call.args, call.kwargs) is None
+        return reads.changed(model, call) is None
 
     def rest(self) -> None:
         """Give up packed weights, which are made again when it is needed."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.call import CallSpec, run_logits
+from ..capture.fills import as_it_was, refillable, unfilled
 from ..errors import PassError, Refusal, Unsupported
 from ..ir import ops
 from ..ir.inputs import TOKENS, is_pool
@@ -39,7 +40,15 @@ Rounding = Callable[[list[int], Tensor, Tensor], bool]
 def eager_logits(
     model: nn.Module, call: CallSpec, ids: list[int], device: torch.device, spec: LogitsSpec = EVERY_ROW
 ) -> Tensor:
-    """Logits [S, V] of the model itself, called as it was captured; [1, V] where it gives those of the last token."""
+    """Logits [S, V] of the model itself, called as it was captured; [1, V] where it gives those of the last token.
+
+    Each run is a first one: it sees nothing of the others, and leaves the model's attributes as they were.
+    """
+    with as_it_was(model), unfilled(refillable(model, call)):
+        return _run(model, call, ids, device, spec)
+
+
+def _run(model: nn.Module, call: CallSpec, ids: list[int], device: torch.device, spec: LogitsSpec) -> Tensor:
     there = call.with_tokens(torch.tensor([ids], device=device))
     with torch.no_grad():
         return spec.rows(run_logits(model, there.args, there.kwargs))
@@ -167,10 +176,11 @@ def lengths_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
         log.info("weights on meta: a branch on a single length cannot be looked for")
         return
     traced = call.length
+    # What forward sets stays set for the runs that follow, the longest one first.
     known = _length_error(model, call, state, traced)  # which the trace shows: only roundings differ
     most = tolerance(value.dtype)
     allowed = min(max(3 * known, most), 10 * most)
-    for length in (1, 2, *state.lone_lengths):
+    for length in sorted({1, 2, *state.lone_lengths}, reverse=True):
         error = _length_error(model, call, state, length)
         if error <= allowed:
             continue
@@ -197,5 +207,5 @@ def _length_error(model: nn.Module, call: CallSpec, state: GraphState, length: i
     value: Any = state.logits.meta["val"]
     ids = [(7 * i + 1) % int(value.shape[-1]) for i in range(length)]
     with kept(model, state.caches):
-        expected = eager_logits(model, call, ids, value.device, state.model_logits)
+        expected = _run(model, call, ids, value.device, state.model_logits)
     return relative_error(run_graph(state, TokenTree.chain(ids), [])[-len(expected) :], expected)

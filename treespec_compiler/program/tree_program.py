@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..capture.alone import alone
 from ..capture.call import CallSpec, call_spec, original_module
+from ..capture.fills import as_it_was
+from ..capture.state_changes import kept_values
 from ..capture.surroundings import not_traced, outside_autocast
 from ..errors import ContextOverflow, InvalidOption, InvalidWeight, Refusal, StaleCache, Unsupported
 from ..ir import ops
@@ -108,8 +110,8 @@ class TreeProgram:
         self._build(model)
 
     def _build(self, model: nn.Module) -> None:
-        """Convert the model as it is. One that sets what its trace read, such as a table, is converted once it has."""
-        with alone(), outside_autocast():
+        """Convert the model as it is, and leave it so. One that sets what its trace read is converted once it has."""
+        with alone(), outside_autocast(), as_it_was(model):
             self._convert(model)
             if self._otherwise(model):
                 self._convert(model)
@@ -133,6 +135,9 @@ class TreeProgram:
         state = converted.state
         watch = WeightWatch(model, converted.sources, converted.proved_from)
         lengths_check(model, self._call, state)
+        reads_it = converted.reads is not None and converted.reads.changed(model, self._call) is not None
+        if watch.touched() or (converted.kept and reads_it):
+            raise kept_values()
         # NOTE nothing is kept before the last refusal: the old program must go on seeing that its model changed.
         self._converted, self._watch = converted, watch
         logits: Any = state.logits.meta["val"]
@@ -148,7 +153,7 @@ class TreeProgram:
     def _otherwise(self, model: nn.Module | None) -> str | None:
         """What the trace read and is another now, besides weights."""
         reads = self._converted.reads
-        return reads.changed(model, self._call.args, self._call.kwargs) if model is not None and reads else None
+        return reads.changed(model, self._call) if model is not None and reads else None
 
     def _bind_weights(self) -> Changes:
         """The module's present weights, and what is made of those that changed."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..capture.fills import begins
 from ..capture.weight_ref import WeightRef
 from ..codegen import cpu
 from .checksums import checksums
@@ -79,7 +80,7 @@ class WeightWatch:
         self._modules = [weakref.ref(m) for m in model.modules()]
         self._children = [(m._modules, list(m._modules.values())) for m in model.modules() if m._modules]
         tables = [t for m in model.modules() for t in (m._parameters, m._buffers)]
-        self._names = [(table, _names(table)) for table in tables]
+        self._names = [(table, own, _names(table) - own) for table, own in zip(tables, _fillable(model), strict=True)]
         self._shared = _shared(tables, self._weights)
         self._native = cpu.loaded()  # decided once: the two kinds of checksums differ
         self._seen: list[Seen] = []
@@ -168,14 +169,21 @@ class WeightWatch:
             held: Any = table.get(key)
             if held is not self.current(ref):
                 return f"{key} no longer shares its tensor with {ref.name}"
-        for tensors, names in self._names:
-            if _names(tensors) != names:
-                change = ", ".join(sorted(names ^ _names(tensors)))
+        for tensors, own, names in self._names:
+            if _names(tensors) - own != names:
+                change = ", ".join(sorted(names ^ (_names(tensors) - own)))
                 return f"a parameter or buffer was added or taken away ({change})"
         return None
 
     def _training_flags(self) -> list[bool | None]:
         return [m.training if m is not None else None for m in (ref() for ref in self._modules)]
+
+
+def _fillable(model: nn.Module) -> Iterator[set[str]]:
+    """Names that forward may fill by itself, for each table of parameters and of buffers."""
+    for module in model.modules():
+        yield set()
+        yield set(begins(type(module)))
 
 
 def _names(table: Mapping[str, Any]) -> set[str]:
