@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from .passes.locality.custom_ops import register_op
     from .program.tree_program import TreeProgram, tree_program
     from .runtime.engine import Engine
-    from .runtime.generate import GenerationOutput, Step, Stream, generate, stream
+    from .runtime.generate import BatchOutput, GenerationOutput, Step, Stream, generate, stream
     from .runtime.request import Request
     from .speculation.drafts.kinds import register_draft
     from .speculation.policies.static import StaticExpansion
     from .tree import Forest, TokenTree
 
 _HOME = {
+    "BatchOutput": ".runtime.generate",
     "Engine": ".runtime.engine",
     "Forest": ".tree",
     "GenerationOutput": ".runtime.generate",
@@ -49,6 +50,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BatchOutput",
     "Engine",
     "Forest",
     "GenerationOutput",

@@ -189,7 +189,7 @@ def test_a_request_that_can_never_run_is_refused_at_add(pair):
 
 
 def test_out_of_pages_the_youngest_waits_and_is_computed_again(pair):
-    with engine_of(pair, max_tokens=40, prompt_tokens=7) as engine:
+    with engine_of(pair, max_tokens=27, max_requests=6, page_size=2, prompt_tokens=7) as engine:
         requests = [engine.add(prompt, **asked(prompt, i)) for i, prompt in enumerate(PROMPTS * 2)]
         engine.run()
         assert engine.stats.preemptions > 3
@@ -419,7 +419,7 @@ class Crowd(RuleBasedStateMachine):
 
     pair: SimpleNamespace
 
-    @initialize(pages=st.integers(8, 40), most=st.integers(1, 5), prompt_tokens=st.integers(1, 20))
+    @initialize(pages=st.integers(7, 40), most=st.integers(1, 5), prompt_tokens=st.integers(1, 20))
     def begin(self, pages, most, prompt_tokens):
         self.engine = engine_of(self.pair, max_tokens=4 * pages, max_requests=most, prompt_tokens=prompt_tokens)
         self.requests, self.cancelled, self.count = [], set(), 0

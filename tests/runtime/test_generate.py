@@ -249,8 +249,7 @@ def test_near_ties_are_counted_in_low_precision_only():
     [
         ([], InvalidPrompt, "got no ids, expected at least one"),
         (torch.zeros(1, 0, dtype=torch.int64), InvalidPrompt, "got no ids"),
-        (torch.zeros(2, 3, dtype=torch.int64), InvalidPrompt, "a batch of 2 prompts"),
-        ([[1, 2], [3, 4]], InvalidPrompt, "a batch of 2 prompts"),
+        ([[1, 2], 3], InvalidPrompt, "a list of ids or a list of prompts, not both"),
         (torch.zeros(1, 1, 3, dtype=torch.int64), InvalidPrompt, "shape [1, 1, 3]"),
         (torch.zeros(3), InvalidPrompt, "dtype torch.float32, expected torch.int64"),
         ("hello", InvalidPrompt, "got a str, expected token ids"),

@@ -52,11 +52,13 @@ def parse_prompts(given: Any, attention_mask: Any = None) -> Prompts:
     return Prompts(rows, device)
 
 
-def parse_prompt(given: Any, *, several: str = "Call `generate` once for each.") -> tuple[list[int], torch.device]:
+def parse_prompt(
+    given: Any, attention_mask: Any = None, *, several: str = "Give each of them alone, or all to `generate`."
+) -> tuple[list[int], torch.device]:
     """As `parse_prompts`, for one prompt: its ids and device. `several`: what to do with more of them."""
-    if type(given) is list and given and set(map(type, given)) == {int}:  # what is asked again and again
-        return [*given], CPU
-    prompts = parse_prompts(given)
+    if type(given) is list and given and set(map(type, given)) == {int} and attention_mask is None:
+        return [*given], CPU  # what is asked again and again
+    prompts = parse_prompts(given, attention_mask)
     if len(prompts.ids) != 1:
         got = f"a batch of {len(prompts.ids)} prompts"
         raise InvalidPrompt(got=got, expected="one prompt, [S] or [1, S]", fix=several)

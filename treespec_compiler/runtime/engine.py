@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from ..errors import EngineClosed, InvalidOption, RequestTooLarge
 from ..ir.device import profile
 from ..logs import logger
 from ..options import Options
-from ..program.cache import TreeCache
-from ..program.pages import PageCounts
 from ..program.prompt import PromptLike
 from ..program.tree_program import TreeProgram
 from ..speculation.drafts.session import MAX_CHAIN
@@ -24,9 +21,10 @@ from ..speculation.policies.named import as_policy
 from ..speculation.policies.protocol import TreePolicy
 from ..speculation.sampling.samplers import ChildSampler
 from ..speculation.slots import PagedSlots
-from ..speculation.work import Answer, Prompt, Work, perform
 from .decoding import AnyVerifier
+from .engine_stats import EngineCounts, EngineStats
 from .generation import Generation, Step
+from .iteration import Iteration
 from .request import Request, Status
 from .scheduler import Job, Scheduler
 from .settings import Call, DraftLike, Model
@@ -40,48 +38,6 @@ PAGE_SIZE = 64
 """The CPU's attention takes 64 keys at a time: with as many in a page, it sums in the order it does without pages."""
 TOKENS_A_REQUEST = 1024
 """Room made for each of `max_requests` where `max_tokens` is not given."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counts since the engine was made, but for `waiting`, `running` and `pages`, which are of now."""
-
-    waiting: int
-    running: int
-    pages: PageCounts
-    steps: int
-    requests: int
-    finished: int
-    cancelled: int
-    failed: int
-    preemptions: int
-    prompt_tokens: int
-    cached_tokens: int
-    """Of the prompts' tokens, those whose K/V other requests had computed."""
-    tokens: int
-    accepted: int
-    """Of the new tokens, those that a draft had guessed."""
-    nodes: int
-    """Tree nodes verified."""
-
-
-@dataclass
-class _Counts:
-    """Of requests that are over."""
-
-    ended: dict[Status, int] = field(default_factory=lambda: dict.fromkeys(Status, 0))
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    tokens: int = 0
-    accepted: int = 0
-    nodes: int = 0
-
-    def add(self, stats: Stats) -> None:
-        self.prompt_tokens += stats.prompt_tokens
-        self.cached_tokens += stats.cached_tokens
-        self.tokens += stats.tokens
-        self.accepted += stats.accepted
-        self.nodes += stats.nodes
 
 
 class Engine:
@@ -132,29 +88,32 @@ class Engine:
             "draft_tokenizer": draft_tokenizer,
         }
         first = Call(model, [0], **self._shared)  # checks all of that
-        self._model, self._tokenizer = model, tokenizer
-        self.program: TreeProgram = program_of(first, Stats())
-        self._drafts = drafts_of(first, Stats(), self.program)
+        self._model, self._tokenizer, self.policy = model, tokenizer, shape
+        made = Stats()
+        self.program: TreeProgram = program_of(first, made)
+        self._drafts = drafts_of(first, made, self.program)
+        self.compile_seconds = made.compile_seconds
+        """Spent on making the programs now, where they were not there before."""
         self.max_requests = max_requests
         self.max_tokens = max_requests * TOKENS_A_REQUEST if max_tokens is None else max_tokens
         """Tokens held at once; also the most that one request may have."""
         nodes = shape.max_nodes * max(1, len(self._drafts)) if self._drafts else 1
-        slots = PagedSlots(
-            max_requests * max(1, len(self._drafts)), self.max_tokens + nodes + MAX_CHAIN + page_size, page_size
-        )
+        # beside the tokens: the last page of each request, which is not full, and the tree of one
+        room = self.max_tokens + max_requests * page_size + nodes + MAX_CHAIN
+        slots = PagedSlots(max_requests * max(1, len(self._drafts)), room, page_size)
         slots.cache(self.program)
         self._slots, self._scheduler = slots, Scheduler(slots, max_requests)
         chunk = self.program.options.prefill_chunk or profile(self.program.device).prompt_chunk
         self.prompt_tokens = chunk if prompt_tokens is None else prompt_tokens
-        self._new: deque[Job] = deque()  # added, and not seen by a step yet
-        self._jobs: dict[Job, Request] = {}
-        self._counts = _Counts()
+        self._iteration = Iteration(self.program, slots, self._scheduler, self.prompt_tokens, self._over)
+        self._new: list[Job] = []  # added, and not seen by a step yet
+        self._jobs: dict[Request, Job] = {}
+        self._counts = EngineCounts()
         self._requests = self._steps = 0
         self._lock = threading.Lock()  # of whoever steps
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._ended: list[tuple[Request, Step]] = []
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -175,30 +134,36 @@ class Engine:
         many likeliest ones (0: of none). Raises InvalidOption, InvalidPrompt, and RequestTooLarge where it could never
         run.
         """
-        if self._closed:
-            raise EngineClosed(number=self._requests)
         ids, strings = _stops(stop, self._tokenizer)
         settings["stop_ids"] = [*settings.get("stop_ids", ()), *ids]
         _check_integer("priority", priority, "an integer", low=None)
         if logprobs is not None:
             _check_integer("logprobs", logprobs, "an integer of 0 or more, or None", low=0)
         call = Call(self._model, input_ids, **self._shared, **settings)
+        return self.enter(call, stops=strings, priority=priority, logprobs=logprobs)
+
+    def enter(
+        self, call: Call, *, stops: Sequence[str] = (), priority: int = 0, logprobs: int | None = None
+    ) -> Request:
+        """As `add`, for a call that was checked; what it says of model, drafts and trees is taken to be the engine's
+        own."""
+        if self._closed:
+            raise EngineClosed(number=self._requests)
         call.check_fits(self.program)
         limit = self.program.max_context
         new = call.max_new_tokens if limit is None else min(call.max_new_tokens, limit - len(call.prompt))
         if len(call.prompt) + new > self.max_tokens:
             raise RequestTooLarge(prompt=len(call.prompt), new=new, capacity=self.max_tokens)
         stats = Stats(prompt_tokens=len(call.prompt))
-        text = Text(self._tokenizer, strings) if self._tokenizer is not None else None
+        text = Text(self._tokenizer, stops) if self._tokenizer is not None else None
 
         def make() -> Generation:
             return begin(call, self.program, self._drafts, stats, slots=self._slots, text=text, logprobs=logprobs)
 
         with self._changed:
             request = Request(self, self._requests, call.prompt, stats, priority)
-            job = Job(call.prompt, priority, self._requests, make)
+            job = self._jobs[request] = Job(request, call.prompt, priority, self._requests, make)
             self._requests += 1
-            self._jobs[job] = request
             self._new.append(job)
             self._changed.notify_all()
         return request
@@ -210,9 +175,10 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """As `request.cancel()`."""
-        for job, other in list(self._jobs.items()):
-            if other is request:
-                job.cancelled = True
+        job = self._jobs.get(request)
+        if job is None:
+            return
+        job.cancelled = True
         if self._lock.acquire(blocking=False):  # else whoever steps does it at the end of the step
             try:
                 self._drop_cancelled()
@@ -221,7 +187,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        counts, now = replace(self._counts), list(self._jobs.values())
+        counts, now = replace(self._counts), list(self._jobs)
         for request in now:
             counts.add(request.stats)
         running = len(self._scheduler.running)
@@ -250,24 +216,13 @@ class Engine:
         A request that fails ends alone, with its error in `request.error`.
         """
         with self._lock, torch.inference_mode():
-            self._ended = []
             with self._changed:
-                self._scheduler.waiting += self._new
-                self._new.clear()
-            self._drop_cancelled()
-            self._admit()
-            self._preempt()
-            for job in list(self._scheduler.running):
-                if job.working is None:
-                    self._begin(job)
-            self._run_drafts()
-            self._run_target()
+                new, self._new = self._new, []
             self._steps += bool(self._jobs)
-            self._drop_cancelled()
-            ended = self._ended
+            found = self._iteration.step(new)
         with self._changed:
             self._changed.notify_all()
-        return ended
+        return found
 
     def run(self) -> None:
         """Until no request is left."""
@@ -295,7 +250,7 @@ class Engine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         with self._lock:
-            for job in list(self._jobs):
+            for job in list(self._jobs.values()):
                 job.cancelled = True
             self._drop_cancelled()
             self._slots.clear()
@@ -332,150 +287,20 @@ class Engine:
             except Exception as error:  # nobody's own fault: no request can go on
                 log.exception("the engine failed at a step")
                 with self._lock:
-                    for job in list(self._jobs):
-                        self._end(job, Status.FAILED, error)
-
-    # -- parts of a step ---------------------------------------------------------------------------------------------
-
-    def _admit(self) -> None:
-        cache = self._slots.cache(self.program)
-
-        def pages(job: Job) -> int:
-            needed = -(-(len(job.tokens) + self._nodes(job)) // cache.page_size)
-            return needed - cache.shared_with(job.tokens)
-
-        def free() -> int:
-            others = sum(self._lacking(job).get(cache, 0) for job in self._scheduler.running)
-            return cache.page_counts.free - others
-
-        for job in self._scheduler.admit(pages, free):
-            try:
-                with torch.inference_mode(False):  # what is made outlives the step
-                    if job.generation is None:
-                        job.generation = job.make()
-                        job.generation.budget = job.generation.max_nodes
-                    else:
-                        job.generation.resume()
-            except Exception as error:
-                self._end(job, Status.FAILED, error)
-                continue
-            self._jobs[job].status = Status.RUNNING
-            if job.generation.stats.finish_reason is not None:  # no room for a single token
-                self._end(job, Status.FINISHED)
-            else:
-                self._begin(job)
-
-    def _preempt(self) -> None:
-        for job in self._scheduler.make_room(self._lacking, lambda cache: cache.page_counts.free):
-            self._jobs[job].status = Status.WAITING
-
-    def _lacking(self, job: Job) -> dict[TreeCache, int]:
-        """Pages that the job must take in this step, by cache."""
-        found: dict[TreeCache, int] = {}
-        if job.generation is None:
-            return found
-        for slot, program, tokens in job.generation.room(self._nodes(job)):
-            cache = self._slots.cache(program) if slot is None else slot.cache
-            new = -(-tokens // cache.page_size) if slot is None else cache.lacking(slot.index, tokens)
-            found[cache] = found.get(cache, 0) + new
-        return found
-
-    def _nodes(self, job: Job) -> int:
-        """Of the job's next tree at most."""
-        return job.generation.step_nodes if job.generation is not None else 1
-
-    def _begin(self, job: Job) -> None:
-        assert job.generation is not None
-        job.working = job.generation.advance()
-        self._resume(job)
-
-    def _run_drafts(self) -> None:
-        """Everything that is not the target's call: a round for each level of the trees. Prompts of drafts run in
-        pieces as the target's do; whose is not ready sits the step out.
-        """
-        left: dict[int, int] = {}
-        while True:
-            batch: list[tuple[Job, Work]] = []
-            for job in self._scheduler.running:
-                if job.wanted is not None and not self._of_target(job):
-                    key = id(job.wanted.slot.program)
-                    self._take_piece(job, left, key, batch)
-            if not batch:
-                return
-            self._perform(batch)
-
-    def _run_target(self) -> None:
-        batch: list[tuple[Job, Work]] = []
-        left: dict[int, int] = {}
-        for job in sorted(self._scheduler.running, key=lambda job: job.seniority, reverse=True):
-            if job.wanted is not None and self._of_target(job):
-                self._take_piece(job, left, 0, batch)
-        self._perform(batch)
-
-    def _take_piece(self, job: Job, left: dict[int, int], key: int, batch: list[tuple[Job, Work]]) -> None:
-        room = left.setdefault(key, self.prompt_tokens)
-        piece = job.piece(room)
-        if piece is not None:
-            batch.append((job, piece))
-            if isinstance(piece, Prompt):
-                left[key] = max(0, room - len(piece.tokens))
-
-    def _of_target(self, job: Job) -> bool:
-        assert job.generation is not None and job.wanted is not None
-        return job.wanted.slot is job.generation.slot
-
-    def _perform(self, batch: Sequence[tuple[Job, Work]]) -> None:
-        for place, answer in perform([piece for _, piece in batch], mixed=True):
-            job, piece = batch[place]
-            if isinstance(piece, Prompt) and not isinstance(answer, Exception):
-                assert isinstance(job.wanted, Prompt)
-                job.done += len(piece.tokens)
-                if job.done < len(job.wanted.tokens):
-                    continue
-                job.done = 0
-            self._resume(job, answer)
-
-    def _resume(self, job: Job, answer: Answer | Exception | None = None) -> None:
-        working = job.working
-        assert working is not None and job.generation is not None
-        try:
-            if answer is None:
-                job.wanted = next(working)
-            elif isinstance(answer, Exception):
-                job.wanted = working.throw(answer)
-            else:
-                job.wanted = working.send(answer)
-        except StopIteration as end:
-            job.working = job.wanted = None
-            step: Step = end.value
-            self._jobs[job]._add(step)
-            self._ended.append((self._jobs[job], step))
-            if job.generation.stats.finish_reason is not None:
-                self._end(job, Status.FINISHED)
-        except Exception as error:
-            self._end(job, Status.FAILED, error)
+                    for job in list(self._jobs.values()):
+                        self._iteration.end(job, Status.FAILED, error)
 
     def _drop_cancelled(self) -> None:
-        for job in [job for job in list(self._jobs) if job.cancelled]:
-            self._end(job, Status.CANCELLED)
-
-    def _end(self, job: Job, status: Status, error: Exception | None = None) -> None:
-        """The job is over: what it held is free, and its user knows."""
-        if job.working is not None:
-            job.working.close()
-        if job.generation is not None:
-            try:
-                job.generation.close()
-            except Exception as another:
-                log.warning("closing a request failed: %s", another)
-        self._scheduler.remove(job)
         with self._changed:
-            if job in self._new:
-                self._new.remove(job)
-            request = self._jobs.pop(job)
-        self._counts.add(request.stats)
+            new, self._new = self._new, []
+        self._scheduler.waiting += new
+        self._iteration.drop_cancelled()
+
+    def _over(self, job: Job, status: Status) -> None:
+        with self._changed:
+            del self._jobs[job.request]
+        self._counts.add(job.request.stats)
         self._counts.ended[status] += 1
-        request._end(status, error)
 
 
 def _stops(stop: int | str | Sequence[int | str], tokenizer: Any) -> tuple[list[int], list[str]]:

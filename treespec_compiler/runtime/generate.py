@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar, cast
-
-import torch
-from torch import Tensor
 
 from ..capture.surroundings import not_traced
 from ..errors import Unsupported
 from ..logs import logger
 from ..program.tree_program import TreeProgram
-from ..speculation.work import alone
-from .generation import Generation, Step
+from .batch import BatchStream, OneByOne, calls_of
+from .generation import Step
+from .output import BatchOutput, GenerationOutput
 from .plain import PlainProgram
 from .settings import Call
 from .starting import begin, drafts_of, program_of
 from .stats import Stats
+from .streams import Stream
 
-__all__ = ["GenerationOutput", "Step", "Stream", "generate", "stream"]
+__all__ = ["BatchOutput", "GenerationOutput", "Step", "Stream", "generate", "stream"]
 
 log = logger(__name__)
 
@@ -31,72 +29,17 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class GenerationOutput:
-    sequences: Tensor
-    """[1, prompt + new] int64, on the prompt's device (CPU for a list)."""
-    stats: Stats
+def _takes(record: Callable[P, R]) -> Callable[[Callable[[list[R]], T]], Callable[P, T]]:
+    """The decorated function has the arguments of `record`, which are spelled there, and is given one a request."""
 
-
-class Stream(Iterator[Step]):
-    """The steps of one generation, as they happen. `stats` and `tokens` grow with them."""
-
-    def __init__(self, generation: Generation, device: torch.device) -> None:
-        self.stats = generation.stats
-        self.tokens: list[int] = []
-        self._prompt, self._device = generation.prompt, device
-        self._generation: Generation | None = generation
-
-    @not_traced
-    def __next__(self) -> Step:
-        generation = self._generation
-        if generation is None or self.stats.finish_reason is not None:
-            self.close()
-            raise StopIteration
-        try:
-            with torch.inference_mode():
-                step = alone(generation.advance())
-        except BaseException:
-            self.close()
-            raise
-        self.tokens += step.tokens
-        if self.stats.finish_reason is not None:
-            self.close()
-        return step
-
-    @property
-    def sequences(self) -> Tensor:
-        """[1, prompt + tokens so far] int64."""
-        return torch.tensor([[*self._prompt, *self.tokens]], dtype=torch.int64, device=self._device)
-
-    def close(self) -> None:
-        """End early and free the caches; exhausting the stream does it too."""
-        generation, self._generation = self._generation, None
-        if generation is not None:
-            generation.close()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_generation", None) is not None:
-            self.close()
-
-
-def _takes(record: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T]]:
-    """The decorated function has the arguments of `record`, which are spelled there, and is given the record."""
-
-    def decorate(function: Callable[[R], T]) -> Callable[P, T]:
+    def decorate(function: Callable[[list[R]], T]) -> Callable[P, T]:
         @functools.wraps(function)
         def call(*args: P.args, **settings: P.kwargs) -> T:
             try:
                 signature.bind(*args, **settings)
             except TypeError as error:
                 raise TypeError(f"{function.__name__}: {error}") from None
-            return function(record(*args, **settings))
+            return function(calls_of(record, *args, **settings))
 
         returns = inspect.signature(function).return_annotation
         signature = inspect.signature(record).replace(return_annotation=returns)
@@ -106,7 +49,18 @@ def _takes(record: Callable[P, R]) -> Callable[[Callable[[R], T]], Callable[P, T
     return decorate
 
 
-def _stream(call: Call) -> Stream:
+def _stream(calls: list[Call]) -> Stream:
+    if len(calls) > 1:
+        try:
+            return BatchStream(calls)
+        except Unsupported:
+            if calls[0].on_unsupported != "fallback":
+                raise
+            return OneByOne(calls, [_alone(call) for call in calls])
+    return _alone(calls[0])
+
+
+def _alone(call: Call) -> Stream:
     stats = Stats(prompt_tokens=len(call.prompt))
     try:
         program = program_of(call, stats)
@@ -124,14 +78,17 @@ def _stream(call: Call) -> Stream:
 
 @not_traced
 @_takes(Call)
-def stream(call: Call) -> Stream:
-    """`generate`, a `Step` at a time: `for step in stream(...)`. Arguments are checked here, not at the first step."""
-    return _stream(call)
+def stream(calls: list[Call]) -> Stream:
+    """`generate`, a `Step` at a time: `for step in stream(...)`. Arguments are checked here, not at the first step.
+
+    With several prompts, `step.request` says whose it is.
+    """
+    return _stream(calls)
 
 
 @not_traced
 @_takes(Call)
-def generate(call: Call) -> GenerationOutput:
+def generate(calls: list[Call]) -> GenerationOutput:
     """The target's own continuation of `input_ids`, sped up by what `draft` guesses right.
 
     With `temperature` 0 it is the greedy one; above, a sample that has exactly the target's distribution after
@@ -142,7 +99,10 @@ def generate(call: Call) -> GenerationOutput:
     "top-k") say how; pairs that are not lossless are refused. `out.stats.seed` gives the same sample again; it is None
     where the trees follow earlier calls too (`policy="auto"` with a draft, and no `seed` given).
 
-    `input_ids` are integers, a tensor or array [S] or [1, S], or what a tokenizer returns. `model` and `draft` are
+    `input_ids` are integers, a tensor or array [S] or [1, S], or what a tokenizer returns. Several prompts, a list of
+    these or [B, S] with an `attention_mask`, are run at once and give a `BatchOutput`, whose entry i is what prompt i
+    gives alone; a list as the value of a setting is one value a prompt. `num_return_sequences` samples of each prompt
+    follow each other; a `seed` is that of the first of them, and the next ones count on. `model` and `draft` are
     modules (converted on first use) or tree programs; `draft` may also be a `Draft` or a list, whose trees are merged,
     or None for no speculation. `policy` shapes the tree: `StaticExpansion((1, 1, 3))` or "1,1,3". Generation ends after
     an id of `eos_token_id` (default: the model's own; `()` for none) or `stop_ids`, which is kept, after
@@ -150,7 +110,7 @@ def generate(call: Call) -> GenerationOutput:
     `on_unsupported="fallback"` runs a model that cannot be converted in a plain loop, with a warning.
     `tokenizer` and `draft_tokenizer`, if given, are checked to mean the same by every common id.
     """
-    steps = _stream(call)
+    steps = _stream(calls)
     for _ in steps:
         pass
-    return GenerationOutput(steps.sequences, steps.stats)
+    return steps.output()

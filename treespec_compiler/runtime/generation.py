@@ -46,6 +46,8 @@ class Step:
     """What became certain of the text, with a tokenizer given: no half character, and no part of a stop string."""
     likelihoods: Sequence[TokenLikelihood] = ()
     """Of each of `tokens`, where asked for."""
+    request: int = 0
+    """Whose it is, where `stream` was given several prompts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from ..program.cache import TreeCache
 from ..speculation.slots import PagedSlots
 from ..speculation.work import Prompt, Work, Working
 from .generation import Generation, Step
+from .request import Request
 
 PATIENCE = 64
 """Steps of waiting that count as much as a priority higher by one."""
@@ -23,6 +24,7 @@ PATIENCE = 64
 class Job:
     """A request within the engine."""
 
+    request: Request
     prompt: Sequence[int]
     priority: int
     arrival: int

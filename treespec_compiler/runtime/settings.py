@@ -127,6 +127,10 @@ class Call(Settings):
 
     model: Model
     input_ids: PromptLike
+    attention_mask: Any = field(default=None, kw_only=True)
+    """In the shape of the ids: 0 where there is padding, on the left or the right."""
+    num_return_sequences: int = field(default=1, kw_only=True)
+    """Samples of each prompt; `runtime.batch` makes a call of each."""
     prompt: list[int] = field(init=False, repr=False)
     device: torch.device = field(init=False, repr=False)
     """The prompt's."""
@@ -134,7 +138,7 @@ class Call(Settings):
     """The original module; None for a program whose module is gone."""
 
     def __post_init__(self) -> None:
-        prompt, device = parse_prompt(self.input_ids)
+        prompt, device = parse_prompt(self.input_ids, self.attention_mask)
         if min(prompt) < 0:
             index = next(i for i, token in enumerate(prompt) if token < 0)
             raise InvalidPrompt(got=f"the id {prompt[index]} at index {index}", expected="ids of 0 or more")

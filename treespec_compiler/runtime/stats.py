@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,11 @@ class Count:
     such nodes."""
     accepted: int = 0
 
+    def add(self, other: Count) -> None:
+        self.proposed += other.proposed
+        self.tried += other.tried
+        self.accepted += other.accepted
+
     @property
     def rate(self) -> float:
         """Accepted given that the parent was."""
@@ -29,6 +35,21 @@ class Count:
 def _lengthen(counts: list[Count], length: int) -> None:
     while len(counts) < length:
         counts.append(Count())
+
+
+COUNTS = (
+    "prompt_tokens",
+    "cached_tokens",
+    "tokens",
+    "steps",
+    "step_tokens",
+    "accepted",
+    "nodes",
+    "compile_seconds",
+    "unusable_draft_rows",
+    "near_ties",
+)
+"""What may be added up over generations."""
 
 
 @dataclass(slots=True)
@@ -121,6 +142,23 @@ class Stats:
         for node in path[1:]:
             by_depth[depths[node] - 1].accepted += 1
             by_rank[ranks[node]].accepted += 1
+
+    @classmethod
+    def total(cls, parts: Iterable[Stats]) -> Stats:
+        """Counts and compilation of several generations; times of what ran side by side are not added up."""
+        total = cls()
+        for stats in parts:
+            for name in COUNTS:
+                setattr(total, name, getattr(total, name) + getattr(stats, name))
+            for mine, others in (
+                (total.accepted_by_depth, stats.accepted_by_depth),
+                (total.accepted_by_rank, stats.accepted_by_rank),
+            ):
+                _lengthen(mine, len(others))
+                for count, other in zip(mine, others):
+                    count.add(other)
+            total.fallback = total.fallback or stats.fallback
+        return total
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values, the derived figures too."""
