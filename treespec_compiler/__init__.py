@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .runtime.engine import Engine
     from .runtime.generate import BatchOutput, GenerationOutput, Step, Stream, generate, stream
     from .runtime.request import Request
+    from .serving.hf import hf_generate
     from .speculation.drafts.kinds import register_draft
     from .speculation.policies.static import StaticExpansion
     from .tree import Forest, TokenTree
@@ -41,6 +42,7 @@ _HOME = {
     "Unsupported": ".errors",
     "generate": ".runtime.generate",
     "grouped_linear": ".ir.grouped_linear",
+    "hf_generate": ".serving.hf",
     "register_draft": ".speculation.drafts.kinds",
     "register_kernel": ".ir.registry",
     "register_op": ".passes.locality.custom_ops",
@@ -65,6 +67,7 @@ __all__ = [
     "Unsupported",
     "generate",
     "grouped_linear",
+    "hf_generate",
     "register_draft",
     "register_kernel",
     "register_op",

@@ -60,6 +60,7 @@ COMMANDS = (
     Command("opt", "run the passes on a model and print the graph between them"),
     Command("report", "write a page that shows every pass at work"),
     Command("kernels", "show a model's GPU kernels, compiled without a GPU"),
+    Command("export-custom-generate", "write the folder for custom_generate=... of transformers", "export"),
     Command("passes", "list the passes and their contracts"),
     Command("diff", "compare two graphs by structure"),
     Command("reproduce", "run a failed conversion again"),

@@ -61,7 +61,7 @@ def with_model_defaults(call: Call, device: torch.device) -> Sampling:
     The rest of that is named in a warning, once a model.
     """
     config = getattr(call.module, "generation_config", None)
-    if call.module is None or config is None:
+    if call.module is None or config is None or not call.model_defaults:
         return call.sampling
     left = [*_set(config, ELSEWHERE), *_sampling_left(config, call)]
     penalty = getattr(config, "repetition_penalty", None)

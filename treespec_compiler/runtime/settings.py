@@ -52,6 +52,8 @@ class RequestSettings:
     eos_token_id: Ids = None
     """None: the model's own; `()`: none."""
     stop_ids: Iterable[int] = ()
+    model_defaults: bool = True
+    """Whether the model's `generation_config` says what is left open here; its end ids count in any case."""
     sampling: Sampling = field(init=False, repr=False)
     """All of the above that makes logits a distribution."""
 

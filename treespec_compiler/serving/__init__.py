@@ -1,0 +1,1 @@
+"""treespec behind interfaces that others made: transformers' `generate`, OpenAI's HTTP API."""
