@@ -60,7 +60,7 @@ def hf_generate(
     `draft`, `policy`, `verifier`, `sampler`, `options` are those of `treespec.generate` and are given to
     `model.generate` as they are; without a `draft`, an `assistant_model` is one. All of `generation_config` is
     honoured, or refused by its name (`InvalidOption`): beams, contrastive search, guidance, attentions. Rows of a batch
-    may be padded on the left. `on_unsupported="fallback"` leaves a model that cannot be converted to transformers' loop.
+    may be padded on the left. `on_unsupported="fallback"` leaves models that cannot be converted to its own loop.
     """
     config, dropped = generation_config, _dropped()
     streamer = dropped.get("streamer") if streamer is None else streamer
