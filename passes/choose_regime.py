@@ -46,6 +46,7 @@ def _choices(state: GraphState) -> int:
             continue
         if shape_of(chosen) != shape_of(node):
             continue
+        state.proved_by(node.args[0])
         if last is not None:
             where = source_line(node) or node.name
             state.limits.append(Limit(last, f"above {last} tokens the model takes other values at {where}"))

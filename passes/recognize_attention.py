@@ -153,6 +153,7 @@ def _check_replaced(state: GraphState, at: fx.Node, scores: Scores) -> None:
         mask = hiding if scores.mask is None else state.call(aten.where.self, (where, scores.mask, hiding), like=at)
         forms = state.closed_forms()
         form = forms.of(mask)
+        state.proved_by(mask)
         shape = (sympy.Integer(1), shape_of(scores.q)[-3], state.length, state.length)
 
         def evaluate(n: int, mask: fx.Node = mask) -> Tensor:

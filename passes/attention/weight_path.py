@@ -125,7 +125,7 @@ def zeros_and_ones(forms: ClosedForms, form: Form) -> bool:
         return all(value in (0, 1) for value, _ in form.expr.args)
     if len(form.tables) != 1 or form.expr not in form.tables:
         return False
-    table = forms.tables[str(form.expr.func)]
+    table = forms.values(str(form.expr.func))
     return bool(((table == 0) | (table == 1)).all())
 
 

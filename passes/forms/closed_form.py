@@ -43,7 +43,8 @@ class ClosedForms:
         self.tokens = tokens
         self.tables: dict[str, Tensor] = {}
         self.read: set[str] = set()  # constants whose values were used
-        self.numbers: set[str] = set()  # those of them that became numbers in a form
+        self.numbers: set[str] = set()  # those of them that became numbers in a form, or were looked into (`values`)
+        self._behind: dict[str, set[str]] = {}  # the constants that a table was computed from
         self._memo: dict[fx.Node, Form | None] = {}
         self.tainted = _content_dependent(gm, tokens)
         self.counting = _length_dependent(gm, tokens, self.positions)
@@ -52,6 +53,11 @@ class ClosedForms:
         if node not in self._memo:
             self._memo[node] = None if node in self.tainted else self._evaluate(node)
         return self._memo[node]
+
+    def values(self, table: str) -> Tensor:
+        """What is in a table, for a proof: it is made again when a constant behind the table changes."""
+        self.numbers |= self._behind[table]
+        return self.tables[table]
 
     def constant(self, node: fx.Node) -> Tensor | None:
         """The tensor behind a weight or attribute node."""
@@ -98,6 +104,7 @@ class ClosedForms:
         """The tensor as an uninterpreted function of its indices."""
         name = f"table_{node.name}"
         self.tables[name] = tensor
+        self._behind[name] = {n.name for n in cone(node) if n.name in self.constants}
         shape = shape_of_tensor(tensor)
         indices = [sympy.Integer(0) if s == 1 else axis(i) for i, s in enumerate(shape)]
         read = sympy.Function(name, real=True, integer=not tensor.is_floating_point() or None)(*indices)

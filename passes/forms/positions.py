@@ -79,6 +79,7 @@ def _refuse_counted(state: GraphState, forms: ClosedForms, node: fx.Node) -> Non
 
 
 def _sampled(state: GraphState, node: fx.Node) -> SampledValues:
+    state.proved_by(node)
     return SampledValues(node, state.gm, state.tokens, state.constants, state.max_context)
 
 

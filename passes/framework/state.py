@@ -18,6 +18,7 @@ from treespec_compiler.ir.specs import EVERY_ROW, AttentionSpec, Limit, LogitsSp
 from treespec_compiler.ir.weights import Expression
 
 from ..forms.closed_form import ClosedForms
+from ..forms.evaluate import cone
 from .weights import Weights
 
 
@@ -94,8 +95,16 @@ class GraphState:
             self._forms = ClosedForms(self.gm, self.constants, self.position_inputs, self.tokens)
         return self._forms
 
+    def proved_by(self, node: fx.Node) -> None:
+        """Something is proved by the values of this node: when a weight that it is computed from changes, it is proved
+        again.
+        """
+        self.proved_from |= {n.name for n in cone(node) if n.name in self.weights}
+
     def rewritten(self) -> None:
         """The graph is another one: what was computed from it is void. `run_passes` says so after a pass as well."""
+        if self._forms is not None:
+            self.proved_from |= self._forms.numbers
         self._forms = None
 
     def call(
