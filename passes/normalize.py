@@ -20,15 +20,18 @@ from treespec_compiler.ir.provenance import op_name
 from .framework.manager import Pass
 from .framework.state import GraphState, refuse
 from .spellings.assembled import spell_assembled
-from .spellings.attention_algebra import spell_constant_keys, spell_score_factor, spell_weight_sum
+from .spellings.attention_algebra import spell_constant_keys, spell_score_factor
 from .spellings.attention_weights import spell_weights
 from .spellings.contractions import spell_contraction, spell_one_hot
 from .spellings.einsum import spell_einsum
 from .spellings.grouped_experts import spell_counts, spell_grouped
+from .spellings.head_mixes import spell_mixed_scores, spell_mixed_weights
 from .spellings.inverse_permutation import spell_inverse
 from .spellings.picked_rows import spell_picked_rows
 from .spellings.score_sums import spell_score_sum
+from .spellings.sizes import spell_size
 from .spellings.softmax import spell_softmax
+from .spellings.weight_sums import spell_weight_sum
 
 aten = torch.ops.aten
 
@@ -57,6 +60,7 @@ _SYNONYMS = {
     "aten.clip": aten.clamp,
 }
 _SPELLINGS = (
+    spell_size,
     spell_one_hot,
     spell_contraction,
     spell_picked_rows,
@@ -65,6 +69,8 @@ _SPELLINGS = (
     spell_score_factor,
     spell_softmax,
     spell_weights,
+    spell_mixed_scores,
+    spell_mixed_weights,
     spell_weight_sum,
     spell_constant_keys,
     spell_inverse,
@@ -100,11 +106,26 @@ def normalize(state: GraphState) -> int:
             node.target = getattr(_SYNONYMS[name], node.target._overloadname)
         elif name == "aten.squeeze":
             _name_squeezed(node)
-        elif not any(spell(state, node) for spell in _SPELLINGS):
+        elif not _spell(state, node):
             _refuse_mutation(node)
             continue
         matches += 1
     return matches
+
+
+def _spell(state: GraphState, node: fx.Node) -> bool:
+    """Spell one node, and once more what it was spelled as: an einsum may be a product of combined weights."""
+    before, after = node.prev, node.next
+    if not any(spell(state, node) for spell in _SPELLINGS):
+        return False
+    made, current = [], before.next
+    while current is not after:
+        made.append(current)
+        current = current.next
+    for new in made:
+        if new.op == "call_function":
+            any(spell(state, new) for spell in _SPELLINGS)
+    return True
 
 
 def _name_squeezed(node: fx.Node) -> None:

@@ -14,9 +14,12 @@ from treespec_compiler.ir import ops  # noqa: F401  (defines them)
 from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
-from .attention.key_bias import BIASED, Splitter, with_key_bias
+from .attention.extra_keys import spell_extra_keys
+from .attention.key_bias import BIASED, Splitter, with_key_bias, with_row_shift
 from .attention.plain_layout import plain_layouts
+from .attention.shared_heads import with_equal_heads
 from .attention.spelled_out import SOFTMAXES, EagerSite, Reader, Scores
+from .attention.written_out import write_out
 from .forms.closed_form import ClosedForms, broadcast, shape_of
 from .forms.evaluate import evaluate_for_length
 from .forms.masks import hides_all
@@ -29,9 +32,10 @@ aten = torch.ops.aten
 
 def recognize_attention(state: GraphState) -> int:
     matches = 0
+    spell_extra_keys(state)
     forms = state.closed_forms()
     for node in list(state.graph.nodes):
-        if op_name(node) == "aten.scaled_dot_product_attention":
+        if op_name(node) == "aten.scaled_dot_product_attention" and not write_out(state, node):
             _rewrite(state, forms, node)
             matches += 1
     matches += recognize_eager(state)
@@ -67,13 +71,18 @@ def make_site(
     v: fx.Node,
     rest: tuple[Any, ...],
     key_bias: fx.Node | None = None,
+    shift: fx.Node | None = None,
 ) -> fx.Node:
     """Insert `treespec::attention(q, k, v, *rest)` before `at`, with K/V heads unrepeated; rest[2] is the scale."""
     _check_axes(state, at, q, k, v)
     _check_types(state, at, q, k, v)
     k, v = _unrepeat(k, v)
+    if all(shape_of(x)[1].is_Integer for x in (q, k, v)):
+        q, k, v = with_equal_heads(state, at, q, k, v)
     if key_bias is not None:
         q, k = with_key_bias(state, at, q, k, key_bias, rest[2])
+    if shift is not None:
+        q, k = with_row_shift(state, at, q, k, shift, rest[2])
     heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
     if shape_of(v)[1] != kv_heads or not heads.is_Integer or heads % kv_heads != 0:
         raise refuse(
@@ -106,7 +115,8 @@ def recognize_eager(state: GraphState) -> int:
         rest: tuple[Any, ...] = (scores.mask, False, scores.scale)
         if scores.softcap or scores.sinks is not None:
             rest += (scores.softcap, _sink_vector(state, output, scores.sinks))
-        site = make_site(state, output, q, k, v, rest, scores.key_bias)
+        shift = scores.shift if scores.sinks is not None else None  # a softmax without sinks does not see it
+        site = make_site(state, output, q, k, v, rest, scores.key_bias, shift)
         if len(shape_of(output)) == 3:
             site = state.call(aten.squeeze.dim, (site, 0), like=output)
         output.replace_all_uses_with(site)

@@ -197,6 +197,21 @@ def with_key_bias(
     return q, state.call(aten.cat.default, ([k] + [column] * len(parts), -1), like=at)
 
 
+def with_row_shift(
+    state: GraphState, at: fx.Node, q: fx.Node, k: fx.Node, shift: fx.Node, scale: float
+) -> tuple[fx.Node, fx.Node]:
+    """[q, shift / scale] and [k, 1] for q [1, Hq, T, D], k [1, Hkv, T, D] and what is added to each row, [.., T, 1]."""
+    while len(shape_of(shift)) < 4:
+        shift = state.call(aten.unsqueeze.default, (shift, 0), like=at)
+    column = state.call(aten.mul.Tensor, (shift, 1.0 / scale), like=at)
+    if column.meta["val"].dtype != q.meta["val"].dtype:
+        column = state.call(aten._to_copy.default, (column,), {"dtype": q.meta["val"].dtype}, like=at)
+    column = state.call(aten.expand.default, (column, [1, int(shape_of(q)[1]), -1, 1]), like=at)
+    one = state.call(aten.ones_like.default, (state.call(aten.slice.Tensor, (k, -1, 0, 1), like=at),), like=at)
+    q = state.call(aten.cat.default, ([q, column], -1), like=at)
+    return q, state.call(aten.cat.default, ([k, one], -1), like=at)
+
+
 def _by_key_head(state: GraphState, at: fx.Node, column: fx.Node, kv_heads: int, share: int) -> fx.Node:
     """[1, Hq, T, 1] -> [1, Hkv, T, Hq / Hkv]: the biases of the query heads that share a key head, side by side."""
     split = state.call(aten.reshape.default, (column, [kv_heads, share, tokens_of(state, at), 1]), like=at)

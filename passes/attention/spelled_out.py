@@ -45,6 +45,8 @@ class Scores:
     mask: fx.Node | None = None
     sinks: fx.Node | None = None
     shifted: bool = False
+    shift: fx.Node | None = None
+    """[.., T, 1], computed from tokens, that was added to each row; None where `shifted` says all of it."""
     replaced: tuple[fx.Node, ...] = ()
     """Where scores were replaced by a value that hides nothing by itself: the mask must hide it there."""
     key_bias: fx.Node | None = None
@@ -88,6 +90,8 @@ class Reader:
         kept = scores is not None and all(self.keeps(scores.q, n) for n in (softmax, *path.steps))
         if scores is None or not kept or scores.inner is not None or (scores.sinks is not None) != path.dropped:
             return None
+        if scores.sinks is not None and scores.shift is not None and scores.softcap:
+            return None
         scores = replace(scores, replaced=(*scores.replaced, *path.zeroed))
         gate = sink_gate(softmax, output, self.forms, self.state.length)
         if gate is not None and scores.sinks is None and not scores.shifted:
@@ -124,8 +128,10 @@ class Reader:
         """scores + sign * extra, for an addend that does not depend on token content, but for a bias by key."""
         if scores.inner is not None or scores.sinks is not None:
             return None
-        if isinstance(extra, (int, float)) or self.shifts(scores, extra):
+        if isinstance(extra, (int, float)):
             return replace(scores, shifted=True)
+        if self.shifts(scores, extra):
+            return self.shift(scores, extra, sign)
         if self._depends(extra):
             found = Splitter(self.state, self.forms, self.at, self.repeated).split(extra)
             if found is None or scores.key_bias is not None or sign < 0:
@@ -145,6 +151,12 @@ class Reader:
             return False
         shape = shape_of(extra)
         return len(shape) >= 2 and shape[-1] == 1
+
+    def shift(self, scores: Scores, extra: Any, sign: int) -> Scores:
+        """NOTE remembered for sinks, which are no part of what is shifted; several shifts are not."""
+        if scores.shifted or scores.shift is not None:
+            return replace(scores, shifted=True)
+        return replace(scores, shift=extra if sign > 0 else self.emit(aten.neg.default, extra))
 
     def override(self, scores: Scores, condition: Any, value: Any, *, when: bool) -> Scores | None:
         """Scores replaced by `value` where `condition == when`."""
@@ -194,7 +206,8 @@ def _scaled(reader: Reader, node: fx.Node, factor: Callable[[float], float]) -> 
     if scores.softcap or scores.key_bias is not None:
         return None
     mask = None if scores.mask is None else reader.emit(aten.mul.Tensor, scores.mask, by)
-    return replace(scores, scale=scores.scale * by, mask=mask)
+    shift = None if scores.shift is None else reader.emit(aten.mul.Tensor, scores.shift, by)
+    return replace(scores, scale=scores.scale * by, mask=mask, shift=shift)
 
 
 def _zeroed(reader: Reader, a: Any, b: Any) -> Scores | None:
@@ -212,7 +225,7 @@ def _tanh(reader: Reader, node: fx.Node) -> Scores | None:
     scores = reader.read(node.args[0])
     if scores is None or scores.mask is not None or scores.softcap or scores.inner is not None or scores.shifted:
         return None
-    if scores.key_bias is not None:
+    if scores.key_bias is not None or scores.shift is not None:
         return None
     return replace(scores, inner=scores.scale)
 
@@ -243,7 +256,7 @@ def _sub(reader: Reader, node: fx.Node) -> Scores | None:
         # With the sinks among them, scores and sinks are shifted alike.
         return scores if scores.sinks is not None else replace(scores, shifted=True)
     if reader.shifts(scores, b):
-        return replace(scores, shifted=True)
+        return reader.shift(scores, b, -1)
     return None if reader._depends(b) or argument(node, "alpha") != 1 else reader.add(scores, b, -1)
 
 

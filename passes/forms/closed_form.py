@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from treespec_compiler.ir.private_torch import FakeTensor
 from treespec_compiler.ir.provenance import op_name
 
+from .bounds import decided
 from .evaluate import SHAPE_ONLY, cone, evaluate_for_length
 from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
 from .rules import RULES, OpCall
@@ -143,4 +144,6 @@ def _length_dependent(gm: fx.GraphModule, tokens: str, positions: set[str]) -> s
 def _normal(form: Form) -> Form:
     zeros = {axis(i): 0 for i, s in enumerate(form.shape) if s == 1}
     used = form.expr.free_symbols & set(zeros) if hasattr(form.expr, "free_symbols") else set()
-    return Form(sympy.sympify(form.expr).xreplace({s: sympy.Integer(0) for s in used}), form.shape) if used else form
+    if used:
+        form = Form(sympy.sympify(form.expr).xreplace({s: sympy.Integer(0) for s in used}), form.shape)
+    return decided(form) if hasattr(form.expr, "atoms") else form

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from .form import packet, size_of
@@ -249,6 +250,43 @@ def _table(values: Values, node: fx.Node, index: Index) -> Tensor | None:
     return table[(*[slice(None)] * first, *picked)]
 
 
+def _pad(values: Values, node: fx.Node, index: Index) -> Tensor | None:
+    """Constants around the last dimensions."""
+    source: Any = node.args[0]
+    widths = values.argument(node.args[1])
+    plain = packet(node) == "constant_pad_nd"
+    if not plain and argument(node, "mode") != "constant":
+        return None
+    value = argument(node, "value")
+    shape, mine = values.shape(source), list(index)
+    inside = torch.ones([1] * len(index), dtype=torch.bool)
+    for i in range(len(widths) // 2):
+        at = len(index) - 1 - i
+        place = index[at] - widths[2 * i]
+        kept = (place >= 0) & (place < shape[at])
+        inside = inside & kept.view([-1 if d == at else 1 for d in range(len(index))])
+        mine[at] = place.clamp(0, max(shape[at] - 1, 0))
+    found = values.at(source, tuple(mine))
+    return torch.where(inside, found, torch.tensor(0 if value is None else value, dtype=found.dtype))
+
+
+def _cat(values: Values, node: fx.Node, index: Index) -> Tensor:
+    """Tensors one after the other."""
+    dim, start = int(argument(node, "dim")) % len(index), 0
+    result: Tensor | None = None
+    for part in node.args[0]:
+        size = values.shape(part)[dim]
+        place = index[dim] - start
+        start += size
+        if size == 0:
+            continue
+        found = values.at(part, (*index[:dim], place.clamp(0, size - 1), *index[dim + 1 :]))
+        kept = (place >= 0).view([-1 if d == dim else 1 for d in range(len(index))])
+        result = found if result is None else torch.where(kept, found, result)
+    assert result is not None
+    return result
+
+
 def _index_select(values: Values, node: fx.Node, index: Index) -> Tensor:
     dim = int(node.args[1]) % len(index)
     places = values.at(node.args[2], (index[dim],)).long()
@@ -271,6 +309,7 @@ _AT: dict[str, ValueRule] = dict.fromkeys(_ELEMENTWISE, _pointwise) | {
     "permute": _moved(_permuted), "transpose": _moved(_swapped), "t": _moved(_swapped),
     "unsqueeze": _ones_moved, "squeeze": _ones_moved, "view": _ones_moved, "reshape": _ones_moved,
     "_unsafe_view": _ones_moved, "expand": _expand, "slice": _slice, "select": _select,
+    "pad": _pad, "constant_pad_nd": _pad, "cat": _cat,
     "tril": _triangle(lower=True), "triu": _triangle(lower=False),
     "embedding": _table, "index": _table, "index_select": _index_select,
 }  # fmt: skip

@@ -63,9 +63,56 @@ def _extreme(largest: bool) -> Callable[[OpCall], Form | None]:
     return rule
 
 
+def _pad(call: OpCall) -> Form | None:
+    """Constants around the last dimensions."""
+    form, widths, mode = call.form(call.node.args[0]), call.arg("pad"), call.arg("mode", "constant")
+    if form is None or mode != "constant":
+        return None
+    value = call.arg("value")
+    filled = call.form(0 if value is None else value)
+    expr, kept = form.expr, sympy.true
+    for i in range(len(widths) // 2):
+        at = len(call.shape) - 1 - i
+        before, after = call.size(widths[2 * i]), call.size(widths[2 * i + 1])
+        if before is None or after is None:
+            return None
+        expr = expr.xreplace({axis(at): axis(at) - before})
+        low = sympy.true if before == 0 else sympy.Ge(axis(at), before)
+        high = sympy.true if after == 0 else sympy.Lt(axis(at), form.shape[at] + before)
+        kept = sympy.And(kept, low, high)
+    if filled is None:
+        return None
+    return choose(call, Form(kept, call.shape), Form(expr, call.shape), filled)
+
+
+def _cat(call: OpCall) -> Form | None:
+    """Tensors one after the other."""
+    at = dimension(call, call.arg("dim"), len(call.shape))
+    result: Form | None = None
+    end = call.shape[at]
+    for part in reversed(call.node.args[0]):
+        form = call.form(part)
+        if form is None or len(form.shape) != len(call.shape):
+            return None
+        end = end - form.shape[at]
+        if form.shape[at] == 0:
+            continue
+        here = Form(form.expr.xreplace({axis(at): axis(at) - end}), call.shape)
+        if result is None:
+            result = here
+            continue
+        result = choose(call, Form(sympy.Lt(axis(at), end + form.shape[at]), call.shape), here, result)
+        if result is None:
+            return None
+    return None if result is None else call.result(result.expr)
+
+
 SEQUENCE_RULES: dict[str, Callable[[OpCall], Form | None]] = {
     "aten.cumsum": _cumsum,
     "aten.diff": _diff,
+    "aten.pad": _pad,
+    "aten.constant_pad_nd": _pad,
+    "aten.cat": _cat,
     "aten.tril": _triangle(lower=True),
     "aten.triu": _triangle(lower=False),
     "aten.max": _extreme(largest=True),

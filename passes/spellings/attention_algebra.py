@@ -1,7 +1,6 @@
-"""One spelling of attention's linear algebra: factors of scores move to the queries, factors of weights to the output.
+"""One spelling of attention's linear algebra: factors of scores move to the queries.
 
 (q k^T) * s          ->  (q * s) k^T            for a factor s of each head or query
-(w1 - c * w2) v      ->  w1 v - c * (w2 v)      (differential attention, arXiv 2410.05258)
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from ..framework.state import GraphState
 
 aten = torch.ops.aten
 
-_SOFTMAXES = ("aten.softmax", "aten._softmax", "aten._safe_softmax")
-
 
 def spell_score_factor(state: GraphState, node: fx.Node) -> bool:
     """Rewrite scores times (or over) a tensor that is the same for all keys; numbers stay where they are."""
@@ -41,21 +38,6 @@ def spell_score_factor(state: GraphState, node: fx.Node) -> bool:
     if product.meta["val"].dtype != scores.meta["val"].dtype:
         return False
     result = state.call(aten.matmul.default, (product, b), like=node)
-    node.replace_all_uses_with(result)
-    state.graph.erase_node(node)
-    return True
-
-
-def spell_weight_sum(state: GraphState, node: fx.Node) -> bool:
-    """Rewrite a product of combined attention weights with values to the combination of the products."""
-    if op_name(node) != "aten.matmul" or not all(isinstance(a, fx.Node) for a in node.args):
-        return False
-    weights: Any = node.args[0]
-    if op_name(weights) in _SOFTMAXES or not _combines(weights):
-        return False
-    result = _distributed(state, weights, node.args[1], node)
-    if shape_of(result) != shape_of(node):
-        return False
     node.replace_all_uses_with(result)
     state.graph.erase_node(node)
     return True
@@ -105,41 +87,3 @@ def _is_scores(state: GraphState, node: Any) -> bool:
 def _same_for_all_keys(node: fx.Node) -> bool:
     shape = shape_of(node)
     return bool(shape) and shape[-1] == 1 and sympy.Mul(*shape) != 1
-
-
-def _combines(node: Any) -> bool:
-    """Whether this is a sum, difference or multiple of softmaxes' results, by factors that all keys share."""
-    if not isinstance(node, fx.Node):
-        return False
-    name = op_name(node)
-    if name in _SOFTMAXES:
-        return True
-    if name not in ("aten.add", "aten.sub", "aten.mul", "aten.div"):
-        return False
-    if argument(node, "alpha", 1) != 1 or argument(node, "rounding_mode") is not None:
-        return False
-    a, b = node.args[:2]
-    if name in ("aten.add", "aten.sub"):
-        return _combines(a) and _combines(b)
-    if name == "aten.mul":
-        return (_combines(a) and _is_factor(b)) or (_combines(b) and _is_factor(a))
-    return _combines(a) and _is_factor(b)
-
-
-def _is_factor(value: Any) -> bool:
-    if isinstance(value, (int, float)):
-        return True
-    return isinstance(value, fx.Node) and (not shape_of(value) or shape_of(value)[-1] == 1)
-
-
-def _distributed(state: GraphState, weights: Any, values: Any, at: fx.Node) -> fx.Node:
-    name = op_name(weights)
-    if name in _SOFTMAXES:
-        return state.call(aten.matmul.default, (weights, values), like=at)
-    a, b = weights.args[:2]
-    if name in ("aten.add", "aten.sub"):
-        pair = (_distributed(state, a, values, at), _distributed(state, b, values, at))
-        return state.call(weights.target, pair, like=at)
-    if name == "aten.mul" and not _combines(a):
-        a, b = b, a
-    return state.call(weights.target, (_distributed(state, a, values, at), b), like=at)

@@ -49,16 +49,25 @@ def _over_tokens(state: GraphState, node: Any) -> bool:
     return len(shape) >= 2 and shape[-1] == shape[-2] == state.length
 
 
-def _root(node: Any) -> fx.Node | None:
+def root_softmax(node: Any) -> fx.Node | None:
     """The softmax whose weights these are, some of them set to 0."""
     while isinstance(node, fx.Node) and op_name(node) not in _SOFTMAXES:
         if op_name(node) not in _CHANGES:
             return None
-        inner = [a for a in node.all_input_nodes if _root(a) is not None]
+        if op_name(node) == "aten.mul" and any(map(is_factor, node.args)):
+            return None
+        inner = [a for a in node.all_input_nodes if root_softmax(a) is not None]
         if len(inner) != 1:
             return None
         node = inner[0]
     return node if isinstance(node, fx.Node) else None
+
+
+def is_factor(value: Any) -> bool:
+    """Whether an operand is the same for all keys."""
+    if isinstance(value, (int, float)):
+        return True
+    return isinstance(value, fx.Node) and (not shape_of(value) or shape_of(value)[-1] == 1)
 
 
 def _without_nan(state: GraphState, node: fx.Node) -> fx.Node | None:
@@ -70,7 +79,7 @@ def _without_nan(state: GraphState, node: fx.Node) -> fx.Node | None:
         weights, condition, other = node.args[:3]
     if not isinstance(condition, fx.Node) or op_name(condition) != "aten.isnan" or condition.args[0] is not weights:
         return None
-    if not isinstance(weights, fx.Node) or not _over_tokens(state, weights) or _root(weights) is None:
+    if not isinstance(weights, fx.Node) or not _over_tokens(state, weights) or root_softmax(weights) is None:
         return None
     return weights if shape_of(weights) == shape_of(node) else None
 
@@ -81,7 +90,7 @@ def _normalised(state: GraphState, node: fx.Node) -> fx.Node | None:
         return None
     if is_sum(below, top):
         return _with_logarithm(state, top, node) or (top if op_name(top) in _SOFTMAXES else None)
-    if _root(top) is None:
+    if root_softmax(top) is None:
         return None
     if op_name(below) in ("aten.clamp", "aten.clamp_min") and is_sum(below.args[0], top):
         least = argument(below, "min")

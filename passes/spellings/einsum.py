@@ -17,7 +17,9 @@ from torch import fx
 from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
 
+from ..forms.closed_form import shape_of
 from ..framework.state import GraphState, refuse
+from .sizes import refresh, same_sizes
 
 aten = torch.ops.aten
 
@@ -46,11 +48,14 @@ def spell_einsum(state: GraphState, node: fx.Node) -> bool:
         terms[:2] = [writer.combine(terms[0], terms[1], later)]
     last = writer.sum_out(terms[0], output)
     result = writer.permute(last, output).node
-    if list(map(str, result.meta["val"].shape)) != list(map(str, node.meta["val"].shape)):
+    if not same_sizes(result, node):
         got, wanted = list(result.meta["val"].shape), list(node.meta["val"].shape)
         raise AssertionError(f"einsum {equation!r} was spelled with shape {got}, expected {wanted}")
+    roundabout = shape_of(result) != shape_of(node)
     node.replace_all_uses_with(result)
     state.graph.erase_node(node)
+    if roundabout:
+        refresh(state, result)
     return True
 
 

@@ -19,6 +19,7 @@ from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
 from ..framework.state import GraphState
+from .sizes import refresh
 
 aten = torch.ops.aten
 
@@ -72,7 +73,8 @@ def spell_grouped(state: GraphState, node: fx.Node) -> bool:
     new = state.call(grouped_linear, (rows, weight, ends), like=node)
     node.replace_all_uses_with(new)
     state.graph.erase_node(node)
-    _refresh(state, new)
+    # NOTE another split by the same counts is rewritten when its own `cat` is reached.
+    refresh(state, new, skip=(_SPLIT,))
     return True
 
 
@@ -115,22 +117,3 @@ def _counted(sizes: Any) -> fx.Node | None:
             return None
         counts = element.args[0]
     return counts
-
-
-def _refresh(state: GraphState, changed: fx.Node) -> None:
-    """Shapes that were sums of sizes known at run time only are the number of rows again."""
-    stale = {changed}
-    for node in list(state.graph.nodes):
-        # NOTE another split by the same counts is rewritten when its own `cat` is reached.
-        if node.op != "call_function" or op_name(node) == _SPLIT or not stale & set(node.all_input_nodes):
-            continue
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with state.fake_mode:
-            value = node.target(*args, **kwargs)
-        if _shapes(value) != _shapes(node.meta["val"]):
-            node.meta["val"] = value
-            stale.add(node)
-
-
-def _shapes(value: Any) -> list[str]:
-    return [str(getattr(v, "shape", v)) for v in (value if isinstance(value, (list, tuple)) else [value])]

@@ -24,6 +24,7 @@ from .call import CallSpec, call_module, logits_of, token_dim, tokens_of, vocabu
 from .control_flow import refuse_control_flow, where_specialised
 from .fakes import forget_tensors
 from .fills import refillable, unfilled
+from .flex import spell_flex_attention
 from .found import finder
 from .functional import functional_graph
 from .reads import Reads
@@ -124,6 +125,7 @@ def _export(gm: fx.GraphModule, inputs: list[Any]) -> dict[str, Any]:
     from torch._guards import TracingContext
     from torch._subclasses import FakeTensor
 
+    spell_flex_attention(gm)
     refuse_control_flow(gm)
     context = TracingContext.get()
     mode = context.fake_mode

@@ -1,0 +1,81 @@
+"""Conditions that hold for every element of a tensor, or for none: an index is below the size of its dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from sympy.core.relational import Relational
+
+from .form import Form, axis
+
+# The number of tokens is at least 2 in every trace; what depends on one token alone is checked by value.
+_LEAST = 2
+
+
+def decided(form: Form) -> Form:
+    """The form with every condition on sizes decided that is the same for all of its indices."""
+    telling = {s for size in form.shape for s in size.free_symbols}
+    telling |= {axis(i) for i, size in enumerate(form.shape) if size.is_Integer and size > 1}
+    if not form.expr.free_symbols & telling:
+        return form
+    known: dict[Any, Any] = {}
+    for atom in form.expr.atoms(Relational):
+        if atom.free_symbols & telling:
+            found = _always(atom, form)
+            if found is not None:
+                known[atom] = sympy.true if found else sympy.false
+    return Form(form.expr.xreplace(known), form.shape) if known else form
+
+
+def _always(atom: Any, form: Form) -> bool | None:
+    """Whether a condition holds at every index (True), at none (False), or at some."""
+    ends = _range(atom.lhs - atom.rhs, form)
+    if ends is None:
+        return None
+    low, high = ends
+    if isinstance(atom, sympy.StrictLessThan):
+        return _decide(_negative(high), _nonnegative(low))
+    if isinstance(atom, sympy.LessThan):
+        return _decide(_nonnegative(-high), _negative(-low))
+    if isinstance(atom, sympy.StrictGreaterThan):
+        return _decide(_negative(-low), _nonnegative(-high))
+    if isinstance(atom, sympy.GreaterThan):
+        return _decide(_nonnegative(low), _negative(high))
+    apart = _negative(high) or _negative(-low)
+    if isinstance(atom, sympy.Equality):
+        return False if apart else None
+    return True if isinstance(atom, sympy.Unequality) and apart else None
+
+
+def _decide(yes: bool, no: bool) -> bool | None:
+    return True if yes else False if no else None
+
+
+def _range(gap: Any, form: Form) -> tuple[Any, Any] | None:
+    """The smallest and the largest value of a difference that is linear in every index, in terms of sizes."""
+    gap = sympy.expand(gap)
+    low = high = gap
+    for i, size in enumerate(form.shape):
+        symbol = axis(i)
+        if symbol not in gap.free_symbols:
+            continue
+        if not gap.is_polynomial(symbol) or sympy.degree(gap, symbol) != 1:
+            return None
+        slope = gap.coeff(symbol, 1)
+        if not slope.is_number:
+            return None
+        first, last = (sympy.Integer(0), size - 1) if slope > 0 else (size - 1, sympy.Integer(0))
+        low, high = low.xreplace({symbol: first}), high.xreplace({symbol: last})
+    return sympy.expand(low), sympy.expand(high)
+
+
+def _nonnegative(value: Any) -> bool:
+    """Whether an expression in sizes is 0 or more whatever they are."""
+    more = {s: sympy.Dummy(integer=True, nonnegative=True) + _LEAST for s in value.free_symbols}
+    return bool(sympy.expand(value.xreplace(more)).is_nonnegative)
+
+
+def _negative(value: Any) -> bool:
+    more = {s: sympy.Dummy(integer=True, nonnegative=True) + _LEAST for s in value.free_symbols}
+    return bool(sympy.expand(value.xreplace(more)).is_negative)

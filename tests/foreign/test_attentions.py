@@ -1,0 +1,34 @@
+"""Attention in further spellings: exact, or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attentions import CONVERTED, REFUSED
+from modules import VOCAB
+from oracles import EAGER, assert_decodes
+from torch import nn
+
+import treespec_compiler as treespec
+
+
+def built(style: type[nn.Module]) -> nn.Module:
+    model = style()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
+def test_rows_are_the_models_own(style: type[nn.Module]) -> None:
+    model = built(style)
+    assert_decodes(model, treespec.tree_program(model, options=EAGER), VOCAB, rounds=2, size=9)
+
+
+@pytest.mark.parametrize("style", REFUSED, ids=lambda style: style.__name__)
+def test_refused(style: type[nn.Module]) -> None:
+    with pytest.raises(treespec.Unsupported) as refusal:
+        treespec.tree_program(built(style), options=EAGER)
+    assert refusal.value.source is not None and "tests/foreign/" in refusal.value.source
