@@ -21,18 +21,22 @@ from ..errors import Refusal, TreespecError, Unsupported
 from ..ir.specs import EVERY_ROW, LogitsSpec
 from ..logs import logger
 from .call import CallSpec, call_module, logits_of, token_dim, tokens_of, vocabularies
+from .checks import Unchecked, unchecked, without_check
 from .control_flow import refuse_control_flow, where_specialised
 from .fakes import forget_tensors
 from .fills import refillable, unfilled
 from .flex import spell_flex_attention
 from .found import finder
 from .functional import functional_graph
+from .inlined import inline_bodies
 from .reads import Reads
 from .state_changes import put_logits_first
 from .tracing import tracing
 from .weight_ref import WeightRef, registered
 
 log = logger(__name__)
+
+MOST_CHECKS = 16  # that are left out of a trace, each of which begins it anew
 
 TESTED_TORCH = ("2.11", "2.15")
 
@@ -83,15 +87,14 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
     forward = _fresh_forward(model)
     try:
         with unfilled(refillable(model, call)):
-            with tracing(model, traced), contextlib.suppress(_Captured):
-                torch.compile(forward, backend=backend, fullgraph=True)(*call.args, **call.kwargs)
+            removed = _trace(model, call, forward, backend, traced)
             if not traced:
                 raise Unsupported(
                     Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids"
                 )
             captured = _tidy(traced, model, call, call.length, forward.__globals__)
         unheld = {r.name: r.tensor for r in captured.weights.values() if r.owner is None and r.find is None}
-        captured.reads = Reads(model, forward, unheld)
+        captured.reads = Reads(model, forward, unheld, removed)
         return captured
     finally:
         if traced:
@@ -99,6 +102,23 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
         traced.clear()  # Dynamo holds the backend as long as the guards, which outlive the capture
         for cell in forward.__closure__ or ():
             cell.cell_contents = None
+
+
+def _trace(
+    model: nn.Module, call: CallSpec, forward: types.FunctionType, backend: Callable[..., Any], traced: dict[str, Any]
+) -> list[Unchecked]:
+    """Run Dynamo on the call; returns the functions that it was traced without a check of values in."""
+    removed: list[Unchecked] = []
+    while True:
+        try:
+            with unchecked(removed), tracing(model, traced), contextlib.suppress(_Captured):
+                torch.compile(forward, backend=backend, fullgraph=True)(*call.args, **call.kwargs)
+            return removed
+        except Unsupported as refusal:
+            found = without_check(refusal, removed)
+            if found is None or sum(len(each.lines) for each in removed) == MOST_CHECKS:
+                raise
+            removed = found
 
 
 def _fresh_forward(model: nn.Module) -> types.FunctionType:
@@ -125,6 +145,7 @@ def _export(gm: fx.GraphModule, inputs: list[Any]) -> dict[str, Any]:
     from torch._guards import TracingContext
     from torch._subclasses import FakeTensor
 
+    inline_bodies(gm)
     spell_flex_attention(gm)
     refuse_control_flow(gm)
     context = TracingContext.get()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .alone import alone
 from .call import CallSpec, vocabularies
+from .checks import Unchecked, unchecked
 from .fills import refillable, unfilled
 from .surroundings import outside_autocast, plain_layers
 
@@ -34,9 +35,12 @@ GLOBAL_HOOKS = (
 class Reads:
     """The state of Python that the traced call of a module depended on. Holds no module and no tensor."""
 
-    def __init__(self, model: nn.Module, traced: FunctionType, unheld: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, traced: FunctionType, unheld: Mapping[str, Tensor], removed: Sequence[Unchecked] = ()
+    ) -> None:
         """`unheld`: tensors that no table of a module has (in lists, globals, closures), by where Dynamo read them."""
         self._code: CodeType = traced.__code__
+        self._removed = tuple(removed)
         self._globals = traced.__globals__  # where the guards look for what Dynamo put there
         self._inference = torch.is_inference_mode_enabled()
         self._threads = torch.get_num_threads()
@@ -50,6 +54,8 @@ class Reads:
             return "a hook on every module"
         if _methods(model) != self._methods:
             return "a method of a class"
+        if any(each.function.__code__ is not each.before for each in self._removed):
+            return "the code of a function"
         guards = self._guards()
         if guards is None:
             return "an object that forward reads was replaced"
@@ -62,7 +68,13 @@ class Reads:
             if guards.check(there):
                 return None
             # A second look, where things are as they were during the trace that mean nothing else afterwards.
-            with alone(), plain_layers(), _threads(self._threads), unfilled(refillable(model, call)):
+            with (
+                alone(),
+                plain_layers(),
+                _threads(self._threads),
+                unfilled(refillable(model, call)),
+                unchecked(self._removed),
+            ):
                 return None if guards.check(there) else _reason(guards.check_verbose(there))
 
     def _read(self, code: CodeType, there: Mapping[str, Any]) -> Any:

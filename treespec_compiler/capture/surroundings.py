@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 from unittest import mock
@@ -34,15 +35,28 @@ def plain_layers() -> Iterator[None]:
     """`nn.TransformerEncoder` and its like as what they compute.
 
     Their fused op is not taken apart by anybody; and they look whether the values of a mask are causal, only to take a
-    shortcut that means the same: a trace cannot look, and the mask is proved later.
+    shortcut that means the same: a trace cannot look, and the mask is proved later. Loggers that forward asks for are
+    found, not traced.
     """
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", _as_told):
+        with (
+            mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", _as_told),
+            mock.patch.object(logging, "getLogger", _logger),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+_find_logger = logging.getLogger
+
+
+@torch.compiler.assume_constant_result
+def _logger(name: str | None = None) -> logging.Logger:
+    """A logger, found while tracing: what is said to it is left out."""
+    return _find_logger(name)
 
 
 def _as_told(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:

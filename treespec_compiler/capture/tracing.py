@@ -20,7 +20,7 @@ from .torch_errors import TRACE_ERRORS, own_refusal
 
 # What only tells somebody something: a trace leaves these calls out, wherever forward makes them.
 _METHODS = ("debug", "info", "warning", "error", "critical", "exception", "log")
-TELLING = {warnings.warn, *(getattr(logging.Logger, name) for name in _METHODS)}
+TELLING = {print, warnings.warn, *(getattr(logging.Logger, name) for name in _METHODS)}
 
 
 @contextlib.contextmanager
