@@ -17,6 +17,7 @@ from ..program.prompt import PromptLike
 from ..program.tree_program import TreeProgram
 from ..speculation.drafts.session import MAX_CHAIN
 from ..speculation.policies.auto import Auto
+from ..speculation.policies.load import Load, Loaded
 from ..speculation.policies.named import as_policy
 from ..speculation.policies.protocol import TreePolicy
 from ..speculation.sampling.samplers import ChildSampler
@@ -77,7 +78,8 @@ class Engine:
                 raise InvalidOption(name=name, got=value, expected="a positive integer")
         shape = as_policy(policy)
         if isinstance(shape, Auto):
-            shape = replace(shape, clock=False)  # a request's own times are those of all others, too
+            # a request's own times are those of all others, too
+            shape = Loaded(shape.nodes, shape.depth, shape.chain, shape.remember, clock=False, kind=shape.kind)
         self._shared: dict[str, Any] = {
             "draft": draft,
             "policy": shape,
@@ -105,7 +107,8 @@ class Engine:
         self._slots, self._scheduler = slots, Scheduler(slots, max_requests)
         chunk = self.program.options.prefill_chunk or profile(self.program.device).prompt_chunk
         self.prompt_tokens = chunk if prompt_tokens is None else prompt_tokens
-        self._iteration = Iteration(self.program, slots, self._scheduler, self.prompt_tokens, self._over)
+        load = shape.load if isinstance(shape, Loaded) else Load()
+        self._iteration = Iteration(self.program, slots, self._scheduler, self.prompt_tokens, self._over, load)
         self._new: list[Job] = []  # added, and not seen by a step yet
         self._jobs: dict[Request, Job] = {}
         self._counts = EngineCounts()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import DraftFailed
 from ..speculation.drafts.protocol import Draft, DraftRequest, DraftSession, Learner, Suspends
-from ..speculation.policies.protocol import Limits, TreePolicy
+from ..speculation.policies.protocol import Control, Limits, TreePolicy
 from ..speculation.proposal import Proposal
 from ..speculation.sampling.chance import Mark
 from ..speculation.slots import KEPT, Slot, Slots
@@ -26,7 +26,6 @@ from .stopping import Text
 
 if TYPE_CHECKING:
     from ..program.tree_program import TreeProgram
-    from ..speculation.policies.auto import Controller
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +141,13 @@ class Generation:
         self.stats.compile_seconds += sum(draft.compile_seconds for draft in self.drafts) - compiled
         return sessions
 
-    def _control(self) -> Controller | None:
+    def _control(self) -> Control | None:
         """Who chooses the trees, where the policy leaves that to measurement."""
         control = getattr(self.policy, "control", None)
         if control is None or not self.drafts:
             return None
         began = perf_counter()
-        controller: Controller = control(self.program, self.drafts)  # may measure and so compile
+        controller: Control = control(self.program, self.drafts)  # may measure and so compile
         self.stats.compile_seconds += perf_counter() - began
         return controller
 

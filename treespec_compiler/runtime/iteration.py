@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
 
 import torch
 
 from ..logs import logger
 from ..program.cache import TreeCache
 from ..program.tree_program import TreeProgram
+from ..speculation.policies.load import Load, Share
 from ..speculation.slots import PagedSlots
-from ..speculation.work import Answer, Prompt, Work, perform
+from ..speculation.work import Answer, Nodes, Prompt, Work, perform
 from .generation import Step
 from .request import Request, Status
 from .scheduler import Job, Scheduler
@@ -28,9 +30,10 @@ class Iteration:
         scheduler: Scheduler,
         prompt_tokens: int,
         over: Callable[[Job, Status], None],
+        load: Load,
     ) -> None:
         self.program, self.slots, self.scheduler, self.prompt_tokens = program, slots, scheduler, prompt_tokens
-        self._over = over
+        self._over, self._load = over, load
         self._steps: list[tuple[Request, Step]] = []
 
     def step(self, new: Iterable[Job]) -> list[tuple[Request, Step]]:
@@ -40,11 +43,16 @@ class Iteration:
         self.drop_cancelled()
         self._admit()
         self._preempt()
+        began = perf_counter()
+        self._plan()
         for job in list(self.scheduler.running):
             if job.working is None:
                 self._begin(job)
-        self._run_drafts()
-        self._run_target()
+        rows = self._run_drafts()
+        drafted = perf_counter()
+        nodes, seconds = self._run_target()
+        if nodes:
+            self._load.took(nodes, rows, seconds, drafted - began, perf_counter() - drafted - seconds)
         self.drop_cancelled()
         return self._steps
 
@@ -100,11 +108,25 @@ class Iteration:
         job.working = job.generation.advance()
         self._resume(job)
 
-    def _run_drafts(self) -> None:
+    def _plan(self) -> None:
+        """Trees for those that are about to draft, of one budget."""
+        shares = []
+        for job in self.scheduler.running:
+            generation = job.generation
+            if generation is not None and job.working is None and isinstance(generation.controller, Share):
+                generation.controller.context, generation.controller.remaining = (
+                    generation.slot.length,
+                    generation.remaining,
+                )
+                shares.append(generation.controller)
+        self._load.plan(shares)
+
+    def _run_drafts(self) -> list[int]:
         """Everything that is not the target's call: a round for each level of the trees. Prompts of drafts run in
-        pieces as the target's do; whose is not ready sits the step out.
+        pieces as the target's do; whose is not ready sits the step out. Gives the new nodes of each round.
         """
         left: dict[int, int] = {}
+        rows: list[int] = []
         while True:
             batch: list[tuple[Job, Work]] = []
             for job in self.scheduler.running:
@@ -112,16 +134,19 @@ class Iteration:
                     key = id(job.wanted.slot.program)
                     self._take_piece(job, left, key, batch)
             if not batch:
-                return
+                return rows
+            rows.append(_nodes_of(batch))
             self._perform(batch)
 
-    def _run_target(self) -> None:
+    def _run_target(self) -> tuple[int, float]:
+        """Nodes verified and the seconds of the call; no nodes where there were prompts, or nothing."""
         batch: list[tuple[Job, Work]] = []
         left: dict[int, int] = {}
         for job in sorted(self.scheduler.running, key=lambda job: job.seniority, reverse=True):
             if job.wanted is not None and self._of_target(job):
                 self._take_piece(job, left, 0, batch)
-        self._perform(batch)
+        seconds = self._perform(batch)
+        return (0 if any(isinstance(work, Prompt) for _, work in batch) else _nodes_of(batch)), seconds
 
     def _take_piece(self, job: Job, left: dict[int, int], key: int, batch: list[tuple[Job, Work]]) -> None:
         room = left.setdefault(key, self.prompt_tokens)
@@ -135,8 +160,11 @@ class Iteration:
         assert job.generation is not None and job.wanted is not None
         return job.wanted.slot is job.generation.slot
 
-    def _perform(self, batch: Sequence[tuple[Job, Work]]) -> None:
+    def _perform(self, batch: Sequence[tuple[Job, Work]]) -> float:
+        """Seconds until the first answer: those of the call, where there is one."""
+        began, seconds = perf_counter(), 0.0
         for place, answer in perform([piece for _, piece in batch], mixed=True):
+            seconds = seconds or perf_counter() - began
             job, piece = batch[place]
             if isinstance(piece, Prompt) and not isinstance(answer, Exception):
                 assert isinstance(job.wanted, Prompt)
@@ -145,6 +173,7 @@ class Iteration:
                     continue
                 job.done = 0
             self._resume(job, answer)
+        return seconds
 
     def _resume(self, job: Job, answer: Answer | Exception | None = None) -> None:
         working = job.working
@@ -184,3 +213,8 @@ class Iteration:
         self.scheduler.remove(job)
         self._over(job, status)
         job.request._end(status, error)
+
+
+def _nodes_of(batch: Sequence[tuple[Job, Work]]) -> int:
+    """New nodes that a call runs, tokens of prompts left out."""
+    return sum(len(work.tree) - work.start for _, work in batch if isinstance(work, Nodes))

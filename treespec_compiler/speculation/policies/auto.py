@@ -16,7 +16,7 @@ from ..cost.acceptance import GREEDY, Acceptance, remembered, split
 from ..cost.latency import CONTEXT_GRAIN, CostModel, LatencyTable, latency
 from ..proposal import Proposal
 from .fixed import FixedTree
-from .protocol import TreePolicy
+from .protocol import Control, TreePolicy
 from .sequoia import Planned, fastest_tree
 
 HYSTERESIS = 0.04
@@ -79,7 +79,7 @@ class Auto:
         """Without a controller: a chain of three."""
         return 1 if depth < 3 else 0
 
-    def control(self, target: Any, drafts: Sequence[Any]) -> Controller:
+    def control(self, target: Any, drafts: Sequence[Any]) -> Control:
         cost = cost_model(target, drafts, self.kind != GREEDY)
         return Controller(self, cost, [self._memory(target, draft, drafts) for draft in drafts])
 

@@ -43,6 +43,20 @@ class TreePolicy(Protocol):
         ...
 
 
+class Control(Protocol):
+    """Who chooses one request's trees by what was measured, where `policy.control` gives one."""
+
+    def plan(self, context: int, remaining: int) -> Sequence[TreePolicy | None]:
+        """Each draft's tree; None: it is not asked. `context` tokens are committed, `remaining` wanted."""
+        ...
+
+    def observe(
+        self, proposal: Proposal, path: Sequence[int], tokens: int, verify: float, draft: float, rest: float
+    ) -> None:
+        """A step's outcome: new tokens, and the seconds of the target's pass, of the drafts and of everything else."""
+        ...
+
+
 @runtime_checkable
 class ChoosingPolicy(TreePolicy, Protocol):
     """A policy that picks which nodes to run, at any depth, and which to verify."""
