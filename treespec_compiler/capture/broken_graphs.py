@@ -6,6 +6,7 @@ import os
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import Refusal, Unsupported
@@ -48,6 +49,9 @@ def no_graph(model: nn.Module, error: BaseException, mode: Any = None) -> Unsupp
         does = next((words for start, words in _DOES.items() if line.startswith(start)), "uses")
         what = f"its code {does} values that are computed from the tokens"
         way_out = _without_the_loop(model) if does == "loops over" else f"compute it with tensors alone, {FALLBACK}"
+    scripted = next((path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if kind is Refusal.NO_GRAPH and scripted is not None:
+        way_out = f"convert the model with the Python module that {scripted or 'it'} was scripted from, {FALLBACK}"
     return Unsupported(
         kind,
         f"Dynamo cannot capture {type(model).__name__} as one graph: {what}",
