@@ -25,7 +25,8 @@ def treeify(state: GraphState) -> int:
     for node, offset, limit in table_limits(state):
         reader = source_line(node) or op_name(node)
         state.limits.append(Limit(limit, f"position table read at {reader}"))
-        state.positions.append(PositionSpec(offset, limit, reader))
+        if offset is not None:
+            state.positions.append(PositionSpec(offset, limit, reader))
     example = state.node(state.tokens).meta["val"]
     positions = state.add_input(POSITIONS, torch.zeros(2, dtype=torch.int64, device=example.device))
     with state.fake_mode:

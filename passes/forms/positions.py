@@ -13,13 +13,14 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.provenance import op_name
 
 from ..framework.state import GraphState, refuse
-from .by_value import SampledValues, proved_up_to, same_bits, same_everywhere
+from .by_value import LONGEST, SampledValues, proved_up_to, same_bits, same_everywhere
 from .closed_form import ClosedForms, Form, axis, shape_of
 
 
@@ -214,10 +215,12 @@ def chunk_of(size: sympy.Expr) -> int | None:
     return max((int(a) for f in mods for a in f.args if a.is_Integer), default=None)
 
 
-def table_limits(state: GraphState) -> list[tuple[fx.Node, int, int]]:
-    """(node, offset, limit) for every read of a table at a position: context lengths above `limit` leave the table."""
+def table_limits(state: GraphState) -> list[tuple[fx.Node, int | None, int]]:
+    """(node, offset, limit) for every read of a table at a position, or at a number that is computed from one (offset
+    None): context lengths above `limit` leave the table.
+    """
     forms = state.closed_forms()
-    found = []
+    found: list[tuple[fx.Node, int | None, int]] = []
     for node in state.graph.nodes:
         for table, dim, index in _reads(node):
             form = forms.of(index) if isinstance(index, fx.Node) else None
@@ -226,9 +229,34 @@ def table_limits(state: GraphState) -> list[tuple[fx.Node, int, int]]:
                 continue
             offset = _offset(form.expr, axis(dims[0]))
             size = shape_of(table)[dim]
-            if offset is not None and size.is_Integer:
+            if not size.is_Integer:
+                continue
+            if offset is not None:
                 found.append((node, offset, int(size) - offset))
+            elif (limit := _first_outside(form.expr, axis(dims[0]), int(size))) is not None:
+                found.append((node, None, limit))
     return found
+
+
+def _first_outside(expr: Any, symbol: sympy.Symbol, size: int) -> int | None:
+    """The first position whose number, which only its position decides, is no row of a table; None: none is found."""
+    if expr.free_symbols != {symbol} or expr.has(AppliedUndef):
+        return None
+
+    def inside(i: int) -> bool:
+        value = expr.xreplace({symbol: sympy.Integer(i)})
+        return bool(value >= 0) and bool(value < size)
+
+    last = 1
+    while last < LONGEST and inside(last):
+        last *= 2
+    if inside(min(last, LONGEST)):
+        return None
+    low, high = last // 2, last  # numbers that grow with the position: others are refused (`_may_descend`)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if inside(middle) else (low, middle)
+    return low
 
 
 def _reads(node: fx.Node) -> list[tuple[fx.Node, int, Any]]:

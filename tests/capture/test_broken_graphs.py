@@ -81,7 +81,7 @@ def refusal(model: nn.Module) -> treespec.Unsupported:
 
 def test_a_loop_over_the_experts_that_were_hit() -> None:
     error = refusal(mixture(HitExperts))
-    assert "its code loops over values that are computed from the tokens" in error.reason
+    assert "its code loops over values that are known only when it runs" in error.reason
     assert (error.layer, error.module) == ("part_of.0", "HitExperts")
     assert "# here" in str(error.source) and "sorted by expert" in str(error.way_out)
 

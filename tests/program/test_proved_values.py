@@ -95,3 +95,19 @@ def test_it_is_proved_again(name: str) -> None:
         return
     assert program.graph_module is not graph
     assert program.max_context == {"limit": 9, "offset": CONTEXT - 2}.get(name, CONTEXT)
+
+
+class EveryOther(Tiny):
+    """Two tokens share a row of the table, so it lasts twice as long."""
+
+    def positions(self, ids: Tensor) -> Tensor:
+        return self.wpe(torch.arange(ids.shape[1]) // 2)
+
+
+def test_a_table_that_is_read_at_a_number_made_of_the_position_ends() -> None:
+    model = spread(EveryOther())
+    program = treespec.tree_program(model, options=EAGER)
+    assert program.max_context == 2 * CONTEXT and "position table" in program.limits[0].reason
+    assert_decodes(model, program, VOCAB, rounds=1, prompt=100)
+    with pytest.raises(treespec.errors.ContextOverflow, match="position table"):
+        program.prefill([1] * (2 * CONTEXT + 1), program.new_cache(4 * CONTEXT))

@@ -48,7 +48,7 @@ def test_longrope_ends_with_its_short_regime() -> None:
 
 def test_dynamic_rope_is_refused() -> None:
     model = tiny_model("llama", **_rope("dynamic", factor=2.0))
-    with pytest.raises(Unsupported, match="branches on values that are computed from the tokens") as caught:
+    with pytest.raises(Unsupported, match="branches on values that are known only when it runs") as caught:
         treespec.tree_program(model, options=EAGER)
     assert "dynamic_frequency_update" in str(caught.value.source)
 

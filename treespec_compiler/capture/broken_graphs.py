@@ -47,7 +47,7 @@ def no_graph(model: nn.Module, error: BaseException, mode: Any = None) -> Unsupp
     what, way_out = _first_line(error), f"remove the graph break (torch._dynamo.explain shows it), {FALLBACK}"
     if kind is Refusal.CONTROL:
         does = next((words for start, words in _DOES.items() if line.startswith(start)), "uses")
-        what = f"its code {does} values that are computed from the tokens"
+        what = f"its code {does} values that are known only when it runs"
         way_out = _without_the_loop(model) if does == "loops over" else f"compute it with tensors alone, {FALLBACK}"
     scripted = next((path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     if kind is Refusal.NO_GRAPH and scripted is not None:

@@ -111,7 +111,7 @@ def _trace(
     removed: list[Unchecked] = []
     while True:
         try:
-            with unchecked(removed), tracing(model, traced), contextlib.suppress(_Captured):
+            with unchecked(removed), tracing(model, traced, call), contextlib.suppress(_Captured):
                 torch.compile(forward, backend=backend, fullgraph=True)(*call.args, **call.kwargs)
             return removed
         except Unsupported as refusal:

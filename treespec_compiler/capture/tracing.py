@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import Refusal, Unsupported
 from .broken_graphs import FALLBACK, no_graph
+from .call import CallSpec, call_module
 from .surroundings import outside_autocast, plain_layers
 from .torch_errors import TRACE_ERRORS, own_refusal
 
@@ -24,7 +25,7 @@ TELLING = {print, warnings.warn, *(getattr(logging.Logger, name) for name in _ME
 
 
 @contextlib.contextmanager
-def tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
+def tracing(model: nn.Module, traced: Mapping[str, Any], call: CallSpec) -> Iterator[None]:
     """Dynamo's settings for a capture, and its failures as refusals that name the user's line."""
     config = torch._dynamo.config.patch(
         specialize_float=True,
@@ -54,9 +55,22 @@ def tracing(model: nn.Module, traced: Mapping[str, Any]) -> Iterator[None]:
         own = own_refusal(error)
         if own is not None:
             raise own from None
-        raise no_graph(model, error, traced.get("mode")) from error
+        refusal = no_graph(model, error, traced.get("mode"))
+        if refusal.kind is Refusal.RAISES and _runs(model, call):
+            refusal.kind = Refusal.NO_GRAPH  # it was the trace that failed
+        raise refusal from error
     finally:
         guard_log.setLevel(level)
+
+
+def _runs(model: nn.Module, call: CallSpec) -> bool:
+    """Whether the model itself takes the call."""
+    try:
+        with torch.no_grad(), outside_autocast():
+            call_module(model, *call.args, **call.kwargs)
+    except Exception:  # the user's code may raise anything
+        return False
+    return True
 
 
 def _refuse_disabled() -> None:
