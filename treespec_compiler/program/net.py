@@ -149,11 +149,14 @@ def _paths(program: Runs, seed: int) -> Iterator[_Path]:
 
 
 def _literal(program: Runs) -> int:
-    """The largest number in the graph that could be one of tokens."""
-    found = [0]
+    """The largest number in the graph that could be one of tokens: a window, a chunk, or what is no tensor's width."""
+    found, widths = [0], set[int]()
     for node in program.graph_module.graph.nodes:
+        value = node.meta.get("val")
+        widths |= {s for s in value.shape if type(s) is int} if isinstance(value, Tensor) else set()
         found += [a for a in node.args if type(a) is int and a <= MOST - 2]
-    return max(found)
+    reaches = [reach for site in program.state.sites for reach in (site.mask.window, site.mask.chunk)]
+    return max([n for n in found if n not in widths] + [n for n in reaches if n <= MOST - 2] + [0])
 
 
 def check_variant(program: Runs, main: Executor, variant: Executor) -> float:
