@@ -117,7 +117,7 @@ def converted(module: torch.nn.Module) -> Any:
     from treespec_compiler.ir.library import arguments, given
     from treespec_compiler.ir.registry import best_kernel
     from treespec_compiler.passes import bind_kernels, fuse, fuse_rope
-    from treespec_compiler.program import tree_program as program
+    from treespec_compiler.program import made
 
     def best(op: Any, device: Any, dtype: torch.dtype, **asked: Any) -> Any:
         return best_kernel(op, "cuda", dtype, **asked)
@@ -129,7 +129,7 @@ def converted(module: torch.nn.Module) -> Any:
         mock.patch.object(fuse, "best_kernel", best),
         mock.patch.object(fuse_rope, "best_kernel", best),
         mock.patch.object(bind_kernels, "best_kernel_for", best_for),
-        mock.patch.object(program, "lengths_check"),  # it runs the kernels
+        mock.patch.object(made, "lengths_check"),  # it runs the kernels
     ):
         return tree_program(module)
 

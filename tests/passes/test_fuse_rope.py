@@ -133,7 +133,7 @@ def test_rotation_joins_attention(spelling: type[Half]) -> None:
 
 def turning(program: Any) -> int:
     """Sites whose attention rotates."""
-    calls = [n for n in program._converted.state.graph.nodes if n.target is ir_ops.tree_attention]
+    calls = [n for n in program.state.graph.nodes if n.target is ir_ops.tree_attention]
     return sum(arguments(call)["cos"] is not None for call in calls)
 
 
@@ -238,7 +238,7 @@ def test_only_where_there_is_a_kernel() -> None:
         kernel = registry.register_kernel("tree_attention", attention.reference, name="test", device="cpu")
         model = Half()
         program = treespec.tree_program(model, options=EAGER)
-        bound = [n for n in program._converted.state.graph.nodes if n.target is kernel.target]
+        bound = [n for n in program.state.graph.nodes if n.target is kernel.target]
         assert len(bound) == 1 and arguments(bound[0])["cos"] is not None
         assert next(r.matches for r in program.history.records if r.name == "fuse rope") == 1
     finally:

@@ -126,7 +126,7 @@ def test_the_model_runs_between_calls_of_the_program() -> None:
     rows = program.verify(tree, cache).clone()
     with torch.no_grad():
         model(*example())
-    assert not program._watch.touched()
+    assert not program._made.watch.touched()
     assert torch.equal(program.verify(tree, cache), rows)
     assert treespec.tree_program(model, example(), ROLES, EAGER) is program
 

@@ -298,7 +298,7 @@ def test_what_cannot_be_recorded_is_an_error_where_it_was_asked_for(program):
 
 
 def test_the_option(program, monkeypatch):
-    program._build(program._model())
+    program._followed.rebuild(program._model(), "a test")
     assert program.graph_stats.off == "the model is on cpu"
     without = Executor(program.state, Bound({}), Options(cuda_graphs=False))
     assert without.graph_stats.off == "option cuda_graphs=False"

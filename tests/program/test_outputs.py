@@ -111,14 +111,14 @@ def test_nothing_is_paid_where_nothing_is_tapped(model):
     program = tree_program(model, options={**EAGER, "max_context": 200})
     code, cache = program.graph_module.code, program.new_cache(64)
     program.verify(TokenTree([1], [-1]), cache)
-    assert not program._variants
+    assert not program._made.variants
     for _ in range(2):
         program.verify(TokenTree([1], [-1]), cache, outputs=("hidden:1", "logits"))
         program.verify(TokenTree([1], [-1]), cache, outputs=("logits", "hidden:1"))
         program.verify(TokenTree([1], [-1]), cache, outputs=("logits",))
-    assert list(program._variants) == [("tap", (1,))]  # one graph for one set
+    assert list(program._made.variants) == [("tap", (1,))]  # one graph for one set
     assert program.graph_module.code == code and program.state.outputs == ["logits"]
-    tapped = program._variants["tap", (1,)]
+    tapped = program._made.variants["tap", (1,)]
     weights = [x.data_ptr() for x in tapped._fixed() if x is not None]
     assert set(weights) <= {x.data_ptr() for x in program._executor._fixed() if x is not None}
 
@@ -218,6 +218,6 @@ def test_a_pipeline_may_tap_every_layer(model):
     cache, tree = program.new_cache(64), random_tree(5, zoo.VOCAB, 7)
     assert_rows(model, program.verify(tree, cache), tree, [])
     assert_hidden(model, program.verify(tree, cache, outputs=names(program)), tree, [])
-    assert not program._variants
+    assert not program._made.variants
     assert tap(program.state.copy(), [1, 2]) == 0
     assert EarlyExitProgram(program, 2).verify(tree, cache).shape == (5, zoo.VOCAB)

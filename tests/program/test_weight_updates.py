@@ -224,12 +224,12 @@ def test_equal_values_leave_a_cache_as_it_is() -> None:
 def test_only_what_changed_is_built_again() -> None:
     model = tiny()
     program = treespec.tree_program(model, options={**EAGER, "pipeline": "default,join-linears"})
-    before = dict(program._bound.tensors)
+    before = dict(program._made.bound.tensors)
     made = program.state.weights
     with torch.no_grad():
         model.head.weight.add_(1)
     assert wrong(program, model) <= TOLERANCE
-    other = {name for name, tensor in program._bound.tensors.items() if tensor is not before[name]}
+    other = {name for name, tensor in program._made.bound.tensors.items() if tensor is not before[name]}
     assert other == {name for name in made if "head.weight" in made[name].sources} and other
 
 

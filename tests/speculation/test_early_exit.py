@@ -84,7 +84,7 @@ def test_only_uncommitted_nodes_of_the_first_sites_are_written(program):
 
 def test_nothing_is_held_twice(program):
     exit_ = EarlyExitProgram(program, 2)
-    held = {x.data_ptr() for x in program._bound.tensors.values()}
+    held = {x.data_ptr() for x in program._made.bound.tensors.values()}
     assert all(x is None or x.data_ptr() in held for x in exit_._executor()._fixed())
     assert exit_.weight_bytes < program.weight_bytes
 

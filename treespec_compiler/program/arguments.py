@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import InvalidTree, TokenOutOfRange
+import torch
+
+from ..errors import ContextOverflow, InvalidOption, InvalidTree, InvalidWeight, TokenOutOfRange
+from ..ir.specs import Limit
 from ..tree import TokenTree
 from .batch import Part
 from .cache import TreeCache
@@ -15,6 +18,12 @@ def check_tokens(tokens: Sequence[int], vocab: int, where: str) -> None:
     if max(tokens) >= vocab or min(tokens) < 0:
         index = next(i for i, t in enumerate(tokens) if not 0 <= t < vocab)
         raise TokenOutOfRange(token=tokens[index], index=index, vocab_size=vocab, where=where)
+
+
+def check_context(length: int, most: int | None, limits: Sequence[Limit]) -> None:
+    """Raises `ContextOverflow` for a sequence of more tokens than there may be; `limits` as a program's."""
+    if most is not None and length > most:
+        raise ContextOverflow(position=length - 1, max_context=most, why=limits[0].reason)
 
 
 def new_part(cache: TreeCache, slot: int, tree: TokenTree, start: int) -> Part:
@@ -41,3 +50,30 @@ def new_part(cache: TreeCache, slot: int, tree: TokenTree, start: int) -> Part:
                 fix="Extend the tree that was run, or call verify.",
             )
     return Part(slot, tree, start)
+
+
+def check_numbers(device: torch.device) -> None:
+    """Raises `InvalidWeight` for weights without values."""
+    if device.type == "meta":
+        got, fix = "weights on the meta device", "Load the model's weights; without them it can only be converted."
+        raise InvalidWeight(got=got, expected="numbers to compute with", fix=fix)
+
+
+def check_cache(cache: object) -> None:
+    """Raises `InvalidOption` for anything else than a tree cache."""
+    if not isinstance(cache, TreeCache):
+        raise InvalidOption(
+            name="cache", got=type(cache).__name__, expected="a TreeCache", fix="Use program.new_cache()."
+        )
+
+
+def check_cache_sizes(max_tokens: int, slots: int, page_size: int | None, pages: int | None) -> None:
+    """Raises `InvalidOption` for sizes that no cache has."""
+    wanted = {"max_tokens": max_tokens, "slots": slots}
+    wanted |= {} if page_size is None else {"page_size": page_size}
+    wanted |= {} if pages is None else {"pages": pages}
+    for name, value in wanted.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InvalidOption(name=name, got=value, expected="a positive integer")
+    if pages is not None and page_size is None:
+        raise InvalidOption(name="pages", got=pages, expected="None, or a page_size beside it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -27,6 +28,11 @@ class Part:
     """Whether the tree is known to be a chain: where all of a call's are, `TreeMeta` needs no words."""
     pages: int = 1
     """0: a prompt into an empty slot, alone in its call, for which `TreeMeta` needs no pages either."""
+
+    @classmethod
+    def prompt(cls, slot: int, tokens: Sequence[int], pages: int = 1) -> Part:
+        """Tokens in a row."""
+        return cls(slot, TokenTree._trusted(tokens, range(-1, len(tokens) - 1)), chain=True, pages=pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,3 +192,12 @@ class Buffer:
 
     def fill(self, numbers: array[int]) -> None:
         self._memory[:] = numbers
+
+
+def rows_of(parts: Sequence[Part], trees: int) -> tuple[list[int], list[int]]:
+    """New nodes of each part, and the rows of logits that are wanted: all of the first `trees` parts, the last of each
+    other one."""
+    sizes = [len(part.tree) - part.start for part in parts]
+    ends = [*accumulate(sizes)]
+    nodes = ends[trees - 1] if trees else 0
+    return sizes, [*range(nodes), *(end - 1 for end in ends[trees:])]

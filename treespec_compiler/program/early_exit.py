@@ -23,7 +23,8 @@ from ..tree import Forest, TokenTree
 from .cache import TreeCache
 from .cuda_graphs import GraphStats
 from .executor import Executor
-from .tree_program import Derive, TreeProgram
+from .made import Derive
+from .tree_program import TreeProgram
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,43 +1,108 @@
-"""What a program is made of in one state of its model's code, so that it can be taken again when the state returns."""
+"""What is made of a model in one state of its code: the graph, its weights and what runs it."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..capture.call import CallSpec
-from ..pipeline import Converted
-from .executor import Bound, Executor
-from .weights import WeightWatch
+from ..capture.state_changes import kept_values
+from ..ir import ops
+from ..ir.registry import best_kernel
+from ..options import Options
+from ..passes.framework.state import GraphState
+from ..pipeline import Converted, convert
+from .executor import Bound, Executor, Tally
+from .semantics import lengths_check, semantic_check
+from .weights import Changes, WeightWatch
+
+Derive: TypeAlias = Callable[[GraphState], tuple[GraphState, Mapping[str, Tensor]]]
+"""Makes another graph of a program's, which it leaves as it is, and the tensors of inputs that it adds."""
 
 
-@dataclass(frozen=True)
 class Made:
-    """What was made of a model in one state of its code: the attributes of a program that go together."""
+    """A model, converted as it is now. Kept when the model's code changes, so that it can be taken again when its state
+    returns. Raises `Unsupported`.
 
-    _converted: Converted
-    _watch: WeightWatch
-    _bound: Bound
-    _executor: Executor
-    _variants: dict[Hashable, Executor]
-    _commit: Any
-    dtype: torch.dtype
-    device: torch.device
-    vocab_size: int
+    `tally` counts what making it took; `tallies` are those of variants, by their keys.
+    """
 
-    def suits(self, model: nn.Module, call: CallSpec) -> bool:
+    def __init__(
+        self, model: nn.Module, call: CallSpec, options: Options, tally: Tally, tallies: dict[Hashable, Tally]
+    ) -> None:
+        started = time.perf_counter()
+        self.call, self.options = call, options
+        self._tally, self._tallies = tally, tallies
+        meaning = [semantic_check(model, call)]
+        self.converted: Converted = convert(
+            model,
+            call,
+            options,
+            checks=meaning if options.verify_each == "semantic" else (),
+            user_checks=meaning if options.verify_each == "spec" else (),
+        )
+        self.state: GraphState = self.converted.state
+        self.watch = WeightWatch(model, self.converted.sources, self.converted.proved_from)
+        lengths_check(model, call, self.state)
+        if self.watch.touched() or (self.converted.kept and self.otherwise(model) is not None):
+            raise kept_values()
+        logits: Any = self.state.logits.meta["val"]
+        self.dtype: torch.dtype = logits.dtype
+        self.device: torch.device = logits.device
+        self.vocab_size = int(logits.shape[-1])
+        self.bound = Bound({})
+        self.bind_weights()
+        self.executor = Executor(self.state, self.bound, options, tally=tally)
+        self.variants: dict[Hashable, Executor] = {}
+        kernel = best_kernel(ops.commit_path, self.device, self.dtype) if options.kernels == "auto" else None
+        self.commit: Any = kernel.target if kernel is not None else ops.commit_path
+        tally.seconds += time.perf_counter() - started
+
+    def otherwise(self, model: nn.Module | None) -> str | None:
+        """What the trace read and is another now, besides weights."""
+        reads = self.converted.reads
+        return reads.changed(model, self.call) if model is not None and reads else None
+
+    def suits(self, model: nn.Module) -> bool:
         """Whether the model is again what this was made of, but for the contents of weights."""
-        reads = self._converted.reads
-        if reads is None or self._watch.incompatible() or self._watch.deep_mode_changed():
+        if self.converted.reads is None or self.watch.incompatible() or self.watch.deep_mode_changed():
             return False
-        return reads.changed(model, call) is None
+        return self.otherwise(model) is None
+
+    def bind_weights(self) -> Changes:
+        """The module's present weights, and what is made of those that changed."""
+        weights = self.state.weights
+        changes = self.watch.renew()
+        weights.changed(changes.any)
+        self.bound.tensors = dict(weights.tensors)
+        self.packed_bytes = weights.own_bytes
+        return changes
 
     def rest(self) -> None:
         """Give up packed weights, which are made again when it is needed."""
-        weights = self._converted.state.weights
+        weights = self.state.weights
         weights.changed(weights.sources)
-        self._bound.tensors = {}
+        self.bound.tensors = {}
+
+    def derived(self, derive: Derive, options: Options | None = None, tally: Tally | None = None) -> Executor:
+        """See `TreeProgram.executor`."""
+        began = time.perf_counter()
+        tally = tally or Tally()
+        state, own = derive(self.state)
+        made = Executor(state, self.bound, options or self.options, own, tally)
+        tally.seconds += time.perf_counter() - began
+        return made
+
+    def variant(
+        self, key: Hashable, derive: Derive, options: Options | None = None, tally: Tally | None = None
+    ) -> Executor:
+        """See `TreeProgram.variant`."""
+        found = self.variants.get(key)
+        if found is None:
+            tally = tally or self._tallies.setdefault(key, Tally())
+            found = self.variants[key] = self.derived(derive, options, tally)
+        return found

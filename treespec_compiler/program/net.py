@@ -48,8 +48,11 @@ VARIANT_PREFIX = 24
 class Runs(Protocol):
     """What is needed of a tree program: its graph, its limits, and that it runs."""
 
-    vocab_size: int
-    device: torch.device
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def state(self) -> GraphState: ...

@@ -10,6 +10,7 @@ from ..errors import InvalidOption
 from ..ir.verify import LOGITS
 from ..passes.framework.state import GraphState
 from ..passes.tap import PREFIX, tap
+from .executor import Executor
 
 
 def taps_of(outputs: Sequence[str], layers: int) -> tuple[int, ...]:
@@ -37,3 +38,9 @@ def tapped(state: GraphState, taps: tuple[int, ...]) -> tuple[GraphState, Mappin
     state = state.copy()
     tap(state, taps)
     return state, {}
+
+
+def named(outputs: Sequence[str], executor: Executor, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Of a graph's outputs, these."""
+    found = dict(zip(executor.state.outputs, values, strict=True))
+    return {name: found[name] for name in outputs}

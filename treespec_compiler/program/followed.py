@@ -1,0 +1,117 @@
+"""A model followed through its changes: what was made of it stays true of its weights, its mode and its code."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+
+from torch import nn
+
+from ..capture.alone import alone
+from ..capture.call import CallSpec
+from ..capture.fills import as_it_was
+from ..capture.surroundings import outside_autocast
+from ..errors import Refusal, Unsupported
+from ..logs import logger
+from ..options import Options
+from .cache import TreeCache
+from .executor import Tally
+from .made import Made
+from .optimizer_steps import steps
+
+log = logger(__name__)
+
+# What was made of other states of a model's code, such as its adapters on and off, is kept without packed weights.
+MAX_EARLIER = 3
+
+
+class Followed:
+    """A module, what is `made` of it now, and the caches that hold its K/V. Raises `Unsupported`."""
+
+    def __init__(self, model: nn.Module, call: CallSpec, options: Options, tally: Tally) -> None:
+        self.call, self.options, self.tally = call, options, tally
+        self.caches: weakref.WeakSet[TreeCache] = weakref.WeakSet()
+        self._tallies: dict[Hashable, Tally] = {}  # of variants, through rebuilds
+        self._model = weakref.ref(model)
+        self._earlier: list[Made] = []
+        self._steps = steps()
+        self.made = self._build(model)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """None: it is gone."""
+        return self._model()
+
+    def _build(self, model: nn.Module) -> Made:
+        """Convert the model as it is, and leave it so. One that sets what its trace read is converted once it has.
+
+        NOTE nothing is kept before the last refusal: a program goes on seeing that its model changed.
+        """
+        with alone(), outside_autocast(), as_it_was(model):
+            made = self._convert(model)
+            if made.otherwise(model):
+                made = self._convert(model)
+                if reason := made.otherwise(model):
+                    raise Unsupported(
+                        Refusal.STATE,
+                        f"the forward pass changes what it reads, and may be another function each time: {reason}",
+                        way_out="move counters and other state of Python out of forward",
+                    )
+            return made
+
+    def _convert(self, model: nn.Module) -> Made:
+        return Made(model, self.call, self.options, self.tally, self._tallies)
+
+    def look(self, contents: bool) -> None:
+        """See `TreeProgram.check_weights`."""
+        if contents and (reason := self.made.otherwise(self.model)):
+            self._switch(reason)
+        watch = self.made.watch
+        if watch.touched() or watch.mode_changed():
+            self.renew()
+        elif contents or steps() != self._steps:
+            self._steps = steps()
+            if watch.deep_mode_changed() or watch.rearranged() or watch.contents_changed():
+                self.renew()
+
+    def rebuild(self, model: nn.Module, reason: str) -> None:
+        """Convert it again; caches of what was made before are of no use any more."""
+        self._outdate(reason)
+        self.made = self._build(model)
+
+    def renew(self) -> None:
+        """Take the module's present weights, whatever was noticed; rebuild when dtype, device or shape changed."""
+        model, watch = self.model, self.made.watch
+        reason = watch.incompatible()
+        if model is not None and (reason or watch.deep_mode_changed()):
+            reason = reason or "the module switched between eval and train mode"
+            log.info("rebuilding the tree program: %s", reason)
+            self.rebuild(model, reason)
+            return
+        changes = self.made.bind_weights()
+        log.info("bound %d weights anew, %d of them with other values", len(changes.any), len(changes.rewritten))
+        if changes.rewritten:
+            first, *others = sorted(changes.rewritten)
+            reason = f"{first} got other values" if not others else f"{first} and {len(others)} more got other values"
+            for cache in self.caches:
+                cache._outdate(reason)
+
+    def _switch(self, reason: str) -> None:
+        """Take what is made of the model as it reads now: before, if it was so once, or anew."""
+        model, before = self.model, self.made
+        assert model is not None
+        log.info("another program: %s", reason)
+        self._outdate(f"the model's code or its state changed ({reason})")
+        found = next((made for made in self._earlier if made.suits(model)), None)
+        if found is None:
+            self.made = self._build(model)
+        else:
+            self.made = found
+            found.bind_weights()
+        before.rest()
+        self._earlier = [before, *(made for made in self._earlier if made is not found)][:MAX_EARLIER]
+
+    def _outdate(self, reason: str) -> None:
+        for cache in list(self.caches):
+            cache.stale = reason
+        self.caches.clear()
