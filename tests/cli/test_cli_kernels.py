@@ -176,7 +176,7 @@ class TestWithTriton:
         assert main(call) == 0
         assert {row["measured"] for row in json.loads(capsys.readouterr().out)["kernels"]} == {False, None}
         spec = AttentionKernel(2, 2, 8, 8, torch.bfloat16, torch.bfloat16)
-        entry = tables.Entry(spec.tuning_key(64, 1, 4096), Config(32, 64, 4, 2).as_dict(), 1.0)
+        entry = tables.TuningEntry(spec.tuning_key(64, 1, 4096), Config(32, 64, 4, 2).as_dict(), 1.0)
         table = tables.TuningTable("tree_attention", "sm_90", tables.kernel_hash("tree_attention"), (entry,))
         tables.write(tables.user_path("tree_attention", "sm_90"), table)
         assert main(call) == 0
