@@ -18,7 +18,7 @@ from ..errors import ContextOverflow, InvalidOption, InvalidPrompt, Unsupported
 from ..logs import logger
 from ..runtime.engine import Engine
 from ..runtime.generate import Stream, stream
-from .hf_rows import Row, RowCriteria, RowProcessor
+from .hf_rows import PaddedRow, RowCriteria, RowProcessor
 
 log = logger(__name__)
 
@@ -164,7 +164,7 @@ def _check(config: Any, processors: Any, model_kwargs: Mapping[str, Any]) -> Non
             raise InvalidOption(name=name, got=type(value).__name__, expected=expected)
 
 
-def _rows(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> list[Row]:
+def _rows(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> list[PaddedRow]:
     """The rows without their padding, which must be on the left."""
     batch, length = input_ids.shape
     mask = model_kwargs.get("attention_mask")
@@ -182,7 +182,7 @@ def _rows(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> list[Row]:
             if own.tolist() != list(range(length - pad)):
                 expected = "positions that count a row's tokens from 0"
                 raise InvalidOption(name="position_ids", got=own.tolist(), expected=expected)
-        rows.append(Row(index, batch, input_ids[index, :pad], input_ids[index, pad:].tolist()))
+        rows.append(PaddedRow(index, batch, input_ids[index, :pad], input_ids[index, pad:].tolist()))
     return rows
 
 
@@ -192,7 +192,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        rows: Sequence[Row],
+        rows: Sequence[PaddedRow],
         config: Any,
         processors: Any,
         criteria: Any,
@@ -214,7 +214,7 @@ class _Run:
         ends = getattr(config, "_eos_token_tensor", None)
         self.ends = () if ends is None else ends.flatten().tolist()
 
-    def steps(self) -> Iterator[tuple[Row, list[int]]]:
+    def steps(self) -> Iterator[tuple[PaddedRow, list[int]]]:
         """Begin all rows, which raises what cannot be; then steps of rows until all are at their end."""
         if len(self.rows) == 1:
             row = self.rows[0]
@@ -224,7 +224,7 @@ class _Run:
         engine = Engine(self.model, max_requests=len(self.rows), max_tokens=max(largest, room), **self.settings)
         return self._together(engine)
 
-    def _request(self, row: Row) -> dict[str, Any]:
+    def _request(self, row: PaddedRow) -> dict[str, Any]:
         return {
             **self.native,
             "max_new_tokens": self.new,
@@ -233,7 +233,7 @@ class _Run:
             "model_defaults": False,
         }
 
-    def _alone(self, row: Row, steps: Stream) -> Iterator[tuple[Row, list[int]]]:
+    def _alone(self, row: PaddedRow, steps: Stream) -> Iterator[tuple[PaddedRow, list[int]]]:
         with steps:
             for step in steps:
                 tokens = self._until(row, step.tokens)
@@ -242,7 +242,7 @@ class _Run:
                     return
         self._check_end(row, steps.stats.finish_reason)
 
-    def _together(self, engine: Engine) -> Iterator[tuple[Row, list[int]]]:
+    def _together(self, engine: Engine) -> Iterator[tuple[PaddedRow, list[int]]]:
         with engine:
             requests = [engine.add(row.prompt, **self._request(row)) for row in self.rows]
             row_of = {request.number: row for request, row in zip(requests, self.rows, strict=True)}
@@ -258,13 +258,13 @@ class _Run:
                     if request.error is not None:
                         raise request.error
 
-    def _until(self, row: Row, tokens: Sequence[int]) -> list[int]:
+    def _until(self, row: PaddedRow, tokens: Sequence[int]) -> list[int]:
         self.processors[row.index].take(tokens)
         shown, row.done = self.criteria[row.index].until(tokens)
         del row.scores[len(row.tokens) + len(shown) :], row.logits[len(row.tokens) + len(shown) :]
         return shown
 
-    def _check_end(self, row: Row, reason: str | None) -> None:
+    def _check_end(self, row: PaddedRow, reason: str | None) -> None:
         if reason == "context":  # transformers would go on where the model was not proved to
             used = len(row.prompt) + len(row.tokens)
             raise ContextOverflow(position=used, max_context=used)
@@ -310,7 +310,7 @@ def _is_default(warper: Any) -> bool:
     return keep == 1 and getattr(warper, "filter_value", -float("inf")) == -float("inf")
 
 
-def _result(rows: Sequence[Row], input_ids: Tensor, config: Any, keep: bool) -> Any:
+def _result(rows: Sequence[PaddedRow], input_ids: Tensor, config: Any, keep: bool) -> Any:
     longest = max(len(row.tokens) for row in rows)
     pad = getattr(config, "_pad_token_tensor", None)
     if pad is None and any(len(row.tokens) < longest for row in rows):

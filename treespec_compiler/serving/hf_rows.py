@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(eq=False)
-class Row:
+class PaddedRow:
     """One sequence of a batch."""
 
     index: int
@@ -39,7 +39,7 @@ class RowProcessor:
     With `keep`, the scores of all paths of a step are kept until `take` says which of them became output.
     """
 
-    def __init__(self, row: Row, processors: Callable[[Tensor, Tensor], Tensor], keep: bool) -> None:
+    def __init__(self, row: PaddedRow, processors: Callable[[Tensor, Tensor], Tensor], keep: bool) -> None:
         self._row, self._processors, self._keep = row, processors, keep
         self._kept: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
@@ -70,7 +70,7 @@ class RowProcessor:
 class RowCriteria:
     """A batch's stopping criteria for one row."""
 
-    def __init__(self, row: Row, criteria: Callable[..., Any], device: torch.device, keep: bool) -> None:
+    def __init__(self, row: PaddedRow, criteria: Callable[..., Any], device: torch.device, keep: bool) -> None:
         self._row, self._criteria, self._device, self._keep = row, criteria, device, keep
 
     def until(self, tokens: Sequence[int]) -> tuple[list[int], bool]:
