@@ -23,9 +23,9 @@ from .forms.form import packet
 from .forms.positions import position_cut
 from .framework.manager import Pass
 from .framework.state import GraphState, refuse
+from .locality.axes import Mixes, rank_of
 from .locality.routing import Routing
 from .locality.rows import GroupSizes, Place, Rows, Uniform
-from .locality.token_rules import Mixes, rank_of
 
 ABOVE = -1  # index arithmetic above the cut; only other such arithmetic and cut nodes may read it
 

@@ -19,7 +19,8 @@ from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import ClosedForms, axis, shape_of
 from ..framework.state import GraphState, refuse
-from ..locality.token_rules import RULES, Axis, Mixes, rank_of
+from ..locality.axes import Axis, Mixes, rank_of
+from ..locality.token_rules import RULES
 from ..locality.token_writes import WRITES
 from .spelled_out import SOFTMAXES
 

@@ -20,9 +20,10 @@ from treespec_compiler.ir.private_torch import FakeTensor
 from treespec_compiler.ir.provenance import op_name
 
 from .bounds import decided
+from .call import OpCall
 from .evaluate import SHAPE_ONLY, cone, evaluate_for_length
 from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
-from .rules import RULES, OpCall
+from .rules import RULES
 from .sequences import SEQUENCE_RULES
 
 __all__ = ["SHAPE_ONLY", "ClosedForms", "Form", "Shape", "axis", "broadcast", "number", "shape_of"]

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import sympy
 
+from .call import OpCall
 from .form import Form, axis
-from .rules import OpCall, choose, dimension
+from .rules import choose, dimension
 
 
 def _cumsum(call: OpCall) -> Form | None:

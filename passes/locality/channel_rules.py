@@ -12,7 +12,8 @@ from torch import fx
 from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
-from .token_rules import RULES, Axes, Axis, AxisRule, Mixes, rank_of
+from .axes import Axes, Axis, Mixes, rank_of
+from .token_rules import RULES, AxisRule
 
 _SPATIAL = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}
 

@@ -10,8 +10,9 @@ from torch import fx
 from treespec_compiler.errors import InvalidOption
 from treespec_compiler.ir.private_torch import OpOverloadPacket
 
+from .axes import Axes, Axis, Mixes
 from .channel_rules import CHANNELS
-from .token_rules import RULES, Axes, Axis, AxisRule, Mixes
+from .token_rules import RULES, AxisRule
 from .token_writes import WRITES
 
 TokenRule = Callable[[Sequence[int | None]], int]

@@ -24,32 +24,15 @@ from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
+from .axes import Axis, Mixes, rank_of
 from .channel_rules import CHANNELS
 from .custom_ops import custom_rule
 from .ids import id_bound, same_ids
-from .rows import GroupSizes, Place, Repeats, Rows, Uniform, reshaped, rows_of, simplest
-from .token_rules import RULES, Axis, AxisRule, Mixes, rank_of
+from .rows import GroupSizes, Inverse, Place, Repeats, RowNumbers, Rows, Uniform, reshaped, rows_of, simplest
+from .token_rules import RULES, AxisRule
 from .token_writes import WRITES
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class RowNumbers:
-    """A tensor whose value at each row is the number of a row of `repeats` that belongs to the same token.
-
-    `exact`: it is the row's own number, so over all rows the values are a permutation.
-    """
-
-    repeats: Repeats
-    exact: bool
-
-
-@dataclass(frozen=True)
-class Inverse:
-    """The inverse of the permutation that `order` made."""
-
-    order: fx.Node
 
 
 @dataclass

@@ -13,7 +13,7 @@ import sympy
 from torch import fx
 
 from ..forms.closed_form import Shape
-from .token_rules import Mixes
+from .axes import Mixes
 
 
 @dataclass(frozen=True)
@@ -109,3 +109,21 @@ def _quotient(a: sympy.Expr | int, b: sympy.Expr | int) -> int | None:
     """a / b where that is a positive integer."""
     value = sympy.cancel(sympy.sympify(a) / b)
     return int(value) if value.is_Integer and value > 0 else None
+
+
+@dataclass(frozen=True)
+class RowNumbers:
+    """A tensor whose value at each row is the number of a row of `repeats` that belongs to the same token.
+
+    `exact`: it is the row's own number, so over all rows the values are a permutation.
+    """
+
+    repeats: Repeats
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """The inverse of the permutation that `order` made."""
+
+    order: fx.Node

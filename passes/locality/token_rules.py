@@ -7,36 +7,31 @@ A rule gets a node with an operand that carries tokens, and returns the dimensio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-import sympy
 from torch import fx
 
 from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
-from ..forms.closed_form import Shape, shape_of
-
-Axis = int | None
-
-
-class Mixes(Exception):
-    """The op moves information between tokens; the text says how."""
-
-
-class Axes(Protocol):
-    """The token dimension of every node before this one."""
-
-    length: sympy.Expr
-    axes: dict[fx.Node, Axis]
-
-
-def rank_of(node: Any) -> int:
-    return node.meta["val"].dim()
-
-
-def _operands(node: fx.Node, axes: Axes) -> list[tuple[fx.Node, Axis]]:
-    return [(a, axes.axes[a]) for a in node.all_input_nodes if a in axes.axes]
+from ..forms.closed_form import shape_of
+from .axes import Axes, Axis, Mixes, operands_of, rank_of
+from .token_moves import (
+    cat_rule,
+    expand_rule,
+    getitem_rule,
+    pad_rule,
+    reinterpret_rule,
+    reshape_rule,
+    select_rule,
+    slice_rule,
+    split_rule,
+    squeeze_rule,
+    stack_rule,
+    transpose_rule,
+    unbind_rule,
+    unsqueeze_rule,
+)
 
 
 def _dims(value: Any, rank: int) -> set[int]:
@@ -48,7 +43,7 @@ def _dims(value: Any, rank: int) -> set[int]:
 def _pointwise(node: fx.Node, axes: Axes) -> Axis:
     rank = rank_of(node)
     found: set[int] = set()
-    for operand, at in _operands(node, axes):
+    for operand, at in operands_of(node, axes):
         if at is not None:
             found.add(at + rank - rank_of(operand))
     if len(found) != 1:
@@ -65,7 +60,7 @@ def _keeps_except(name: str, *, keepdim: bool = False) -> Any:
     def rule(node: fx.Node, axes: Axes) -> Axis:
         operand: Any = node.args[0]
         at, rank = axes.axes[operand], rank_of(operand)
-        if at is None or any(a is not None for o, a in _operands(node, axes) if o is not operand):
+        if at is None or any(a is not None for o, a in operands_of(node, axes) if o is not operand):
             raise Mixes("an operand other than the first carries tokens")
         dims = _dims(argument(node, name), rank)
         if at in dims:
@@ -87,7 +82,7 @@ def _layer_norm(node: fx.Node, axes: Axes) -> Axis:
 
 def _only_first(node: fx.Node, axes: Axes) -> Axis:
     operand: Any = node.args[0]
-    if any(a is not None for o, a in _operands(node, axes) if o is not operand):
+    if any(a is not None for o, a in operands_of(node, axes) if o is not operand):
         raise Mixes("an operand other than the first carries tokens")
     return axes.axes[operand]
 
@@ -221,116 +216,6 @@ def _index(node: fx.Node, axes: Axes) -> Axis:
     return source if source < used[0] else source - len(used) + rank
 
 
-def _reinterpret(node: fx.Node, axes: Axes) -> Axis:
-    """The bits of each whole number as another type of the same size (`view(dtype)`)."""
-    if node.meta["val"].dtype.itemsize != node.args[0].meta["val"].dtype.itemsize:
-        raise Mixes("it reads the bits of several elements as one")
-    return axes.axes[node.args[0]]
-
-
-def _reshape(node: fx.Node, axes: Axes) -> Axis:
-    operand: Any = node.args[0]
-    at = axes.axes[operand]
-    assert at is not None
-    return follow_reshape(shape_of(operand), at, shape_of(node), axes.length)
-
-
-def follow_reshape(before: Shape, at: int, after: Shape, length: sympy.Expr) -> int:
-    """Where dimension `at` of size T stands after a reshape; raises Mixes when it is merged or split.
-
-    With T in dimension `at`, the element order is [outer, T, inner]; the result must split in the same three parts.
-    """
-    outer = sympy.prod(before[:at])
-    for i, size in enumerate(after):
-        if size == length and sympy.simplify(sympy.prod(after[:i]) - outer) == 0:
-            return i
-    raise Mixes(f"a reshape from {list(before)} to {list(after)} merges the tokens with another dimension")
-
-
-def _transpose(node: fx.Node, axes: Axes) -> Axis:
-    operand: Any = node.args[0]
-    at, rank = axes.axes[operand], rank_of(operand)
-    if op_name(node) == "aten.permute":
-        return [int(d) % rank for d in node.args[1]].index(at)  # type: ignore[arg-type]
-    pair = [int(d) % rank for d in node.args[1:3]] if op_name(node) == "aten.transpose" else [0, rank - 1]
-    return pair[1 - pair.index(at)] if at in pair else at
-
-
-def _unsqueeze(node: fx.Node, axes: Axes) -> Axis:
-    at = axes.axes[node.args[0]]
-    assert at is not None
-    return at + (int(node.args[1]) % rank_of(node) <= at)
-
-
-def _squeeze(node: fx.Node, axes: Axes) -> Axis:
-    return _reshape(node, axes)
-
-
-def _expand(node: fx.Node, axes: Axes) -> Axis:
-    at = axes.axes[node.args[0]]
-    assert at is not None
-    return at + rank_of(node) - rank_of(node.args[0])
-
-
-def _slice(node: fx.Node, axes: Axes) -> Axis:
-    at = axes.axes[node.args[0]]
-    if at == int(argument(node, "dim")) % rank_of(node.args[0]):
-        raise Mixes("it cuts the token dimension")
-    if any(isinstance(a, fx.Node) for a in node.args[2:]):
-        raise Mixes("where it cuts depends on the number of tokens")
-    return at
-
-
-def _select(node: fx.Node, axes: Axes) -> Axis:
-    at, dim = axes.axes[node.args[0]], int(node.args[1]) % rank_of(node.args[0])
-    if at == dim or at is None:
-        raise Mixes("it picks one token")
-    return at - (dim < at)
-
-
-def _cat(node: fx.Node, axes: Axes) -> Axis:
-    found = {a for _, a in _operands(node, axes)}
-    at = next(iter(found))
-    if len(found) != 1 or at is None:
-        raise Mixes("its parts do not all carry the tokens in the same dimension")
-    if at == int(argument(node, "dim")) % rank_of(node):
-        raise Mixes("it joins along the token dimension")
-    return at
-
-
-def _stack(node: fx.Node, axes: Axes) -> Axis:
-    found = {a for _, a in _operands(node, axes)}
-    at = next(iter(found))
-    if len(found) != 1 or at is None:
-        raise Mixes("its parts do not all carry the tokens in the same dimension")
-    return at + (int(argument(node, "dim")) % rank_of(node) <= at)
-
-
-def _getitem(node: fx.Node, axes: Axes) -> Axis:
-    return axes.axes[node.args[0]]
-
-
-def _unbind(node: fx.Node, axes: Axes) -> Axis:
-    at, dim = axes.axes[node.args[0]], int(argument(node, "dim")) % rank_of(node.args[0])
-    if at == dim or at is None:
-        raise Mixes("it takes the tokens apart")
-    return at - (dim < at)
-
-
-def _split(node: fx.Node, axes: Axes) -> Axis:
-    at = axes.axes[node.args[0]]
-    if at == int(argument(node, "dim")) % rank_of(node.args[0]):
-        raise Mixes("it cuts the token dimension")
-    return at
-
-
-def _pad(node: fx.Node, axes: Axes) -> Axis:
-    at, widths = axes.axes[node.args[0]], list(node.args[1])
-    if at is None or at >= rank_of(node) - len(widths) // 2:
-        raise Mixes("it pads or shifts the token dimension")
-    return at
-
-
 def _attention(node: fx.Node, axes: Axes) -> Axis:
     for operand in node.args[:3]:
         if axes.axes[operand] != 2:
@@ -389,25 +274,25 @@ RULES: dict[str, AxisRule] = {f"aten.{name}": _pointwise for name in _POINTWISE}
     "aten.roll": _keeps_except("dims"),
     "aten.topk": _keeps_except("dim"),
     "aten.sort": _keeps_except("dim"),
-    "aten.view": _reinterpret,  # after normalize, `view(dtype)` is the only one left
-    "aten.reshape": _reshape,
-    "aten.flatten": _reshape,
-    "aten.unflatten": _reshape,
-    "aten.squeeze": _squeeze,
-    "aten.unsqueeze": _unsqueeze,
-    "aten.expand": _expand,
-    "aten.transpose": _transpose,
-    "aten.permute": _transpose,
-    "aten.t": _transpose,
-    "aten.slice": _slice,
-    "aten.select": _select,
-    "aten.cat": _cat,
-    "aten.stack": _stack,
-    "aten.split": _split,
-    "aten.split_with_sizes": _split,
-    "aten.chunk": _split,
-    "aten.unbind": _unbind,
-    "aten.constant_pad_nd": _pad,
-    "aten.pad": _pad,
-    "getitem": _getitem,
+    "aten.view": reinterpret_rule,  # after normalize, `view(dtype)` is the only one left
+    "aten.reshape": reshape_rule,
+    "aten.flatten": reshape_rule,
+    "aten.unflatten": reshape_rule,
+    "aten.squeeze": squeeze_rule,
+    "aten.unsqueeze": unsqueeze_rule,
+    "aten.expand": expand_rule,
+    "aten.transpose": transpose_rule,
+    "aten.permute": transpose_rule,
+    "aten.t": transpose_rule,
+    "aten.slice": slice_rule,
+    "aten.select": select_rule,
+    "aten.cat": cat_rule,
+    "aten.stack": stack_rule,
+    "aten.split": split_rule,
+    "aten.split_with_sizes": split_rule,
+    "aten.chunk": split_rule,
+    "aten.unbind": unbind_rule,
+    "aten.constant_pad_nd": pad_rule,
+    "aten.pad": pad_rule,
+    "getitem": getitem_rule,
 }

@@ -9,7 +9,8 @@ from torch import fx
 from treespec_compiler.ir.arguments import argument
 
 from ..forms.closed_form import shape_of
-from .token_rules import RULES, Axes, Axis, AxisRule, Mixes, rank_of
+from .axes import Axes, Axis, Mixes, rank_of
+from .token_rules import RULES, AxisRule
 
 
 def _places(nodes: list[Any], axes: Axes) -> set[Axis]:

@@ -9,7 +9,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from verdicts import Verdicts
 
 CASES = Verdicts()
-refused = CASES.refused
+converts, refused = CASES.converts, CASES.refused
 
 
 @refused("not the tokens")
@@ -49,7 +49,7 @@ class FirstToken(Tiny):
         return self.head(x + x[:, :1])
 
 
-@refused("")
+@converts
 class LastTokenOnly(Tiny):
     def finish(self, x: Tensor) -> Tensor:
         return self.head(x[:, -1:])
@@ -125,4 +125,4 @@ class NamelessOutput(Tiny):
         return {"hidden": x, "scores": self.head(x)}
 
 
-_, test_is_refused = CASES.tests()  # all are refused
+test_converts_exactly, test_is_refused = CASES.tests()

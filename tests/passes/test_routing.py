@@ -12,8 +12,8 @@ from oracles import EAGER, Forest, assert_decodes, assert_rows, random_tree
 from torch import Tensor, nn
 
 import treespec_compiler as treespec
+from treespec_compiler.passes.locality.axes import Mixes
 from treespec_compiler.passes.locality.rows import Repeats, Rows, reshaped
-from treespec_compiler.passes.locality.token_rules import Mixes
 
 pytest.importorskip("transformers.integrations.moe")  # defines transformers::grouped_mm_fallback
 

@@ -201,7 +201,7 @@ def test_a_layer_that_something_bypasses_has_no_hidden_state():
     with pytest.raises(Unsupported, match="no single value carries everything from attention 0 to attention 1"):
         program.verify(TokenTree([1], [-1]), cache, outputs=("logits", "hidden:1"))
     found = program.verify(TokenTree([1, 2], [-1, 0]), cache, outputs=("logits", "hidden:2"))
-    assert found["hidden:2"].shape == (2, 32)
+    assert found["hidden:2"].shape == (2, 64)
 
 
 def test_one_layer_has_nothing_to_compare_its_end_with():
@@ -209,7 +209,7 @@ def test_one_layer_has_nothing_to_compare_its_end_with():
     cache = program.new_cache(64)
     with pytest.raises(Unsupported, match="there is one attention layer"):
         program.verify(TokenTree([1], [-1]), cache, outputs=("hidden:1",))
-    assert program.verify(TokenTree([1], [-1]), cache, outputs=("hidden:0",))["hidden:0"].shape == (1, 32)
+    assert program.verify(TokenTree([1], [-1]), cache, outputs=("hidden:0",))["hidden:0"].shape == (1, 64)
 
 
 def test_a_pipeline_may_tap_every_layer(model):
