@@ -24,7 +24,8 @@ from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import ClosedForms, shape_of
 from ..framework.state import GraphState
-from ..locality.token_rules import RULES, Axis, Mixes
+from ..locality.axes import Axis, Mixes
+from ..locality.token_rules import RULES
 from .spelled_out import SOFTMAXES
 from .weight_path import PRODUCTS
 

@@ -12,7 +12,7 @@ from ..program.cache import TreeCache
 from ..program.tree_program import TreeProgram
 from ..speculation.policies.load import Load, Share
 from ..speculation.slots import PagedSlots
-from ..speculation.work import Answer, Nodes, Prompt, Work, perform
+from ..speculation.work import Nodes, Prompt, Work, WorkResult, perform
 from .generation import Step
 from .request import Request, Status
 from .scheduler import Job, Scheduler
@@ -175,7 +175,7 @@ class Iteration:
             self._resume(job, answer)
         return seconds
 
-    def _resume(self, job: Job, answer: Answer | Exception | None = None) -> None:
+    def _resume(self, job: Job, answer: WorkResult | Exception | None = None) -> None:
         working = job.working
         assert working is not None and job.generation is not None
         try:

@@ -36,14 +36,14 @@ class Prompt(NamedTuple):
 
 
 Work: TypeAlias = Nodes | Prompt
-Answer: TypeAlias = Tensor | Mapping[str, Tensor]
+WorkResult: TypeAlias = Tensor | Mapping[str, Tensor]
 """Logits, or the outputs that the work names, by name."""
 T = TypeVar("T")
 Working: TypeAlias = Generator[Work, Any, T]
-"""Yields work, is sent its `Answer`, which is valid until it yields again, and returns a T."""
+"""Yields work, is sent its `WorkResult`, which is valid until it yields again, and returns a T."""
 
 
-def perform(wanted: Sequence[Work], mixed: bool = False) -> Iterator[tuple[int, Answer | Exception]]:
+def perform(wanted: Sequence[Work], mixed: bool = False) -> Iterator[tuple[int, WorkResult | Exception]]:
     """Run everything, a call for all nodes of one program and cache; with `mixed`, for their prompts too.
 
     Gives places in `wanted` and their answers, or why they failed: where a call of several fails, each is run alone, so
@@ -69,7 +69,7 @@ def perform(wanted: Sequence[Work], mixed: bool = False) -> Iterator[tuple[int, 
             yield from zip(places, answers, strict=True)
 
 
-def _answer(work: Work) -> Answer | Exception:
+def _answer(work: Work) -> WorkResult | Exception:
     """Of one piece of work."""
     slot, named = work.slot, _named(work.outputs)
     try:
@@ -83,7 +83,7 @@ def _answer(work: Work) -> Answer | Exception:
         return error
 
 
-def _together(works: Sequence[Work]) -> Sequence[Answer]:
+def _together(works: Sequence[Work]) -> Sequence[WorkResult]:
     """Of works on one cache. Prompts among them want no named outputs."""
     parts = [work for work in works if isinstance(work, Nodes)]
     prompts = [work for work in works if isinstance(work, Prompt)]
@@ -101,13 +101,13 @@ def _mixed(parts: Sequence[Nodes], prompts: Sequence[Prompt]) -> Sequence[Tensor
     return slot.program.mixed(trees, [(prompt.slot.index, prompt.tokens) for prompt in prompts], slot.cache)
 
 
-def _merged(works: Sequence[Work], nodes: Sequence[Answer], prompts: Sequence[Answer]) -> list[Answer]:
+def _merged(works: Sequence[Work], nodes: Sequence[WorkResult], prompts: Sequence[WorkResult]) -> list[WorkResult]:
     """The answers in the order of `works`."""
     of_nodes, of_prompts = iter(nodes), iter(prompts)
     return [next(of_nodes) if isinstance(work, Nodes) else next(of_prompts) for work in works]
 
 
-def _forest(parts: Sequence[Nodes]) -> Sequence[Answer]:
+def _forest(parts: Sequence[Nodes]) -> Sequence[WorkResult]:
     slot = parts[0].slot
     forest = Forest._trusted([(part.slot.index, part.tree) for part in parts])
     starts = {part.slot.index: part.start for part in parts}
