@@ -8,6 +8,7 @@ use of the number of tokens as a number, is refused with its formula.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,7 +172,14 @@ def _may_descend(form: Form, at: int) -> bool:
     symbol, expr = axis(at), form.expr
     if form.is_bool:
         return False
-    return symbol not in expr.free_symbols or not expr.has(sympy.Min, sympy.Max, sympy.Piecewise, sympy.Mod)
+    return not any(symbol in chosen.free_symbols for chosen in _choices(expr))
+
+
+def _choices(expr: Any) -> Iterator[Any]:
+    """What decides between values; of a case by case form the conditions, not the values."""
+    yield from expr.atoms(sympy.Min, sympy.Max, sympy.Mod)
+    for cases in expr.atoms(sympy.Piecewise):
+        yield from (condition for _, condition in cases.args)
 
 
 def _table_slice(state: GraphState, forms: ClosedForms, node: fx.Node, at: int) -> int | None:
