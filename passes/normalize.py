@@ -27,6 +27,7 @@ from .spellings.einsum import spell_einsum
 from .spellings.grouped_experts import spell_counts, spell_grouped
 from .spellings.head_mixes import spell_mixed_scores, spell_mixed_weights
 from .spellings.inverse_permutation import spell_inverse
+from .spellings.meshgrid import spell_meshgrid
 from .spellings.picked_rows import spell_picked_rows
 from .spellings.score_sums import spell_score_sum
 from .spellings.sizes import spell_size
@@ -61,6 +62,7 @@ _SYNONYMS = {
 }
 _SPELLINGS = (
     spell_size,
+    spell_meshgrid,
     spell_one_hot,
     spell_contraction,
     spell_picked_rows,
@@ -114,7 +116,10 @@ def normalize(state: GraphState) -> int:
 
 
 def _spell(state: GraphState, node: fx.Node) -> bool:
-    """Spell one node, and once more what it was spelled as: an einsum may be a product of combined weights."""
+    """Spell one node, and once more what it was spelled as: an einsum may be a product of combined weights.
+
+    NOTE a spelling erases no node but its own: what lies between its neighbours afterwards is new.
+    """
     before, after = node.prev, node.next
     if not any(spell(state, node) for spell in _SPELLINGS):
         return False

@@ -23,6 +23,7 @@ from .bounds import decided
 from .call import OpCall
 from .evaluate import SHAPE_ONLY, cone, evaluate_for_length
 from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
+from .logic import LOGIC_RULES
 from .rules import RULES
 from .sequences import SEQUENCE_RULES
 
@@ -78,7 +79,7 @@ class ClosedForms:
             return self._leaf(node)
         if node.op != "call_function" or not isinstance(value, Tensor):
             return None
-        rule = RULES.get(op_name(node)) or SEQUENCE_RULES.get(op_name(node))
+        rule = LOGIC_RULES.get(op_name(node)) or RULES.get(op_name(node)) or SEQUENCE_RULES.get(op_name(node))
         try:
             form = rule(OpCall(self, node)) if rule is not None else None
         except (TypeError, ValueError, NotImplementedError):  # sympy orders no infinite or undefined values

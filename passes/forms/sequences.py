@@ -64,8 +64,16 @@ def _extreme(largest: bool) -> Callable[[OpCall], Form | None]:
     return rule
 
 
+def _over_pairs(call: OpCall) -> bool:
+    """Whether this is a table over pairs of tokens. NOTE one over tokens (angles side by side) is best left alone: its
+    parts are positions, and their closed forms say so."""
+    return sum(bool(size.free_symbols) for size in call.shape) > 1
+
+
 def _pad(call: OpCall) -> Form | None:
     """Constants around the last dimensions."""
+    if not _over_pairs(call):
+        return None
     form, widths, mode = call.form(call.node.args[0]), call.arg("pad"), call.arg("mode", "constant")
     if form is None or mode != "constant":
         return None
@@ -88,6 +96,8 @@ def _pad(call: OpCall) -> Form | None:
 
 def _cat(call: OpCall) -> Form | None:
     """Tensors one after the other."""
+    if not _over_pairs(call):
+        return None
     at = dimension(call, call.arg("dim"), len(call.shape))
     result: Form | None = None
     end = call.shape[at]

@@ -1,0 +1,193 @@
+"""Masks in the ways that people write them, of T tokens: each gives what scaled_dot_product_attention takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Mask = Callable[[int], Tensor]
+CONVERTED: dict[str, Mask] = {}
+REFUSED: dict[str, Mask] = {}
+
+
+def converts(mask: Mask) -> Mask:
+    CONVERTED[mask.__name__] = mask
+    return mask
+
+
+def refused(mask: Mask) -> Mask:
+    REFUSED[mask.__name__] = mask
+    return mask
+
+
+@converts
+def boolean_product(t: int) -> Tensor:
+    i = torch.arange(t)
+    return (i[None] <= i[:, None]) * (i[:, None] - i[None] < 5)
+
+
+@converts
+def near_by_absolute_distance(t: int) -> Tensor:
+    q, k = torch.arange(t)[:, None], torch.arange(t)[None]
+    return ((q - k).abs() < 5) & (k <= q)
+
+
+@converts
+def meshgrid_of_positions(t: int) -> Tensor:
+    q, k = torch.meshgrid(torch.arange(t), torch.arange(t), indexing="ij")
+    return q >= k
+
+
+@converts
+def blocks_by_shifts(t: int) -> Tensor:
+    i = torch.arange(t)
+    return ((i[:, None] >> 2) == (i[None] >> 2)) & (i[:, None] >= i[None])
+
+
+@converts
+def blocks_by_whole_division(t: int) -> Tensor:
+    q, k = torch.arange(t)[:, None], torch.arange(t)[None]
+    return ((q // 4) == (k // 4)) & (k <= q)
+
+
+@converts
+def blocks_by_truncated_division(t: int) -> Tensor:
+    b = torch.div(torch.arange(t), 4, rounding_mode="trunc")
+    return (b[:, None] == b[None]) & (torch.arange(t)[:, None] >= torch.arange(t))
+
+
+@converts
+def logarithm_of_ones(t: int) -> Tensor:
+    return torch.ones(t, t).tril().log()
+
+
+@converts
+def triangle_filled(t: int) -> Tensor:
+    m = torch.tril(torch.ones(t, t))
+    return m.masked_fill(m == 0, -math.inf).masked_fill(m == 1, 0.0)
+
+
+@converts
+def one_minus_times_lowest(t: int) -> Tensor:
+    return (1.0 - torch.ones(t, t).tril()) * torch.finfo(torch.float32).min
+
+
+@converts
+def redundant_conditions(t: int) -> Tensor:
+    q, k = torch.arange(t)[:, None], torch.arange(t)[None]
+    return (k <= q) & (k < t) & (q >= 0) & (k + 1 > 0) & (q - k < t)
+
+
+@converts
+def product_of_zeros_and_ones(t: int) -> Tensor:
+    m = torch.ones(t, t).tril() * torch.ones(t, t).triu(-6)
+    return torch.zeros(t, t).masked_fill(m == 0, -1e9)
+
+
+@converts
+def whole_numbers(t: int) -> Tensor:
+    return torch.ones(t, t, dtype=torch.int32).tril().to(torch.bool)
+
+
+@converts
+def square_subsequent(t: int) -> Tensor:
+    return nn.Transformer.generate_square_subsequent_mask(t)
+
+
+@converts
+def square_subsequent_of_old(t: int) -> Tensor:
+    mask = (torch.triu(torch.ones(t, t)) == 1).transpose(0, 1)
+    return mask.float().masked_fill(mask == 0, float("-inf")).masked_fill(mask == 1, 0.0)
+
+
+@converts
+def exclusive_or(t: int) -> Tensor:
+    return torch.ones(t, t, dtype=torch.bool) ^ torch.ones(t, t, dtype=torch.bool).triu(1)
+
+
+@converts
+def running_sum(t: int) -> Tensor:
+    place = torch.ones(t, dtype=torch.long).cumsum(0)
+    return place[:, None].ge(place[None])
+
+
+@converts
+def sign_of_the_distance(t: int) -> Tensor:
+    d = torch.arange(t)[:, None] - torch.arange(t)[None]
+    return d.sign() >= 0
+
+
+@converts
+def bytes_subtracted(t: int) -> Tensor:
+    return (1 - torch.triu(torch.ones((1, t, t), dtype=torch.uint8), diagonal=1)) == 1
+
+
+@converts
+def rows_repeated(t: int) -> Tensor:
+    k = torch.arange(t).unsqueeze(0).repeat(t, 1)
+    q = torch.arange(t).unsqueeze(1).expand(t, t)
+    return torch.where(k > q, torch.tensor(False), torch.tensor(True))
+
+
+@converts
+def window_of_two_triangles(t: int) -> Tensor:
+    ones = torch.ones(t, t, dtype=torch.bool)
+    return torch.logical_and(ones.tril(), ~ones.tril(-5))
+
+
+@converts
+def meshgrid_of_columns(t: int) -> Tensor:
+    k, q = torch.meshgrid(torch.arange(t), torch.arange(t), indexing="xy")
+    return (q - k < 6) & (q >= k)
+
+
+@converts
+def outer_difference(t: int) -> Tensor:
+    i = torch.arange(t)
+    return torch.subtract(i.view(-1, 1), i.view(1, -1)).greater_equal(0)
+
+
+@converts
+def padded_triangle(t: int) -> Tensor:
+    return torch.nn.functional.pad(torch.ones(t, t, dtype=torch.bool).tril(), (1, 0))[:, 1:]
+
+
+@converts
+def less_than_with_a_shift(t: int) -> Tensor:
+    return torch.arange(t) < torch.arange(1, t + 1)[:, None]
+
+
+@refused
+def one_ahead(t: int) -> Tensor:
+    return torch.arange(t) <= torch.arange(1, t + 1)[:, None]
+
+
+@refused
+def every_second(t: int) -> Tensor:
+    q, k = torch.arange(t)[:, None], torch.arange(t)[None]
+    return (k <= q) & ((q - k) % 2 == 0)
+
+
+@refused
+def near_on_both_sides(t: int) -> Tensor:
+    return (torch.arange(t)[:, None] - torch.arange(t)[None]).abs() < 5
+
+
+@refused
+def prefix_sees_itself(t: int) -> Tensor:
+    q, k = torch.arange(t)[:, None], torch.arange(t)[None]
+    return (k <= q) | (k < 4)
+
+
+@refused
+def half_of_the_tokens(t: int) -> Tensor:
+    q, k = torch.arange(t)[:, None], torch.arange(t)[None]
+    return (k <= q) & (k >= t - 40)
+
+
+@refused
+def weak_hiding(t: int) -> Tensor:
+    return torch.ones(t, t).triu(1) * -50.0
