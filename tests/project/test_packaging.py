@@ -137,6 +137,18 @@ print(treespec_compiler.__file__)
     assert ROOT not in where.parents and place in where.parents
 
 
+def test_kernels_are_generated_from_the_installed_template(python: Path, place: Path) -> None:
+    program = """
+import torch
+from treespec_compiler.codegen.gpu.tree_attention_source import source
+from treespec_compiler.codegen.gpu.tree_attention_spec import AttentionKernel
+text = source(AttentionKernel(4, 2, 16, 16, torch.float32, torch.float32))
+assert "def attend(" in text and "{%" not in text
+compile(text, "kernel.py", "exec")
+"""
+    run(python, "-c", program, cwd=place)
+
+
 def test_import_is_light(python: Path, place: Path) -> None:
     program = """
 import sys, treespec_compiler
