@@ -2,7 +2,8 @@
 
 Tokens 0 .. length-1 of a slot are committed; the uncommitted tree's node j lies at length + j. Where offset n lies in
 the pools is said by the slot's table of pages: on page `table[n // page_size]`, at `n % page_size`. Without `page_size`
-a slot is one page of its own; with it, slots take pages as they grow share what they have in common (`pages.Pages`).
+a slot is one page of its own, which grows with what lies in it; with it, slots take pages as they grow, and share what
+they have in common (`pages.Pages`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from ..errors import CacheOverflow, InvalidPath, OutOfPages, StaleCache, Unknown
 from ..ir.specs import AttentionSpec
 from ..tree import TokenTree
 from .pages import FIRST, PageCounts, Pages
+
+# Tokens of a slot's page to begin with, where it is one page of its own; a full one is made twice as long.
+FIRST_PAGE = 4096
 
 
 class TreeCache:
@@ -44,7 +48,7 @@ class TreeCache:
         self._lengths = [0] * slots
         self._trees: list[TokenTree | None] = [None] * slots
         self._outdated: dict[int, str] = {}  # slot -> why its K/V are not what the model would compute now
-        self.page_size = max_tokens if page_size is None else page_size
+        self.page_size = min(max_tokens, FIRST_PAGE) if page_size is None else page_size
         self._pages: Pages | None = None
         self._tables = [[slot] for slot in range(slots)]
         if page_size is not None:
@@ -54,6 +58,7 @@ class TreeCache:
             self._known = [0] * slots  # pages of each slot that are known
         count = slots if self._pages is None else self._pages.count
         self.storages, self.pools = _allocate(sites, self.page_size, count, device)
+        self._sites = sites
 
     def length(self, slot: int = 0) -> int:
         """Committed tokens of the slot."""
@@ -201,6 +206,8 @@ class TreeCache:
         if length + nodes > self.max_tokens:
             raise CacheOverflow(slot=slot, length=length, new=nodes, capacity=self.max_tokens)
         if self._pages is None:
+            if length + nodes > self.page_size:
+                self._grow(min(self.max_tokens, max(length + nodes, 2 * self.page_size)))
             return
         pages, table = self._pages, self._tables[slot]
         lacking = self.lacking(slot, nodes)
@@ -210,6 +217,18 @@ class TreeCache:
             self._own(slot, length // self.page_size)
         while len(table) * self.page_size < length + nodes:
             table.append(pages.take())
+
+    def _grow(self, tokens: int) -> None:
+        """Longer pages with the same tokens in them; whoever holds pools must take the new ones."""
+        old, device = self.storages, self.storages[0].device
+        self.storages, self.pools = [], []
+        self.prepared.clear()
+        # NOTE pools made in inference mode could be written in no other.
+        with torch.inference_mode(False), torch.no_grad():
+            self.storages, self.pools = _allocate(self._sites, tokens, self.slots, device)
+            for storage in self.storages:
+                storage[..., : self.page_size, :] = old.pop(0)
+        self.page_size = tokens
 
     def _shared_end(self, slot: int) -> bool:
         """Whether the next token goes to a page that another slot holds, too."""

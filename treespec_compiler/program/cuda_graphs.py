@@ -151,7 +151,7 @@ class Graphs:
     device: torch.device
     limit: int = MAX_BUCKETS
     _entries: OrderedDict[tuple[int, CallSizes], _Entry] = field(default_factory=OrderedDict)
-    _watched: set[int] = field(default_factory=set)
+    _pools: dict[int, Sequence[Tensor]] = field(default_factory=dict)  # of the caches that are recorded, by their id
     _template: Any = None
     _counts: Counter[str] = field(default_factory=Counter)
     _seconds: float = 0.0
@@ -202,6 +202,8 @@ class Graphs:
 
     def _entry(self, cache: TreeCache, shape: CallSizes) -> _Entry:
         key = (id(cache), shape)
+        if self._pools.get(id(cache)) is not cache.pools:  # another cache, or one that has grown
+            self._end(id(cache))
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)
@@ -209,8 +211,8 @@ class Graphs:
         while len(self._entries) >= self.limit:
             _, oldest = self._entries.popitem(last=False)
             self._counts["evicted"] += oldest.replay is not None
-        if id(cache) not in self._watched:
-            self._watched.add(id(cache))
+        if id(cache) not in self._pools:
+            self._pools[id(cache)] = cache.pools
             weakref.finalize(cache, _forget, weakref.ref(self), id(cache))
         with torch.inference_mode(False):
             flat = torch.zeros(shape.integers, dtype=torch.int64, device=self.device)
@@ -237,7 +239,7 @@ class Graphs:
         return sum(entry.replay is not None for entry in self._entries.values())
 
     def _end(self, cache_id: int) -> None:
-        self._watched.discard(cache_id)
+        self._pools.pop(cache_id, None)
         for key in [key for key in self._entries if key[0] == cache_id]:
             self._counts["dropped"] += self._entries.pop(key).replay is not None
 

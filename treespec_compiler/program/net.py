@@ -183,6 +183,8 @@ def _variant_difference(program: Runs, main: Executor, variant: Executor, seed: 
     prefix, tree = draw[:length], TokenTree(draw[length:], parents)
     cache, other = (program.unchecked_cache(len(draw), 1) for _ in range(2))
     program.prefill(prefix, cache)
+    for each in (cache, other):
+        each._reserve(0, len(draw) - each.length())
     part = [Part(0, tree)]
     names, full = variant.state.outputs, len(variant.state.sites) == len(main.state.sites)
     whole = main.run(part, cache)[0].clone() if full else None

@@ -86,6 +86,7 @@ def run_graph(state: GraphState, tree: TokenTree, prefix: list[int]) -> Tensor:
     """Logits [N, V] of the state's graph for a tree after a committed prefix, op by op."""
     value: Any = state.logits.meta["val"]
     cache = TreeCache(state.sites, len(prefix) + len(tree), 1, value.device, ops.commit_path)
+    cache._reserve(0, len(prefix) + len(tree))
     if prefix:
         chain = TokenTree.chain(prefix)
         _interpret(state, pack([Part(0, chain)], cache, value.device), cache)
