@@ -204,3 +204,18 @@ def test_wrong_arguments_end_in_one_line(script, arguments, text):
     done = start(script, *arguments)
     assert done.returncode == 1 and done.stdout == ""
     assert text in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_bench_batch(pair: SimpleNamespace, tmp_path: Path) -> None:
+    path = tmp_path / "batch.json"
+    arguments = ["--requests", 1, 3, "--new-tokens", 6, "--rounds", 1, "--prompt-tokens", 20, "--alone"]
+    arguments += ["--chains", "chain:2", "--trees", "2,1", "--target", pair.target, "--draft", pair.draft]
+    shown = run("bench_batch.py", *arguments, "--output", path)
+    report = json.loads(path.read_text())
+    check_run(report["run"])
+    assert [batch["requests"] for batch in report["batches"]] == [1, 3]
+    assert all(all(batch["same"].values()) for batch in report["batches"])
+    assert set(report["summary"]) == {"without a draft", "best chain", "best tree", "auto"}
+    assert "auto over plain" in shown and "nobody" in shown
+    assert path.with_suffix(".svg").read_text().startswith("<svg")
+    assert "| --- | ---: |" in run("bench_batch.py", "--show", path, "--markdown")

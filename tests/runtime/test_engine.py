@@ -221,6 +221,10 @@ def test_what_requests_begin_with_alike_is_computed_and_stored_once(pair):
         again = engine.add(PROMPTS[3], seed=7, temperature=1.0, max_new_tokens=9, eos_token_id=())
         assert again.result().tokens == samples[2].output.tokens
         assert again.stats.cached_tokens == 8  # whole pages, which nobody held any more
+        engine.forget()
+        assert pages_of(engine).idle == 0
+        anew = engine.add(PROMPTS[3], seed=7, temperature=1.0, max_new_tokens=9, eos_token_id=())
+        assert anew.result().tokens == again.output.tokens and anew.stats.cached_tokens == 0
 
 
 def test_higher_priorities_come_first(pair):

@@ -177,6 +177,11 @@ class TreeCache:
             self._give_up(slot, 0)
             self._tokens[slot], self._known[slot] = [], 0
 
+    def forget(self) -> None:
+        """What former slots left in pages is not found any more by those that begin alike."""
+        if self._pages is not None:
+            self._pages.forget_idle()
+
     def _append(self, slot: int, tokens: Sequence[int]) -> None:
         """These tokens are committed: their K/V lie behind the others, and nothing behind them counts."""
         self._lengths[slot] += len(tokens)

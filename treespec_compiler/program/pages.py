@@ -116,7 +116,13 @@ class Pages:
 
     def forget_all(self) -> None:
         """Nothing is known of any page: what lies there is not what the model would compute now."""
+        self.forget_idle()
         for page in range(self.count):
+            self.forget(page)
+
+    def forget_idle(self) -> None:
+        """Nothing is known of the pages that nobody holds."""
+        for page in self._idle:
             self.forget(page)
         self._blank += self._idle
         self._idle.clear()

@@ -245,6 +245,11 @@ class Engine:
                 self._thread = threading.Thread(target=self._serve, name="treespec engine", daemon=True)
                 self._thread.start()
 
+    def forget(self) -> None:
+        """New requests find nothing of what former ones computed: their beginnings are run again, once."""
+        with self._lock:
+            self._slots.forget()
+
     def close(self) -> None:
         """Cancel all requests and let the caches go."""
         with self._changed:

@@ -117,6 +117,11 @@ class PagedSlots:
     def adopt(self, slot: Slot, tokens: Sequence[int]) -> int:
         return slot.cache.adopt(slot.index, tokens)
 
+    def forget(self) -> None:
+        """New requests find nothing of former ones."""
+        for cache in self._caches.values():
+            cache.forget()
+
     def clear(self) -> None:
         """Let the caches go; slots that are out stay valid."""
         self._caches.clear()
