@@ -269,7 +269,7 @@ def test_structured_trace_has_an_artifact_for_every_pass(caplog: pytest.LogCaptu
     assert [n for n in names if n.startswith("treespec_")][:3] == [
         "treespec_after_capture",
         "treespec_after_normalize",
-        "treespec_after_choose_regime",
+        "treespec_after_every_position",
     ]
 
 
