@@ -33,6 +33,8 @@ SMOOTHING, FIRST = 0.1, 0.5
 MARGIN = 1.03
 """What speculation must promise over plain decoding, with what was measured here; at first `HYSTERESIS`."""
 TRIAL_LEVELS = 2
+MOST = 96
+"""Nodes of all requests that are looked at: planning must stay short beside a step."""
 PLAIN_EVERY, PLAIN_STEPS = 512, 2
 """So many plain steps are made for each power of two of requests, and again after so many steps: what they take cannot
 be told from steps with trees, which a busy machine makes slower as well."""
@@ -280,4 +282,5 @@ class Load:
         rates = share.rates(draft, fresh)
         if share.policy.chain or fresh or share.pools[draft].tried[0] + share.own[draft].tried[0] < KNOWN:
             rates = rates[:1]
-        return greedy_nodes(rates, share.policy.max_nodes, min(levels, max(0, share.remaining - 1)))
+        nodes = min(share.policy.max_nodes, 1 + max(2, MOST // len(self._planned)))
+        return greedy_nodes(rates, nodes, min(levels, max(0, share.remaining - 1)))
