@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..capture.call import CallSpec, run_logits
 from ..capture.fills import as_it_was, refillable, unfilled
-from ..errors import PassError, Refusal, Unsupported
+from ..errors import PassError, Refusal, TreespecError, Unsupported
 from ..ir import ops
 from ..ir.inputs import TOKENS, is_pool
 from ..ir.specs import EVERY_ROW, LogitsSpec
@@ -188,8 +188,11 @@ def lengths_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
             way_out="look for what depends on more than the token ids: surroundings, caches, numbers that round away",
         )
     allowed = min(max(3 * known, most), 10 * most)
-    for length in sorted({1, 2, *state.lone_lengths}, reverse=True):
-        error = _length_error(model, call, state, length)
+    longest = min((limit.tokens for limit in state.limits), default=None)
+    # a longer prompt than the program ever runs
+    lengths = {n for n in (1, 2, *state.lone_lengths) if longest is None or n <= longest}
+    for length in sorted(lengths, reverse=True):
+        error = _lone_error(model, call, state, length)
         if error <= allowed:
             continue
         # The same prompt again: a table that is swapped in every call is right in every other one.
@@ -208,6 +211,21 @@ def lengths_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
             f"traced graph, where {traced} tokens differ by {known:.0e}, which is rounding",
             way_out="make the forward pass the same for every number of tokens",
         )
+
+
+def _lone_error(model: nn.Module, call: CallSpec, state: GraphState, length: int) -> float:
+    """As `_length_error`, where the model may not take so many tokens."""
+    try:
+        return _length_error(model, call, state, length)
+    except TreespecError:
+        raise
+    except Exception as error:
+        raise Unsupported(
+            Refusal.RAISES,
+            f"the model itself fails on a prompt of {length} tokens, which its code or its guards single out: "
+            f"{type(error).__name__}: {str(error).strip() or 'no message'}",
+            way_out=f"make the forward pass take {length} tokens, or remove the branch on that number",
+        ) from error
 
 
 def _length_error(model: nn.Module, call: CallSpec, state: GraphState, length: int) -> float:
