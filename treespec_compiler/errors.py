@@ -300,6 +300,10 @@ class InvalidOption(TreespecError, ValueError):
         return self.fix or f"Give {self.name} such a value or leave it out."
 
 
+class WrongType(InvalidOption, TypeError):
+    """A known argument with a value of a type it never takes."""
+
+
 @dataclass(eq=False, kw_only=True)
 class LossyPair(TreespecError, ValueError):
     """Parts of speculation that each work, but together change the distribution of the output."""

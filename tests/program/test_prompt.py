@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from treespec_compiler.errors import InvalidPrompt
+from treespec_compiler.errors import InvalidOption, InvalidPrompt, WrongType
 from treespec_compiler.program.prompt import parse_prompt, parse_prompts
 
 ONE = {
@@ -104,3 +104,9 @@ BAD = {
 def test_what_is_no_prompt_is_refused(given, text):
     with pytest.raises(InvalidPrompt, match=text):
         parse_prompt(given)
+
+
+def test_a_mask_of_another_type_is_a_type_error():
+    with pytest.raises(WrongType, match=r"Invalid option attention_mask: got 1, expected a tensor, array or list"):
+        parse_prompts([1, 2], 1)
+    assert issubclass(WrongType, TypeError) and issubclass(WrongType, InvalidOption)

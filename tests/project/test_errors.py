@@ -29,6 +29,7 @@ EXAMPLES: list[TreespecError] = [
     errors.InvalidPath(got="[0, 2]", expected="every parent to be its predecessor"),
     errors.UnknownSlot(slot=4, slots=2),
     errors.UnknownOption(name="lowring", known=["lowering", "kernels"]),
+    errors.WrongType(name="attention_mask", got=1, expected="a tensor"),
     errors.InvalidOption(name="lowering", got="jit", expected="'inductor' or 'eager'"),
     errors.LossyPair(pair="sampler='top-k' with verifier='multi-step'", reason="Not drawn.", instead="'naive'"),
     errors.InvalidLogits(position=17),

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InvalidPrompt
+from ..errors import InvalidPrompt, WrongType
 
 PromptLike: TypeAlias = (
     Tensor | NDArray[np.integer[Any]] | Mapping[str, Any] | Sequence[int] | Sequence[Sequence[int] | Tensor]
@@ -42,6 +42,9 @@ def parse_prompts(given: Any, attention_mask: Any = None) -> Prompts:
         given, attention_mask = _of_tokenizer(given, attention_mask)
     rows, device = _rows(given, "token ids")
     if attention_mask is not None:
+        if not _is_row(attention_mask):
+            expected = "a tensor, array or list in the shape of the ids"
+            raise WrongType(name="attention_mask", got=attention_mask, expected=expected)
         masks, _ = _rows(attention_mask, "numbers of an attention_mask", flags=True)
         if [len(mask) for mask in masks] != [len(row) for row in rows]:
             got = f"an attention_mask for {_sizes(masks)} tokens"

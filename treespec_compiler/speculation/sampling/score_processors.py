@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import InvalidOption
+from ...errors import InvalidOption, WrongType
 from .chance import Row
 
 ScoreProcessor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -20,7 +20,7 @@ NOTE it must be a function of both: nodes of a tree are asked for in any order, 
 
 
 def as_processors(given: ScoreProcessor | Iterable[ScoreProcessor] | None) -> tuple[ScoreProcessor, ...]:
-    """From what `generate(logits_processor=...)` takes: one, several or none. Raises InvalidOption."""
+    """From what `generate(logits_processor=...)` takes: one, several or none. Raises WrongType."""
     if given is None:
         return ()
     if isinstance(given, Iterable):  # before `callable`: a LogitsProcessorList is both
@@ -30,7 +30,7 @@ def as_processors(given: ScoreProcessor | Iterable[ScoreProcessor] | None) -> tu
     for one in found:
         if not callable(one):
             expected = "functions (ids [1, L], scores [1, V]) -> scores"
-            raise InvalidOption(name="logits_processor", got=one, expected=expected)
+            raise WrongType(name="logits_processor", got=one, expected=expected)
     return found
 
 
