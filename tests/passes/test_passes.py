@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from modules import DIM, HEADS, VOCAB, NanoGPT, RopeTril, Tiny
+from modules import DIM, HEADS, NanoGPT, RopeTril, Tiny
 from oracles import EAGER
 from pass_cases import One, applied, before, only
 from torch import Tensor, nn
