@@ -14,8 +14,8 @@ from imports import PACKAGE, modules
 from treespec_compiler import logs
 from treespec_compiler.logs import ROOT, TOPICS, logger, set_logs
 
-# Other packages' loggers, made quiet.
-FOREIGN = {"capture.tracing", "cli.inspection", "cli.models"}
+# Other packages' loggers, made quiet, and what stands in for a model's own during a trace.
+FOREIGN = {"capture.surroundings", "capture.tracing", "cli.inspection", "cli.models"}
 
 
 @pytest.fixture(autouse=True)

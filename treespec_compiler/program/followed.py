@@ -47,9 +47,10 @@ class Followed:
 
         NOTE nothing is kept before the last refusal: a program goes on seeing that its model changed.
         """
-        with alone(), outside_autocast(), as_it_was(model):
+        with alone(), outside_autocast(), as_it_was(model) as undo:
             made = self._convert(model)
             if made.otherwise(model):
+                undo.wanted = False  # what it set is what it reads from now on
                 made = self._convert(model)
                 if reason := made.otherwise(model):
                     raise Unsupported(
