@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sympy
 from expressions import GRID, booleans, integers, reals, values
+from printed import torch_function
 
 from treespec_compiler.codegen.gpu import source
-from treespec_compiler.codegen.printer import HELPERS, TRITON, Printer, torch_function
+from treespec_compiler.codegen.printer import HELPERS, TRITON, Printer
 from treespec_compiler.ir import formulas
 from treespec_compiler.ir.formulas import DISTANCES, D, H, K, Q, S
 from treespec_compiler.ir.specs import MaskSpec, PositionSpec
