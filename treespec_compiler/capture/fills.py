@@ -286,18 +286,12 @@ def unfilled(those: Sequence[Fill]) -> Iterator[None]:
                 other[name] = value
 
 
-@dataclass
-class Undo:
-    wanted: bool = True
-
-
 @contextlib.contextmanager
-def as_it_was(model: nn.Module) -> Iterator[Undo]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """What runs of the model set, its attributes, buffers and what plain containers hold, is set back afterwards.
 
-    The contents of tensors are not. Nothing is, where `wanted` of what this gives is set to False.
+    The contents of tensors are not.
     """
-    undo = Undo()
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
     containers: list[tuple[Any, Any]] = []
     for module in model.modules():
@@ -307,11 +301,11 @@ def as_it_was(model: nn.Module) -> Iterator[Undo]:
         plain = [v for v in own.values() if type(v) in _CONTAINERS and v is not module._non_persistent_buffers_set]
         containers += [(v, type(v)(v)) for v in plain]
     try:
-        yield undo
+        yield
     finally:
-        for table, before in tables if undo.wanted else ():
+        for table, before in tables:
             _set_back(table, before)
-        for container, contents in containers if undo.wanted else ():
+        for container, contents in containers:
             if len(container) != len(contents) or not _same(container, contents):
                 container.clear()
                 container.extend(contents) if isinstance(container, list) else container.update(contents)

@@ -47,18 +47,25 @@ class Followed:
 
         NOTE nothing is kept before the last refusal: a program goes on seeing that its model changed.
         """
-        with alone(), outside_autocast(), as_it_was(model) as undo:
-            made = self._convert(model)
-            if made.otherwise(model):
-                undo.wanted = False  # what it set is what it reads from now on
-                made = self._convert(model)
-                if reason := made.otherwise(model):
-                    raise Unsupported(
-                        Refusal.STATE,
-                        f"the forward pass changes what it reads, and may be another function each time: {reason}",
-                        way_out="move counters and other state of Python out of forward",
-                    )
+        with alone(), outside_autocast():
+            with as_it_was(model):
+                made = self._settled(model)
+            if made.watch.touched():
+                # A weight of the program is what forward set once and reads from then on: it stays set.
+                made = self._settled(model)
             return made
+
+    def _settled(self, model: nn.Module) -> Made:
+        made = self._convert(model)
+        if made.otherwise(model):
+            made = self._convert(model)
+            if reason := made.otherwise(model):
+                raise Unsupported(
+                    Refusal.STATE,
+                    f"the forward pass changes what it reads, and may be another function each time: {reason}",
+                    way_out="move counters and other state of Python out of forward",
+                )
+        return made
 
     def _convert(self, model: nn.Module) -> Made:
         return Made(model, self.call, self.options, self.tally, self._tallies)
