@@ -11,6 +11,7 @@ alone, and computed for both apart.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -218,7 +219,7 @@ class ExtraKeys:
 
     def _attended(self, at: fx.Node, scores: fx.Node, constant: fx.Node, values: Parts) -> fx.Node:
         """Attention with scores [.., T, T] of tokens and [.., T, n] of constants."""
-        emit = lambda op, *args: self.emit(at, op, *args)  # noqa: E731
+        emit = functools.partial(self.emit, at)
         total = emit(aten.logsumexp.default, constant, [-1], True)
         shifted = emit(aten.sub.Tensor, scores, total)
         joined = emit(aten.cat.default, [shifted, self._column(at, scores)], -1)

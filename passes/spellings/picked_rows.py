@@ -78,11 +78,11 @@ def _index_put(node: fx.Node) -> _Write | None:
         if mask is not None:
             dims = tuple(range(mask.meta["val"].dim()))
             return _Write(target, used[0], mask, dims, values, bool(added))
-    places = [coordinate(indices[i]) for i in used]
-    if any(p is None or not alike(p.mask, places[0].mask) for p in places):  # type: ignore[union-attr]
+    places = [place for i in used if (place := coordinate(indices[i])) is not None]
+    if len(places) != len(used) or not all(alike(place.mask, places[0].mask) for place in places):
         return None
-    dims = tuple(p.dim for p in places)  # type: ignore[union-attr]
-    return _Write(target, used[0], places[0].mask, dims, values, bool(added))  # type: ignore[union-attr]
+    dims = tuple(place.dim for place in places)
+    return _Write(target, used[0], places[0].mask, dims, values, bool(added))
 
 
 def _along(target: Any, dim: Any, place: Coordinate | None, values: Any, alpha: Any) -> _Write | None:

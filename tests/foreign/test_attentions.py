@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from attentions import CONVERTED, REFUSED
 from modules import VOCAB
 from oracles import EAGER, assert_decodes
+from styles import built
 from torch import nn
 
 import treespec_compiler as treespec
-
-
-def built(style: type[nn.Module]) -> nn.Module:
-    model = style()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 @pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)

@@ -7,20 +7,11 @@ import torch
 from breaks import CONVERTED, REFUSED, Break, Raises, TellsOfNan, look
 from modules import VOCAB
 from oracles import EAGER, assert_decodes
+from styles import built
 from torch import nn
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import Refusal
-
-
-def built(style: type[Break]) -> Break:
-    torch.manual_seed(0)
-    model = style()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,19 +9,9 @@ import torch
 from ends import CONVERTED, REFUSED, End
 from modules import VOCAB
 from oracles import EAGER, TOLERANCE, error, random_tree
-from torch import nn
+from styles import built
 
 import treespec_compiler as treespec
-
-
-def built(style: type[End]) -> End:
-    torch.manual_seed(0)
-    model = style()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def assert_decodes(model: End, program: treespec.TreeProgram, rounds: int = 2, size: int = 9) -> None:

@@ -9,19 +9,10 @@ import torch
 from histories import CONVERTED, REFUSED, FilledOnce, FutureMask, Grown, History
 from modules import VOCAB
 from oracles import EAGER, assert_decodes
+from styles import built
 from torch import nn
 
 import treespec_compiler as treespec
-
-
-def built(style: type[History]) -> History:
-    torch.manual_seed(0)
-    model = style()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def run(model: nn.Module, *lengths: int) -> None:

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from modules import VOCAB
 from oracles import EAGER, assert_decodes
-from torch import nn
+from styles import built
 
 import treespec_compiler as treespec
 
 pytest.importorskip("einops")
 rearranged = pytest.importorskip("rearranged")
-
-
-def built(style: type[nn.Module]) -> nn.Module:
-    model = style()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 @pytest.mark.parametrize("name", ["Rearranged", "EinsumOfEinops"])
