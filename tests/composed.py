@@ -47,6 +47,16 @@ MASKS: dict[str, Mask] = {
     "future": lambda q, k: k <= q + 1,
     "late": lambda q, k: (k <= q) | (q > 200),
     "narrow": lambda q, k: k.to(torch.int8) <= q.to(torch.int8),
+    "first and near": lambda q, k: (k <= q) & ((k < 2) | (q - k < 6)),
+    "xor": lambda q, k: (k <= q) & ((q ^ k) < 8),
+    "floored": lambda q, k: (q - k) // 3 >= 0,
+    "product": lambda q, k: (k <= q).float() * (q - k < 7).float() > 0.5,
+    "sign": lambda q, k: torch.sign(q - k + 0.5) > 0,
+    "of half": lambda q, k: k.half() <= q.half(),
+    "overcome": lambda q, k: (k > q) * -1e4 + (k % 3) * 9e3,
+    "kink": lambda q, k: ((q - k - 20).abs() * -0.37).masked_fill(k > q, -INF),
+    "in turn": lambda q, k: (k <= q) & ((q % 2 == 0) | (q - k < 4)),
+    "of keys": lambda q, k: k.float().sin().expand(len(q), -1).masked_fill(k > q, -INF),
 }
 
 POSITIONS: dict[str, Callable[[int], Tensor]] = {
@@ -61,6 +71,12 @@ POSITIONS: dict[str, Callable[[int], Tensor]] = {
     "half": lambda n: torch.arange(n, dtype=torch.float16).long(),
     "int16": lambda n: torch.arange(n, dtype=torch.int16).long(),
     "none": lambda n: torch.zeros(n, dtype=torch.int64),
+    "int8": lambda n: torch.arange(n).to(torch.int8).long() % 32,
+    "bfloat16": lambda n: torch.arange(n, dtype=torch.bfloat16).long(),
+    "turns": lambda n: torch.arange(n) % 32,
+    "logarithm": lambda n: torch.arange(1, n + 1).float().log2().long(),
+    "from the end": lambda n: n - 1 - torch.arange(n),
+    "triangle": lambda n: torch.ones(n, n, dtype=torch.int64).tril().sum(-1) - 1,
 }
 
 STEPS: dict[str, Step] = {
@@ -86,9 +102,38 @@ STEPS: dict[str, Step] = {
     "branch": lambda m, x: x * 1.5 if x.shape[1] == 1 else x,
     "long branch": lambda m, x: x * 1.5 if x.shape[1] > 100 else x,
     "counter": lambda m, x: m.counted(x),
+    "unsorted": lambda m, x: x + m.unsorted(x, cut=False),
+    "capacity": lambda m, x: x + m.unsorted(x, cut=True),
+    "gathered by place": lambda m, x: x + m.wpe.weight.gather(0, _places(x).expand(-1, DIM))[None],
+    "last row": lambda m, x: x + m.wpe.weight[x.shape[1] - 1],
+    "logarithm": lambda m, x: x * torch.arange(1, x.shape[1] + 1).float().log1p()[:, None],
+    "median": lambda m, x: x - x.median(1, keepdim=True).values,
+    "filled": lambda m, x: x * m.filled(x.shape[1], grown=False),
+    "grown": lambda m, x: x * m.filled(x.shape[1], grown=True),
+    "kept": lambda m, x: m.keeps(x),
+    "experts": lambda m, x: m.experts(x),
+    "flipped twice": lambda m, x: (x.flip(1) * 1.5).flip(1),
+    "picked": lambda m, x: x.masked_fill((x[..., :1] > 0) & (_places(x) > 20), 0.5),
+    "transposed norm": lambda m, x: nn.functional.layer_norm(x.transpose(1, 2), (x.shape[1],)).transpose(1, 2),
+    "scattered": lambda m, x: torch.zeros_like(x).scatter_(1, _places(x).expand(-1, DIM)[None], x),
 }
 
-SOFTMAXES = ("sdpa", "eager", "shifted", "rounded", "half weights")
+
+def _places(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1])[:, None]  # [T, 1]
+
+
+SOFTMAXES = (
+    "sdpa",
+    "eager",
+    "shifted",
+    "rounded",
+    "half weights",
+    "written out",
+    "by all",
+    "scaled by n",
+    "thrown out",
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +168,9 @@ class Composed(Tiny):
     def __init__(self, parts: Recipe) -> None:
         super().__init__()
         self.parts, self.calls = parts, 0
+        self.table: Tensor | None = None
+        self.last: Tensor | None = None
+        self.odd = parts.positions == "count"
 
     def cast(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -131,6 +179,33 @@ class Composed(Tiny):
     def counted(self, x: Tensor) -> Tensor:
         self.calls += 1
         return x * (1.0 if self.calls < 6 else 2.0)
+
+    def unsorted(self, x: Tensor, cut: bool) -> Tensor:
+        """Rows in the order of a feature, changed, and put back; `cut`: only the first of them."""
+        order = x[0, :, 0].argsort()
+        rows = x[0, order] * self.wpe.weight[1]
+        if cut:
+            rows = rows * (_places(x) < 30)
+        return rows[order.argsort()][None] * 0.1
+
+    def filled(self, tokens: int, grown: bool) -> Tensor:
+        """A table made once, for all or for the longest text so far; the latter of what it grew for."""
+        if self.table is None or (grown and self.table.shape[0] < tokens):
+            size = tokens if grown else 512
+            self.table = (torch.arange(size)[:, None] / (size if grown and self.odd else 512)).cos()
+        return self.table[:tokens]
+
+    def keeps(self, x: Tensor) -> Tensor:
+        """What an earlier call left is seen by the next one."""
+        before, self.last = self.last, x.detach().mean()
+        return x if before is None else x * (1 + before)
+
+    def experts(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x[0])
+        for i, expert in enumerate(self.qkv[0].weight.chunk(3)):
+            rows = (x[0, :, :3].argmax(-1) == i).nonzero()[:, 0]
+            out.index_add_(0, rows, x[0, rows] @ expert)
+        return x + out[None] * 0.3
 
     def positions(self, ids: Tensor) -> Tensor:
         return self.wpe(POSITIONS[self.parts.positions](ids.shape[1]))
@@ -147,7 +222,18 @@ class Composed(Tiny):
             scores = scores - scores.amax(-1, keepdim=True)
         if kind == "rounded":
             scores = scores.to(torch.bfloat16)
-        weights = scores.softmax(-1)
+        if kind == "scaled by n":
+            scores = scores * (torch.arange(q.shape[2]) + 2.0).log()[:, None]
+        if kind == "written out":
+            powers = (scores - scores.amax(-1, keepdim=True)).exp()
+            weights = powers / powers.sum(-1, keepdim=True)
+        elif kind == "by all":
+            powers = (scores - scores.amax(-1, keepdim=True)).exp()
+            weights = powers / powers.sum((-2, -1), keepdim=True)
+        else:
+            weights = scores.softmax(-1)
+        if kind == "thrown out":
+            weights = weights.masked_fill(weights < 0.05, 0.0)
         return weights.half().float() @ v if kind == "half weights" else weights.float() @ v
 
     def start(self, ids: Tensor) -> Tensor:

@@ -81,6 +81,9 @@ def test_model_types_and_tiny(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["converted"] and len(found["sites"]) == 2
     assert {s["mask"] for s in found["sites"]} == {"k <= q and q - k < 4096"}
     assert {s["positions"] for s in found["sites"]} == {"rope"}
+    compared = found["comparison"]
+    assert compared["rows"] > 10 and compared["tokens"] > 257 and compared["seconds"] > 0
+    assert compared["worst"]["rounded"] and compared["worst"]["error"] <= compared["worst"]["allowed"]
     assert main(["explain", "demo", "--tiny"]) == 2
     assert "expected a model named hf:PATH_OR_ID" in capsys.readouterr().err
 

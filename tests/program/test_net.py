@@ -13,9 +13,11 @@ from torch import nn
 
 import treespec_compiler as treespec
 from treespec_compiler.capture.call import call_spec
+from treespec_compiler.ir.specs import EVERY_ROW
 from treespec_compiler.program.early_exit import EarlyExitProgram
 from treespec_compiler.program.executor import Executor
-from treespec_compiler.program.rounding import is_rounding
+from treespec_compiler.program.net import Comparison
+from treespec_compiler.program.rounding import Exact, is_rounding, judged, tolerance
 from treespec_compiler.program.semantics import eager_logits
 from treespec_compiler.program.tree_program import TreeProgram
 
@@ -39,6 +41,14 @@ def test_a_right_program_is_compared_once() -> None:
     program.new_cache(8)
     seconds = program.verify_seconds
     assert 0 < seconds <= program.compile_seconds
+    found = program.comparison
+    assert (
+        found is not None
+        and found.rows > 10
+        and modules.CONTEXT - 9 < found.tokens <= modules.CONTEXT
+        and found.seconds == seconds
+    )
+    assert f"{found.rows} rows behind up to {found.tokens} tokens" in str(found)
     program.new_cache(8)
     assert program.verify_seconds == seconds
 
@@ -85,6 +95,19 @@ def test_rounding_is_measured_on_the_model() -> None:
         assert is_rounding(model, call, ids, expected * (1 + 1e-5), expected)
         assert is_rounding(model, call, ids, expected * (1 + 3e-4), expected) is taken
         assert not is_rounding(model, call, ids, expected * 1.1, expected)
+
+
+def test_a_measure_says_what_it_allowed() -> None:
+    torch.manual_seed(0)
+    ids, model = [1, 2, 3], Cancelling()
+    call = call_spec(model)
+    expected = eager_logits(model, call, ids, torch.device("cpu"))[-1]
+    near = judged(Exact(model, call, EVERY_ROW), ids, 2, expected * (1 + 1e-5), expected)
+    assert near.rounded and near.own is None and near.error < near.allowed == tolerance(torch.float32)
+    far = judged(Exact(model, call, EVERY_ROW), ids, 2, expected * (1 + 3e-4), expected)
+    assert far.rounded and far.own is not None and near.allowed < far.error < far.allowed
+    text = str(Comparison(1.0, 1, 3, far))
+    assert f"the model itself is {far.own:.1e}" in text and f"{far.allowed:.1e} is taken for rounding" in text
 
 
 class Off:

@@ -96,6 +96,8 @@ def show_explanation(out: Console, name: str, title: str, found: Explanation) ->
     )
     out.print("each token alone; only the attention sites move information between tokens")
     out.print("  " + ", ".join(f"{op} {n}" for op, n in found.local_ops.items()))
+    out.print("\n[bold]compared with the eager model[/], run op by op")
+    out.print(f"  {found.comparison}", soft_wrap=True)
     out.print("\n[bold]tree program[/]")
     for parameter, text, meaning in found.signature:
         out.print(f"  {parameter}: {escape(text)}  [dim]{escape(meaning)}[/]", soft_wrap=True)

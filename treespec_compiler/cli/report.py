@@ -39,6 +39,8 @@ def run(arguments: Namespace) -> int:
     arguments.output.write_text(page(content), encoding="utf-8")
     size = arguments.output.stat().st_size / 1e6
     print(f"treespec: {arguments.output}, {size:.1f} MB", file=sys.stderr)
+    if compared := content.get("compared"):
+        print(f"treespec: compared with the eager model, run op by op: {compared}", file=sys.stderr)
     if content["failure"]:
         print(f"treespec: not converted\n{content['failure']}", file=sys.stderr)
     return REFUSED if content["failure"] else CONVERTED

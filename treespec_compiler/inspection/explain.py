@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,8 @@ from ..options import Options
 from ..passes.framework.instruments import Recorder
 from ..passes.show.snapshot import NodeData, Snapshot, short_paths, short_source
 from ..pipeline import Converted, convert
-from ..program.semantics import lengths_check
+from ..program.net import Comparison
+from ..program.tree_program import TreeProgram
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,31 @@ class Explanation:
     signature: list[tuple[str, str, str]]  # (name, type, meaning)
     result: str
     bytes_per_token: int
+    comparison: Comparison
+    """With the eager model, the program run op by op."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def explain(model: nn.Module, call: CallSpec, options: Options) -> Explanation:
-    """Convert the model and say what was found; raises `Unsupported` as `tree_program` does."""
+    """Convert the model, compare it, and say what was found; raises `Unsupported` as `tree_program` does."""
     recorder = Recorder()
     converted = convert(model, call, options, instruments=[recorder])
-    lengths_check(model, call, converted.state)
-    return describe(converted, recorder.graphs)
+    return describe(converted, recorder.graphs, compared(model, call, options, converted))
 
 
-def describe(converted: Converted, graphs: list[Snapshot]) -> Explanation:
+def compared(model: nn.Module, call: CallSpec, options: Options, converted: Converted) -> Comparison:
+    """The comparison that every program has before its first use, here of the program run op by op.
+
+    Raises `Unsupported` where the program is not the model's.
+    """
+    program = TreeProgram(model, call, replace(options, lowering="eager", verify="build"), converted)
+    program.check()
+    return program.comparison or Comparison()
+
+
+def describe(converted: Converted, graphs: list[Snapshot], comparison: Comparison) -> Explanation:
     state = converted.state
     proved = next(g for g in graphs if g.after == "token locality")
     treeified = next(g for g in graphs if g.after == "insert state")
@@ -98,6 +110,7 @@ def describe(converted: Converted, graphs: list[Snapshot]) -> Explanation:
         signature,
         result,
         sum(s.bytes_per_token for s in sites),
+        comparison,
     )
 
 

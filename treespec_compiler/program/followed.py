@@ -14,6 +14,7 @@ from ..capture.surroundings import outside_autocast
 from ..errors import Refusal, Unsupported
 from ..logs import logger
 from ..options import Options
+from ..pipeline import Converted
 from .cache import TreeCache
 from .executor import Tally
 from .made import Made
@@ -28,35 +29,37 @@ MAX_EARLIER = 3
 class Followed:
     """A module, what is `made` of it now, and the caches that hold its K/V. Raises `Unsupported`."""
 
-    def __init__(self, model: nn.Module, call: CallSpec, options: Options, tally: Tally) -> None:
+    def __init__(
+        self, model: nn.Module, call: CallSpec, options: Options, tally: Tally, converted: Converted | None = None
+    ) -> None:
         self.call, self.options, self.tally = call, options, tally
         self.caches: weakref.WeakSet[TreeCache] = weakref.WeakSet()
         self._tallies: dict[Hashable, Tally] = {}  # of variants, through rebuilds
         self._model = weakref.ref(model)
         self._earlier: list[Made] = []
         self._steps = steps()
-        self.made = self._build(model)
+        self.made = self._build(model, converted)
 
     @property
     def model(self) -> nn.Module | None:
         """None: it is gone."""
         return self._model()
 
-    def _build(self, model: nn.Module) -> Made:
+    def _build(self, model: nn.Module, converted: Converted | None = None) -> Made:
         """Convert the model as it is, and leave it so. One that sets what its trace read is converted once it has.
 
         NOTE nothing is kept before the last refusal: a program goes on seeing that its model changed.
         """
         with alone(), outside_autocast():
             with as_it_was(model):
-                made = self._settled(model)
+                made = self._settled(model, converted)
             if made.watch.touched():
                 # A weight of the program is what forward set once and reads from then on: it stays set.
                 made = self._settled(model)
             return made
 
-    def _settled(self, model: nn.Module) -> Made:
-        made = self._convert(model)
+    def _settled(self, model: nn.Module, converted: Converted | None = None) -> Made:
+        made = self._convert(model, converted)
         if made.otherwise(model):
             made = self._convert(model)
             if reason := made.otherwise(model):
@@ -67,8 +70,8 @@ class Followed:
                 )
         return made
 
-    def _convert(self, model: nn.Module) -> Made:
-        return Made(model, self.call, self.options, self.tally, self._tallies)
+    def _convert(self, model: nn.Module, converted: Converted | None = None) -> Made:
+        return Made(model, self.call, self.options, self.tally, self._tallies, converted)
 
     def look(self, contents: bool) -> None:
         """See `TreeProgram.check_weights`."""

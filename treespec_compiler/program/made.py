@@ -32,13 +32,20 @@ class Made:
     """
 
     def __init__(
-        self, model: nn.Module, call: CallSpec, options: Options, tally: Tally, tallies: dict[Hashable, Tally]
+        self,
+        model: nn.Module,
+        call: CallSpec,
+        options: Options,
+        tally: Tally,
+        tallies: dict[Hashable, Tally],
+        converted: Converted | None = None,
     ) -> None:
+        """`converted`: what the pipeline gave for it, where somebody watched it."""
         started = time.perf_counter()
         self.call, self.options = call, options
         self._tally, self._tallies = tally, tallies
         meaning = [semantic_check(model, call)]
-        self.converted: Converted = convert(
+        self.converted: Converted = converted or convert(
             model,
             call,
             options,

@@ -31,7 +31,7 @@ from ..tree import Forest, TokenTree
 from .batch import Part
 from .cache import TreeCache
 from .executor import Executor
-from .rounding import DRAWS, Exact, only_rounded, relative_error, tolerance
+from .rounding import DRAWS, Exact, Judged, judged, relative_error, tolerance
 from .semantics import eager_rows, kept
 
 log = logger(__name__)
@@ -74,6 +74,32 @@ class Runs(Protocol):
 
 
 @dataclass
+class Comparison:
+    """What a comparison of a program with its model took, and how near they came to being apart."""
+
+    seconds: float = 0.0
+    """Lowering of the program included."""
+    rows: int = 0
+    """Of logits, that were compared."""
+    tokens: int = 0
+    """On the longest path that was."""
+    worst: Judged = Judged(True)  # noqa: RUF009
+    """Of the row that came nearest to what is allowed."""
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "not compared with the model: its weights have no values"
+        near, to = self.worst.error, "the model's"
+        measured = "float32's own rounding was not needed as a measure"
+        if self.worst.own is not None:
+            to, measured = "float64's", f"the model itself is {self.worst.own:.1e} from it"
+        return (
+            f"{self.rows} rows behind up to {self.tokens} tokens in {self.seconds:.1f} s: at most {near:.1e} from "
+            f"{to}, {self.worst.allowed:.1e} is taken for rounding ({measured})"
+        )
+
+
+@dataclass
 class _Path:
     """Token ids, and the program's rows after some of them, by their number."""
 
@@ -81,21 +107,21 @@ class _Path:
     rows: dict[int, Tensor]
 
 
-def check_program(program: Runs, model: nn.Module, call: CallSpec) -> float:
-    """Seconds it took; raises `Unsupported` where a row is not the model's, on two prompts of two."""
-    began = time.perf_counter()
+def check_program(program: Runs, model: nn.Module, call: CallSpec) -> Comparison:
+    """What it found; raises `Unsupported` where a row is not the model's, on two prompts of two."""
+    began, found = time.perf_counter(), Comparison()
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         log.info("weights on meta: the program cannot be compared with the model")
-        return 0.0
+        return found
     exact = Exact(model, call, program.state.model_logits)
     with kept(model, program.state.caches):
-        found = _difference(program, model, call, exact, seed=0)
+        wrong = _difference(program, model, call, exact, found, seed=0)
         # NOTE routing may flip where two experts are as good, on one prompt; a wrong program is so on both.
-        if found is not None and _difference(program, model, call, exact, seed=1) is not None:
-            raise _refusal(f"the program does not compute what the model does: {found}")
-    seconds = time.perf_counter() - began
-    log.info("compared with the model in %.1f s, lowering included", seconds)
-    return seconds
+        if wrong is not None and _difference(program, model, call, exact, found, seed=1) is not None:
+            raise _refusal(f"the program does not compute what the model does: {wrong}")
+    found.seconds = time.perf_counter() - began
+    log.info("compared with the model: %s", found)
+    return found
 
 
 def _refusal(what: str) -> Unsupported:
@@ -103,17 +129,26 @@ def _refusal(what: str) -> Unsupported:
     return Unsupported(Refusal.BRANCH, what, way_out=way_out)
 
 
-def _difference(program: Runs, model: nn.Module, call: CallSpec, exact: Exact, seed: int) -> str | None:
+def _difference(
+    program: Runs, model: nn.Module, call: CallSpec, exact: Exact, found: Comparison, seed: int
+) -> str | None:
     for path in _paths(program, seed):
         spec = program.state.model_logits
         # A model that gives the last token's logits alone runs anew for each row.
         wanted = path.rows if not spec.last else {at: path.rows[at] for at in (min(path.rows), max(path.rows))}
         expected = eager_rows(model, call, path.ids, wanted, program.device, spec)
         for at, row in wanted.items():
-            if not only_rounded(exact, path.ids, at, row, expected[at]):
+            result = judged(exact, path.ids, at, row, expected[at])
+            if not result.rounded:
                 error = relative_error(row, expected[at])
                 return f"logits after {at + 1} tokens differ by {error:.2e} of the largest"
+            found.rows, found.tokens = found.rows + 1, max(found.tokens, at + 1)
+            found.worst = max(found.worst, result, key=_nearness)
     return None
+
+
+def _nearness(result: Judged) -> tuple[float, float]:
+    return result.error / result.allowed if result.allowed else 0.0, result.allowed
 
 
 def _paths(program: Runs, seed: int) -> Iterator[_Path]:

@@ -7,6 +7,7 @@ The measure costs a wider copy of the model and a run of it, so it is taken only
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,20 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE.get(dtype, LOOSE)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row of a program beside the model's own."""
+
+    rounded: bool
+    """Whether they differ by rounding alone."""
+    error: float = 0.0
+    """Their difference, relative to the model's largest logit."""
+    allowed: float = 0.0
+    """The largest difference that would be taken for rounding: from the model or, where `own` is, from float64."""
+    own: float | None = None
+    """How far the model is from float64; None: it was not needed, or could not be measured."""
 
 
 class Exact:
@@ -83,24 +98,31 @@ def is_rounding(
 
 def only_rounded(exact: Exact, ids: list[int], at: int, got: Tensor, expected: Tensor) -> bool:
     """The same of the row after `ids[at]`, in runs of all of them."""
+    return judged(exact, ids, at, got, expected).rounded
+
+
+def judged(exact: Exact, ids: list[int], at: int, got: Tensor, expected: Tensor) -> Judged:
+    """How far the row after `ids[at]` is from the model's, in runs of all `ids`, and whether that is rounding."""
     if expected.isnan().any():
-        return True  # the model says nothing itself
+        return Judged(True)  # the model says nothing itself
     finite = expected.isfinite()
     if not torch.equal(finite, got.isfinite()):
-        return False
+        return Judged(False, float("inf"))
     if not finite.any():
-        return True
+        return Judged(True)
     device, (got, expected) = expected.device, (got[finite], expected[finite])
     error, most = relative_error(got, expected), tolerance(expected.dtype)
     if error <= most:
-        return True
+        return Judged(True, error, most)
     true = exact.row(ids, at, device)
     if true is None:
-        return error <= UNMEASURED.get(expected.dtype, LOOSE_UNMEASURED) * most
+        most *= UNMEASURED.get(expected.dtype, LOOSE_UNMEASURED)
+        return Judged(error <= most, error, most)
     true = true[finite]
     own, theirs = relative_error(expected.double(), true), relative_error(got.double(), true)
     log.debug("%d tokens: the model is %.1e away from float64, the program %.1e", at + 1, own, theirs)
-    return theirs <= most + DRAWS * own
+    most += DRAWS * own
+    return Judged(theirs <= most, theirs, most, own)
 
 
 def _room(device: torch.device) -> int:

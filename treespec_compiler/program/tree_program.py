@@ -19,6 +19,7 @@ from ..ir.specs import AttentionSpec, Limit
 from ..logs import logger
 from ..options import Options
 from ..passes.framework.state import GraphState
+from ..pipeline import Converted
 from ..tree import Forest, TokenTree
 from .arguments import check_cache, check_cache_sizes, check_context, check_numbers, check_tokens, new_part
 from .batch import Part, rows_of
@@ -28,7 +29,7 @@ from .executor import Executor, Tally
 from .followed import Followed
 from .keys import example_key
 from .made import Derive, Made
-from .net import check_program, check_variant
+from .net import Comparison, check_program, check_variant
 from .outputs import named, tapped, taps_of
 from .prompt import parse_prompt
 from .shown import as_html, as_text
@@ -75,13 +76,16 @@ class TreeProgram:
     Not thread-safe. Logits have the model's dtype and device and are valid until the next call.
     """
 
-    def __init__(self, model: nn.Module, call: CallSpec, options: Options) -> None:
+    def __init__(self, model: nn.Module, call: CallSpec, options: Options, converted: Converted | None = None) -> None:
+        """`converted`: what the pipeline gave for the model, where somebody watched it."""
         self.options = options
         self._tally = Tally()
-        self._followed = Followed(model, call, options, self._tally)
+        self._followed = Followed(model, call, options, self._tally, converted)
         self._checked: weakref.WeakSet[Executor] = weakref.WeakSet()
         self.verify_seconds = 0.0
         """Spent on comparing the program with the model, its lowering included; part of `compile_seconds`."""
+        self.comparison: Comparison | None = None
+        """What the last comparison with the model found; None before the first one, or where it is off."""
 
     @property
     def _made(self) -> Made:
@@ -221,7 +225,8 @@ class TreeProgram:
             return
         with alone(), outside_autocast():
             compiled = self._tally.seconds
-            self.verify_seconds += (took := check_program(self, model, self._followed.call))
+            self.comparison = check_program(self, model, self._followed.call)
+            self.verify_seconds += (took := self.comparison.seconds)
             self._tally.seconds = max(self._tally.seconds, compiled + took)  # lowering is part of it
         self._checked.add(self._executor)
 

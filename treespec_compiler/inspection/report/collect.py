@@ -23,9 +23,10 @@ from ...passes.show.compare import compare
 from ...passes.show.printing import line
 from ...passes.show.snapshot import NodeData, Snapshot, short_path, short_paths, split_source
 from ...pipeline import Converted, convert
+from ...program.net import Comparison
 from ...program.semantics import run_graph, semantic_check
 from ...tree import TokenTree
-from ..explain import describe
+from ..explain import compared, describe
 
 # Cells of a drawn mask; a longer window is drawn with several tokens to a cell.
 CELLS = 24
@@ -53,9 +54,11 @@ def collect(model: nn.Module, name: str, call: CallSpec, options: Options) -> di
     real = not any(t.is_meta for t in model.parameters())
     checks = [semantic_check(model, call)] if real else []
     converted: Converted | None = None
+    comparison: Comparison | None = None
     failure: Exception | None = None
     try:
         converted = convert(model, call, options, checks=checks, instruments=[recorder, timeline])
+        comparison = compared(model, call, options, converted)
     except (Unsupported, PassError) as error:
         failure = error
     table = _Table()
@@ -65,8 +68,8 @@ def collect(model: nn.Module, name: str, call: CallSpec, options: Options) -> di
         "failure": short_paths(str(failure)) if failure is not None else None,
         "passes": _passes(timeline, recorder.graphs, table, real, failure),
     }
-    if converted is not None:
-        page |= describe(converted, recorder.graphs).as_json()
+    if converted is not None and comparison is not None:
+        page |= describe(converted, recorder.graphs, comparison).as_json() | {"compared": str(comparison)}
         masks = list(dict.fromkeys(s.mask for s in converted.state.sites))
         tree, logits, prefix = _tree(converted.state) if real else (None, None, [])
         page["masks"] = [_mask(m, tree) for m in masks]

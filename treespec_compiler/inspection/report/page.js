@@ -57,6 +57,7 @@ function sites() {
   $("sites").append(make("h2", {}, "Attention sites"), make("div", { class: "scroll" }, table),
     make("p", { class: "dim" }, `${data.bytes_per_token} bytes of KV cache per token; context: ${data.context}; ` +
       `${data.local_values} values proved token-local`),
+    make("p", { class: "dim" }, `compared with the eager model, run op by op: ${data.compared}`),
     make("details", {}, make("summary", {}, "signature of the tree program"), signature));
 }
 
