@@ -64,7 +64,7 @@ class ExtraKeys:
     def rewrite(self) -> int:
         """Rewrite every attention to tokens and constants; returns how many."""
         for node in list(self.state.graph.nodes):
-            if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+            if node.op != "call_function" or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
                 continue
             found = self._joined(node) if op_name(node) == "aten.cat" else None
             if found is not None:
@@ -143,7 +143,7 @@ class ExtraKeys:
 
     def _again(self, node: fx.Node, at: int, like: Parts, tokens: bool) -> fx.Node | None:
         """The op on the tokens' values, or on the constants'."""
-        rank = len(shape_of(node))
+        rank = len(shape_of(node)) if isinstance(node.meta["val"], Tensor) else 0
 
         def mine(a: fx.Node) -> Any:
             if a in self.parts:
@@ -158,6 +158,8 @@ class ExtraKeys:
         args = list(fx.node.map_arg(tuple(node.args), mine))
         if op_name(node) in _SIZED:
             args[1] = [(self._tokens(node) if tokens else like.count) if i == at else s for i, s in enumerate(args[1])]
+        if not tokens and (seen := self._unmasked(op_name(node), args)) is not None:
+            return seen
         try:
             return self.emit(node, node.target, *args, **fx.node.map_arg(dict(node.kwargs), mine))
         except (RuntimeError, ValueError, IndexError):
@@ -211,6 +213,25 @@ class ExtraKeys:
             return self.emit(node, aten.add.Tensor, scores, part)
         hidden = self.emit(node, aten.logical_not.default, part)
         return self.emit(node, aten.masked_fill.Scalar, scores, hidden, -math.inf)
+
+    def _unmasked(self, name: str, args: list[Any]) -> fx.Node | None:
+        """The scores of constants, where a mask is known to hide none of them."""
+        if name == "aten.masked_fill" and self._value(args[1]) == sympy.false:
+            return args[0]
+        if name == "aten.where" and len(args) == 3 and self._value(args[0]) == sympy.true:
+            return args[1]
+        if name == "aten.where" and len(args) == 3 and self._value(args[0]) == sympy.false:
+            return args[2]
+        if name == "aten.add" and self._value(args[1]) == 0 and shape_of(args[0])[-1] == shape_of(args[1])[-1]:
+            return args[0]
+        return None
+
+    def _value(self, node: Any) -> Any:
+        """The one value of a mask, where it is known."""
+        if not isinstance(node, fx.Node) or node in self.parts or len(shape_of(node)) < 2:
+            return None
+        form = self.state.closed_forms().of(node)
+        return None if form is None else form.expr
 
     def _shows(self, mask: fx.Node) -> bool:
         """Whether a mask is known to change nothing."""

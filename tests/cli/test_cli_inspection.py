@@ -67,7 +67,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
 def test_passes_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["passes", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["pipeline"]
-    assert [p["name"] for p in listed][:3] == ["normalize", "every-position", "choose-regime"]
+    assert [p["name"] for p in listed][:3] == ["normalize", "rows-apart", "every-position"]
     assert all(len(p["source_hash"]) == 12 and p["before"] and p["after"] for p in listed)
     assert {p["name"] for p in listed if p["optional"]} == {"fuse", "bind-kernels"}
     assert main(["passes", "--pipeline", "-fuse"]) == 0

@@ -137,6 +137,7 @@ def test_a_refusal_gets_a_page(tab: Any, tmp_path: Path) -> None:
     names = tab.locator("details.pass > summary > b").all_inner_texts()
     assert names == [
         "normalize",
+        "rows apart",
         "every position",
         "choose regime",
         "strip native cache",

@@ -63,6 +63,7 @@ def test_every_file_of_the_folder_is_the_pass_it_is_named_by() -> None:
 def test_the_order_of_the_passes() -> None:
     assert [p.slug for p in built_in()] == [
         "normalize",
+        "rows-apart",
         "every-position",
         "choose-regime",
         "strip-native-cache",
@@ -269,7 +270,7 @@ def test_structured_trace_has_an_artifact_for_every_pass(caplog: pytest.LogCaptu
     assert [n for n in names if n.startswith("treespec_")][:3] == [
         "treespec_after_capture",
         "treespec_after_normalize",
-        "treespec_after_every_position",
+        "treespec_after_rows_apart",
     ]
 
 
