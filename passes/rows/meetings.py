@@ -59,7 +59,7 @@ def _place(apart: Apart, value: Any, default: Any) -> Any:
 def picked(apart: Apart, node: fx.Node) -> Rows | None:
     """`select`: the last row of all is the last token's."""
     source: Any = node.args[0]
-    rows, dim = apart.rows[source], int(node.args[1]) % len(shape_of(source))  # type: ignore[arg-type]
+    rows, dim = apart.rows[source], int(node.args[1]) % len(shape_of(source))
     if dim != rows.at:
         return apart.alone(node)
     if apart.beside.front and node.args[2] == -1 and rows.keys is None:
@@ -169,7 +169,7 @@ def _square(apart: Apart, node: fx.Node, mask: fx.Node, *, visible: bool) -> fx.
 
 def product(apart: Apart, node: fx.Node) -> Rows | None:
     a, b = node.args[:2]
-    left, right = apart.rows.get(a), apart.rows.get(b)  # type: ignore[arg-type]
+    left, right = apart.rows.get(a), apart.rows.get(b)
     rank = len(shape_of(node))
     if left is None or right is None or left.at != rank - 2:
         return apart.alone(node) if right is None else None
@@ -187,7 +187,7 @@ def product(apart: Apart, node: fx.Node) -> Rows | None:
 
 
 def softmax(apart: Apart, node: fx.Node) -> Rows | None:
-    rows = apart.rows[node.args[0]]  # type: ignore[index]
+    rows = apart.rows[node.args[0]]
     dim = int(argument(node, "dim")) % len(shape_of(node))
     if rows.keys is None or dim != rows.keys:
         return apart.alone(node) if rows.keys is None else None
