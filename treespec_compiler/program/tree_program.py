@@ -261,7 +261,7 @@ class TreeProgram:
         cache._check_slot(slot)
         check_tokens(ids, self.input_vocab, "the prompt")
         check_context(cache.length(slot) + len(ids), self.max_context, self.limits)
-        executor = self._executor if outputs is None else self._checked_variant(self._returning(outputs))
+        executor = self._executor if outputs is None else self._checked_variant(self.returning(outputs))
         cache._reserve(slot, len(ids))
         device = profile(self.device)
         chunk = self.options.prefill_chunk or device.prompt_chunk
@@ -314,11 +314,11 @@ class TreeProgram:
         if outputs is None:
             return self.call(lambda: self._executor, tree, cache, start)[0]
         names = outputs  # asked for once weights were looked at: the program may have been rebuilt
-        values = self.call(lambda: self._returning(names), tree, cache, start)
-        return named(names, self._returning(names), values)
+        values = self.call(lambda: self.returning(names), tree, cache, start)
+        return named(names, self.returning(names), values)
 
-    def _returning(self, outputs: Sequence[str]) -> Executor:
-        """What runs a graph with these outputs: the program's own where that has them."""
+    def returning(self, outputs: Sequence[str]) -> Executor:
+        """What runs a graph with these outputs: the program's own where that has them. Raises as `verify` does."""
         taps = taps_of(outputs, len(self.sites))
         if set(outputs) <= set(self.state.outputs):
             return self._executor

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..errors import DraftFailed
-from ..speculation.drafts.protocol import Draft, DraftRequest, DraftSession, Learner, Suspends
+from ..ir.verify import LOGITS
+from ..speculation.drafts.protocol import Draft, DraftRequest, DraftSession, Learner, Reader, Suspends
 from ..speculation.policies.protocol import Control, Limits, TreePolicy
 from ..speculation.proposal import Proposal
 from ..speculation.sampling.chance import Mark
@@ -110,6 +111,9 @@ class Generation:
         self.capacity = min(self.capacity, self.slot.cache.max_tokens)
         self.sessions: list[DraftSession] = self._open(max_tokens, max_nodes, drawing)
         self.learners = [session for session in self.sessions if isinstance(session, Learner)]
+        self.readers = [session for session in self.sessions if isinstance(session, Reader)]
+        names = dict.fromkeys(name for reader in self.readers for name in reader.reads)
+        self._outputs = (LOGITS, *names) if names else None
         self.controller = self._control()
         if self.remaining <= 0:
             stats.finish_reason = self.limit_reason
@@ -198,6 +202,11 @@ class Generation:
 
     def _catch_up(self, tokens: Sequence[int]) -> Working[Tensor]:
         """Commit these tokens, of which other slots may have some; logits [V] after the last one, which is run."""
+        if self.root < 0 and self._outputs is not None:  # hidden states of all of them are wanted
+            answer = yield Prompt(self.slot, tokens, self._outputs)
+            for reader in self.readers:
+                reader.read(answer)
+            return answer[LOGITS]
         found = self._slots.adopt(self.slot, tokens)
         if self.root < 0:
             self.stats.cached_tokens = found
@@ -229,7 +238,10 @@ class Generation:
         proposal = yield from self._propose()
         drafted, not_draft = perf_counter(), self._draft_side_seconds
         tree = proposal.tree()
-        logits = yield Nodes(self.slot, tree)  # [N, V]
+        logits = yield Nodes(self.slot, tree, 0, self._outputs)  # [N, V]
+        hidden = logits
+        if self._outputs is not None:
+            logits = hidden[LOGITS]
         verdict = self.judge.verify(proposal, logits)
         path = verdict.path
         if self.near_tie is not None:
@@ -252,6 +264,8 @@ class Generation:
             self.judge.accept(tokens)
             for learner in self.learners:
                 learner.learn(proposal.tokens, logits)
+            for reader in self.readers:
+                reader.read({name: hidden[name][path] for name in reader.reads})
             self._tell(tokens)
             stats.commit_seconds += perf_counter() - verified
         if self.controller is not None:
@@ -335,7 +349,7 @@ class Generation:
         """Give the slots back."""
         for session in self.sessions:
             session.close()
-        self.sessions, self.learners = [], []
+        self.sessions, self.learners, self.readers = [], [], []
         if not self._suspended:
             self._slots.give_back(self.slot)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -85,6 +85,21 @@ class Learner(Protocol):
     def learn(self, tokens: Sequence[int], logits: Tensor) -> None:
         """The target's logits [n, V] after each of `tokens` (the tree's nodes; first the prompt's last token). They are
         valid until it returns."""
+        ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A session that reads the target's hidden states of accepted tokens, which verification computes anyway."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of outputs of the target's, as in `TreeProgram.verify`."""
+        ...
+
+    def read(self, hidden: Mapping[str, Tensor]) -> None:
+        """Of the prompt's tokens at first, then of each tree's accepted path, the root included: [n, D] by name, valid
+        until it returns. `accept` follows, with the tokens behind these (at first with the prompt before them)."""
         ...
 
 

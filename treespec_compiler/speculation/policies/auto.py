@@ -88,17 +88,18 @@ class Auto:
             return Acceptance()
         # A draft that is superfluous beside another one may be the best there is when it is alone.
         beside = "".join(f", beside {other.name}" for other in drafts if other is not draft)
-        return remembered(target, getattr(draft, "program", type(draft)), self.kind + beside)
+        learned_as = getattr(draft, "program", None) or getattr(draft, "learned_as", type(draft))
+        return remembered(target, learned_as, self.kind + beside)
 
     def __str__(self) -> str:
         return "auto"
 
 
 def cost_model(target: Any, drafts: Sequence[Any], sampled: bool = False) -> CostModel:
-    """Tables of the target and of every draft that runs a program."""
+    """Tables of the target and of every draft whose calls take time."""
     table = latency(target)
     programs = [getattr(draft, "program", None) for draft in drafts]
-    tables = [None if program is None else latency(program) for program in programs]
+    tables = [_table(draft, program) for draft, program in zip(drafts, programs, strict=True)]
     if not all(t is None or t.measured == table.measured for t in tables):
         table = LatencyTable.assumed()
         tables = [None if t is None else LatencyTable.assumed() for t in tables]
@@ -109,6 +110,14 @@ def cost_model(target: Any, drafts: Sequence[Any], sampled: bool = False) -> Cos
             t and t.scaled(interleaving.draft_factor(target, draft)) for t, draft in zip(tables, drafts, strict=True)
         ]
     return CostModel(table, tables, ASSUMED_OVERHEAD * table.seconds(1), table.sampled_row if sampled else 0.0)
+
+
+def _table(draft: Any, program: Any) -> LatencyTable | None:
+    """Of a draft's program, or what a draft without one says of its calls itself."""
+    if program is not None:
+        return latency(program)
+    own = getattr(draft, "latency", None)
+    return own() if callable(own) else None
 
 
 @dataclass(slots=True)
