@@ -26,7 +26,7 @@ TAPS = "eagle_aux_hidden_state_layer_ids"
 
 
 @dataclass(frozen=True)
-class Shape:
+class HeadShape:
     """What config.json says."""
 
     hidden: int
@@ -50,7 +50,7 @@ class Shape:
     """Whether the layer's output is handed on behind the last norm."""
 
     @classmethod
-    def read(cls, folder: Path, config: Mapping[str, Any], target_hidden: int) -> Shape:
+    def read(cls, folder: Path, config: Mapping[str, Any], target_hidden: int) -> HeadShape:
         """For a target whose hidden states have that width. Raises UnreadableModel."""
         layer = config.get("transformer_layer_config", config)
         kind = config.get("speculators_model_type", "eagle3")
@@ -117,7 +117,7 @@ class Eagle3:
         device: torch.device,
     ) -> None:
         """Of a head that reads so many hidden states of that width. Raises UnreadableModel."""
-        self.shape = shape = Shape.read(folder, config, target_hidden)
+        self.shape = shape = HeadShape.read(folder, config, target_hidden)
         self._taps = taps
         tensors = Tensors(folder, read_tensors(folder), dtype, device)
         h, fused = shape.hidden, target_hidden * taps
@@ -208,7 +208,7 @@ def _joined(folder: Path, name: str, parts: list[Tensor | None]) -> Tensor | Non
     return torch.cat(given) if given else None
 
 
-def _ids(folder: Path, tensors: Tensors, shape: Shape, device: torch.device) -> Tensor | None:
+def _ids(folder: Path, tensors: Tensors, shape: HeadShape, device: torch.device) -> Tensor | None:
     """`d2t` holds the target's id less the row's number; `t2d`, whether a row stands for an id, says it again."""
     if "d2t" not in tensors:
         if shape.draft_vocab != shape.vocab:
