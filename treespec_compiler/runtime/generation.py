@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import DraftFailed
 from ..ir.verify import LOGITS
-from ..speculation.drafts.protocol import Draft, DraftRequest, DraftSession, Learner, Reader, Suspends
+from ..speculation.drafts.protocol import Draft, DraftRequest, DraftSession, HiddenReader, Learner, Suspends
 from ..speculation.policies.protocol import Control, Limits, TreePolicy
 from ..speculation.proposal import Proposal
 from ..speculation.sampling.chance import Mark
@@ -111,7 +111,7 @@ class Generation:
         self.capacity = min(self.capacity, self.slot.cache.max_tokens)
         self.sessions: list[DraftSession] = self._open(max_tokens, max_nodes, drawing)
         self.learners = [session for session in self.sessions if isinstance(session, Learner)]
-        self.readers = [session for session in self.sessions if isinstance(session, Reader)]
+        self.readers = [session for session in self.sessions if isinstance(session, HiddenReader)]
         names = dict.fromkeys(name for reader in self.readers for name in reader.reads)
         self._outputs = (LOGITS, *names) if names else None
         self.controller = self._control()

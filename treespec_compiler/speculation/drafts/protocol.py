@@ -89,7 +89,7 @@ class Learner(Protocol):
 
 
 @runtime_checkable
-class Reader(Protocol):
+class HiddenReader(Protocol):
     """A session that reads the target's hidden states of accepted tokens, which verification computes anyway."""
 
     @property
