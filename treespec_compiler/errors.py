@@ -56,6 +56,7 @@ class Refusal(enum.StrEnum):
     SUBCLASS = "subclass"  # parameters that are not plain tensors
     CALL = "call"  # what the model takes or gives back is not token ids and logits
     EARLY_EXIT = "early-exit"  # the graph has no place to leave at
+    MESH = "mesh"  # nothing can be cut for so many ranks
     RESIDUAL = "residual"  # no single value carries everything from one layer to the next
 
 

@@ -54,6 +54,9 @@ class Options:
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Whether steps are recorded as CUDA graphs: "auto" where they can be, True or an error, or never."""
 
+    mesh: str | None = None
+    """Ranks that the program runs on, such as "tp=2": so many share every layer; None: one process runs it alone."""
+
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -63,8 +66,15 @@ class Options:
             _check_positive("max_context", self.max_context, "a positive integer or None")
         if self.prefill_chunk is not None:
             _check_positive("prefill_chunk", self.prefill_chunk, f"1 to {MAX_CHUNK} or None", MAX_CHUNK)
+        if self.mesh is not None:
+            _ranks(self.mesh)
         if not isinstance(self.cuda_graphs, bool) and self.cuda_graphs != "auto":
             raise InvalidOption(name="cuda_graphs", got=self.cuda_graphs, expected="'auto' or True or False")
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share every layer."""
+        return 1 if self.mesh is None else _ranks(self.mesh)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | Options | None = None) -> Options:
@@ -92,6 +102,15 @@ class Options:
             fix = f"Set or unset the environment variable {LOWERING_VARIABLE}."
             raise InvalidOption(name=LOWERING_VARIABLE, got=lowering, expected=expected, fix=fix)
         return replace(self, lowering=cast(Lowering, lowering))
+
+
+def _ranks(mesh: object) -> int:
+    """The number behind `tp=` of a mesh."""
+    axis, _, number = mesh.strip().partition("=") if isinstance(mesh, str) else ("", "", "")
+    if axis.strip() != "tp" or not number.strip().isdecimal() or int(number) < 1:
+        fix = "Tensor parallel ranks are the one axis there is so far: pipeline stages and draft ranks are not built."
+        raise InvalidOption(name="mesh", got=mesh, expected="'tp=N', with N ranks", fix=fix)
+    return int(number)
 
 
 def _check_positive(name: str, value: object, expected: str, most: float = math.inf) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .capture.call import CallSpec
@@ -29,6 +30,8 @@ from .passes.framework.registry import registered_passes
 from .passes.framework.reproducer import ReproducerWriter
 from .passes.framework.state import GraphState
 from .passes.framework.weights import Weights
+from .passes.sharding.check import problems as placement_problems
+from .passes.sharding.mesh import Cut
 
 log = logger(__name__)
 
@@ -155,6 +158,7 @@ def _state(captured: Capture, options: Options, sources: dict[str, WeightRef]) -
         guards=captured.guards,
         max_context=options.max_context,
         portable=options.kernels == "aten",
+        cut=_cut(options),
         written=list(captured.written),
         caches=[captured.weights[name].name for name in captured.written],
         model_logits=captured.logits,
@@ -162,9 +166,19 @@ def _state(captured: Capture, options: Options, sources: dict[str, WeightRef]) -
     )
 
 
+def _cut(options: Options) -> Cut | None:
+    """This process's share of a graph for several ranks; that of rank 0 where no processes were joined."""
+    if options.ranks == 1:
+        return None
+    joined = dist.is_available() and dist.is_initialized()
+    return Cut(options.ranks, dist.get_rank() % options.ranks if joined else 0)
+
+
 def check_level(state: GraphState, name: str) -> None:
-    """The verifier of the graph's level, as a check for the pass manager."""
+    """The verifier of the graph's level, as a check for the pass manager; of its placements, once it is cut."""
     found = verify.problems(state.graph, state.level, state.outputs)
+    if state.whole_groups and state.cut is not None:
+        found += placement_problems(state, state.cut.ranks)
     if found:
         raise PassError(pass_name=name, problem="; ".join(found))
 

@@ -22,7 +22,8 @@ Read = Callable[[str], Tensor]
 
 
 class Expression(Protocol):
-    """How a tensor is made: `Source | Transpose | Join | Shard | Pack | Table`. Equal ones make equal tensors."""
+    """How a tensor is made: `Source | Transpose | Join | Slice | Shard | Lone | Pack | Table | Count`. Equal ones make
+    equal tensors."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -203,6 +204,48 @@ class Shard(_OfOne):
 
 
 @dataclass(frozen=True)
+class Slice(_OfOne):
+    """What lies from `start` to `stop` along `dim`: a view."""
+
+    dim: int
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        _need(0 <= self.dim < len(self.of.shape), self.of, f"a dimension {self.dim}")
+        inside = 0 <= self.start < self.stop <= self.of.shape[self.dim]
+        _need(inside, self.of, f"{self.start} to {self.stop} in dimension {self.dim}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        size = self.of.shape
+        return (*size[: self.dim], self.stop - self.start, *size[self.dim + 1 :])
+
+    def build(self, read: Read) -> Tensor:
+        return self.of.build(read).narrow(self.dim, self.start, self.stop - self.start)
+
+    def __str__(self) -> str:
+        return f"slice({_name(self.of)}, dim {self.dim}, {self.start}:{self.stop})"
+
+
+@dataclass(frozen=True)
+class Lone(_OfOne):
+    """The tensor on the one rank that `holds` it and zeros on all others, so that the ranks' sum is the tensor."""
+
+    holds: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    def build(self, read: Read) -> Tensor:
+        return self.of.build(read) if self.holds else torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    def __str__(self) -> str:
+        return f"lone({_name(self.of)}, {'here' if self.holds else 'elsewhere'})"
+
+
+@dataclass(frozen=True)
 class Pack(_OfOne):
     """[N, K] -> [panels, K, 32] as `treespec::packed_linear` reads it."""
 
@@ -245,6 +288,32 @@ class Table(_Made):
 
     def __str__(self) -> str:
         return f"table({', '.join(_name(e) for _, e in self.inputs)})"
+
+
+@dataclass(frozen=True)
+class Count(_Made):
+    """0, 1, .. size - 1, int64."""
+
+    size: int
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int64
+
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        return ()
+
+    def build(self, read: Read) -> Tensor:
+        return torch.arange(self.size, device=self.device)
+
+    def __str__(self) -> str:
+        return f"count({self.size})"
 
 
 def _need(holds: bool, part: Expression, expected: str) -> None:

@@ -32,6 +32,7 @@ from .made import Derive, Made
 from .net import Comparison, check_program, check_variant
 from .outputs import named, tapped, taps_of
 from .prompt import parse_prompt
+from .ranks import joined
 from .shown import as_html, as_text
 
 log = logger(__name__)
@@ -60,6 +61,8 @@ def tree_program(
     with alone():  # two threads that meet here make one program
         programs = _PROGRAMS.setdefault(module, {})
         program = programs.get(key)
+        if parsed.ranks > 1:
+            joined(parsed.ranks)
         if program is None:
             program = programs[key] = TreeProgram(module, call_spec(module, example, roles), parsed)
             return program

@@ -1,0 +1,17 @@
+"""The ranks that a graph is cut for, and what they are called in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUP = "treespec_tp"
+"""Name of the group of ranks in graphs; whoever runs them enters a process group under it."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One rank's share of a graph: that of `rank` among `ranks`."""
+
+    ranks: int
+    rank: int = 0
+    group: str = GROUP

@@ -1,0 +1,20 @@
+"""Rules of look-ups: the columns of a table may be cut, its rows are all there."""
+
+from __future__ import annotations
+
+from ..placements import Sharded
+from ..rule import Given, Op, Outcome, Rule, Want
+
+
+def _fits(op: Op, given: Given) -> Outcome | None:
+    table = op.first("weight", given)
+    if not isinstance(table, Sharded) or table.dim != 1:
+        return None
+    return Outcome(op.needs({"weight": table}), table.moved(len(op.shape) - 1))
+
+
+def _wants(op: Op, cut: Sharded) -> list[Want] | None:
+    return [Want(op.names.index("weight"), cut.moved(1))] if cut.dim == len(op.shape) - 1 else None
+
+
+RULES = {"aten.embedding": Rule(_fits, _wants)}
