@@ -1,7 +1,8 @@
 """The verifier of a rank's graph: all placements are derived again, from what weights and pools are made of.
 
 Nothing that the pass noted is believed but the whole sizes of reshapes. Where an operand does not lie as its op's rule
-needs it, where a partial sum or a part of a value leaves the graph, or a collective is not waited for, there is a problem.
+needs it, where a partial sum or a part of a value leaves the graph, or a collective is not waited for, there is a
+problem.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from treespec_compiler.errors import PassError
+from treespec_compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, WAIT
 from treespec_compiler.ir.inputs import is_pool
 
 from ..forms.form import shape_of
@@ -20,7 +22,7 @@ from ..framework.state import GraphState
 from .expressions import placement_of
 from .placements import REPLICATED, Placement, Segment, Sharded, sharded
 from .rewriting import WHOLE
-from .rule import Shape, meaning
+from .rule import Shape
 from .table import op_of, rule_of, whole_shape
 
 
@@ -57,7 +59,7 @@ class _Derivation:
         if node.op == "placeholder":
             return self._placeholder(node)
         if node.target is operator.getitem:
-            self._put(node, self.placed[node.args[0]][node.args[1]])  # type: ignore[index]
+            self._put(node, self.placed[node.args[0]][node.args[1]])
             return None
         values = node.meta.get("val")
         if not isinstance(values, (torch.Tensor, tuple, list)):
@@ -97,7 +99,7 @@ class _Derivation:
         return None
 
     def _call(self, node: fx.Node, values: Any) -> str | None:
-        if node.target in _COLLECTIVES and {meaning(user) for user in node.users} != {"_c10d_functional.wait_tensor"}:
+        if node.target in _COLLECTIVES and {user.target for user in node.users} != {WAIT}:
             return f"{node.format_node()}: it is not waited for"
         if WHOLE in node.meta:
             self.whole[node] = node.meta[WHOLE]
@@ -134,7 +136,4 @@ class _Derivation:
             self.whole[node] = node.meta.get(WHOLE) or whole_shape(node, place)
 
 
-_COLLECTIVES = (
-    torch.ops._c10d_functional.all_reduce.default,
-    torch.ops._c10d_functional.all_gather_into_tensor.default,
-)
+_COLLECTIVES = (ALL_REDUCE, ALL_GATHER)

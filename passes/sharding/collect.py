@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import fx
 
+from treespec_compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, WAIT
+
 from ..framework.state import GraphState
 from .mesh import Cut
 from .placements import Sharded, offsets
 
 aten = torch.ops.aten
-c10d = torch.ops._c10d_functional
 
 
 def all_reduce(state: GraphState, value: fx.Node, cut: Cut, at: fx.Node) -> fx.Node:
     """The sum over all ranks."""
-    return _waited(state, state.call(c10d.all_reduce.default, (value, "sum", cut.group), like=at), at)
+    return _waited(state, state.call(ALL_REDUCE, (value, "sum", cut.group), like=at), at)
 
 
 def all_gather(state: GraphState, value: fx.Node, placement: Sharded, cut: Cut, at: fx.Node) -> fx.Node:
@@ -25,7 +26,7 @@ def all_gather(state: GraphState, value: fx.Node, placement: Sharded, cut: Cut, 
     ranks, dim = cut.ranks, placement.dim
     sizes = _sizes(state, value, dim, at)
     flat = state.call(aten.clone.default, (value,), {"memory_format": torch.contiguous_format}, like=at)
-    found = state.call(c10d.all_gather_into_tensor.default, (flat, ranks, cut.group), like=at)
+    found = state.call(ALL_GATHER, (flat, ranks, cut.group), like=at)
     found = state.call(aten.reshape.default, (_waited(state, found, at), [ranks, *sizes]), like=at)
     order = [*range(1, dim + 1), 0, *range(dim + 1, len(sizes) + 1)]
     found = state.call(aten.permute.default, (found, order), like=at)  # [.., ranks, part, ..]
@@ -43,7 +44,7 @@ def all_gather(state: GraphState, value: fx.Node, placement: Sharded, cut: Cut, 
 
 
 def _waited(state: GraphState, value: fx.Node, at: fx.Node) -> fx.Node:
-    return state.call(c10d.wait_tensor.default, (value,), like=at)
+    return state.call(WAIT, (value,), like=at)
 
 
 def _sizes(state: GraphState, value: fx.Node, cut: int, at: fx.Node) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Weight expressions and placements: a rank's part of an expression, and what an expression says about its placement."""
+"""Weight expressions and placements: a rank's part of an expression, and the placement that an expression says."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def placed(of: Expression, placement: Placement, rank: int, ranks: int) -> Expre
 
 
 def placement_of(made: Expression, ranks: int) -> Placement:
-    """What an expression holds of the whole, told by the expression alone. Raises `PassError` where it is none of them."""
+    """What an expression holds of the whole, told by the expression alone. Raises `PassError` where it says none."""
     if isinstance(made, Lone):
         return PARTIAL
     if isinstance(made, Shard):

@@ -4,9 +4,9 @@
     Sharded(dim, segments)        every rank holds a part along `dim`
     Partial                       the ranks' values add up to the value
 
-A dimension may be laid out in segments, as a fused weight of q, k and v is: each segment is cut for itself, and a rank's
-part is its pieces of all segments side by side. A segment is cut into equal blocks in rank order; with `repeat` > 1 so
-many ranks in a row hold the same block (K/V heads that are fewer than ranks).
+A dimension may be laid out in segments, as a fused weight of q, k and v is: each segment is cut for itself, and a
+rank's part is its pieces of all segments side by side. A segment is cut into equal blocks in rank order;
+with `repeat` > 1 so many ranks in a row hold the same block (K/V heads that are fewer than ranks).
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class Sharded:
         return all(s.fits(ranks) for s in self.segments)
 
     def __str__(self) -> str:
-        parts = "+".join(f"{s.size}" + (f" (each part on {s.repeat} ranks)" if s.repeat > 1 else "") for s in self.segments)
+        parts = "+".join(
+            f"{s.size}" + (f" (each part on {s.repeat} ranks)" if s.repeat > 1 else "") for s in self.segments
+        )
         return f"sharded by {self.unit} along dimension {self.dim} ({parts})"
 
 

@@ -2,8 +2,8 @@
 
 Attention sites come first: their queries, keys and values are wanted by head, and a want is taken back, op by op, to
 the products that make them. Then every product whose input can be made in parts by cutting the products before it (an
-MLP's second one). The head is cut by vocabulary rows. A want that ends anywhere else is not followed: that value stays whole, and a rank
-takes its part of it.
+MLP's second one). The head is cut by vocabulary rows. A want that ends anywhere else is not followed: that value stays
+whole, and a rank takes its part of it.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def constants(state: GraphState) -> set[fx.Node]:
     """Nodes computed from weights alone."""
     found: set[fx.Node] = set()
     for node in state.graph.nodes:
-        if node.op == "placeholder" and node.name in state.weights:
-            found.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes):
+        weight = node.op == "placeholder" and node.name in state.weights
+        made = node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes)
+        if weight or made:
             found.add(node)
     return found
 
@@ -233,7 +233,7 @@ def _through_getitem(node: fx.Node, cut: Sharded, edges: set[Any], put: Any) -> 
         return False
     x: Any = source.args[0]
     dim = source.kwargs.get("dim", source.args[-1])
-    dim = int(dim) % x.meta["val"].dim()  # type: ignore[arg-type]
+    dim = int(dim) % x.meta["val"].dim()
     if name == "aten.unbind":
         put(source, x, cut.moved(cut.dim + (cut.dim >= dim)), 0)
         return True

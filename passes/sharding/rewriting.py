@@ -1,7 +1,7 @@
 """From a graph of whole values to that of one rank: every call on its part, and collectives where rules need them.
 
-The graph is the same on every rank. What differs are weights: a rank's part of each, and, where a rank takes its part of
-a value that all of them have, the numbers of its rows.
+The graph is the same on every rank. What differs are weights: a rank's part of each, and, where a rank takes its part
+of a value that all of them have, the numbers of its rows.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Rewriting:
         before = list(self.state.graph.nodes)
         for node in before:
             if node.op == "placeholder":
-                self.now[node] = (node, pools[node] if node in pools else REPLICATED)
+                self.now[node] = (node, pools.get(node, REPLICATED))
             elif node.op == "output":
                 values = [self.convert(value, REPLICATED, node) for value in node.args[0]]
                 node.args = (tuple(values),)

@@ -1,8 +1,8 @@
 """What a placement rule is: it says which placements of an op's operands fit together, and what comes out.
 
 Rules speak of whole sizes. The same rule is asked three times: for the plan (`wants`, from a result to its operands),
-for the rewriting (`fits`), and by the verifier on the finished graph of one rank (`fits` with `op.local`), where numbers
-among the arguments, such as the ends of a slice, are of a rank's part.
+for the rewriting (`fits`), and by the verifier on the finished graph of one rank (`fits` with `op.local`), where
+numbers among the arguments, such as the ends of a slice, are of a rank's part.
 """
 
 from __future__ import annotations

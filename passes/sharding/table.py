@@ -33,7 +33,7 @@ def rule_of(node: fx.Node) -> Rule | None:
 
 
 def op_of(node: fx.Node, ranks: int, whole: Mapping[fx.Node, Shape] | None = None) -> Op:
-    """A call for its rule. `whole`: the whole shapes of nodes of one rank's graph; None: the graph is of whole values."""
+    """A call for its rule. `whole`: whole shapes of nodes of one rank's graph; None: the graph is of whole values."""
     found = list(operands(node))
 
     def shape(of: fx.Node) -> Shape:

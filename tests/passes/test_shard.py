@@ -124,7 +124,9 @@ def test_a_sum_that_is_reduced_twice_is_noticed(whole: GraphState) -> None:
 def test_a_weight_that_is_cut_otherwise_is_noticed(whole: GraphState) -> None:
     state = cut(whole, 2).copy()
     found = [name for name, made in state.weights.items() if isinstance(made, (Shard, Join, Lone))]
-    assert len(found) == 9  # qkv and gate_up in segments, out, down, head; biases of qkv, head, and two that one rank adds
+    assert (
+        len(found) == 9
+    )  # qkv and gate_up in segments, out, down, head; biases of qkv, head, and two that one rank adds
     for name in found:
         made = state.weights[name]
         source = state.weights[name].sources[0]
@@ -157,7 +159,7 @@ def test_without_the_option_there_is_no_pass() -> None:
 
 @pytest.mark.parametrize("mesh", ["tp=0", "tp=two", "pp=2", "tp=2,pp=2", "draft=1", 2, ""])
 def test_a_mesh_that_is_not_built_is_refused_by_name(mesh: object) -> None:
-    with pytest.raises(InvalidOption, match="Invalid option mesh: got .*'tp=N'.*pipeline stages and draft ranks"):
+    with pytest.raises(InvalidOption, match=r"Invalid option mesh: got .*'tp=N'.*pipeline stages and draft ranks"):
         Options.parse({"mesh": mesh})
 
 

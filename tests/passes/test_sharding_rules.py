@@ -1,4 +1,4 @@
-"""Placement rules one by one, against brute force: split the operands, run the op on every rank, compare with the whole."""
+"""Placement rules one by one, against brute force: split the operands, run the op on every rank, compare."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ CASES: dict[str, list[fx.Node]] = {
     "aten.linear": [call(aten.linear.default, x(5, 12), x(6, 12), x(6)), call(aten.linear.default, x(6, 12), x(6, 12))],
     "aten.addmm": [call(aten.addmm.default, x(6), x(5, 12), x(12, 6))],
     "aten.mm": [call(aten.mm.default, x(6, 12), x(12, 6))],
-    "aten.matmul": [call(aten.matmul.default, x(2, 6, 12), x(12, 6)), call(aten.matmul.default, x(6, 4, 2), x(6, 2, 4))],
+    "aten.matmul": [
+        call(aten.matmul.default, x(2, 6, 12), x(12, 6)),
+        call(aten.matmul.default, x(6, 4, 2), x(6, 2, 4)),
+    ],
     "aten.bmm": [call(aten.bmm.default, x(6, 4, 12), x(6, 12, 4))],
     "treespec.grouped_linear": [call(ops.grouped_linear, x(6, 12), x(3, 6, 12), ENDS)],
     "aten.embedding": [call(aten.embedding.default, x(6, 12), INDEX)],
@@ -210,7 +213,9 @@ STEPS = [
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=7), st.sampled_from([2, 3]), st.integers(0, 2), st.booleans())
+@given(
+    st.lists(st.sampled_from(STEPS), min_size=1, max_size=7), st.sampled_from([2, 3]), st.integers(0, 2), st.booleans()
+)
 def test_rules_compose(steps: list[Any], ranks: int, dim: int, two: bool) -> None:
     """A chain of ops on parts, whole again wherever a rule has no answer, is the chain on the whole."""
     torch.manual_seed(0)

@@ -13,14 +13,13 @@ from torch import Tensor, fx
 
 from ..errors import PassError
 from ..ir import ops
+from ..ir.collectives import ALL_GATHER, ALL_REDUCE, WAIT
 from ..ir.inputs import TOKENS, pool_names
 from ..passes.framework.state import GraphState
 from ..passes.sharding.expressions import for_rank
 from ..tree import Forest, TokenTree
 from .batch import Part, pack
 from .cache import TreeCache
-
-_c10d = torch.ops._c10d_functional
 
 
 class Lockstep:
@@ -102,14 +101,14 @@ class Lockstep:
     def _node(self, node: fx.Node, values: list[dict[fx.Node, Any]]) -> None:
         together = COLLECTIVES.get(node.target)
         if together is not None:
-            terms = [own[node.args[0]] for own in values]  # type: ignore[index]
+            terms = [own[node.args[0]] for own in values]
             whole = together(terms)
             for own in values:
                 own[node] = whole.clone()
             return
         for own in values:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), own.__getitem__)
-            own[node] = args[0] if node.target is _c10d.wait_tensor.default else node.target(*args, **kwargs)  # type: ignore[operator]
+            own[node] = args[0] if node.target is WAIT else node.target(*args, **kwargs)
 
 
 def _sum(terms: list[Tensor]) -> Tensor:
@@ -117,7 +116,7 @@ def _sum(terms: list[Tensor]) -> Tensor:
 
 
 COLLECTIVES: dict[Any, Callable[[list[Tensor]], Tensor]] = {
-    _c10d.all_reduce.default: _sum,
-    _c10d.all_gather_into_tensor.default: torch.cat,
+    ALL_REDUCE: _sum,
+    ALL_GATHER: torch.cat,
 }
 """What every rank holds afterwards, of what each of them gave."""

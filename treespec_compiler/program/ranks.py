@@ -69,7 +69,7 @@ def _wrong_mesh(size: int, got: str) -> InvalidOption:
     return InvalidOption(name="mesh", got=f"tp={size} in {got}", expected=f"{size} processes", fix=fix)
 
 
-def _enter(name: str, group: Any) -> None:
+def _enter(name: Any, group: Any) -> None:
     """Let functional collectives find the group under this name."""
     from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 

@@ -1,4 +1,4 @@
-"""The rule of tree attention: heads are independent, so queries are cut by head, and keys, values and pools by KV group."""
+"""The rule of tree attention: heads are independent. Queries are cut by head; keys, values and pools by KV group."""
 
 from __future__ import annotations
 

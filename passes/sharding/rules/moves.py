@@ -188,7 +188,7 @@ def _sliced(op: Op, cut: Sharded) -> Placement | None:
     there = _range(op)
     if there is None:
         return None
-    dim, start, stop = there
+    _, start, stop = there
     step = op.argument("step")
     if step != 1:
         return _every(op, cut, start, stop, step)
@@ -268,8 +268,7 @@ def _numbers_split(op: Op, outcome: Outcome) -> dict[str, Any]:
         return {}
     whole, part = offsets(cut.segments, op.ranks, False), offsets(cut.segments, op.ranks, True)
     sizes = [
-        part[whole.index(stop)] - part[whole.index(start)]
-        for start, stop in zip(there[1], there[1][1:], strict=False)
+        part[whole.index(stop)] - part[whole.index(start)] for start, stop in zip(there[1], there[1][1:], strict=False)
     ]
     if "split_size" not in named(op.node):
         return {"split_sizes": sizes}

@@ -11,7 +11,7 @@ from ..rule import Given, Op, Outcome, Rule, Want, named
 
 
 def _at(op: Op, operand: int, cut: Sharded, dim: int) -> int | None:
-    """Which dimension of an operand is dimension `dim` of the result; None where the operand is the same all along it."""
+    """Which dimension of an operand is dimension `dim` of the result; None where it is the same all along it."""
     own = dim - len(op.shape) + len(op.shapes[operand])
     return None if own < 0 or (op.shapes[operand][own] == 1 and cut.size != 1) else own
 

@@ -30,7 +30,7 @@ def weighted(x: str, weight: str, outputs: int, inputs: int, bias: str = "") -> 
         if cut.dim != len(op.shape) - 1:
             return None
         found = [Want(op.names.index(weight), cut.moved(outputs))]
-        return found + [Want(op.names.index(bias), cut.moved(0))] if bias in op.names else found
+        return [*found, Want(op.names.index(bias), cut.moved(0))] if bias in op.names else found
 
     return Rule(fits, wants)
 

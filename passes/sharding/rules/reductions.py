@@ -98,7 +98,9 @@ RULES = {
         name: Rule(_fits_reduction(linear=False), _wants_reduction)
         for name in ("aten.amax", "aten.amin", "aten.var", "aten.std", "aten.linalg_vector_norm")
     },
-    **{name: along("dim") for name in ("aten.softmax", "aten._softmax", "aten.log_softmax", "aten.cumsum", "aten.topk")},
+    **{
+        name: along("dim") for name in ("aten.softmax", "aten._softmax", "aten.log_softmax", "aten.cumsum", "aten.topk")
+    },
     "aten.layer_norm": NORM,
     "aten.rms_norm": NORM,
 }
