@@ -7,7 +7,17 @@ import pytest
 from treespec_compiler.speculation.cost.acceptance import Acceptance
 from treespec_compiler.speculation.cost.latency import CostModel, LatencyTable, Point
 from treespec_compiler.speculation.policies.auto import Auto, Controller
-from treespec_compiler.speculation.policies.load import Load, Loaded, Share, Timings
+from treespec_compiler.speculation.policies.load import (
+    CHECK_STEPS,
+    FIRST_PATIENCE,
+    HORIZON,
+    PLAIN_EVERY,
+    TRIAL_REQUESTS,
+    Load,
+    Loaded,
+    Share,
+)
+from treespec_compiler.speculation.policies.step_costs import Factors, Took
 from treespec_compiler.speculation.proposal import Proposal
 
 MS = 1e-3
@@ -24,12 +34,18 @@ def load_of(node: float = 0.3 * MS, draft: float = 0.2 * MS) -> Load:
     return load
 
 
+def took(shares, verify=4 * MS, draft=0.0, rest=0.0, rows=(), tokens=None) -> Took:
+    """What a step is said to have taken, with the trees that the shares have."""
+    count = len(shares) + sum(nodes(shares))
+    return Took(len(shares), count, rows, 0, len(shares) if tokens is None else tokens, verify, draft, rest)
+
+
 def planned(load: Load, shares: list[Share]) -> None:
     """The plan after the plain steps that an engine begins with."""
     for _ in range(2):
         load.plan(shares)
         assert sum(nodes(shares)) == 0
-        load.took(len(shares), [], load.cost.verify(len(shares)), 0.0, 0.0)
+        load.took(took(shares, load.costs.tables.verify(len(shares))))
     load.plan(shares)
 
 
@@ -91,20 +107,20 @@ def test_what_steps_take_here_counts():
     assert before > 8
     for _ in range(40):
         drafting = sum(nodes(shares))
-        took = 4 * MS + 1.5 * MS * drafting
-        load.took(8 + drafting, [8] * (drafting > 0), took, 0.3 * MS * (drafting > 0), 0.1 * MS)
+        rows, draft = [8] * (drafting > 0), 0.3 * MS * (drafting > 0)
+        load.took(took(shares, 4 * MS + 1.5 * MS * drafting, draft, 0.1 * MS, rows))
         load.plan(shares)
     assert sum(nodes(shares)) == 0 < before
 
 
 def test_a_trial_is_made_after_a_wait():
-    load, shares = load_of(), [share((0.02,)) for _ in range(2)]
+    load, shares = load_of(), [share((0.02, 0.0, 0.0)) for _ in range(2)]
     trials = 0
     for _ in range(3000):
         load.plan(shares)
         assert max(nodes(shares)) <= 2
         trials += sum(nodes(shares)) > 0
-        load.took(2 + sum(nodes(shares)), [], 4 * MS, 0.0, 0.0)
+        load.took(took(shares))
     assert 2 <= trials <= 60
 
 
@@ -113,9 +129,8 @@ def test_plans_are_kept_for_some_steps():
     planned(load, shares)
     first = shares[0].trees[0]
     shares[0].own[0] = share((0.01,)).own[0]
-    for _ in range(3):
-        load.plan(shares)
-        assert shares[0].trees[0] is first
+    load.plan(shares)
+    assert shares[0].trees[0] is first
     load.plan(shares)
     assert shares[0].trees[0] is None
     more = [*shares, share()]
@@ -126,12 +141,12 @@ def test_plans_are_kept_for_some_steps():
 def test_a_share_learns_from_its_steps():
     one = share((), tries=0.0)
     planned(load_of(), [one])
-    assert one.plan(10, 50) == one.trees and one.asked
+    assert one.plan(10, 50) == one.trees and one.nodes > 1
     one.observe(Proposal([5, 6, 7], [-1, 0, 1], [0, 1, 2], [0, 0, 0]), [0, 1], 2, 0.0, 0.0, 0.0)
     assert one.own[0].tried[0] == 2.0 and one.own[0].accepted[0] == 1.0 and one.pools[0].tried[0] == 2.0
     one.trees = [None]
     one.observe(Proposal([5], [-1], [0], [0]), [0], 1, 0.0, 0.0, 0.0)
-    assert one.own[0].tried[0] == 2.0 and one.plan(12, 48) == [None] and not one.asked
+    assert one.own[0].tried[0] == 2.0 and one.plan(12, 48) == [None] and one.nodes == 1
 
 
 def test_chains_where_they_are_asked_for():
@@ -154,11 +169,100 @@ def test_trees_of_a_seed_do_not_follow_the_load():
 
 
 def test_factors_of_sizes_that_were_not_seen():
-    factors: dict[int, float] = {}
-    assert Timings.factor(factors, 9) == 1.0
-    Timings.note(factors, 8, 3.0)
-    assert Timings.factor(factors, 100) == 2.0
-    Timings.note(factors, 100, 2.0)
-    assert Timings.factor(factors, 64) == 2.0 and Timings.factor(factors, 15) == 2.0
-    Timings.note(factors, 8, 1000.0)  # a stall
-    assert Timings.factor(factors, 8) == pytest.approx(2.6)
+    factors = Factors()
+    assert factors.at(9) == 1.0
+    factors.note(8, 3.0)
+    assert factors.at(100) == 2.0
+    factors.note(100, 2.0)
+    assert factors.at(64) == 2.0 and factors.at(15) == 2.0
+    for _ in range(20):
+        factors.note(8, 2.0)
+    factors.note(8, 1000.0)  # a stall
+    assert factors.at(8) == pytest.approx(2.6)
+    factors.doubt()
+    assert factors.at(8) == pytest.approx(1.8)
+    factors.note(8, 4.0)  # what is in doubt is learned anew, soon
+    assert factors.at(8) == pytest.approx(2.9)
+
+
+def test_a_draft_begins_only_where_the_rest_pays_for_its_prompt():
+    for behind, remaining, given, begins in ((0, 50, 0, True), (100, 100, 0, True), (40_000, 100, 0, False)):
+        load, shares = load_of(), [share(remaining=remaining) for _ in range(2)]
+        for one in shares:
+            one.behind, one.given = [behind], given
+        planned(load, shares)
+        assert bool(sum(nodes(shares))) is begins, behind
+    # who has gone on for long is taken to go on for as long again; a high limit alone promises nothing
+    for given in (0, 20 * HORIZON):
+        load, (one,) = load_of(), [share(remaining=100_000)]
+        one.behind, one.given = [60_000], given
+        planned(load, [one])
+        assert bool(sum(nodes([one]))) is bool(given)
+
+
+def test_prompts_of_drafts_are_spread_over_steps():
+    load, shares = load_of(), [share(remaining=400) for _ in range(4)]
+    for one in shares:
+        one.behind = [150]
+    load.prompt_tokens = 256
+    planned(load, shares)
+    for drafting in range(1, 5):
+        assert sum(n > 0 for n in nodes(shares)) == drafting
+        for one in shares:
+            one.behind = [1 if one.trees[0] is not None else 150]
+        load.took(took(shares, rows=[150]))
+        load.plan(shares)
+
+
+def test_what_nobody_knows_is_tried_with_a_few_requests():
+    load, shares = load_of(node=0.1 * MS), [share((), tries=0.0, remaining=400) for _ in range(8)]
+    for i, one in enumerate(shares):
+        one.behind = [100 - i]
+    planned(load, shares)
+    assert [n > 0 for n in nodes(shares)] == [False] * 7 + [True]  # the one that is soonest ready
+    load, shares = load_of(node=0.1 * MS), [share((), tries=0.0) for _ in range(8)]
+    planned(load, shares)
+    assert sum(n > 0 for n in nodes(shares)) == TRIAL_REQUESTS  # all are ready
+
+
+def test_trees_that_are_slower_than_promised_end_until_a_trial():
+    """By tokens a second, whatever the model of costs says: here acceptance is less than what is known of it."""
+    load, shares = load_of(node=0.01 * MS), [share((0.9,), tries=1e6) for _ in range(2)]
+    planned(load, shares)
+    for _ in range(2 * CHECK_STEPS):
+        assert sum(nodes(shares)) or load._steps > CHECK_STEPS
+        rows = [2] * (sum(nodes(shares)) > 0)
+        load.took(took(shares, 4.2 * MS if rows else 4 * MS, 1.0 * MS * len(rows), rows=rows, tokens=2))
+        load.plan(shares)
+    assert sum(nodes(shares)) == 0 and load._wait.lost
+    quiet = 0
+    while not sum(nodes(shares)):
+        load.took(took(shares))
+        load.plan(shares)
+        quiet += 1
+    assert quiet >= 3 * FIRST_PATIENCE and not load._wait.lost
+
+
+def test_trees_are_compared_with_plain_steps_of_the_same_time():
+    load, shares = load_of(node=0.0), [share((0.9,)) for _ in range(2)]
+    planned(load, shares)
+    plain = 0
+    for _ in range(4 * PLAIN_EVERY):
+        drafting = sum(nodes(shares))
+        plain += not drafting
+        load.took(took(shares, rows=[2] * (drafting > 0), draft=0.2 * MS, tokens=2 + drafting // 2))
+        load.plan(shares)
+    assert 3 <= plain <= 6
+
+
+def test_planning_is_rare_where_trees_do_not_pay(monkeypatch):
+    load, shares = load_of(node=9 * MS), [share((0.3,)) for _ in range(8)]
+    planned(load, shares)
+    made = []
+    spend = load._spend
+    monkeypatch.setattr(load, "_spend", lambda *given: made.append(1) or spend(*given))
+    for _ in range(600):
+        load.took(took(shares))
+        load.plan(shares)
+        assert sum(nodes(shares)) == 0
+    assert len(made) < 30

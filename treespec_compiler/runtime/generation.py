@@ -181,6 +181,12 @@ class Generation:
             if room is not None:
                 yield room(nodes)
 
+    @property
+    def behind(self) -> list[int]:
+        """Tokens that each draft must run before the next tree, the root included."""
+        rooms = [getattr(session, "room", None) for session in self.sessions]
+        return [0 if room is None else room(0)[2] for room in rooms]
+
     def suspend(self) -> None:
         """Give back what is held in caches, in the middle of a step too, which then begins again after `resume`.
 

@@ -11,9 +11,10 @@ from ..logs import logger
 from ..program.cache import TreeCache
 from ..program.tree_program import TreeProgram
 from ..speculation.policies.load import Load, Share
+from ..speculation.policies.step_costs import Took
 from ..speculation.slots import PagedSlots
 from ..speculation.work import Nodes, Prompt, Work, WorkResult, perform
-from .generation import Step
+from .generation import Generation, Step
 from .request import Request, Status
 from .scheduler import Job, Scheduler
 
@@ -34,6 +35,7 @@ class Iteration:
     ) -> None:
         self.program, self.slots, self.scheduler, self.prompt_tokens = program, slots, scheduler, prompt_tokens
         self._over, self._load = over, load
+        load.prompt_tokens = prompt_tokens
         self._steps: list[tuple[Request, Step]] = []
 
     def step(self, new: Iterable[Job]) -> list[tuple[Request, Step]]:
@@ -41,18 +43,21 @@ class Iteration:
         self._steps = []
         self.scheduler.waiting += new
         self.drop_cancelled()
+        began = perf_counter()
+        self._plan()
+        planned = perf_counter() - began
         self._admit()
         self._preempt()
         began = perf_counter()
-        self._plan()
         for job in list(self.scheduler.running):
             if job.working is None:
                 self._begin(job)
-        rows = self._run_drafts()
+        rows, prompts = self._run_drafts()
         drafted = perf_counter()
-        nodes, seconds = self._run_target()
+        requests, nodes, seconds = self._run_target()
         if nodes:
-            self._load.took(nodes, rows, seconds, drafted - began, perf_counter() - drafted - seconds)
+            tokens, rest = sum(len(step.tokens) for _, step in self._steps), perf_counter() - drafted - seconds
+            self._load.took(Took(requests, nodes, rows, prompts, tokens, seconds, drafted - began, planned + rest))
         self.drop_cancelled()
         return self._steps
 
@@ -72,7 +77,8 @@ class Iteration:
                 with torch.inference_mode(False):  # what is made outlives the step
                     if job.generation is None:
                         job.generation = job.make()
-                        job.generation.budget = job.generation.max_nodes
+                        shared = isinstance(job.generation.controller, Share)
+                        job.generation.budget = 1 if shared else job.generation.max_nodes
                     else:
                         job.generation.resume()
             except Exception as error:
@@ -94,6 +100,8 @@ class Iteration:
         if job.generation is None:
             return found
         for slot, program, tokens in job.generation.room(self._nodes(job)):
+            if slot is None and self._nodes(job) == 1:
+                continue  # a draft that is not asked
             cache = self.slots.cache(program) if slot is None else slot.cache
             new = -(-tokens // cache.page_size) if slot is None else cache.lacking(slot.index, tokens)
             found[cache] = found.get(cache, 0) + new
@@ -110,23 +118,27 @@ class Iteration:
 
     def _plan(self) -> None:
         """Trees for those that are about to draft, of one budget."""
-        shares = []
+        generations, shares = list[Generation](), list[Share]()
         for job in self.scheduler.running:
             generation = job.generation
-            if generation is not None and job.working is None and isinstance(generation.controller, Share):
-                generation.controller.context, generation.controller.remaining = (
-                    generation.slot.length,
-                    generation.remaining,
-                )
-                shares.append(generation.controller)
+            if generation is None or job.working is not None or not isinstance(generation.controller, Share):
+                continue
+            share = generation.controller
+            share.context, share.given = generation.slot.length, generation.stats.tokens
+            share.remaining, share.behind = generation.remaining, generation.behind
+            generations.append(generation)
+            shares.append(share)
         self._load.plan(shares)
+        for generation, share in zip(generations, shares, strict=True):
+            generation.budget = share.nodes
 
-    def _run_drafts(self) -> list[int]:
+    def _run_drafts(self) -> tuple[list[int], int]:
         """Everything that is not the target's call: a round for each level of the trees. Prompts of drafts run in
-        pieces as the target's do; whose is not ready sits the step out. Gives the new nodes of each round.
+        pieces as the target's do; whose is not ready sits the step out. Gives the tokens that each round ran, and how
+        many of all are of prompts.
         """
         left: dict[int, int] = {}
-        rows: list[int] = []
+        rows, prompts = list[int](), 0
         while True:
             batch: list[tuple[Job, Work]] = []
             for job in self.scheduler.running:
@@ -134,19 +146,22 @@ class Iteration:
                     key = id(job.wanted.slot.program)
                     self._take_piece(job, left, key, batch)
             if not batch:
-                return rows
-            rows.append(_nodes_of(batch))
+                return rows, prompts
+            of_prompts = sum(len(work.tokens) for _, work in batch if isinstance(work, Prompt))
+            rows.append(_nodes_of(batch) + of_prompts)
+            prompts += of_prompts
             self._perform(batch)
 
-    def _run_target(self) -> tuple[int, float]:
-        """Nodes verified and the seconds of the call; no nodes where there were prompts, or nothing."""
+    def _run_target(self) -> tuple[int, int, float]:
+        """Trees, their nodes and the seconds of the call; no nodes where there were prompts, or nothing."""
         batch: list[tuple[Job, Work]] = []
         left: dict[int, int] = {}
         for job in sorted(self.scheduler.running, key=lambda job: job.seniority, reverse=True):
             if job.wanted is not None and self._of_target(job):
                 self._take_piece(job, left, 0, batch)
         seconds = self._perform(batch)
-        return (0 if any(isinstance(work, Prompt) for _, work in batch) else _nodes_of(batch)), seconds
+        nodes = 0 if any(isinstance(work, Prompt) for _, work in batch) else _nodes_of(batch)
+        return len(batch), nodes, seconds
 
     def _take_piece(self, job: Job, left: dict[int, int], key: int, batch: list[tuple[Job, Work]]) -> None:
         room = left.setdefault(key, self.prompt_tokens)

@@ -6,38 +6,53 @@ from its acceptance by rank (`sequoia.greedy_nodes`); their nodes are taken in t
 are, up to where all tokens a second are most (the goodput of SmartSpec, arXiv 2406.14066, which chooses the length of
 chains by it). With more requests a node costs more, and trees narrow to chains, to nothing.
 
-The seconds are those of the latency tables, corrected by what steps of about as many nodes took in this engine.
+A draft must run a request's prompt before its first tree. So it begins where the rest of the request promises to save
+more than that, a few requests at a time; and as long as it does not pay at a load, it is not called, but for trials of
+which the plain steps before them have paid for (`REGRET`).
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from ..cost.acceptance import GREEDY, RANKS, Acceptance, split
 from ..cost.latency import CostModel
+from ..drafts.session import MAX_CHAIN
 from ..proposal import Proposal
 from .auto import HYSTERESIS, KNOWN, LONGEST_WAIT, OUTLIER, REGRET, Auto, cost_model
 from .fixed import FixedTree
 from .protocol import Control, TreePolicy
 from .sequoia import greedy_nodes
+from .step_costs import StepCosts, Took
 
 POOL = 6.0
 """Tries that the acceptance of all requests counts for, beside a request's own."""
 INTERVALS = (2, 16)
-"""Steps between plans: doubles from the first to the last, and begins again when requests come or go."""
-SMOOTHING, FIRST = 0.1, 0.5
-"""Weights of a measurement beside what is known: where as many nodes were seen before, and where not."""
+"""Steps between plans: doubles from the first to the last, and begins again when requests come."""
+IDLE = 64
+"""Steps between plans at most, where the last one was to have no trees."""
 MARGIN = 1.03
 """What speculation must promise over plain decoding, with what was measured here; at first `HYSTERESIS`."""
-TRIAL_LEVELS = 2
+TRIAL_LEVELS, TRIAL_REQUESTS = 2, 4
+FIRST_PATIENCE = 16
 MOST = 96
 """Nodes of all requests that are looked at: planning must stay short beside a step."""
-PLAIN_EVERY, PLAIN_STEPS = 512, 2
-"""So many plain steps are made for each power of two of requests, and again after so many steps: what they take cannot
-be told from steps with trees, which a busy machine makes slower as well."""
+PLAIN_EVERY, PLAIN_STEPS = 64, 2
+"""So many plain steps are made at first for each power of two of requests, and one again after so many steps: what they
+take cannot be told from steps with trees, and a machine is not always as busy."""
+HORIZON = 128
+"""Tokens that a request is taken to go on for at most, or as many as it has given, where these are more: its limit may
+be far beyond its end."""
+ENTRY = 0.5
+"""Of what the draft promises to save on the rest of a request, what running its prompt may cost."""
+CHECK_STEPS, CHECK_DECAY = 16, 0.95
+GRAIN = 0.02
+"""Rates are rounded, so that most trees were made before."""
+FAR = 0.8
+"""No more nodes are looked at where the speed has fallen this far below the best."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +76,25 @@ class Share:
         self.policy, self.pools = policy, pools
         self.own = [Acceptance() for _ in pools]
         self.trees: list[FixedTree | None] = [None] * len(pools)
-        self.context = self.remaining = 0
-        self.asked = False
-        """Whether it has a tree in the step under way."""
+        self.context = self.given = self.remaining = 0
+        """Tokens that are committed, given so far, and still wanted."""
+        self.behind = [0] * len(pools)
+        """Tokens that each draft has to run before the request's next tree."""
+
+    @property
+    def nodes(self) -> int:
+        """Of its next tree, the root included."""
+        return 1 + sum(tree.max_nodes - 1 for tree in self.trees if tree is not None)
 
     def plan(self, context: int, remaining: int) -> Sequence[TreePolicy | None]:
-        self.asked = any(tree is not None for tree in self.trees)
         return self.trees
 
     def observe(
         self, proposal: Proposal, path: Sequence[int], tokens: int, verify: float, draft: float, rest: float
     ) -> None:
         active = [i for i, tree in enumerate(self.trees) if tree is not None]
+        if not active:
+            return
         parts = split(proposal, path)
         if len(parts) == len(active):
             for i, (part, nodes) in zip(active, parts, strict=True):
@@ -94,6 +116,9 @@ class Share:
             found.append(min([rate, 1.0 - sum(found), *found[-1:]]))
         return found
 
+    def known(self, draft: int) -> bool:
+        return self.pools[draft].tried[0] + self.own[draft].tried[0] >= KNOWN
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -108,179 +133,268 @@ class Spent:
     def rate(self) -> float:
         return self.tokens / self.seconds
 
+    def only(self, wanted: Sequence[int]) -> Spent:
+        """With the trees of these requests alone."""
+        return replace(self, trees=tuple(tree if i in wanted else None for i, tree in enumerate(self.trees)))
+
 
 @dataclass
-class Timings:
-    """What steps took in this engine over what the tables say, by the number of nodes, to a power of two."""
+class Wait:
+    """Of one load."""
 
-    plain: dict[int, float] = field(default_factory=dict)
-    """Of steps without trees. A step with trees may have as many nodes, but says nothing of these."""
-    verify: dict[int, float] = field(default_factory=dict)
-    draft: dict[int, float] = field(default_factory=dict)
-    rest: float = 0.0
-    """Seconds of a request and step beside the calls."""
-
-    @staticmethod
-    def note(factors: dict[int, float], nodes: int, factor: float) -> None:
-        known = Timings.factor(factors, nodes)
-        weight = SMOOTHING if nodes.bit_length() in factors else FIRST
-        factors[nodes.bit_length()] = known + weight * (min(factor, OUTLIER * known) - known)
-
-    @staticmethod
-    def factor(factors: dict[int, float], nodes: int) -> float:
-        """Of the nearest size that was seen; 1 where none was."""
-        if not factors:
-            return 1.0
-        key = nodes.bit_length()
-        return factors[min(factors, key=lambda seen: (abs(seen - key), seen))]
+    steps: int = 0
+    """Since there were trees."""
+    patience: int = 0
+    """After so many a trial is due; doubles with every failure."""
+    lost: bool = False
+    """Whether trees were slower than what they replaced: then a trial is the only way back."""
+    plain_at: int | None = None
+    """The last step without trees."""
 
 
 class Load:
     """An engine's budget. `plan` before a step and `took` after it."""
 
     def __init__(self) -> None:
-        self.cost: CostModel | None = None
-        self.timings = Timings()
+        self.costs: StepCosts | None = None
         self.spent: Spent | None = None
+        self.prompt_tokens = 256
+        """Of drafts' prompts that may be run in a step."""
         self._planned: list[Share] = []
         self._due, self._interval = 0, INTERVALS[0]
-        self._waited = self._patience = 0  # plain steps since there were trees, and how many make a trial due
         self._steps = 0
-        self._plain: dict[int, int] = {}  # when so many requests (to a power of two) last made a plain step
+        self._waits: dict[int, Wait] = {}  # by requests, to a power of two
+        self._checked, self._seconds, self._tokens = 0, 0.0, 0.0  # late steps with trees, older ones counting less
 
     def prepare(self, cost: Callable[[], CostModel]) -> None:
         """Measure what steps take, where that was not done yet."""
-        if self.cost is None:
-            self.cost = cost()
+        if self.costs is None:
+            self.costs = StepCosts(cost())
 
     def plan(self, shares: Sequence[Share]) -> None:
         """Give each of the requests that are about to draft its tree."""
-        if not shares or self.cost is None:
+        if not shares or self.costs is None:
             return
-        changed = len(shares) != len(self._planned) or any(a is not b for a, b in zip(shares, self._planned))
-        if changed:
-            self._interval, self._due = INTERVALS[0], min(self._due, 1)
+        self._follow(shares)
         self._due -= 1
-        if self._due > 0 and not (changed and len(shares) > len(self._planned)):
+        if self._due > 0:
             return
-        self._planned = list(shares)
-        self._due, self._interval = self._interval, min(2 * self._interval, INTERVALS[1])
-        if self._steps - self._plain.get(len(shares).bit_length(), -PLAIN_EVERY) >= PLAIN_EVERY:
-            self._use(shares, self._none(shares))
-            self._due = PLAIN_STEPS
+        wait, plain = self._wait, self._none()
+        if wait.plain_at is None or self._steps - wait.plain_at >= PLAIN_EVERY:
+            self._due, wait.plain_at = PLAIN_STEPS if wait.plain_at is None else 1, self._steps
+            self._use(plain)
             return
-        spent = self._best(shares, fresh=False)
-        if not any(spent.trees) and self._waited >= max(self._patience, self._trial(shares)):
-            spent = self._best(shares, fresh=True)
-            self._patience = min(LONGEST_WAIT, max(16, 2 * self._patience))
-            self._due, self._interval = INTERVALS
-        elif any(spent.trees):
-            self._patience = 0
-        self._use(shares, spent)
+        if self._checked >= CHECK_STEPS:
+            if self._tokens < self._seconds * plain.rate:  # slower than plain steps, whatever was promised
+                wait.lost, wait.patience = True, min(LONGEST_WAIT, 4 * max(FIRST_PATIENCE, wait.patience))
+                self._restart()
+            else:
+                wait.patience = 0
+        spent, self._due = (plain, 0) if wait.lost else self._best(plain)
+        if not any(spent.trees) and wait.steps >= wait.patience > 0:
+            spent, self._due = self._trial(plain)
+        self._use(spent)
+        if not self._speculates:
+            wait.patience = max(FIRST_PATIENCE, wait.patience)
+        if not self._due:
+            most = INTERVALS[1] if self._speculates else IDLE
+            self._due, self._interval = self._interval, min(2 * self._interval, most)
 
-    def _use(self, shares: Sequence[Share], spent: Spent) -> None:
-        self.spent = spent
-        for share, tree in zip(shares, spent.trees, strict=True):
-            share.trees = [tree if i == spent.draft else None for i in range(len(share.pools))]
-
-    def took(self, nodes: int, rows: Sequence[int], verify: float, draft: float, rest: float) -> None:
-        """A step without prompts: nodes verified, nodes that each call of the draft ran, and the seconds of each."""
-        cost, index = self.cost, self.spent.draft if self.spent is not None else 0
-        if cost is None or not nodes:
+    def took(self, took: Took) -> None:
+        """A step without prompts of the target."""
+        if self.costs is None or not took.nodes:
             return
-        context = self._context()
-        plain = self.spent is None or not any(self.spent.trees)
-        factors = self.timings.plain if plain else self.timings.verify
-        Timings.note(factors, nodes, verify / cost.verify(nodes, context))
-        if rows:
-            expected = cost.draft(index, rows, context)
-            if expected > 0:
-                Timings.note(self.timings.draft, max(rows), draft / expected)
-        else:
-            rest += draft  # of drafts that run no program, if any
+        plain, wait = not self._speculates, self._wait
         self._steps += 1
-        self._waited = self._waited + 1 if plain else 0
+        self.costs.note(took, self.spent.draft if self.spent is not None else 0, self._context, plain)
         if plain:
-            self._plain[len(self._planned).bit_length()] = self._steps
-        self.timings.rest += SMOOTHING * (rest / max(1, len(self._planned)) - self.timings.rest)
+            wait.steps, wait.plain_at = wait.steps + 1, self._steps
+        elif not took.prompts:  # those are paid once
+            wait.steps = 0
+            expected = self.spent.seconds if self.spent is not None else took.seconds
+            self._checked += 1
+            self._seconds = self._seconds * CHECK_DECAY + min(took.seconds, OUTLIER * expected)
+            self._tokens = self._tokens * CHECK_DECAY + took.tokens
 
+    # -- between plans -----------------------------------------------------------------------------------------------
+
+    def _follow(self, shares: Sequence[Share]) -> None:
+        """Who comes does not wait long for a tree; who goes leaves room for larger ones."""
+        before, now = {id(share) for share in self._planned}, {id(share) for share in shares}
+        if before == now:
+            return
+        other_load = len(before).bit_length() != len(now).bit_length()
+        self._planned = [*shares]
+        if self._speculates:
+            self._due, self._interval = min(self._due, 4 if now < before else 1), INTERVALS[0]
+        elif other_load:
+            self._due, self._interval = min(self._due, 1), INTERVALS[0]
+        if other_load:
+            self._restart()
+
+    @property
+    def _wait(self) -> Wait:
+        return self._waits.setdefault(len(self._planned).bit_length(), Wait())
+
+    @property
+    def _speculates(self) -> bool:
+        return self.spent is not None and any(self.spent.trees)
+
+    @property
     def _context(self) -> int:
         return sum(share.context for share in self._planned) // max(1, len(self._planned))
 
-    def seconds(self, requests: int, draft: int, nodes: int, rows: Sequence[int], context: int) -> float:
-        """Of a step that verifies so many nodes, by the tables and what was measured here."""
-        cost, timings = self.cost, self.timings
-        assert cost is not None
-        factors = timings.plain if nodes == requests or not timings.verify else timings.verify
-        found = cost.verify(nodes, context) * Timings.factor(factors, nodes) + timings.rest * requests
-        if rows:
-            found += cost.draft(draft, rows, context) * Timings.factor(timings.draft, max(rows))
-            found += cost.sampled_row * (sum(rows) + nodes - requests) + (0.0 if timings.draft else cost.overhead)
-        return found
+    def _use(self, spent: Spent) -> None:
+        self.spent = spent
+        for share, tree in zip(self._planned, spent.trees, strict=True):
+            share.trees = [tree if i == spent.draft else None for i in range(len(share.pools))]
 
-    def _trial(self, shares: Sequence[Share]) -> int:
-        """Plain steps that pay for a trial: it may cost `REGRET` of the time until then."""
-        context, count = self._context(), len(shares)
-        plain = self.seconds(count, 0, count, (), context)
-        trial = self.seconds(count, 0, (1 + TRIAL_LEVELS) * count, [count] * TRIAL_LEVELS, context)
-        return int(INTERVALS[0] * max(0.0, trial - plain) / (REGRET * plain))
+    def _restart(self) -> None:
+        self._checked, self._seconds, self._tokens = 0, 0.0, 0.0
 
-    def _best(self, shares: Sequence[Share], fresh: bool) -> Spent:
-        """The plan of most tokens a second; without trees where none promises enough more."""
-        context, plain = self._context(), self._none(shares)
-        plans = [self._spend(i, shares, context, fresh) for i in range(len(shares[0].pools))]
-        best = max(plans, key=lambda plan: plan.rate, default=plain)
-        needed = MARGIN if self.timings.verify else 1 + HYSTERESIS
-        return best if best.rate > needed * plain.rate else plain
+    # -- plans -------------------------------------------------------------------------------------------------------
 
-    def _none(self, shares: Sequence[Share]) -> Spent:
+    def _none(self) -> Spent:
         """Plain decoding."""
-        count = len(shares)
-        return Spent(0, (None,) * count, float(count), self.seconds(count, 0, count, (), self._context()))
+        assert self.costs is not None
+        count = len(self._planned)
+        return Spent(0, (None,) * count, float(count), self.costs.plain_seconds(count, self._context))
 
-    def _spend(self, draft: int, shares: Sequence[Share], context: int, fresh: bool) -> Spent:
-        """With one draft: nodes of all requests in the order of their value, as many as make the step fastest."""
-        count = len(shares)
-        best: tuple[float, int, list[tuple[float, int, int]], float, float] | None = None
-        orders: list[list[tuple[int, int, int, float]]] = []
+    def _best(self, plain: Spent) -> tuple[Spent, int]:
+        """The plan of most tokens a second, without trees where none promises enough more; and for how many steps it is
+        made (0: the usual)."""
+        shares, wait = self._planned, self._wait
+        best = self._promising(plain, range(len(shares)), fresh=False)
+        if best is None:
+            return plain, 0
+        if not any(share.known(best.draft) for share in shares):
+            return self._few(best) if wait.steps >= wait.patience else (plain, 0)
+        saved = ENTRY * (1 / plain.rate - 1 / best.rate)  # seconds a token
+        worth = [
+            i
+            for i, share in enumerate(shares)
+            if self._entry(share, best.draft) <= saved * min(share.remaining, max(HORIZON, share.given))
+        ]
+        if len(worth) < len(shares):
+            best = self._promising(plain, worth, fresh=False)
+            if best is None:
+                return plain, 0
+        now, left, later = list[int](), self.prompt_tokens, 0
+        for i in sorted(worth, key=lambda i: shares[i].behind[best.draft]):
+            behind = shares[i].behind[best.draft]
+            if behind <= MAX_CHAIN or behind <= left or left == self.prompt_tokens:
+                now.append(i)
+                left -= behind if behind > MAX_CHAIN else 0
+            else:
+                later += best.trees[i] is not None
+        return best.only(now), 1 if later else 0
+
+    def _trial(self, plain: Spent) -> tuple[Spent, int]:
+        """With a few requests, as if little was known, where the time since the last trial pays for it."""
+        assert self.costs is not None
+        shares, wait, count = self._planned, self._wait, len(self._planned)
+        calls, few = [count] * TRIAL_LEVELS, min(count, TRIAL_REQUESTS)
+        for draft in range(len(shares[0].pools)):
+            step = self.costs.tree_seconds(count, draft, count + few * TRIAL_LEVELS, calls, self._context)
+            entry = min(self._entry(share, draft) for share in shares)
+            if REGRET * wait.steps * plain.seconds < entry + INTERVALS[0] * max(0.0, step - plain.seconds):
+                return plain, 0
+        self.costs.doubt()
+        best = self._promising(plain, range(count), fresh=True)
+        wait.patience, wait.lost = min(LONGEST_WAIT, max(FIRST_PATIENCE, 2 * wait.patience)), False
+        if best is None:
+            wait.steps = 0
+            return plain, 0
+        return self._few(best)
+
+    def _few(self, best: Spent) -> tuple[Spent, int]:
+        """Trees for as few requests as are enough to learn from, those that are ready first."""
+        self._interval = INTERVALS[0]
+        order = sorted(
+            (i for i, tree in enumerate(best.trees) if tree is not None),
+            key=lambda i: self._planned[i].behind[best.draft],
+        )
+        few = [
+            i
+            for n, i in enumerate(order[:TRIAL_REQUESTS])
+            if n == 0 or self._planned[i].behind[best.draft] <= MAX_CHAIN
+        ]
+        return best.only(few), max(INTERVALS[0], -(-int(KNOWN) // max(1, len(few))))
+
+    def _entry(self, share: Share, draft: int) -> float:
+        """Seconds until the draft has run what it lacks of a request."""
+        assert self.costs is not None
+        behind = share.behind[draft]
+        if behind <= MAX_CHAIN:
+            return 0.0
+        return self.costs.prompt_seconds(len(self._planned), draft, behind, self._context)
+
+    def _promising(self, plain: Spent, who: Sequence[int], fresh: bool) -> Spent | None:
+        """The fastest plan in which these requests may have trees; None where it is not faster by enough."""
+        assert self.costs is not None
+        plans = [self._spend(i, who, fresh) for i in range(len(self._planned[0].pools))]
+        best = max((plan for plan in plans if plan is not None), key=lambda plan: plan.rate, default=plain)
+        needed = MARGIN if self.costs.tree_rest is not None else 1 + HYSTERESIS
+        return best if best.rate > needed * plain.rate else None
+
+    def _spend(self, draft: int, who: Sequence[int], fresh: bool) -> Spent | None:
+        """With one draft: nodes of these requests in the order of their value, as many as make the step fastest."""
+        assert self.costs is not None
+        shares, count, context = self._planned, len(self._planned), self._context
+        grain = max(1, count // 2)
+        rates = {i: self._rates(shares[i], draft, fresh) for i in who}
+        best: tuple[float, int, list[tuple[float, int, int, int]], int, float, float] | None = None
         for levels in range(1, (TRIAL_LEVELS if fresh else max(s.policy.max_depth for s in shares)) + 1):
-            orders = [self._order(share, draft, levels, fresh) for share in shares]
-            merged = heapq.merge(
-                *([(-node[3], i, k) for k, node in enumerate(order)] for i, order in enumerate(orders))
+            before = best
+            merged = sorted(
+                (-value, i, k, level)
+                for i in who
+                for k, (_, _, level, value) in enumerate(_order(rates[i], *self._size(shares[i], levels)))
             )
-            rows, tokens, nodes, taken = [0] * (levels + 1), float(count), count, list[tuple[float, int, int]]()
-            before = best[0] if best is not None else 0.0
-            for value, i, k in merged:
-                level = orders[i][k][2]
+            rows, tokens = [0] * (levels + 1), float(count)
+            for n, (negative, _, k, level) in enumerate(merged, 1):
                 rows[0] += k == 0
                 rows[level] += 1
-                tokens -= value
-                nodes += 1
-                taken.append((value, i, k))
-                if not rows[levels] or (nodes - count) % max(1, count // 4):
+                tokens -= negative
+                if not rows[levels] or n % grain:
                     continue
-                seconds = self.seconds(count, draft, nodes, rows[:levels], context)
+                seconds = self.costs.tree_seconds(count, draft, count + n, rows[:levels], context)
                 if best is None or tokens / seconds > best[0]:
-                    best = tokens / seconds, levels, list(taken), tokens, seconds
-            if best is not None and best[0] == before and levels > 2:
+                    best = tokens / seconds, levels, merged, n, tokens, seconds
+                elif tokens / seconds < FAR * best[0]:
+                    break
+            if best is before and levels > 2:
                 break
         if best is None:
-            return Spent(draft, (None,) * count, float(count), self.seconds(count, draft, count, (), context))
-        _, levels, taken, tokens, seconds = best
-        orders = [self._order(share, draft, levels, fresh) for share in shares]
+            return None
+        _, levels, merged, taken, tokens, seconds = best
         sizes = [0] * count
-        for _, i, _ in taken:
+        for _, i, _, _ in merged[:taken]:
             sizes[i] += 1
         trees = [
-            FixedTree.of([(parent, rank) for parent, rank, _, _ in order[:size]]) if size else None
-            for order, size in zip(orders, sizes, strict=True)
+            _tree(rates[i], *self._size(shares[i], levels), size) if size else None for i, size in enumerate(sizes)
         ]
         return Spent(draft, tuple(trees), tokens, seconds)
 
-    def _order(self, share: Share, draft: int, levels: int, fresh: bool) -> list[tuple[int, int, int, float]]:
-        """A request's nodes, best first."""
+    def _rates(self, share: Share, draft: int, fresh: bool) -> tuple[float, ...]:
         rates = share.rates(draft, fresh)
-        if share.policy.chain or fresh or share.pools[draft].tried[0] + share.own[draft].tried[0] < KNOWN:
+        if share.policy.chain or fresh or not share.known(draft):
             rates = rates[:1]
+        return tuple(max(GRAIN / 2, GRAIN * round(rate / GRAIN)) for rate in rates)
+
+    def _size(self, share: Share, levels: int) -> tuple[int, int]:
+        """Nodes and levels of a request's largest tree."""
         nodes = min(share.policy.max_nodes, 1 + max(2, MOST // len(self._planned)))
-        return greedy_nodes(rates, nodes, min(levels, max(0, share.remaining - 1)))
+        return nodes, min(levels, max(0, share.remaining - 1))
+
+
+@lru_cache(4096)
+def _order(rates: tuple[float, ...], nodes: int, levels: int) -> list[tuple[int, int, int, float]]:
+    """A request's nodes, best first: (parent, rank, level, value)."""
+    return greedy_nodes(rates, nodes, levels)
+
+
+@lru_cache(4096)
+def _tree(rates: tuple[float, ...], nodes: int, levels: int, size: int) -> FixedTree:
+    """Of the first `size` of them."""
+    return FixedTree.of([(parent, rank) for parent, rank, _, _ in _order(rates, nodes, levels)[:size]])
