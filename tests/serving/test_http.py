@@ -20,6 +20,7 @@ uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 
+from treespec_compiler.runtime.likelihood import PROMPT_ROWS  # noqa: E402
 from treespec_compiler.serving.http import app_factory  # noqa: E402
 
 KEY = "a secret"
@@ -179,6 +180,50 @@ def test_likelihoods(running):
     assert [len(one.top_logprobs) for one in found.choices[0].logprobs.content] == [2, 2, 2]
 
 
+def scores_of(running, ids: list[int]) -> list[float]:
+    """Of each token but the first, by the model in one pass."""
+    with torch.no_grad():
+        rows = running.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return [rows[i, token].item() for i, token in enumerate(ids[1:])]
+
+
+def test_a_prompt_is_scored(running):
+    """What lm_eval's `local-completions` asks: ids, `echo`, one token, the likelihoods of all."""
+    ids = running.tokenizer.encode(TEXT + "print(1)\n" * 12)  # more than is run at once
+    assert len(ids) > 2 * PROMPT_ROWS
+    asked = {"prompt": [ids, ids[:5]], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True, "seed": 1234}
+    for _ in range(2):  # another time the K/V are known, and what they say is not
+        found = running.post(asked).json()
+        for choice, prompt in zip(found["choices"], (ids, ids[:5]), strict=True):
+            said = choice["logprobs"]
+            assert len(said["token_logprobs"]) == len(said["tokens"]) == len(said["top_logprobs"]) == len(prompt) + 1
+            assert said["token_logprobs"][0] is None and said["top_logprobs"][0] is None
+            assert said["token_logprobs"][1:-1] == pytest.approx(scores_of(running, prompt), abs=1e-4)
+            assert "".join(said["tokens"]) == choice["text"] == running.tokenizer.decode(prompt) + said["tokens"][-1]
+            for text, at in zip(said["tokens"], said["text_offset"], strict=True):
+                assert choice["text"][at:].startswith(text)
+            greedy = [
+                one == max(top.values()) for one, top in zip(said["token_logprobs"][1:], said["top_logprobs"][1:])
+            ]
+            assert greedy[-1] and not all(greedy)
+        assert found["usage"]["completion_tokens"] == 2
+
+
+def test_a_prompt_is_echoed(running):
+    tokens, text = running.plain(TEXT, 12)
+    asked = {"model": "demo", "prompt": TEXT, "max_tokens": 12, "temperature": 0, "echo": True}
+    found = running.client.completions.create(**asked)
+    assert found.choices[0].text == TEXT + text and found.choices[0].logprobs is None
+    pieces = list(running.client.completions.create(**asked, stream=True, logprobs=0))
+    assert "".join(piece.choices[0].text for piece in pieces) == TEXT + text
+    said = [piece.choices[0].logprobs for piece in pieces if piece.choices[0].logprobs]
+    offsets = [offset for one in said for offset in one.text_offset]
+    assert offsets == sorted(offsets) and len(offsets) == len(running.tokenizer.encode(TEXT)) + len(tokens)
+    alone = running.client.completions.create(**asked | {"max_tokens": 0, "n": 2, "logprobs": 1})
+    assert [choice.text for choice in alone.choices] == [TEXT, TEXT] and alone.usage.completion_tokens == 0
+    assert len(alone.choices[1].logprobs.tokens) == len(running.tokenizer.encode(TEXT))
+
+
 def test_penalties_change_scores(running):
     _, text = running.plain(TEXT, 20)
     settings = {"model": "demo", "prompt": TEXT, "max_tokens": 20, "temperature": 0}
@@ -199,7 +244,8 @@ def test_penalties_change_scores(running):
         ({"prompt": "x", "max_tokens": 0}, "max_tokens", 400),
         ({"prompt": "x", "max_tokens": 1_000_000}, "prompt", 400),
         ({"prompt": "x", "no_such": 1}, "no_such", 400),
-        ({"prompt": "x", "echo": True}, "echo", 400),
+        ({"prompt": "x", "echo": 1}, "echo", 400),
+        ({"prompt": "x", "best_of": 2}, "best_of", 400),
         ({"prompt": "x", "logit_bias": {"a": 1.0}}, "logit_bias", 400),
         ({"prompt": "x", "n": 100}, "n", 400),
         ({"prompt": 5}, "prompt", 400),

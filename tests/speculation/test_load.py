@@ -15,9 +15,9 @@ from treespec_compiler.speculation.policies.load import (
     TRIAL_REQUESTS,
     Load,
     Loaded,
-    Share,
 )
-from treespec_compiler.speculation.policies.step_costs import Factors, Took
+from treespec_compiler.speculation.policies.share import Share
+from treespec_compiler.speculation.policies.step_costs import Factors, StepCosts, Took
 from treespec_compiler.speculation.proposal import Proposal
 
 MS = 1e-3
@@ -210,7 +210,7 @@ def test_prompts_of_drafts_are_spread_over_steps():
         assert sum(n > 0 for n in nodes(shares)) == drafting
         for one in shares:
             one.behind = [1 if one.trees[0] is not None else 150]
-        load.took(took(shares, rows=[150]))
+        load.took(took(shares, rows=[4]))
         load.plan(shares)
 
 
@@ -266,3 +266,18 @@ def test_planning_is_rare_where_trees_do_not_pay(monkeypatch):
         load.plan(shares)
         assert sum(nodes(shares)) == 0
     assert len(made) < 30
+
+
+def test_what_a_drafts_prompt_takes():
+    costs = load_of().costs
+    assert costs.prompt_seconds(0, 100) == pytest.approx(100 * 0.4 * MS * 0.0375)
+    costs.prompted(50, 50 * MS)
+    costs.prompted(50, 500 * MS)  # a stall
+    assert costs.prompt_seconds(0, 100) == pytest.approx(100 * 1.25 * MS * 0.0375)
+    before = costs.prompt_seconds(0, 1)
+    slow, fast = (Took(1, 2, [1], 50, 1, 4 * MS, seconds, 0.0) for seconds in (1000 * MS, 0.2 * MS + 50 * 0.01 * MS))
+    costs.note(slow, 0, 0, False)
+    assert costs.prompt_seconds(0, 1) == pytest.approx(1.25 * before)
+    costs.note(fast, 0, 0, False)
+    assert costs.prompt_seconds(0, 1) == pytest.approx(0.01 * MS, rel=0.01)
+    assert StepCosts(CostModel(table(4 * MS, 0.0), [None])).prompt_seconds(0, 100) == 0.0

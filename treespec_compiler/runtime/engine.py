@@ -127,6 +127,7 @@ class Engine:
         stop: int | str | Sequence[int | str] = (),
         priority: int = 0,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         **settings: Any,
     ) -> Request:
         """A request that takes part from the next step on. May be called from any thread, also during a step.
@@ -134,19 +135,27 @@ class Engine:
         `settings` are those of `generate` that may differ from request to request: `max_new_tokens`, `temperature`,
         `top_p`, `seed` and so on. `stop`: ids, kept in the output, and strings, which end the text before them.
         Requests of higher `priority` come first. With `logprobs`, steps have the likelihoods of their tokens and of so
-        many likeliest ones (0: of none). Raises InvalidOption, InvalidPrompt, and RequestTooLarge where it could never
+        many likeliest ones (0: of none); with `prompt_logprobs`, the output has those of the prompt's tokens, too,
+        which are all computed for that. Raises InvalidOption, InvalidPrompt, and RequestTooLarge where it could never
         run.
         """
         ids, strings = _stops(stop, self._tokenizer)
         settings["stop_ids"] = [*settings.get("stop_ids", ()), *ids]
         _check_integer("priority", priority, "an integer", low=None)
-        if logprobs is not None:
-            _check_integer("logprobs", logprobs, "an integer of 0 or more, or None", low=0)
+        for name, top in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
+            if top is not None:
+                _check_integer(name, top, "an integer of 0 or more, or None", low=0)
         call = Call(self._model, input_ids, **self._shared, **settings)
-        return self.enter(call, stops=strings, priority=priority, logprobs=logprobs)
+        return self.enter(call, stops=strings, priority=priority, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     def enter(
-        self, call: Call, *, stops: Sequence[str] = (), priority: int = 0, logprobs: int | None = None
+        self,
+        call: Call,
+        *,
+        stops: Sequence[str] = (),
+        priority: int = 0,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Request:
         """As `add`, for a call that was checked; what it says of model, drafts and trees is taken to be the engine's
         own."""
@@ -161,7 +170,16 @@ class Engine:
         text = Text(self._tokenizer, stops) if self._tokenizer is not None else None
 
         def make() -> Generation:
-            return begin(call, self.program, self._drafts, stats, slots=self._slots, text=text, logprobs=logprobs)
+            return begin(
+                call,
+                self.program,
+                self._drafts,
+                stats,
+                slots=self._slots,
+                text=text,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+            )
 
         with self._changed:
             request = Request(self, self._requests, call.prompt, stats, priority)

@@ -21,7 +21,7 @@ from ..speculation.verifiers.near_ties import TOLERANCE, near_tie
 from ..speculation.work import Nodes, Prompt, Working
 from ..tree import TokenTree
 from .decoding import Drawing
-from .likelihood import TokenLikelihood, likelihoods
+from .likelihood import TokenLikelihood, likelihoods, scored_prompt
 from .stats import FinishReason, Stats
 from .stopping import Text
 
@@ -46,6 +46,8 @@ class Step:
     """What became certain of the text, with a tokenizer given: no half character, and no part of a stop string."""
     likelihoods: Sequence[TokenLikelihood] = ()
     """Of each of `tokens`, where asked for."""
+    prompt_likelihoods: Sequence[TokenLikelihood | None] = ()
+    """With the first token, where asked for: of each token of the prompt but the first (None)."""
     request: int = 0
     """Whose it is, where `stream` was given several prompts."""
 
@@ -80,10 +82,11 @@ class Generation:
         slots: Slots = KEPT,
         text: Text | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> None:
         self.program, self.policy, self.judge, self.stats = program, policy, judge, stats
         self.prompt, self.drafts, self._slots, self._text = prompt, drafts, slots, text
-        self._logprobs = logprobs
+        self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
         self.tokens = [*prompt]
         """The prompt and everything after it, the root last."""
         self._mark: Mark | None = None  # where the chance was when the step under way began
@@ -220,7 +223,11 @@ class Generation:
 
     def _prefill(self) -> Working[Step]:
         began, compiled = perf_counter(), self.program.compile_seconds
-        logits = yield from self._catch_up(self.prompt)
+        scored: Sequence[TokenLikelihood | None] = ()
+        if self._prompt_logprobs is None:
+            logits = yield from self._catch_up(self.prompt)
+        else:
+            logits, scored = yield from scored_prompt(self.slot, self.prompt, self._prompt_logprobs)
         self.judge.accept(self.prompt)
         token = self.root = self.judge.first(logits)
         compiled = self.program.compile_seconds - compiled
@@ -234,7 +241,7 @@ class Generation:
         found = likelihoods(logits[None], tokens, self._logprobs)
         self._emit(tokens)
         self._mark = None
-        return Step(tokens, 0, token, None, [], self._new_text(), found)
+        return Step(tokens, 0, token, None, [], self._new_text(), found, scored)
 
     def _step(self) -> Working[Step]:
         stats, program = self.stats, self.program

@@ -10,7 +10,8 @@ import torch
 from ..logs import logger
 from ..program.cache import TreeCache
 from ..program.tree_program import TreeProgram
-from ..speculation.policies.load import Load, Share
+from ..speculation.policies.load import Load
+from ..speculation.policies.share import Share
 from ..speculation.policies.step_costs import Took
 from ..speculation.slots import PagedSlots
 from ..speculation.work import Nodes, Prompt, Work, WorkResult, perform
@@ -134,8 +135,8 @@ class Iteration:
 
     def _run_drafts(self) -> tuple[list[int], int]:
         """Everything that is not the target's call: a round for each level of the trees. Prompts of drafts run in
-        pieces as the target's do; whose is not ready sits the step out. Gives the tokens that each round ran, and how
-        many of all are of prompts.
+        pieces as the target's do; whose is not ready sits the step out. Gives the new nodes of each round, and the
+        tokens of prompts.
         """
         left: dict[int, int] = {}
         rows, prompts = list[int](), 0
@@ -147,9 +148,8 @@ class Iteration:
                     self._take_piece(job, left, key, batch)
             if not batch:
                 return rows, prompts
-            of_prompts = sum(len(work.tokens) for _, work in batch if isinstance(work, Prompt))
-            rows.append(_nodes_of(batch) + of_prompts)
-            prompts += of_prompts
+            rows.append(_nodes_of(batch))
+            prompts += _prompts_of(batch)
             self._perform(batch)
 
     def _run_target(self) -> tuple[int, int, float]:
@@ -160,8 +160,10 @@ class Iteration:
             if job.wanted is not None and self._of_target(job):
                 self._take_piece(job, left, 0, batch)
         seconds = self._perform(batch)
-        nodes = 0 if any(isinstance(work, Prompt) for _, work in batch) else _nodes_of(batch)
-        return len(batch), nodes, seconds
+        nodes, prompts = _nodes_of(batch), _prompts_of(batch)
+        if prompts and not nodes:
+            self._load.prompted(prompts, seconds)
+        return len(batch), 0 if prompts else nodes, seconds
 
     def _take_piece(self, job: Job, left: dict[int, int], key: int, batch: list[tuple[Job, Work]]) -> None:
         room = left.setdefault(key, self.prompt_tokens)
@@ -233,3 +235,8 @@ class Iteration:
 def _nodes_of(batch: Sequence[tuple[Job, Work]]) -> int:
     """New nodes that a call runs, tokens of prompts left out."""
     return sum(len(work.tree) - work.start for _, work in batch if isinstance(work, Nodes))
+
+
+def _prompts_of(batch: Sequence[tuple[Job, Work]]) -> int:
+    """Tokens of prompts."""
+    return sum(len(work.tokens) for _, work in batch if isinstance(work, Prompt))

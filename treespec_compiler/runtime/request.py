@@ -6,7 +6,7 @@ import asyncio
 import enum
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,8 @@ class Output:
     likelihoods: list[TokenLikelihood]
     finish_reason: FinishReason | None
     """None: it goes on, or was cancelled, or failed."""
+    prompt_likelihoods: Sequence[TokenLikelihood | None] = ()
+    """Of each token of the prompt, where asked for; of the first one: None."""
 
 
 class Driver(Protocol):
@@ -70,6 +72,7 @@ class Request(Iterator[Step], AsyncIterator[Step]):
         self._tokens: list[int] = []
         self._text: list[str] = []
         self._likelihoods: list[TokenLikelihood] = []
+        self._prompt_likelihoods: list[TokenLikelihood | None] = []
 
     @property
     def done(self) -> bool:
@@ -80,7 +83,8 @@ class Request(Iterator[Step], AsyncIterator[Step]):
     def output(self) -> Output:
         """Everything so far, whether iterated over or not."""
         with self._lock:
-            return Output([*self._tokens], "".join(self._text), [*self._likelihoods], self.stats.finish_reason)
+            text, scored = "".join(self._text), [*self._prompt_likelihoods]
+            return Output([*self._tokens], text, [*self._likelihoods], self.stats.finish_reason, scored)
 
     def result(self) -> Output:
         """The whole output, waited for. Raises the request's error."""
@@ -129,6 +133,7 @@ class Request(Iterator[Step], AsyncIterator[Step]):
         with self._lock:
             self._tokens += step.tokens
             self._likelihoods += step.likelihoods
+            self._prompt_likelihoods += step.prompt_likelihoods
             if step.text:
                 self._text.append(step.text)
             self._steps.append(step)

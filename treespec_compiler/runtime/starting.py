@@ -29,6 +29,7 @@ def begin(
     slots: Slots = KEPT,
     text: Text | None = None,
     logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> Generation:
     """The generation that a call asks for, on slots of its own."""
     sampling = with_model_defaults(call, program.device)
@@ -49,6 +50,7 @@ def begin(
         slots=slots,
         text=text,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

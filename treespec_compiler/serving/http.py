@@ -164,6 +164,14 @@ class Server:
             return [list(given)]
         return [self._encode(one) if isinstance(one, str) else list(one) for one in given]
 
+    def echoed(self, asked: Asked, prompts: Sequence[list[int]]) -> list[str]:
+        """Texts of the prompts, where they are wanted: as they came, or of their ids."""
+        if not isinstance(asked, Completion) or not asked.echo:
+            return []
+        given = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        texts = [one for one in given if isinstance(one, str)]
+        return texts or [str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in prompts]
+
     def conversation(self, asked: ChatCompletion) -> list[list[int]]:
         if not getattr(self.tokenizer, "chat_template", None):
             message = f"{self.name!r} has no chat template: use /v1/completions."
@@ -188,7 +196,8 @@ class Server:
     # -- what goes out -------------------------------------------------------------------------------------------------
 
     async def answer(self, http: Request, asked: Asked, prompts: Sequence[list[int]], field: str) -> Response:
-        answer = Answer(self.name, field == "messages", self._decode, asked.choices)
+        echoed = self.echoed(asked, prompts)
+        answer = Answer(self.name, field == "messages", self._decode, asked.choices, echoed, asked.prompt_only)
         arrived = time.perf_counter()
         requests = self._begin(asked, prompts, field)
         if asked.stream:
@@ -261,7 +270,7 @@ class Server:
                 async for step in self._timed(request, arrived):
                     piece = answer.piece(index, request, step, offset)
                     ended = piece["choices"][0]["finish_reason"] is not None
-                    offset += len(step.text)
+                    offset += len(piece["choices"][0].get("text", ""))
                     queue.put_nowait(piece)
                 if not ended:
                     queue.put_nowait(answer.last(index, request))

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..runtime.generation import Step
 from ..runtime.likelihood import TokenLikelihood
-from ..runtime.request import Request
+from ..runtime.request import Output, Request
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 
@@ -26,6 +26,10 @@ class Answer:
     """A tokenizer's, of one token."""
     choices: int = 1
     """Of each prompt."""
+    echoed: Sequence[str] = ()
+    """Texts of the prompts, where they are to come first in the answer."""
+    prompt_only: bool = False
+    """Whether what comes after the prompt is left out."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -39,11 +43,11 @@ class Answer:
         for index, request in enumerate(requests):
             output = request.output
             choice: dict[str, Any] = {"index": index, "finish_reason": self._reason(request)}
-            choice["logprobs"] = self.likelihoods(output.likelihoods, 0)
+            choice["logprobs"] = self.likelihoods(index, request, output, 0)
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": output.text, "refusal": None}
             else:
-                choice["text"] = output.text
+                choice["text"] = self._echo(index) + ("" if self.prompt_only else output.text)
             choices.append(choice)
         return {**self.head(False), "choices": choices, "usage": self._usage(requests)}
 
@@ -54,12 +58,14 @@ class Answer:
         return {**self.head(True), "choices": [choice]}
 
     def piece(self, index: int, request: Request, step: Step, offset: int) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "logprobs": self.likelihoods(step.likelihoods, offset)}
+        """`offset`: characters of the pieces before."""
+        choice: dict[str, Any] = {"index": index, "logprobs": self.likelihoods(index, request, step, offset)}
         choice["finish_reason"] = self._reason(request) if request.done else None
         if self.chat:
             choice["delta"] = {"content": step.text}
         else:
-            choice["text"] = step.text
+            echo = self._echo(index) if step.tree is None else ""  # with the first token
+            choice["text"] = echo + ("" if self.prompt_only else step.text)
         return {**self.head(True), "choices": [choice]}
 
     def last(self, index: int, request: Request) -> dict[str, Any]:
@@ -71,21 +77,36 @@ class Answer:
     def counted(self, requests: Sequence[Request]) -> dict[str, Any]:
         return {**self.head(True), "choices": [], "usage": self._usage(requests)}
 
-    def likelihoods(self, found: Sequence[TokenLikelihood], offset: int) -> dict[str, Any] | None:
-        if not found:
-            return None
+    def _echo(self, index: int) -> str:
+        return self.echoed[index // self.choices] if self.echoed else ""
+
+    def likelihoods(self, index: int, request: Request, given: Output | Step, offset: int) -> dict[str, Any] | None:
+        """Of a whole output or of a step's part of it, which begins after `offset` characters."""
         if self.chat:
             content = []
-            for one in found:
+            if not given.likelihoods:
+                return None
+            for one in given.likelihoods:
                 top = [self._chat_token(token, logprob) for token, logprob in one.top]
                 content.append(self._chat_token(one.token, one.logprob) | {"top_logprobs": top})
             return {"content": content, "refusal": None}
-        texts, offsets = [self.decode(one.token) for one in found], []
-        for text in texts:
+        parts = []
+        if given.prompt_likelihoods:
+            parts.append(self._texts(request.prompt, given.prompt_likelihoods, offset))
+            offset += len(self._echo(index))
+        if given.likelihoods and not self.prompt_only:
+            parts.append(self._texts([one.token for one in given.likelihoods], given.likelihoods, offset))
+        return {name: [value for part in parts for value in part[name]] for name in parts[0]} if parts else None
+
+    def _texts(self, tokens: Sequence[int], found: Sequence[TokenLikelihood | None], offset: int) -> dict[str, Any]:
+        texts, offsets, tops = [self.decode(token) for token in tokens], list[int](), list[Any]()
+        for text, one in zip(texts, found, strict=True):
             offsets.append(offset)
             offset += len(text)
-        tops = [{self.decode(token): _finite(logprob) for token, logprob in one.top} for one in found]
-        logprobs = [_finite(one.logprob) for one in found]
+            # the likelier of two tokens of one text, such as halves of characters
+            top = None if one is None else {self.decode(token): _finite(value) for token, value in reversed(one.top)}
+            tops.append(top)
+        logprobs = [None if one is None else _finite(one.logprob) for one in found]
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
     def _chat_token(self, token: int, logprob: float) -> dict[str, Any]:
@@ -95,7 +116,7 @@ class Answer:
     def _usage(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Tokens; a prompt counts once, whatever the number of its choices."""
         prompt = sum(len(request.prompt) for request in requests[:: self.choices])
-        new = sum(request.stats.tokens for request in requests)
+        new = 0 if self.prompt_only else sum(request.stats.tokens for request in requests)
         accepted = sum(request.stats.accepted for request in requests)
         guessed = sum(request.stats.nodes - request.stats.steps for request in requests)
         return {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 from torch import Tensor
 
 from ..errors import ContextOverflow, InvalidOption, RequestTooLarge, TreespecError
@@ -69,6 +69,11 @@ class Asked(BaseModel):
         return self.n or 1
 
     @property
+    def prompt_only(self) -> bool:
+        """Whether no new token is wanted."""
+        return False
+
+    @property
     def with_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -105,7 +110,8 @@ class Asked(BaseModel):
 class Completion(Asked):
     prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
     logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
+    echo: StrictBool | None = None
+    max_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
     best_of: None = None
     suffix: None = None
 
@@ -113,7 +119,22 @@ class Completion(Asked):
         return self.logprobs
 
     def new_tokens(self) -> int | None:
-        return 16 if self.max_tokens is None else self.max_tokens
+        return 16 if self.max_tokens is None else max(1, self.max_tokens)
+
+    @property
+    def prompt_only(self) -> bool:
+        """Whether nothing but what is known of the prompt is wanted."""
+        return self.max_tokens == 0
+
+    @model_validator(mode="after")
+    def _wants_something(self) -> Completion:
+        if self.prompt_only and not self.echo:
+            raise Refused(400, "Invalid max_tokens: 0 is for `echo`, expected 1 or more.", param="max_tokens")
+        return self
+
+    def settings(self, prompt: Sequence[int], room: int) -> dict[str, Any]:
+        scored = {"prompt_logprobs": self.logprobs} if self.echo and self.logprobs is not None else {}
+        return super().settings(prompt, room) | scored
 
 
 class TextPart(BaseModel):

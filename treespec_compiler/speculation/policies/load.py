@@ -18,18 +18,16 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from ..cost.acceptance import GREEDY, RANKS, Acceptance, split
+from ..cost.acceptance import GREEDY
 from ..cost.latency import CostModel
 from ..drafts.session import MAX_CHAIN
-from ..proposal import Proposal
 from .auto import HYSTERESIS, KNOWN, LONGEST_WAIT, OUTLIER, REGRET, Auto, cost_model
 from .fixed import FixedTree
-from .protocol import Control, TreePolicy
+from .protocol import Control
 from .sequoia import greedy_nodes
+from .share import Share
 from .step_costs import StepCosts, Took
 
-POOL = 6.0
-"""Tries that the acceptance of all requests counts for, beside a request's own."""
 INTERVALS = (2, 16)
 """Steps between plans: doubles from the first to the last, and begins again when requests come."""
 IDLE = 64
@@ -67,57 +65,6 @@ class Loaded(Auto):
             return super().control(target, drafts)
         self.load.prepare(lambda: cost_model(target, drafts, self.kind != GREEDY))
         return Share(self, [self._memory(target, draft, drafts) for draft in drafts])
-
-
-class Share:
-    """One request's part of the budget. `plan` and `observe` as in `Controller`."""
-
-    def __init__(self, policy: Auto, pools: Sequence[Acceptance]) -> None:
-        self.policy, self.pools = policy, pools
-        self.own = [Acceptance() for _ in pools]
-        self.trees: list[FixedTree | None] = [None] * len(pools)
-        self.context = self.given = self.remaining = 0
-        """Tokens that are committed, given so far, and still wanted."""
-        self.behind = [0] * len(pools)
-        """Tokens that each draft has to run before the request's next tree."""
-
-    @property
-    def nodes(self) -> int:
-        """Of its next tree, the root included."""
-        return 1 + sum(tree.max_nodes - 1 for tree in self.trees if tree is not None)
-
-    def plan(self, context: int, remaining: int) -> Sequence[TreePolicy | None]:
-        return self.trees
-
-    def observe(
-        self, proposal: Proposal, path: Sequence[int], tokens: int, verify: float, draft: float, rest: float
-    ) -> None:
-        active = [i for i, tree in enumerate(self.trees) if tree is not None]
-        if not active:
-            return
-        parts = split(proposal, path)
-        if len(parts) == len(active):
-            for i, (part, nodes) in zip(active, parts, strict=True):
-                self.own[i].observe(part, nodes)
-                self.pools[i].observe(part, nodes)
-
-    def rates(self, draft: int, fresh: bool) -> list[float]:
-        """The chance that the child of each rank is accepted, given that its parent was; falling with the rank.
-
-        `fresh`: as if next to nothing had been seen.
-        """
-        pool, own = self.pools[draft], self.own[draft]
-        prior = Acceptance().rates() if fresh else pool.rates()
-        weight = POOL if pool.tried[0] >= KNOWN and not fresh else 1.0
-        seen = 1.0 / max(1.0, own.tried[0]) if fresh else 1.0
-        found: list[float] = []
-        for rank in range(RANKS):
-            rate = (own.accepted[rank] * seen + prior[rank] * weight) / (own.tried[rank] * seen + weight)
-            found.append(min([rate, 1.0 - sum(found), *found[-1:]]))
-        return found
-
-    def known(self, draft: int) -> bool:
-        return self.pools[draft].tried[0] + self.own[draft].tried[0] >= KNOWN
 
 
 @dataclass(frozen=True)
@@ -215,6 +162,11 @@ class Load:
             self._checked += 1
             self._seconds = self._seconds * CHECK_DECAY + min(took.seconds, OUTLIER * expected)
             self._tokens = self._tokens * CHECK_DECAY + took.tokens
+
+    def prompted(self, tokens: int, seconds: float) -> None:
+        """A step in which the target ran prompts and nothing else."""
+        if self.costs is not None:
+            self.costs.prompted(tokens, seconds)
 
     # -- between plans -----------------------------------------------------------------------------------------------
 
@@ -327,7 +279,7 @@ class Load:
         behind = share.behind[draft]
         if behind <= MAX_CHAIN:
             return 0.0
-        return self.costs.prompt_seconds(len(self._planned), draft, behind, self._context)
+        return self.costs.prompt_seconds(draft, behind)
 
     def _promising(self, plain: Spent, who: Sequence[int], fresh: bool) -> Spent | None:
         """The fastest plan in which these requests may have trees; None where it is not faster by enough."""

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from ..cost.latency import CostModel
 from .auto import OUTLIER
 
+SLOWER = 1.25
+"""So much slower than is known a prompt may make prompts seem; a faster one counts at once. The first ones are slow."""
+LIKE_PROMPTS = (1, 8, 16)
 SMOOTHING = 0.1
 """Weight of a measurement beside many."""
 
@@ -24,9 +27,9 @@ class Took:
     nodes: int
     """Verified, of all requests together."""
     rows: Sequence[int]
-    """Tokens that each call of the draft ran."""
+    """Nodes that each call of the draft ran."""
     prompts: int
-    """Of them, those of prompts."""
+    """Tokens of prompts that it ran."""
     tokens: int
     """Given to requests."""
     verify: float
@@ -78,6 +81,9 @@ class StepCosts:
     """Of the target's calls on trees: times the plain one."""
     draft: Factors = field(default_factory=Factors)
     """Of the draft's calls: times the plain one."""
+    target_prompt: float | None = None
+    draft_prompt: dict[int, float] = field(default_factory=dict)
+    """Seconds of a token of a prompt, for the target and by draft."""
     plain_rest: float | None = None
     """Seconds of a request and step beside the calls."""
     tree_rest: float | None = None
@@ -93,7 +99,11 @@ class StepCosts:
             return
         self.verify.note(took.nodes, took.verify / tables.verify(took.nodes, context) / base)
         expected = tables.draft(draft, took.rows, context) * base
-        if expected > 0:
+        if took.prompts:
+            nodes = expected * self.draft.at(max(took.rows))
+            found = max(0.0, took.draft - nodes) / took.prompts
+            self.draft_prompt[draft] = min(found, SLOWER * self._prompt_token(draft))
+        elif expected > 0:
             self.draft.note(max(took.rows), took.draft / expected)
         else:
             rest += took.draft  # of drafts that run no program
@@ -120,10 +130,26 @@ class StepCosts:
             return found + (self.plain_rest or 0.0) * requests + tables.overhead + drawn
         return found + self.tree_rest * requests
 
-    def prompt_seconds(self, requests: int, draft: int, tokens: int, context: int) -> float:
+    def prompted(self, tokens: int, seconds: float) -> None:
+        """The target ran prompts, and nothing else."""
+        known = self.target_prompt
+        self.target_prompt = seconds / tokens if known is None else min(seconds / tokens, SLOWER * known)
+
+    def prompt_seconds(self, draft: int, tokens: int) -> float:
         """Of a draft's prompt."""
-        base = self.plain.at(requests)
-        return self.tables.draft(draft, (tokens,), context) * base * self.draft.at(tokens)
+        return self._prompt_token(draft) * tokens
+
+    def _prompt_token(self, draft: int) -> float:
+        """Before the draft ran any: as much less than the target's as its calls take less. NOTE tables end long before
+        prompts do, and what follows from their last slope may be off by far."""
+        if draft in self.draft_prompt:
+            return self.draft_prompt[draft]
+        target, table = self.tables.target, self.tables.drafts[draft]
+        if table is None:
+            return 0.0
+        most = LIKE_PROMPTS[-1]
+        known = target.seconds(most) / most if self.target_prompt is None else self.target_prompt
+        return known * min(1.0, *(table.seconds(n) / target.seconds(n) for n in LIKE_PROMPTS))
 
 
 def smoothed(known: float | None, found: float) -> float:
