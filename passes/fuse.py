@@ -1,19 +1,21 @@
 """fuse: linears on constant weights become packed skinny products; linears that share their input become one.
 
 Decoding multiplies few rows by large matrices, so the weight is read once, in the order the kernel wants it, and
-q/k/v or gate/up projections are one product whose result is split.
+q/k/v or gate/up projections are one product whose result is split. It is stored in the narrowest form that holds its
+every value (`ir.narrow`), which is found from the values; those of one input that differ in form are products apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.device import profile
+from treespec_compiler.ir.narrow import FORMS, narrowest
 from treespec_compiler.ir.registry import best_kernel
-from treespec_compiler.ir.weights import Pack
+from treespec_compiler.ir.weights import Expression, Pack
 from treespec_compiler.options import Options
 
 from .framework.manager import Pass
@@ -24,15 +26,38 @@ from .spellings.products import Product, joined_bias, joined_weight, products, r
 def pack_linears(state: GraphState) -> int:
     groups = products(state, lambda weight: weight.dtype in profile(weight.device).packs)
     for members in groups:
-        _pack(state, members)
+        forms: dict[str, list[Product]] = {}
+        for member in members:
+            forms.setdefault(_form(state, member.weight), []).append(member)
+        for form, alike in forms.items():
+            _pack(state, alike, form)
     return sum(map(len, groups))
 
 
-def _pack(state: GraphState, members: Sequence[Product]) -> None:
-    made, joined = Pack(joined_weight(members)), joined_bias(members)
+def unfit(state: GraphState, sources: Iterable[str], narrower: bool = False) -> Pack | None:
+    """A packed weight made of one of these sources whose present values its form does not hold, or, with `narrower`,
+    that a narrower form would hold; None: there is none.
+    """
+    changed = set(sources)
+    for made in state.weights.derived.values():
+        if isinstance(made, Pack) and not changed.isdisjoint(made.sources) and made.of.dtype is torch.float32:
+            if (made.form in FORMS or narrower) and _form(state, made.of) != made.form:
+                return made
+    return None
+
+
+def _form(state: GraphState, made: Expression) -> str:
+    kernel = best_kernel(ops.packed_linear, state.device, state.dtype, given=("form",))
+    if state.storage != "exact" or kernel is None or made.dtype is not torch.float32:
+        return "float32"
+    return narrowest(made.build(state.weights.read))
+
+
+def _pack(state: GraphState, members: Sequence[Product], form: str) -> None:
+    made, joined = Pack(joined_weight(members), form), joined_bias(members)
     weight = state.add_weight("packed", made)
     bias = state.add_weight("packed", joined) if joined is not None else None
-    args = (members[0].x, weight, bias, sum(m.out_features for m in members))
+    args = (members[0].x, weight, bias, sum(m.out_features for m in members), form)
     product = state.call(torch.ops.treespec.packed_linear.default, args, like=members[0].node)
     replace_by_slices(state, members, product)
 
@@ -46,7 +71,7 @@ PASS = Pass(
     "fuse",
     pack_linears,
     before="any level from stateful on",
-    after="same level; products with constant weights are treespec::packed_linear, one per shared input",
+    after="same level; products with constant weights are treespec::packed_linear, one per shared input and form",
     optional=True,
     needs=("select rows",),
     place_before=("bind kernels",),

@@ -13,6 +13,7 @@ from torch import Tensor
 from tree_cases import Case, chain, random_tree
 
 from treespec_compiler.ir import library, ops
+from treespec_compiler.ir.narrow import FORMS
 from treespec_compiler.ir.registry import Kernel, kernels
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -220,6 +221,17 @@ def packed(dtype: torch.dtype, *shape: int, bias: bool = True, spoil: bool = Fal
     return Call((x, ops.pack_weight(weight), b, 45), spoilt=frozenset({1}) if spoil else None)
 
 
+def narrow(dtype: torch.dtype, form: str, rows: int) -> Call:
+    random = torch.Generator().manual_seed(9)
+    weight = torch.randint(0, 16, (45, 64), generator=random).float() / 16 - 0.5
+    weight[:, ::32], weight[:, 1::32] = -0.5, 7 / 16  # the ends of four bits
+    if form == "q8_0":
+        weight = torch.randint(-127, 128, (45, 64), generator=random).float() / 64
+        weight[:, ::32] = 127 / 64
+    x, b = torch.randn(rows, 64, generator=random).to(dtype), torch.randn(45, generator=random).to(dtype)
+    return Call((x, ops.pack_weight(weight, form), b, 45, form))
+
+
 def grouped(dtype: torch.dtype, ends: list[int], spoil: bool = False) -> Call:
     random = torch.Generator().manual_seed(5)
     x, weight = torch.randn(ends[-1], 16, generator=random), torch.randn(len(ends), 24, 16, generator=random)
@@ -269,6 +281,8 @@ CALLS: dict[str, dict[str, Callable[[torch.dtype], Call]]] = {
         "no bias": lambda dtype: packed(dtype, 9, bias=False),
         "no rows": lambda dtype: packed(dtype, 0),
         "NaN in one row": lambda dtype: packed(dtype, 4, spoil=True),
+        **{f"weights in {form}": lambda dtype, form=form: narrow(dtype, form, 5) for form in FORMS},
+        "many rows, weights in q4_1": lambda dtype: narrow(dtype, "q4_1", 40),
     },
     "grouped_linear": {
         "groups of any size": lambda dtype: grouped(dtype, [0, 3, 3, 4, 9]),

@@ -15,6 +15,7 @@ OnUnsupported = Literal["raise", "fallback"]
 Verify = Literal["build", "off"]
 VerifyEach = Literal["none", "spec", "semantic"]
 Kernels = Literal["auto", "aten", "reference"]
+Storage = Literal["exact", "float32"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "lowering": get_args(Lowering),
@@ -22,6 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "verify": get_args(Verify),
     "verify_each": get_args(VerifyEach),
     "kernels": get_args(Kernels),
+    "weights": get_args(Storage),
 }
 
 LOWERING_VARIABLE = "TREESPEC_LOWERING"
@@ -49,6 +51,8 @@ class Options:
     """Prompt tokens that run in one call, at most 32768; None: 256 on a CPU, 2048 on a GPU."""
     kernels: Kernels = "auto"
     """Which implementations ops are bound to: the best registered, ATen only, or the readable references."""
+    weights: Storage = "exact"
+    """How packed weights are stored: in the narrowest form that holds their every value exactly, or in float32."""
     pipeline: str | None = None
     """Passes to run, such as `default,mine,-fuse`; None: the default pipeline."""
     cuda_graphs: bool | Literal["auto"] = "auto"

@@ -159,6 +159,7 @@ def _state(captured: Capture, options: Options, sources: dict[str, WeightRef]) -
         max_context=options.max_context,
         portable=options.kernels == "aten",
         cut=_cut(options),
+        storage=options.weights,
         written=list(captured.written),
         caches=[captured.weights[name].name for name in captured.written],
         model_logits=captured.logits,

@@ -1,94 +1,153 @@
-// x @ weight.T + bias on packed weights [panels, K, PANEL]: each weight is read once for up to a block of rows.
+// x @ weight.T + bias on packed weights, panels of 32 outputs: each weight is read once for up to a block of rows.
 //
 // Every output is one chain of K fused multiply-adds in order of k, however many rows there are. A row's result
-// therefore does not depend on its neighbours: bitwise the same at M = 1 and at M = 512.
+// therefore does not depend on its neighbours: bitwise the same at M = 1 and at M = 512. A weight that is stored in
+// fewer bits is widened to the float32 that it stands for, so that results do not depend on its form either.
 #pragma once
 #include <algorithm>
+#include <array>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
-#include "vec.h"
+#include "forms.h"
 
 namespace treespec {
 
-constexpr int PANEL = 32;
-#if VW == 16  // 32 registers of 16: 2 weights + 14 x 2 sums
-constexpr int COLS = 2, MAX_ROWS = 14;
-#elif VW == 8  // 16 registers of 8: 2 weights + 6 x 2 sums
-constexpr int COLS = 2, MAX_ROWS = 6;
-#else  // 32 registers of 4: 4 weights + 6 x 4 sums
-constexpr int COLS = 4, MAX_ROWS = 6;
-#endif
-constexpr int STRIP = COLS * VW;  // outputs of a panel summed at once
-
 // How far ahead weights are asked for. Measured on Zen 5, one thread, 24 layers of 1024 x 1024 from DRAM, us a layer:
 // 2 KB: M=1 103, M=8 125; 4 KB: 105, 115; 8 KB: 101, 98; 16 KB: 95, 86; 32 KB: 95, 95; 64 KB: 101, 103.
-constexpr int PREFETCH_FLOATS = 16 * 1024 / sizeof(float);
+constexpr int64_t PREFETCH = 16 * 1024;
 // With two blocks of rows each fetches half of the next panel instead, else DRAM idles in the second. As above, M=16:
 // 187 us -> 147, the speed of FMA; with three and more blocks there is nothing to gain. At most half of L2.
-constexpr int64_t NEXT_PANEL_FLOATS = 512 * 1024 / sizeof(float);
+constexpr int64_t NEXT_PANEL = 512 * 1024;
 
-// M rows of x times one strip of a panel; meanwhile weights at `ahead`, `step` further with every k, are fetched.
-template <int M>
-void strip(const float* x, int64_t ldx, const float* w, int64_t K, const float* bias, float* out, int64_t ldo, int n,
-           const float* ahead, int64_t step) {
+// Where the strips of a panel go: columns [0, n) of `out`, and what is fetched meanwhile, `step` bytes for every k.
+struct Target {
+  const float* bias;  // of PANEL outputs, or null
+  float* out;
+  int64_t ldo;
+  int n;
+  const char* ahead;
+  int64_t step;
+};
+
+// M rows of x times strip s of a panel.
+template <class Form, int M>
+void strip(const float* x, int64_t ldx, const char* panel, int64_t K, int s, const Target& to) {
   vf sum[M][COLS];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int c = 0; c < COLS; ++c) sum[m][c] = bias ? load(bias + c * VW) : vf{};
-  for (int64_t k = 0; k < K; ++k, w += PANEL, ahead += step) {
+    for (int c = 0; c < COLS; ++c) sum[m][c] = to.bias ? load(to.bias + Form::column(s, c)) : vf{};
+  typename Form::Reader reader(panel, s);
+  const auto rows = [&](const float* at) __attribute__((always_inline)) {
     vf weight[COLS];
-#pragma GCC unroll 4
-    for (int c = 0; c < COLS; ++c) weight[c] = load(w + c * VW);
-#pragma GCC unroll 4
-    for (int c = 0; c < STRIP; c += 16) __builtin_prefetch(ahead + c);
+    reader.next(weight);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const float value = x[m * ldx + k];
+      const float value = at[m * ldx];
 #pragma GCC unroll 4
       for (int c = 0; c < COLS; ++c) sum[m][c] += weight[c] * value;
+    }
+  };
+  constexpr int LINES = (Form::BYTES / STRIPS_A_PANEL + 63) / 64;
+  const char* ahead = to.ahead + Form::BYTES / STRIPS_A_PANEL * s;
+  for (int64_t k = 0; k < K; k += Form::K_BLOCK, ahead += to.step * Form::K_BLOCK) {
+#pragma GCC unroll 20
+    for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead + line * 64);
+    reader.begin();
+    if constexpr (Form::K_BLOCK == 1) {
+      rows(x + k);
+    } else {
+      for (int i = 0; i < Form::K_BLOCK; i += 8) {
+        reader.eight();
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) rows(x + k + i + j);
+      }
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int c = 0; c < COLS; ++c) {
-      const int left = n - c * VW;
+      const int column = Form::column(s, c), left = to.n - column;
       if (left >= VW)
-        store(out + m * ldo + c * VW, sum[m][c]);
+        store(to.out + m * to.ldo + column, sum[m][c]);
       else if (left > 0)
-        store_first(out + m * ldo + c * VW, sum[m][c], left);
+        store_first(to.out + m * to.ldo + column, sum[m][c], left);
     }
 }
 
-using Strip = void (*)(const float*, int64_t, const float*, int64_t, const float*, float*, int64_t, int,
-                       const float*, int64_t);
-constexpr Strip STRIPS[] = {nullptr,   strip<1>, strip<2>, strip<3>, strip<4>, strip<5>, strip<6>,
-#if VW == 16
-                            strip<7>, strip<8>, strip<9>, strip<10>, strip<11>, strip<12>, strip<13>, strip<14>,
-#endif
-};
+using Strip = void (*)(const float*, int64_t, const char*, int64_t, int, const Target&);
+
+// strips<Form>[M]: `strip` for M rows.
+template <class Form, size_t... M>
+constexpr std::array<Strip, sizeof...(M) + 1> strips_of(std::index_sequence<M...>) {
+  return {nullptr, strip<Form, M + 1>...};
+}
+template <class Form>
+constexpr auto STRIPS = strips_of<Form>(std::make_index_sequence<Form::ROWS>());
+
+// The panel as float32, [K, PANEL]: what many rows are multiplied with.
+template <class Form>
+void widen(const char* panel, int64_t K, float* out, const char* ahead) {
+  for (int s = 0; s < STRIPS_A_PANEL; ++s) {
+    typename Form::Reader reader(panel, s);
+    float* to = out;
+    const auto row = [&] {
+      vf weight[COLS];
+      reader.next(weight);
+#pragma GCC unroll 4
+      for (int c = 0; c < COLS; ++c) store(to + Form::column(s, c), weight[c]);
+      to += PANEL;
+    };
+    for (int64_t k = 0; k < K; k += Form::K_BLOCK, ahead += Form::BYTES / STRIPS_A_PANEL) {
+      for (int line = 0; line < Form::BYTES / STRIPS_A_PANEL; line += 64) __builtin_prefetch(ahead + line);
+      reader.begin();
+      if constexpr (Form::K_BLOCK == 1) {
+        row();
+      } else {
+        for (int i = 0; i < Form::K_BLOCK; i += 8) {
+          reader.eight();
+#pragma GCC unroll 8
+          for (int j = 0; j < 8; ++j) row();
+        }
+      }
+    }
+  }
+}
 
 // out[M, N] for the panels [begin, end).
-inline void linear_panels(const float* x, int64_t M, int64_t K, const float* packed, const float* bias, float* out,
-                          int64_t N, int64_t begin, int64_t end) {
-  const int64_t blocks = (M + MAX_ROWS - 1) / MAX_ROWS;
+template <class Form>
+void linear_panels(const float* x, int64_t M, int64_t K, const char* packed, const float* bias, float* out, int64_t N,
+                   int64_t begin, int64_t end) {
+  static thread_local std::vector<float> wide;
+  constexpr bool narrow = !std::is_same_v<Form, Float32>;
+  const bool widened = narrow && M > Form::DIRECT;
+  const int most = widened ? MAX_ROWS : Form::ROWS;
+  const int64_t bytes = K / Form::K_BLOCK * Form::BYTES, blocks = (M + most - 1) / most;
+  if (widened) wide.resize(K * PANEL);
   float padded_bias[PANEL];
   for (int64_t p = begin; p < end; ++p) {
-    const float* w = packed + p * K * PANEL;
+    const char* w = packed + p * bytes;
     const int64_t first = p * PANEL;
-    const int64_t n = std::min<int64_t>(PANEL, N - first);
-    const float* b = bias ? bias + first : nullptr;
-    if (b && n < PANEL) {
+    const int n = int(std::min<int64_t>(PANEL, N - first));
+    Target to{bias ? bias + first : nullptr, nullptr, N, n, w + PREFETCH, Form::BYTES / Form::K_BLOCK};
+    if (bias && n < PANEL) {
       std::memset(padded_bias, 0, sizeof(padded_bias));
-      std::memcpy(padded_bias, b, n * sizeof(float));
-      b = padded_bias;
+      std::memcpy(padded_bias, to.bias, n * sizeof(float));
+      to.bias = padded_bias;
     }
-    const bool shared = blocks == 2 && p + 1 < end && K * PANEL <= NEXT_PANEL_FLOATS;
+    if (widened) widen<Form>(w, K, wide.data(), w + PREFETCH);
+    const bool shared = blocks == 2 && p + 1 < end && bytes <= NEXT_PANEL;
     for (int64_t i = 0; i < blocks; ++i) {  // rows in blocks of nearly equal size, the panel stays in L2
       const int64_t m0 = M * i / blocks, m1 = M * (i + 1) / blocks;
-      for (int c = 0; c < n; c += STRIP)
-        STRIPS[m1 - m0](x + m0 * K, K, w + c, K, b ? b + c : nullptr, out + m0 * N + first + c, N, int(n - c),
-                        shared ? w + (2 + i) * K * PANEL / 2 : w + c + PREFETCH_FLOATS, shared ? PANEL / 2 : PANEL);
+      to.out = out + m0 * N + first;
+      if (shared) to.ahead = w + bytes + i * (bytes / 2), to.step = bytes / 2 / K;
+      const auto run = widened ? STRIPS<Float32>[m1 - m0] : STRIPS<Form>[m1 - m0];
+      const char* panel = widened ? reinterpret_cast<const char*>(wide.data()) : w;
+      for (int s = 0; s < STRIPS_A_PANEL; ++s)
+        if (Form::column(s, 0) < n) run(x + m0 * K, K, panel, K, s, to);
     }
   }
 }

@@ -29,10 +29,46 @@ bool worth_threads(int64_t work) {
   return work >= (sleeps ? 2'000'000 : 300'000) && at::get_num_threads() > 1 && !at::in_parallel_region();
 }
 
-Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N) {
-  const int64_t K = packed.size(1);
-  TORCH_CHECK(packed.dim() == 3 && packed.size(2) == PANEL && packed.is_contiguous(), "packed must come from pack_weight");
-  TORCH_CHECK(input.scalar_type() == at::kFloat && packed.scalar_type() == at::kFloat, "packed_linear takes float32");
+// f(an instance of the form's struct, the dtype it is stored as).
+template <typename F>
+void with_form(c10::string_view form, const F& f) {
+  if (form == "float32") return f(Float32{}, at::kFloat);
+  if (form == "bfloat16") return f(BFloat16{}, at::kBFloat16);
+  if (form == "float16") return f(Float16{}, at::kHalf);
+  if (form == "q4_0") return f(Nibbles<false>{}, at::kByte);
+  if (form == "q4_1") return f(Nibbles<true>{}, at::kByte);
+  if (form == "q8_0") return f(Bytes{}, at::kByte);
+  TORCH_CHECK(false, "packed_linear knows no form ", form);
+}
+
+template <class Form>
+void run_linear(const Tensor& x, const Tensor& packed, const float* bias, Tensor& out, int64_t N, int64_t K) {
+  const int64_t M = K ? x.numel() / K : out.numel() / N, panels = packed.size(0);
+  const float* xs = x.const_data_ptr<float>();
+  const char* ws = static_cast<const char*>(packed.const_data_ptr());
+  float* to = out.mutable_data_ptr<float>();
+  const auto run = [&](int64_t begin, int64_t end) {
+    linear_panels<Form>(xs, M, K, ws, bias, to, N, begin, end);
+  };
+  // 1M units take about 50 us on one core (Zen 5): reading a float32 weight costs as much as using it for 8 rows
+  if (worth_threads(panels * PANEL * K * (Form::READING + M) / 8))
+    at::parallel_for(0, panels, 1, run);
+  else
+    run(0, panels);
+}
+
+Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N,
+                     c10::string_view form) {
+  TORCH_CHECK(packed.dim() == 3 && packed.is_contiguous(), "packed must come from pack_weight");
+  int64_t K = 0;
+  with_form(form, [&](auto kind, at::ScalarType dtype) {
+    using Form = decltype(kind);
+    const int64_t bytes = packed.size(2) * packed.element_size();
+    TORCH_CHECK(packed.scalar_type() == dtype && bytes == Form::BYTES, "packed must come from pack_weight(weight, \"",
+                form, "\"), got ", packed.scalar_type(), " ", packed.sizes());
+    K = packed.size(1) * Form::K_BLOCK;
+  });
+  TORCH_CHECK(input.scalar_type() == at::kFloat, "packed_linear takes float32");
   TORCH_CHECK(input.dim() > 0 && input.size(-1) == K, "x has ", input.size(-1), " features, the packed weight ", K);
   TORCH_CHECK(N > (packed.size(0) - 1) * PANEL && N <= packed.size(0) * PANEL, "out_features ", N, " does not fit ",
               packed.size(0), " panels of ", PANEL);
@@ -47,16 +83,7 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optio
   at::DimVector shape(x.sizes().begin(), x.sizes().end());
   shape.back() = N;
   Tensor out = at::detail::empty_cpu(shape, at::kFloat);
-  const int64_t M = K ? x.numel() / K : out.numel() / N;
-  const float *xs = x.const_data_ptr<float>(), *ws = packed.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  const int64_t panels = packed.size(0);
-  // 1M units take about 50 us on one core (Zen 5): reading a weight costs as much as using it for 8 rows
-  if (!worth_threads(panels * PANEL * K * (8 + M) / 8)) {
-    linear_panels(xs, M, K, ws, b, to, N, 0, panels);
-  } else {
-    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) { linear_panels(xs, M, K, ws, b, to, N, begin, end); });
-  }
+  with_form(form, [&](auto kind, at::ScalarType) { run_linear<decltype(kind)>(x, packed, b, out, N, K); });
   return out;
 }
 

@@ -56,6 +56,7 @@ class GraphState:
     notes: dict[str, Any] = field(default_factory=dict)  # what passes found out, by pass name
     max_context: int | None = None  # the context that was asked for
     portable: bool = False  # whether ops are bound to kernels for any device (ATen) only
+    storage: str = "exact"  # of packed weights: option `weights`
     outputs: list[str] = field(default_factory=lambda: ["logits"])  # names of the graph's, but for `written`
     model_logits: LogitsSpec = EVERY_ROW  # how the model itself returns them
     logits_given: LogitsSpec = EVERY_ROW  # how the graph does

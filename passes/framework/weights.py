@@ -6,7 +6,23 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from treespec_compiler.ir.weights import Expression, Read, Source
+from treespec_compiler.ir.weights import Expression, Pack, Read, Source
+
+
+class PackedBytes(int):
+    """Bytes of tensors that are not the model's own; `forms` says how many of them each form takes."""
+
+    forms: Mapping[str, int]
+
+    @classmethod
+    def of(cls, forms: Mapping[str, int]) -> PackedBytes:
+        made = cls(sum(forms.values()))
+        made.forms = dict(forms)
+        return made
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{form} {size:,}" for form, size in self.forms.items())
+        return f"{int(self):,} bytes ({parts})" if parts else "0 bytes"
 
 
 class Weights(Mapping[str, Expression]):
@@ -79,11 +95,16 @@ class Weights(Mapping[str, Expression]):
         return stale
 
     @property
-    def own_bytes(self) -> int:
-        """Memory of all tensors that are not the model's own."""
+    def own_bytes(self) -> PackedBytes:
+        """Memory of all tensors that are not the model's own, by the form they have: their dtype, or a packed one's."""
         theirs = {_memory(self.read(name)) for name in self.sources}
-        own = {_memory(t): t.untyped_storage().nbytes() for t in self.tensors.values()}
-        return sum(size for memory, size in own.items() if memory not in theirs)
+        own = {_memory(t): (name, t.untyped_storage().nbytes()) for name, t in self.tensors.items()}
+        forms: dict[str, int] = {}
+        for memory, (name, size) in own.items():
+            if memory not in theirs:
+                form = _form(self._made[name])
+                forms[form] = forms.get(form, 0) + size
+        return PackedBytes.of(forms)
 
 
 class _Tensors(Mapping[str, Tensor]):
@@ -101,6 +122,11 @@ class _Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._weights)
+
+
+def _form(made: Expression) -> str:
+    narrow = isinstance(made, Pack) and made.form != "float32"
+    return made.form if narrow else str(made.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
 
 
 def _memory(tensor: Tensor) -> tuple[str, int]:

@@ -127,7 +127,7 @@ def test_what_cannot_be_a_kernel() -> None:
     with pytest.raises(InvalidKernel, match=r"got the optional arguments mask, expected some of window, chunk"):
         treespec.register_kernel("tree_attention", attention.reference, name="mine", optional=["window", "mask"])
     with pytest.raises(InvalidKernel, match="expected some of none"):
-        treespec.register_kernel("packed_linear", torch.add, name="mine", optional=["bias"])
+        treespec.register_kernel("grouped_linear", torch.add, name="mine", optional=["bias"])
 
 
 def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

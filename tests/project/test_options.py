@@ -44,6 +44,7 @@ def test_unknown_name() -> None:
         ({"on_unsupported": None}, "got None, expected 'raise' or 'fallback'"),
         ({"verify_each": True}, "got True, expected 'none' or 'spec' or 'semantic'"),
         ({"kernels": ["aten"]}, r"got \['aten'\], expected 'auto' or 'aten' or 'reference'"),
+        ({"weights": "int3"}, "got 'int3', expected 'exact' or 'float32'"),
         ({"max_context": 0}, "Invalid option max_context: got 0, expected a positive integer or None"),
         ({"max_context": "4k"}, "got '4k', expected a positive integer or None"),
         ({"prefill_chunk": True}, "got True, expected 1 to 32768 or None"),

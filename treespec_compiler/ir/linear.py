@@ -2,7 +2,8 @@
 
 A packed weight is [panels, K, 32]: panel p holds, for each k, the weights of outputs 32 p .. 32 p + 31, and zeros past
 the last output. One pass over it in memory order serves every row of x, and 32 floats are two AVX-512, four AVX2 or
-eight NEON vectors.
+eight NEON vectors. Narrower forms of the same numbers are those of `ir.narrow`; the product is that of the float32
+values that they stand for.
 """
 
 from __future__ import annotations
@@ -10,15 +11,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import InvalidWeight
 from .library import define
+from .narrow import FORMS, PANEL, encode
 from .private_torch import OpOverload
 
-SCHEMA = "(Tensor x, Tensor packed, Tensor? bias, SymInt out_features) -> Tensor"
-PANEL = 32
+SCHEMA = '(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, str form="float32") -> Tensor'
 
 
-def pack_weight(weight: Tensor) -> Tensor:
-    """[N, K] -> [panels, K, PANEL]. Weights that share an input may be concatenated along N before."""
+def pack_weight(weight: Tensor, form: str = "float32") -> Tensor:
+    """[N, K] -> [panels, K, PANEL], or what another form makes of it (`ir.narrow`).
+
+    Weights that share an input may be concatenated along N before. Raises InvalidWeight where the form does not hold
+    every value exactly.
+    """
+    if form != "float32":
+        narrow = FORMS[form]
+        packed = encode(weight, narrow) if weight.dtype is torch.float32 and narrow.takes(weight.shape[1]) else None
+        if packed is None:
+            raise InvalidWeight(got="other numbers", expected=f"a float32 matrix that {form} holds exactly")
+        return packed
     n, k = weight.shape
     panels = -(-n // PANEL)
     packed = weight.new_zeros(panels * PANEL, k)
@@ -26,8 +38,10 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed.view(panels, PANEL, k).transpose(1, 2).contiguous()
 
 
-def unpack_weight(packed: Tensor, out_features: int) -> Tensor:
-    """[panels, K, PANEL] -> [N, K]."""
+def unpack_weight(packed: Tensor, out_features: int, form: str = "float32") -> Tensor:
+    """A packed weight -> [N, K]."""
+    if form != "float32":
+        return FORMS[form].decode(packed)[:out_features]
     return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:out_features]
 
 
@@ -35,12 +49,12 @@ def packed_bytes(packed: Tensor) -> int:
     return packed.numel() * packed.element_size()
 
 
-def reference(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def reference(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, form: str = "float32") -> Tensor:
     """x [..., K] -> [..., N], contiguous."""
-    return torch.nn.functional.linear(x, unpack_weight(packed, out_features), bias).contiguous()
+    return torch.nn.functional.linear(x, unpack_weight(packed, out_features, form), bias).contiguous()
 
 
-def fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, form: str = "float32") -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 

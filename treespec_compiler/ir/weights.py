@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidWeight
-from .linear import PANEL, pack_weight
+from .linear import pack_weight
+from .narrow import FORMS, PANEL
 
 Read = Callable[[str], Tensor]
 """The tensor of a source, by the source's name."""
@@ -247,21 +248,39 @@ class Lone(_OfOne):
 
 @dataclass(frozen=True)
 class Pack(_OfOne):
-    """[N, K] -> [panels, K, 32] as `treespec::packed_linear` reads it."""
+    """[N, K] -> [panels, K, 32] as `treespec::packed_linear` reads it, or in one of the narrower `FORMS`.
+
+    `build` raises InvalidWeight where the form does not hold every value exactly.
+    """
+
+    form: str = "float32"
 
     def __post_init__(self) -> None:
         _need(len(self.of.shape) == 2, self.of, "a matrix to pack")
+        narrow = FORMS.get(self.form)
+        if narrow is None:
+            known = self.form == "float32"
+            _need(known, self.of, f"one of the forms {', '.join(FORMS)}, float32; got {self.form}")
+        else:
+            fits = self.of.dtype is torch.float32 and narrow.takes(self.of.shape[1])
+            _need(fits, self.of, f"float32 with columns in blocks of {narrow.k_block}")
 
     @property
     def shape(self) -> tuple[int, ...]:
         rows, columns = self.of.shape
-        return (-(-rows // PANEL), columns, PANEL)
+        narrow = FORMS.get(self.form)
+        return narrow.shape(rows, columns) if narrow is not None else (-(-rows // PANEL), columns, PANEL)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        narrow = FORMS.get(self.form)
+        return self.of.dtype if narrow is None else narrow.dtype
 
     def build(self, read: Read) -> Tensor:
-        return pack_weight(self.of.build(read))
+        return pack_weight(self.of.build(read), self.form)
 
     def __str__(self) -> str:
-        return f"pack({_name(self.of)})"
+        return f"pack({_name(self.of)})" if self.form == "float32" else f"pack({_name(self.of)}, {self.form})"
 
 
 @dataclass(frozen=True)

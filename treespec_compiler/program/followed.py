@@ -90,8 +90,10 @@ class Followed:
         self._outdate(reason)
         self.made = self._build(model)
 
-    def renew(self) -> None:
-        """Take the module's present weights, whatever was noticed; rebuild when dtype, device or shape changed."""
+    def renew(self, narrower: bool = False) -> None:
+        """Take the module's present weights, whatever was noticed; rebuild when dtype, device or shape changed, or when
+        a packed weight's form does not hold its new values (`narrower`: or a narrower one would).
+        """
         model, watch = self.model, self.made.watch
         reason = watch.incompatible()
         if model is not None and (reason or watch.deep_mode_changed()):
@@ -99,7 +101,12 @@ class Followed:
             log.info("rebuilding the tree program: %s", reason)
             self.rebuild(model, reason)
             return
-        changes = self.made.bind_weights()
+        changes = watch.renew()
+        if model is not None and (reason := self.made.unfit(changes, narrower)):
+            log.info("rebuilding the tree program: %s", reason)
+            self.rebuild(model, reason)
+            return
+        self.made.bind_weights(changes)
         log.info("bound %d weights anew, %d of them with other values", len(changes.any), len(changes.rewritten))
         if changes.rewritten:
             first, *others = sorted(changes.rewritten)
@@ -114,11 +121,12 @@ class Followed:
         log.info("another program: %s", reason)
         self._outdate(f"the model's code or its state changed ({reason})")
         found = next((made for made in self._earlier if made.suits(model)), None)
-        if found is None:
+        changes = found.watch.renew() if found is not None else None
+        if found is None or changes is None or found.unfit(changes):
             self.made = self._build(model)
         else:
             self.made = found
-            found.bind_weights()
+            found.bind_weights(changes)
         before.rest()
         self._earlier = [before, *(made for made in self._earlier if made is not found)][:MAX_EARLIER]
 

@@ -15,6 +15,8 @@ from ..ir import ops
 from ..ir.registry import best_kernel
 from ..options import Options
 from ..passes.framework.state import GraphState
+from ..passes.framework.weights import PackedBytes
+from ..passes.fuse import unfit
 from ..pipeline import Converted, convert
 from .executor import Bound, Executor, Tally
 from .semantics import lengths_check, semantic_check
@@ -62,6 +64,7 @@ class Made:
         self.device: torch.device = logits.device
         self.vocab_size = int(logits.shape[-1])
         self.bound = Bound({})
+        self.packed_bytes = PackedBytes.of({})
         self.bind_weights()
         self.executor = Executor(self.state, self.bound, options, tally=tally)
         self.variants: dict[Hashable, Executor] = {}
@@ -80,14 +83,19 @@ class Made:
             return False
         return self.otherwise(model) is None
 
-    def bind_weights(self) -> Changes:
+    def bind_weights(self, changes: Changes | None = None) -> Changes:
         """The module's present weights, and what is made of those that changed."""
         weights = self.state.weights
-        changes = self.watch.renew()
+        changes = changes or self.watch.renew()
         weights.changed(changes.any)
         self.bound.tensors = dict(weights.tensors)
         self.packed_bytes = weights.own_bytes
         return changes
+
+    def unfit(self, changes: Changes, narrower: bool = False) -> str | None:
+        """What is stored in a form that does not hold its new values; None: nothing. See `passes.fuse.unfit`."""
+        found = unfit(self.state, self.state.weights.sources if narrower else changes.any, narrower)
+        return None if found is None else f"{found} has values for which another form is right"
 
     def rest(self) -> None:
         """Give up packed weights, which are made again when it is needed."""

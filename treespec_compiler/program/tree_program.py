@@ -19,6 +19,7 @@ from ..ir.specs import AttentionSpec, Limit
 from ..logs import logger
 from ..options import Options
 from ..passes.framework.state import GraphState
+from ..passes.framework.weights import PackedBytes
 from ..pipeline import Converted
 from ..tree import Forest, TokenTree
 from .arguments import check_cache, check_cache_sizes, check_context, check_numbers, check_tokens, new_part
@@ -133,8 +134,8 @@ class TreeProgram:
         return self._made.vocab_size
 
     @property
-    def packed_bytes(self) -> int:
-        """Of weights that the program keeps beside the module's."""
+    def packed_bytes(self) -> PackedBytes:
+        """Of weights that the program keeps beside the module's; `.forms` says how many each form takes."""
         return self._made.packed_bytes
 
     @property
@@ -381,7 +382,7 @@ class TreeProgram:
 
     def refresh(self) -> None:
         """Take the module's present weights, whatever was noticed; rebuild when dtype, device or shape changed."""
-        self._followed.renew()
+        self._followed.renew(narrower=True)
 
     def check_weights(self, contents: bool = False) -> None:
         """Notice weights that changed: identity, address and version; with `contents`, or after a step of an optimizer,

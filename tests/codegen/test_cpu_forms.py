@@ -1,0 +1,81 @@
+"""The C++ product on narrow weights: bitwise the product on float32 ones, for any number of rows, beside any others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from treespec_compiler.codegen import cpu
+from treespec_compiler.ir import ops
+from treespec_compiler.ir.narrow import FORMS, narrowest
+
+pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ compiler")
+
+SIZES = [(32, 32), (77, 64), (257, 320), (130, 96), (1, 32)]
+ODD = [(77, 65), (5, 3), (1, 1)]  # of k too: no blocks
+
+
+def exactly(form: str, n: int, k: int) -> Tensor:
+    """A weight that the form holds, with its smallest and largest numbers."""
+    random = torch.Generator().manual_seed(n * k)
+    if form in ("bfloat16", "float16"):
+        dtype = FORMS[form].dtype
+        weight = torch.randn(n, k, generator=random).to(dtype)
+        weight.view(-1)[:2] = torch.tensor([torch.finfo(dtype).smallest_normal / 4, -0.0])[: weight.numel()]
+        return weight.float()
+    groups = n * k // 32
+    d = (torch.rand(groups, 1, generator=random) - 0.5).mul(0.1).half().float()
+    d[0] = 2.0**-24
+    if form == "q8_0":
+        q = torch.randint(-127, 128, (groups, 32), generator=random).float()
+        q[:, 3] = 127
+        return (q * d.abs()).view(n, k)
+    q = torch.randint(0, 16, (groups, 32), generator=random).float()
+    q[:, 1], q[:, 2] = 0, 15
+    if form == "q4_0":
+        return ((q - 8) * d).view(n, k)
+    m = torch.randn(groups, 1, generator=random).half().float()
+    m[0] = 2.0**-23
+    return (q * d.abs() + m).view(n, k)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_number_of_rows(form: str) -> None:
+    for n, k in SIZES + (ODD if FORMS[form].k_block == 1 else []):
+        weight, b = exactly(form, n, k), torch.randn(n)
+        assert n * k < 3000 or narrowest(weight) == form
+        wide, narrow = ops.pack_weight(weight), ops.pack_weight(weight, form)
+        for m in (*range(1, 34), 42, 56, 57, 64, 65, 130):
+            x = torch.randn(m, k)
+            got = cpu.PACKED_LINEAR(x, narrow, b, n, form)
+            assert torch.equal(got, cpu.PACKED_LINEAR(x, wide, b, n)), (n, k, m)
+            want = x.double() @ weight.double().T + b
+            torch.testing.assert_close(got.double(), want, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_does_not_depend_on_its_neighbours(form: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, packed = torch.randn(65, 320), ops.pack_weight(exactly(form, 257, 320), form)
+        alone = torch.cat([cpu.PACKED_LINEAR(row[None], packed, None, 257, form) for row in x])
+        for m in range(1, 66):
+            assert torch.equal(cpu.PACKED_LINEAR(x[:m], packed, None, 257, form), alone[:m])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_no_such_weight_is_an_error(form: str) -> None:
+    packed, x = ops.pack_weight(exactly(form, 40, 64), form), torch.randn(2, 64)
+    with pytest.raises(RuntimeError, match="x has 32 features, the packed weight 64"):
+        cpu.PACKED_LINEAR(x[:, :32], packed, None, 40, form)
+    with pytest.raises(RuntimeError, match="out_features 100 does not fit 2 panels"):
+        cpu.PACKED_LINEAR(x, packed, None, 100, form)
+    with pytest.raises(RuntimeError, match=f'must come from pack_weight\\(weight, "{form}"\\)'):
+        cpu.PACKED_LINEAR(x, torch.randn(2, 64, 32), None, 40, form)
+    with pytest.raises(RuntimeError, match="knows no form int3"):
+        cpu.PACKED_LINEAR(x, packed, None, 40, "int3")
