@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from torch import Tensor
 from .errors import InvalidForest, InvalidTree
 
 WORD_BITS = 64
+T = TypeVar("T")
+
+
+class _computed_once(Generic[T]):
+    """`functools.cached_property` without its lock: in Python 3.11 it takes longer than what is computed here."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute, self._name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+    def __get__(self, tree: Any, owner: type) -> T:
+        found = tree.__dict__[self._name] = self._compute(tree)
+        return found
 
 
 @dataclass(frozen=True, init=False)
@@ -62,7 +74,7 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @cached_property
+    @_computed_once
     def depths(self) -> tuple[int, ...]:
         """Edges between each node and its root; a root has depth 0."""
         depths: list[int] = []
@@ -70,7 +82,7 @@ class TokenTree:
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
         return tuple(depths)
 
-    @cached_property
+    @_computed_once
     def is_chain(self) -> bool:
         """Whether every node continues the one before it."""
         return self.parents == tuple(range(-1, len(self.parents) - 1))
@@ -79,7 +91,7 @@ class TokenTree:
     def roots(self) -> tuple[int, ...]:
         return self.children(-1)
 
-    @cached_property
+    @_computed_once
     def _children(self) -> tuple[tuple[int, ...], ...]:
         children: list[list[int]] = [[] for _ in range(len(self) + 1)]  # the last entry: children of -1
         for node, parent in enumerate(self.parents):
@@ -105,7 +117,7 @@ class TokenTree:
     def path_tokens(self, node: int) -> list[int]:
         return [self.tokens[i] for i in self.path(node)]
 
-    @cached_property
+    @_computed_once
     def _ancestor_rows(self) -> tuple[int, ...]:
         """Row i as one Python integer: bit j set if j is an ancestor of i, or i itself."""
         rows: list[int] = []
@@ -114,7 +126,7 @@ class TokenTree:
             rows.append(rows[parent] | own if parent >= 0 else own)
         return tuple(rows)
 
-    @cached_property
+    @_computed_once
     def _packed(self) -> dict[int, Tensor]:
         return {}
 

@@ -13,10 +13,14 @@ from .batch import Part
 from .cache import TreeCache
 
 
-def check_tokens(tokens: Sequence[int], vocab: int, where: str) -> None:
-    """Raises `TokenOutOfRange` for an id that the model's table of `vocab` rows does not have."""
+def check_tokens(tokens: Sequence[int], vocab: int, slot: int | None = None) -> None:
+    """Raises `TokenOutOfRange` for an id that the model's table of `vocab` rows does not have.
+
+    They are those of the tree of this slot; None: of the prompt.
+    """
     if max(tokens) >= vocab or min(tokens) < 0:
         index = next(i for i, t in enumerate(tokens) if not 0 <= t < vocab)
+        where = "the prompt" if slot is None else f"the tree of slot {slot}"
         raise TokenOutOfRange(token=tokens[index], index=index, vocab_size=vocab, where=where)
 
 

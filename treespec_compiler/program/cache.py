@@ -107,7 +107,7 @@ class TreeCache:
         `path`: node indices of slot 0's tree, root first; or {slot: path}, where slots that are not named keep their
         trees. `[]` keeps nothing. A path may be an integer tensor [n]. Raises InvalidPath, before anything is changed.
         """
-        given = path if isinstance(path, Mapping) else {0: path}
+        given = path if isinstance(path, (dict, Mapping)) else {0: path}  # a dict is known at once
         paths = {self._check_slot(slot): _nodes(nodes) for slot, nodes in given.items()}
         self._check_fresh(paths)
         for slot, nodes in paths.items():
@@ -116,8 +116,9 @@ class TreeCache:
         dst: list[int] = []
         for slot in sorted(paths):
             moved = [(node, target) for target, node in enumerate(paths[slot]) if node != target]
-            src += self._places(slot, [node for node, _ in moved])
-            dst += self._places(slot, [target for _, target in moved])
+            if moved:
+                src += self._places(slot, [node for node, _ in moved])
+                dst += self._places(slot, [target for _, target in moved])
         if src:
             moves = torch.tensor([src, dst]).to(self.storages[0].device, non_blocking=True)
             self._commit(self.storages, moves[0], moves[1])

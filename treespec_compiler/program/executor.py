@@ -65,7 +65,7 @@ class Executor:
         self.tally = tally or Tally()
         logits: Any = state.logits.meta["val"]
         self.device: torch.device = logits.device
-        self._profile = profile(self.device)
+        self._profile, self._device_type = profile(self.device), self.device.type
         self._weights, self._own = bound, dict(own or {})
         self._placeholders = [n for n in state.graph.nodes if n.op == "placeholder"]
         added = {name: name for name in state.inputs} | {state.tokens: TOKENS}
@@ -163,7 +163,7 @@ class Executor:
 
     def _launch(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         lowered = self._lowered or self._lower()
-        if torch.is_autocast_enabled(self.device.type):
+        if torch.is_autocast_enabled(self._device_type):
             with outside_autocast():
                 return self._launch(inputs)
         if not torch.is_grad_enabled():  # entering no_grad again would cost 1 us

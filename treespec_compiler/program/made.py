@@ -63,6 +63,8 @@ class Made:
         self.dtype: torch.dtype = logits.dtype
         self.device: torch.device = logits.device
         self.vocab_size = int(logits.shape[-1])
+        self.input_vocab = self.converted.input_vocab or self.vocab_size
+        self.max_context, self.limits = self.converted.max_context, self.converted.limits
         self.bound = Bound({})
         self.packed_bytes = PackedBytes.of({})
         self.bind_weights()

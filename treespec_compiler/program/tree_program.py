@@ -156,7 +156,7 @@ class TreeProgram:
     @property
     def input_vocab(self) -> int:
         """Rows of the table that token ids are looked up in."""
-        return self._made.converted.input_vocab or self.vocab_size
+        return self._made.input_vocab
 
     @property
     def weight_bytes(self) -> int:
@@ -171,12 +171,12 @@ class TreeProgram:
     @property
     def max_context(self) -> int | None:
         """Largest number of tokens of one sequence that the program is proved for; None: unlimited."""
-        return self._made.converted.max_context
+        return self._made.max_context
 
     @property
     def limits(self) -> list[Limit]:
         """What bounds the context, tightest first."""
-        return self._made.converted.limits
+        return self._made.limits
 
     @property
     def history(self) -> Any:
@@ -263,7 +263,7 @@ class TreeProgram:
         ids, _ = parse_prompt(prompt_ids, several="Prefill each request in its own slot.")
         self._ready(cache, [slot])
         cache._check_slot(slot)
-        check_tokens(ids, self.input_vocab, "the prompt")
+        check_tokens(ids, self.input_vocab)
         check_context(cache.length(slot) + len(ids), self.max_context, self.limits)
         executor = self._executor if outputs is None else self._checked_variant(self.returning(outputs))
         cache._reserve(slot, len(ids))
@@ -342,8 +342,7 @@ class TreeProgram:
         items: Sequence[tuple[int, TokenTree]] = tree.items if isinstance(tree, Forest) else ((0, tree),)
         self._ready(cache, [s for s, _ in items])
         parts = [new_part(cache, s, t, start.get(s, 0) if isinstance(start, Mapping) else start) for s, t in items]
-        for part in parts:
-            self._check_part(part, cache)
+        self._check_parts(parts, cache)
         outputs = self._checked_variant(executor()).run(parts, cache)
         for part in parts:
             cache._trees[part.slot] = part.tree
@@ -363,8 +362,7 @@ class TreeProgram:
         self._ready(cache, [*(slot for slot, _, _ in trees), *(slot for slot, _ in prompts)])
         parts = [replace(new_part(cache, s, t, start), chain=t.is_chain) for s, t, start in trees]
         parts += [Part.prompt(s, ids) for s, ids in prompts]
-        for part in parts:
-            self._check_part(part, cache)
+        self._check_parts(parts, cache)
         sizes, rows = rows_of(parts, len(trees))
         outputs = self._executor.run(parts, cache, rows=rows if prompts else None)[0]
         for part in parts[: len(trees)]:
@@ -374,11 +372,14 @@ class TreeProgram:
         found = list(outputs.split([*sizes[: len(trees)], *([1] * len(prompts))]))
         return [*found[: len(trees)], *(row[0] for row in found[len(trees) :])]
 
-    def _check_part(self, part: Part, cache: TreeCache) -> None:
-        """Its tokens are the model's, and there is room for it."""
-        check_tokens(part.tree.tokens, self.input_vocab, f"the tree of slot {part.slot}")
-        check_context(cache.length(part.slot) + max(part.tree.depths) + 1, self.max_context, self.limits)
-        cache._reserve(part.slot, len(part.tree))
+    def _check_parts(self, parts: Sequence[Part], cache: TreeCache) -> None:
+        """Their tokens are the model's, and there is room for them."""
+        made = self._made
+        for part in parts:
+            slot, tree = part.slot, part.tree
+            check_tokens(tree.tokens, made.input_vocab, slot)
+            check_context(cache._lengths[slot] + max(tree.depths) + 1, made.max_context, made.limits)
+            cache._reserve(slot, len(tree.tokens))
 
     def refresh(self) -> None:
         """Take the module's present weights, whatever was noticed; rebuild when dtype, device or shape changed."""

@@ -101,6 +101,10 @@ class _Several(Stream):
         self._seconds = perf_counter() - self._began
         return replace(step, request=number)
 
+    def exhaust(self) -> None:
+        for _ in self:
+            pass
+
     def output(self) -> BatchOutput:
         outputs = self._outputs()
         stats = Stats.total([out.stats for out in outputs])

@@ -111,6 +111,5 @@ def generate(calls: list[Call]) -> GenerationOutput:
     `tokenizer` and `draft_tokenizer`, if given, are checked to mean the same by every common id.
     """
     steps = _stream(calls)
-    for _ in steps:
-        pass
+    steps.exhaust()
     return steps.output()

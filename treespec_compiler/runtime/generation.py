@@ -238,7 +238,7 @@ class Generation:
             learner.learn(self.prompt[-1:], logits[None])
         self._tell([*self.prompt, token])
         tokens = [token]
-        found = likelihoods(logits[None], tokens, self._logprobs)
+        found = () if self._logprobs is None else likelihoods(logits[None], tokens, self._logprobs)
         self._emit(tokens)
         self._mark = None
         return Step(tokens, 0, token, None, [], self._new_text(), found, scored)
@@ -266,7 +266,7 @@ class Generation:
         tokens.append(verdict.bonus)
         del tokens[0]  # the root was output by the step before
         accepted = len(tokens) - 1
-        found = likelihoods(logits if self._logprobs is None else logits[path], tokens, self._logprobs)
+        found = () if self._logprobs is None else likelihoods(logits[path], tokens, self._logprobs)
         if self._emit(tokens):  # may drop the end of `tokens`
             bonus = verdict.bonus if len(tokens) > accepted else None
             accepted = min(accepted, len(tokens))
@@ -300,7 +300,7 @@ class Generation:
         drafts = self.drafts
         if depth <= 0 or not drafts:
             return Proposal.root(self.root, q=self.needs_q)
-        length = self.slot.length
+        length = len(self.tokens) - 1  # of the slot
         policies = self._policies
         if policies is None:  # else the step was begun before
             policies = [self.policy] * len(drafts)
@@ -312,18 +312,23 @@ class Generation:
         if not asked:
             return Proposal.root(self.root, q=self.needs_q)
         limits = Limits(depth, max(2, nodes // len(asked)))
-        prefilled = sum(draft.prefill_seconds for draft in drafts)
-        compiled = sum(draft.compile_seconds for draft in drafts)
+        prefilled, compiled = self._spent_by_drafts()
         proposals = []
         for i, policy in asked:
             proposals.append((yield from _asked(drafts[i], self.sessions[i], policy, limits)))
-        proposal = Proposal.merge(proposals)
-        prefilled = sum(draft.prefill_seconds for draft in drafts) - prefilled
-        compiled = sum(draft.compile_seconds for draft in drafts) - compiled
-        self.stats.draft_prefill_seconds += prefilled
-        self.stats.compile_seconds += compiled
-        self._draft_side_seconds = prefilled + compiled
-        return proposal
+        now_prefilled, now_compiled = self._spent_by_drafts()
+        self.stats.draft_prefill_seconds += now_prefilled - prefilled
+        self.stats.compile_seconds += now_compiled - compiled
+        self._draft_side_seconds = now_prefilled - prefilled + now_compiled - compiled
+        return Proposal.merge(proposals)
+
+    def _spent_by_drafts(self) -> tuple[float, float]:
+        """Seconds so far of running prompts and of compiling."""
+        prefilled = compiled = 0.0
+        for draft in self.drafts:
+            prefilled += draft.prefill_seconds
+            compiled += draft.compile_seconds
+        return prefilled, compiled
 
     def _tell(self, tokens: Sequence[int]) -> None:
         """The drafts learn what was accepted."""

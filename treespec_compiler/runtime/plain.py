@@ -62,12 +62,12 @@ class PlainProgram:
         cache.tokens[slot] += prompt_ids
         return self._row(cache.tokens[slot])
 
-    def verify(self, forest: Forest, cache: PlainCache) -> Tensor:
+    def verify(self, tree: TokenTree | Forest, cache: PlainCache) -> Tensor:
         """Next-token logits [N, V] after the path to each node."""
         rows = []
-        for slot, tree in forest:
-            rows += [self._row([*cache.tokens[slot], *tree.path_tokens(node)]) for node in range(len(tree))]
-            cache._trees[slot] = tree
+        for slot, each in tree.items if isinstance(tree, Forest) else ((0, tree),):
+            rows += [self._row([*cache.tokens[slot], *each.path_tokens(node)]) for node in range(len(each))]
+            cache._trees[slot] = each
         return torch.stack(rows)
 
     def _row(self, tokens: list[int]) -> Tensor:

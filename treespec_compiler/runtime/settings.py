@@ -149,7 +149,7 @@ class Call(Settings):
 
     def check_fits(self, program: TreeProgram) -> None:
         """Raises `TokenOutOfRange` and `ContextOverflow`."""
-        check_tokens(self.prompt, program.input_vocab, "the prompt")
+        check_tokens(self.prompt, program.input_vocab)
         limit = program.max_context
         if limit is not None and len(self.prompt) > limit:
             why = program.limits[0].reason

@@ -24,13 +24,23 @@ class Stream(Iterator[Step]):
 
     @not_traced
     def __next__(self) -> Step:
+        with torch.inference_mode():
+            return self._advance()
+
+    def exhaust(self) -> None:
+        """All steps that are left, without what keeping out of a user's trace and mode costs each of them."""
+        with torch.inference_mode():
+            while self._generation is not None and self.stats.finish_reason is None:
+                self._advance()
+        self.close()
+
+    def _advance(self) -> Step:
         generation = self._generation
         if generation is None or self.stats.finish_reason is not None:
             self.close()
             raise StopIteration
         try:
-            with torch.inference_mode():
-                step = alone(generation.advance())
+            step = alone(generation.advance())
         except BaseException:
             self.close()
             raise

@@ -69,16 +69,24 @@ def perform(wanted: Sequence[Work], mixed: bool = False) -> Iterator[tuple[int, 
             yield from zip(places, answers, strict=True)
 
 
+def run(work: Work) -> WorkResult:
+    """The answer to one piece of work, by a call of its own."""
+    slot = work.slot
+    program, cache, index = slot.program, slot.cache, slot.index
+    if isinstance(work, Prompt):
+        return program.prefill(work.tokens, cache, slot=index, **_named(work.outputs))
+    _, tree, start, outputs = work
+    if index == 0 and outputs is None:  # the commonest case, without a forest and keywords
+        return program.extend(tree, cache, start) if start else program.verify(tree, cache)
+    forest = Forest._trusted(((index, tree),))
+    if start:
+        return program.extend(forest, cache, {index: start}, **_named(outputs))
+    return program.verify(forest, cache, **_named(outputs))
+
+
 def _answer(work: Work) -> WorkResult | Exception:
-    """Of one piece of work."""
-    slot, named = work.slot, _named(work.outputs)
     try:
-        if isinstance(work, Prompt):
-            return slot.program.prefill(work.tokens, slot.cache, slot=slot.index, **named)
-        forest = Forest._trusted(((slot.index, work.tree),))
-        if work.start:
-            return slot.program.extend(forest, slot.cache, {slot.index: work.start}, **named)
-        return slot.program.verify(forest, slot.cache, **named)
+        return run(work)
     except Exception as error:
         return error
 
@@ -137,10 +145,15 @@ def _union(wanted: Sequence[tuple[str, ...] | None]) -> tuple[str, ...] | None:
 
 def alone(works: Working[T]) -> T:
     """Drive one generator to its end, each of its parts in a call of its own."""
+    send = works.send
     try:
         wanted = next(works)
         while True:
-            ((_, answer),) = perform([wanted])
-            wanted = works.throw(answer) if isinstance(answer, Exception) else works.send(answer)
+            try:
+                answer = run(wanted)
+            except Exception as error:
+                wanted = works.throw(error)
+            else:
+                wanted = send(answer)
     except StopIteration as end:
         return end.value

@@ -51,9 +51,9 @@ class Likeliest:
         if bad:
             proposal.unusable += len(bad)
             counts = [0 if row in bad else count for row, count in enumerate(counts)]
-        if min(counts) == k:
+        if counts.count(k) == len(counts):
             parents = [node for node in nodes for _ in range(k)] if k > 1 else nodes
-            ranks = [*range(k)] * len(nodes)
+            ranks = [*range(k)] * len(counts)
         else:
             picked = [(row, rank) for row, count in enumerate(counts) for rank in range(count)]
             parents = [nodes[row] for row, _ in picked]

@@ -19,7 +19,10 @@ class Plan(Protocol):
     """Which nodes are run, in which call."""
 
     def wanted(self, call: int, proposal: Proposal) -> tuple[Sequence[int], Sequence[int]]:
-        """Nodes to run next, in index order, and how many children each gets; none: the tree is ready."""
+        """Nodes to run next, in index order, and how many children each gets; none: the tree is ready.
+
+        A range is all nodes that were not run yet, and every call's is one or none is.
+        """
         ...
 
     def chosen(self, proposal: Proposal) -> Proposal:
@@ -41,7 +44,14 @@ class OwnTree:
 
     def append(self, proposal: Proposal, nodes: Sequence[int]) -> None:
         """These nodes of the proposal are to be run next; their parents were."""
-        places, given, above = self._places, proposal.tokens, proposal.parents
+        given, above = proposal.tokens, proposal.parents
+        if type(nodes) is range:  # a level: all nodes before it were run, in their order
+            shift = self.chain - 1
+            parents = above[nodes.start : nodes.stop]
+            self.parents += [parent + shift for parent in parents] if shift else parents
+            self.tokens += given[nodes.start : nodes.stop]
+            return
+        places = self._places
         self.parents += [places[above[node]] for node in nodes]
         places.update(zip(nodes, count(len(self.tokens)), strict=False))
         self.tokens += [given[node] for node in nodes]
@@ -99,18 +109,19 @@ class ByLevels:
         self._newest = 0  # where the newest level begins
 
     def wanted(self, call: int, proposal: Proposal) -> tuple[Sequence[int], Sequence[int]]:
-        level = range(self._newest, len(proposal.tokens))
-        if not level:
+        begin, end = self._newest, len(proposal.tokens)
+        size = end - begin
+        if not size:
             return (), ()
-        widths, room = self._policy.widths(call, proposal), self._most - len(proposal.tokens)
+        widths, room = self._policy.widths(call, proposal), self._most - end
         if isinstance(widths, int):
-            counts = [min(widths, self._widest, room // len(level))] * len(level)
+            counts = [min(widths, self._widest, room // size)] * size
         else:
-            counts = _fit(widths, len(level), room, self._widest)
+            counts = _fit(widths, size, room, self._widest)
         if not counts or max(counts) <= 0:
             return (), ()
-        self._newest = len(proposal.tokens)
-        return level, counts
+        self._newest = end
+        return range(begin, end), counts
 
     def chosen(self, proposal: Proposal) -> Proposal:
         return proposal
