@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -238,7 +238,9 @@ class Generation:
             learner.learn(self.prompt[-1:], logits[None])
         self._tell([*self.prompt, token])
         tokens = [token]
-        found = () if self._logprobs is None else likelihoods(logits[None], tokens, self._logprobs)
+        found: Sequence[TokenLikelihood] = ()
+        if self._logprobs is not None:
+            found = likelihoods(logits[None], tokens, self._logprobs)
         self._emit(tokens)
         self._mark = None
         return Step(tokens, 0, token, None, [], self._new_text(), found, scored)
@@ -266,7 +268,9 @@ class Generation:
         tokens.append(verdict.bonus)
         del tokens[0]  # the root was output by the step before
         accepted = len(tokens) - 1
-        found = () if self._logprobs is None else likelihoods(logits[path], tokens, self._logprobs)
+        found: Sequence[TokenLikelihood] = ()
+        if self._logprobs is not None:
+            found = likelihoods(logits[path], tokens, self._logprobs)
         if self._emit(tokens):  # may drop the end of `tokens`
             bonus = verdict.bonus if len(tokens) > accepted else None
             accepted = min(accepted, len(tokens))
@@ -315,7 +319,15 @@ class Generation:
         prefilled, compiled = self._spent_by_drafts()
         proposals = []
         for i, policy in asked:
-            proposals.append((yield from _asked(drafts[i], self.sessions[i], policy, limits)))
+            try:
+                found = self.sessions[i].propose(policy, limits)
+                proposals.append(found if isinstance(found, Proposal) else (yield from found))
+            except StopIteration as error:
+                raise DraftFailed(draft=drafts[i].name, method="propose") from error
+            except RuntimeError as error:
+                if not isinstance(error.__cause__, StopIteration):  # what Python makes of one that leaves a generator
+                    raise
+                raise DraftFailed(draft=drafts[i].name, method="propose") from error
         now_prefilled, now_compiled = self._spent_by_drafts()
         self.stats.draft_prefill_seconds += now_prefilled - prefilled
         self.stats.compile_seconds += now_compiled - compiled
@@ -370,18 +382,3 @@ class Generation:
         self.sessions, self.learners, self.readers = [], [], []
         if not self._suspended:
             self._slots.give_back(self.slot)
-
-
-def _asked(draft: Draft, session: DraftSession, policy: TreePolicy, limits: Limits) -> Working[Proposal]:
-    """A session's proposal, whether it yields work or answers at once."""
-    try:
-        found = session.propose(policy, limits)
-        if isinstance(found, Generator):
-            found = yield from found
-    except StopIteration as error:
-        raise DraftFailed(draft=draft.name, method="propose") from error
-    except RuntimeError as error:
-        if not isinstance(error.__cause__, StopIteration):  # what Python makes of one that leaves a generator
-            raise
-        raise DraftFailed(draft=draft.name, method="propose") from error
-    return found

@@ -25,10 +25,8 @@ class TokenLikelihood:
     """(token, logprob) of the likeliest ones, the likeliest first."""
 
 
-def likelihoods(logits: Tensor, tokens: Sequence[int], top: int | None) -> list[TokenLikelihood]:
-    """Of `tokens`, token i after row i of logits [n, V], with the `top` likeliest beside each; None: nothing."""
-    if top is None:
-        return []
+def likelihoods(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLikelihood]:
+    """Of `tokens`, token i after row i of logits [n, V], with the `top` likeliest beside each."""
     rows = logits[: len(tokens)].float().log_softmax(-1)
     chosen = rows.gather(1, rows.new_tensor(tokens, dtype=int64)[:, None])[:, 0].tolist()
     best = rows.topk(min(top, rows.shape[1]))

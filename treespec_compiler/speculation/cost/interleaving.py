@@ -27,6 +27,7 @@ from ..drafts.model import ModelDraft
 from ..drafts.protocol import DraftRequest
 from ..policies.protocol import Limits
 from ..policies.static import StaticExpansion
+from ..proposal import Proposal
 from ..work import alone
 from . import latency as cost
 
@@ -97,7 +98,8 @@ def measure_factor(target: Any, draft: ModelDraft, clock: Callable[[], float] = 
     policy, most = StaticExpansion((1,) * CALLS), Limits(CALLS, CALLS + 1)
 
     def step() -> Any:
-        proposal = alone(session.propose(policy, most))
+        found = session.propose(policy, most)
+        proposal = found if isinstance(found, Proposal) else alone(found)
         out = target.verify(proposal.tree(), target_cache)
         session.accept([0])
         return out

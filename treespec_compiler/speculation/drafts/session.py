@@ -38,7 +38,7 @@ class ModelDraftSession:
         self._pending: list[int] = []  # accepted tokens it has not run; the last one is the next root
         self._own: OwnTree | None = None  # of the step under way
 
-    def propose(self, policy: TreePolicy, limits: Limits) -> Working[Proposal]:
+    def propose(self, policy: TreePolicy, limits: Limits) -> Proposal | Working[Proposal]:
         proposal = Proposal.root(self._pending[-1], q=self._needs_q, proposer=self.draft.name)
         # The last level is never run, so the deepest position run is the root's plus `calls - 1`.
         calls = min(limits.depth, self._max_context - (self._length + len(self._pending) - 1))
@@ -47,7 +47,16 @@ class ModelDraftSession:
             return proposal
         slot = self._slot
         if slot is None or len(self._pending) > MAX_CHAIN:
-            slot = yield from self._prefill()
+            return self._prefilled(policy, limits, proposal, calls)
+        return self._grow(slot, policy, limits, proposal, calls)
+
+    def _prefilled(self, policy: TreePolicy, limits: Limits, proposal: Proposal, calls: int) -> Working[Proposal]:
+        slot = yield from self._prefill()
+        return (yield from self._grow(slot, policy, limits, proposal, calls))
+
+    def _grow(
+        self, slot: Slot, policy: TreePolicy, limits: Limits, proposal: Proposal, calls: int
+    ) -> Working[Proposal]:
         own = self._own = OwnTree(slot, self._known(self._pending))
         plan: Plan
         if getattr(policy, "expand", None) is not None:
@@ -57,7 +66,7 @@ class ModelDraftSession:
         else:
             children, plan = self._children, ByLevels(policy, limits.nodes, self._shared)
         children.begin(proposal)
-        return (yield from grow(plan, children, proposal, own, calls))
+        return grow(plan, children, proposal, own, calls)
 
     def accept(self, tokens: Sequence[int]) -> None:
         self._children.accept(tokens)
