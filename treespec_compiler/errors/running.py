@@ -1,0 +1,126 @@
+"""What goes wrong while requests run: room, caches, logits, drafts and models of the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import TreespecError
+
+
+@dataclass(eq=False, kw_only=True)
+class CacheOverflow(TreespecError, ValueError):
+    """More tokens than a slot of the cache has room for."""
+
+    slot: int
+    length: int
+    new: int
+    capacity: int
+    template: ClassVar[str] = (
+        "The cache is full: slot {e.slot} holds {e.length} tokens and got {e.new} more, expected at most "
+        "{e.capacity} in all (uncommitted tree nodes included). "
+        "Make a larger cache, `new_cache(max_tokens={e.needed})` or more, or free the slot."
+    )
+
+    @property
+    def needed(self) -> int:
+        return self.length + self.new
+
+
+@dataclass(eq=False, kw_only=True)
+class RequestTooLarge(TreespecError, ValueError):
+    """A request that an engine could not run if it had all pages for itself."""
+
+    prompt: int
+    new: int
+    capacity: int
+    template: ClassVar[str] = (
+        "The request can never run: got a prompt of {e.prompt} tokens and {e.new} new ones, expected at most "
+        "{e.capacity} together, which is all that the engine holds. Ask for fewer new tokens, or make an engine with a "
+        "larger `max_tokens`."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class EngineClosed(TreespecError, RuntimeError):
+    """A request to an engine that was closed."""
+
+    number: int
+    template: ClassVar[str] = (
+        "The engine is closed: got request {e.number}, expected none after `close()`. Make another engine."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class OutOfPages(TreespecError, RuntimeError):
+    """More pages wanted of a paged cache than are free."""
+
+    wanted: int
+    free: int
+    total: int
+    page_size: int
+    template: ClassVar[str] = (
+        "The cache is out of pages: got {e.wanted} wanted, expected at most the {e.free} free ones of {e.total} (of "
+        "{e.page_size} tokens each). Free a slot, or make a larger cache, `new_cache(pages=...)`."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class ContextOverflow(TreespecError, ValueError):
+    """More tokens than the model itself has positions for."""
+
+    position: int
+    max_context: int
+    why: str = "its position table ends there"
+    template: ClassVar[str] = (
+        "The model's context is full: got a token at position {e.position}, expected positions below "
+        "{e.max_context} ({e.why}). Shorten the prompt or generate fewer tokens."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class StaleCache(TreespecError, RuntimeError):
+    """A cache of a program that was rebuilt or of another program."""
+
+    reason: str
+    template: ClassVar[str] = (
+        "This cache no longer fits the program: got a cache made before {e.reason}, expected one made after. "
+        "Make a new one with `program.new_cache(...)` and prefill the prompt again."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class InvalidLogits(TreespecError, ArithmeticError):
+    """The target's logits leave no distribution to take a token from."""
+
+    position: int
+    problem: str = "NaN or infinite logits"
+    template: ClassVar[str] = (
+        "The target's logits are unusable: got {e.problem} after the token at position {e.position}, expected finite "
+        "ones (-inf is legal for some of the ids). The request was ended; others are untouched. "
+        "Check the model's weights and dtype."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class DraftFailed(TreespecError, RuntimeError):
+    """A draft of the user's own that lets StopIteration out, which would look like the output's end."""
+
+    draft: str
+    method: str
+    template: ClassVar[str] = (
+        "The draft {e.draft!r} failed: got a StopIteration out of its `{e.method}`, expected a result. "
+        "A `next` found nothing: give it a default, `next(items, None)`."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class ModelFailed(TreespecError, RuntimeError):
+    """A model that could not be converted and, run in the plain loop, raises an error of its own."""
+
+    tokens: int
+    problem: str
+    template: ClassVar[str] = (
+        "The model itself failed on {e.tokens} tokens: got {e.problem}, expected logits. Its own code raised that, run "
+        "without treespec: are all ids in its vocabulary, and is its context long enough?"
+    )
