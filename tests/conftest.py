@@ -7,18 +7,16 @@ from types import SimpleNamespace
 
 # NOTE: before torch loads OpenMP. With a busy neighbour, spinning threads wait milliseconds at every barrier.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if WORKER:
-    # Workers share the cores. By default each would keep a pool of compiling processes of its own, and so would every
-    # process that a test starts: seconds of imports each, before anything is compiled.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# By default each worker would keep a pool of compiling processes of its own, and so would every process that a test
+# starts: seconds of imports each, before anything is compiled.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
 from hypothesis import settings
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401  hooks
 
-if WORKER:
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
     torch.set_num_threads(1)  # what depends on their number sets it: test_cpu_kernels.py, test_checksums.py
 
 settings.register_profile("treespec", deadline=None, derandomize=True, max_examples=50)
