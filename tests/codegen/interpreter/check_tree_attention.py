@@ -104,8 +104,8 @@ FORESTS = {
 }
 
 
-# Masks and scores are parts of the kernel that know nothing of each other: each mask with no score and with all of them,
-# each score with the plainest mask and with the fullest one.
+# Masks and scores are parts of the kernel that know nothing of each other: each mask with no score and with all of
+# them, each score with the plainest mask and with the fullest one.
 COMBINED = [
     *(("forest", mask, score) for mask in MASKS for score in ("plain", "all")),
     *(("forest", mask, score) for mask in ("causal", "both") for score in SCORES if score not in ("plain", "all")),
