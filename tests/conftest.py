@@ -13,6 +13,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
+from costs import pytest_terminal_summary  # noqa: F401  hook
 from hypothesis import settings
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401  hooks
 
