@@ -1,4 +1,5 @@
-"""tap: values of the residual stream become outputs beside the logits, `hidden:k` after k attention layers.
+"""tap: values of the residual stream become outputs beside the logits, `hidden:k` after k attention layers, and
+`hidden:head`, what the head reads.
 
 A tapped value is a proved cut (`residual.stream`). It is of every new node: where rows were picked above it, they are
 picked behind it instead, as everything in between acts on each token alone. As a pass of a pipeline it taps every layer
@@ -19,20 +20,22 @@ from treespec_compiler.ir.private_torch import enable_python_dispatcher
 
 from .framework.manager import Pass
 from .framework.state import GraphState
-from .residual.stream import after_layer, cuts
+from .residual.stream import after_layer, cuts, head_input
 
 aten = torch.ops.aten
 
 PREFIX = "hidden:"
+HEAD = f"{PREFIX}head"
 
 
-def tap(state: GraphState, layers: Iterable[int]) -> int:
-    """Append the residual stream [1, T, D] after each of these numbers of attention layers to the graph's outputs.
+def tap(state: GraphState, names: Iterable[str]) -> int:
+    """Append values [1, T, D] to the graph's outputs: `hidden:k`, the residual stream after k attention layers, and
+    `hidden:head`.
 
     Returns how many were appended. Raises `Unsupported` where the graph has no such value; then it is as it was.
     """
     groups = cuts(state)
-    found = {f"{PREFIX}{k}": after_layer(state, k, groups) for k in layers}
+    found = {name: _value(state, name, groups) for name in names}
     new = {name: value for name, value in found.items() if name not in state.outputs}
     if not new:
         return 0
@@ -46,6 +49,10 @@ def tap(state: GraphState, layers: Iterable[int]) -> int:
     state.outputs = [*state.outputs, *new]
     state.clean()
     return len(new)
+
+
+def _value(state: GraphState, name: str, groups: list[list[fx.Node]]) -> fx.Node:
+    return head_input(state, groups) if name == HEAD else after_layer(state, int(name.removeprefix(PREFIX)), groups)
 
 
 def _pick(state: GraphState) -> fx.Node | None:
@@ -85,7 +92,7 @@ def _between(state: GraphState, first: fx.Node, last: fx.Node) -> list[fx.Node]:
 
 def _tap_all(state: GraphState) -> int:
     """Every layer that has such a value."""
-    return tap(state, [k for k in range(len(state.sites) + 1) if _exists(state, k)])
+    return tap(state, [f"{PREFIX}{k}" for k in range(len(state.sites) + 1) if _exists(state, k)])
 
 
 def _exists(state: GraphState, layers: int) -> bool:

@@ -69,6 +69,19 @@ def after_layer(state: GraphState, layers: int, groups: list[list[fx.Node]] | No
     return groups[layers][-1]
 
 
+def head_input(state: GraphState, groups: list[list[fx.Node]] | None = None) -> fx.Node:
+    """What the head reads [1, T or rows, D], behind the final norm: the last cut as wide as the stream.
+
+    Raises `Unsupported` where logits are as wide, so that nothing tells the two apart.
+    """
+    groups = cuts(state) if groups is None else groups
+    node = groups[-1][-1] if groups[-1] else None
+    if node is None or node is state.logits or shape_of(node)[-1] == shape_of(state.logits)[-1]:
+        reason = "what the head reads was not told apart from the logits, which are as wide"
+        raise refuse(Refusal.RESIDUAL, reason, state.logits)
+    return node
+
+
 def _behind_last(state: GraphState, groups: list[list[fx.Node]]) -> fx.Node:
     before, last = groups[-2], groups[-1]
     if len(groups) == 2:

@@ -257,7 +257,7 @@ def test_the_early_exit_is_recorded_as_well(program):
 
 def test_every_named_output_is_replayed(program):
     wanted = ("logits", "hidden:1", "hidden:2")
-    own, plain = program._returning(wanted), program.executor(lambda state: tapped(state, (1, 2)))
+    own, plain = program.returning(wanted), program.executor(lambda state: tapped(state, ("hidden:1", "hidden:2")))
     own._graphs = Graphs(own._inputs_of, own._launch, FakeRecorder(), program.device)
     cache = program.new_cache()
     program.prefill([1, 2, 3], cache)

@@ -19,8 +19,9 @@ from treespec_compiler.program.outputs import taps_of
 PREFIX = [3, 1, 4, 1, 5, 9]
 
 
-def hidden_states(model: nn.Module, ids: list[int]) -> list[torch.Tensor]:
-    """[S, D] before the first layer and behind each: transformers gives the last one after the final norm, so hooks."""
+def hidden_states(model: nn.Module, ids: list[int]) -> dict[str, torch.Tensor]:
+    """[S, D] before the first layer and behind each, by name: transformers gives the last one after the final norm, as
+    the head reads it, so hooks."""
     layers = next(
         m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers
     )
@@ -38,17 +39,18 @@ def hidden_states(model: nn.Module, ids: list[int]) -> list[torch.Tensor]:
             hook.remove()
     for ours, theirs in zip(found[:-1], said[1:-1], strict=True):
         assert torch.equal(ours, theirs[0])
-    return [said[0][0], *found]
+    states = {f"hidden:{k}": state for k, state in enumerate([said[0][0], *found])}
+    return {**states, "hidden:head": said[-1][0]}
 
 
 def names(program) -> tuple[str, ...]:
-    return ("logits", *(f"hidden:{k}" for k in range(len(program.sites) + 1)))
+    return ("logits", *(f"hidden:{k}" for k in range(len(program.sites) + 1)), "hidden:head")
 
 
 def assert_hidden(model, found, tree, prefix, nodes=None) -> None:
     for row, node in enumerate(range(len(tree)) if nodes is None else nodes):
-        for k, state in enumerate(hidden_states(model, [*prefix, *tree.path_tokens(node)])):
-            assert error(found[f"hidden:{k}"][row], state[-1]) <= TOLERANCE, f"hidden:{k} of node {node}"
+        for name, state in hidden_states(model, [*prefix, *tree.path_tokens(node)]).items():
+            assert error(found[name][row], state[-1]) <= TOLERANCE, f"{name} of node {node}"
 
 
 @pytest.mark.parametrize("name", zoo.TYPES)
@@ -58,14 +60,14 @@ def test_every_layer_of_every_type(name):
     cache = program.new_cache(64)
     found = program.prefill(PREFIX, cache, outputs=names(program))
     assert error(found["logits"], eager_row(model, PREFIX)) <= TOLERANCE
-    for k, state in enumerate(hidden_states(model, PREFIX)):
-        assert error(found[f"hidden:{k}"], state) <= TOLERANCE, f"hidden:{k} of the prompt"
+    for output, state in hidden_states(model, PREFIX).items():
+        assert error(found[output], state) <= TOLERANCE, f"{output} of the prompt"
     tree = random_tree(6, zoo.VOCAB, 1)
     found = program.verify(tree, cache, outputs=names(program))
     assert tuple(found) == names(program) and found["logits"].shape == (6, zoo.VOCAB)
     assert_rows(model, found["logits"], tree, PREFIX)
     assert_hidden(model, found, tree, PREFIX)
-    state = program.variant(("tap", (0, 1, 2)), None).state
+    state = program.variant(("tap", names(program)[1:]), None).state
     assert problems(state.graph, state.level, state.outputs) == []
 
 
@@ -103,7 +105,7 @@ def test_a_long_prompt_comes_in_chunks(model):
     found = program.prefill(ids, cache, outputs=("hidden:3", "hidden:1", "logits"))
     assert list(found) == ["hidden:3", "hidden:1", "logits"] and cache.length() == 11
     states = hidden_states(model, ids)
-    assert error(found["hidden:1"], states[1]) <= TOLERANCE and error(found["hidden:3"], states[3]) <= TOLERANCE
+    assert all(error(found[name], states[name]) <= TOLERANCE for name in ("hidden:1", "hidden:3"))
     assert error(found["logits"], eager_row(model, ids)) <= TOLERANCE
 
 
@@ -116,7 +118,7 @@ def test_nothing_is_paid_where_nothing_is_tapped(model):
         program.verify(TokenTree([1], [-1]), cache, outputs=("hidden:1", "logits"))
         program.verify(TokenTree([1], [-1]), cache, outputs=("logits", "hidden:1"))
         program.verify(TokenTree([1], [-1]), cache, outputs=("logits",))
-    assert list(program._made.variants) == [("tap", (1,))]  # one graph for one set
+    assert list(program._made.variants) == [("tap", ("hidden:1",))]  # one graph for one set
     assert program.graph_module.code == code and program.state.outputs == ["logits"]
     tapped = program._made.variants["tap", (1,)]
     weights = [x.data_ptr() for x in tapped._fixed() if x is not None]
@@ -138,7 +140,7 @@ def test_compiled_once_and_without_another_copy_of_the_graph(model):
         for node in range(len(tree)):
             states = hidden_states(model, [*PREFIX, *tree.path_tokens(node)])
             for k in (0, 2, 3):
-                assert error(found[f"hidden:{k}"][node], states[k][-1]) <= TOLERANCE
+                assert error(found[f"hidden:{k}"][node], states[f"hidden:{k}"][-1]) <= TOLERANCE
     assert (compile_calls(), program.compile_count) == before and program.compile_count == 2
 
 
@@ -172,7 +174,7 @@ def test_unknown_names_are_refused_by_what_there_is(program, asked):
 
 
 def test_names_are_put_in_order_once():
-    assert taps_of(["hidden:3", "logits", "hidden:0", "hidden:3"], 3) == (0, 3)
+    assert taps_of(["hidden:3", "logits", "hidden:0", "hidden:3"], 3) == ("hidden:0", "hidden:3")
 
 
 class Skipping(nn.Module):
@@ -219,5 +221,5 @@ def test_a_pipeline_may_tap_every_layer(model):
     assert_rows(model, program.verify(tree, cache), tree, [])
     assert_hidden(model, program.verify(tree, cache, outputs=names(program)), tree, [])
     assert not program._made.variants
-    assert tap(program.state.copy(), [1, 2]) == 0
+    assert tap(program.state.copy(), ["hidden:1", "hidden:2"]) == 0
     assert EarlyExitProgram(program, 2).verify(tree, cache).shape == (5, zoo.VOCAB)

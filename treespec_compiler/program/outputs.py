@@ -1,4 +1,5 @@
-"""Names of what a program returns: `logits`, and `hidden:k`, the residual stream after k attention layers."""
+"""Names of what a program returns: `logits`; `hidden:k`, the residual stream after k attention layers; `hidden:head`,
+what the head reads."""
 
 from __future__ import annotations
 
@@ -9,31 +10,31 @@ from torch import Tensor
 from ..errors import InvalidOption
 from ..ir.verify import LOGITS
 from ..passes.framework.state import GraphState
-from ..passes.tap import PREFIX, tap
+from ..passes.tap import HEAD, PREFIX, tap
 from .executor import Executor
 
 
-def taps_of(outputs: Sequence[str], layers: int) -> tuple[int, ...]:
-    """The k of every `hidden:k` among these names, in order, each once; raises `InvalidOption`.
+def taps_of(outputs: Sequence[str], layers: int) -> tuple[str, ...]:
+    """The names of hidden states among these, in order of layers, each once; raises `InvalidOption`.
 
     `layers` is the number of attention layers: k goes from 0, what the first of them reads, to it.
     """
     fix = f'Ask for some of these, such as outputs=("{LOGITS}", "{PREFIX}{layers}").'
-    expected = f"names out of {LOGITS}, {PREFIX}0 to {PREFIX}{layers}"
+    expected = f"names out of {LOGITS}, {PREFIX}0 to {PREFIX}{layers} and {HEAD}"
     if isinstance(outputs, str) or not isinstance(outputs, Sequence) or not outputs:
         raise InvalidOption(name="outputs", got=outputs, expected=expected, fix=fix)
-    found = set()
+    found: set[int] = set()
     for name in outputs:
-        if name == LOGITS:
+        if name in (LOGITS, HEAD):
             continue
         number = name.removeprefix(PREFIX) if isinstance(name, str) and name.startswith(PREFIX) else ""
         if not number.isdecimal() or str(int(number)) != number or int(number) > layers:
             raise InvalidOption(name="outputs", got=name, expected=expected, fix=fix)
         found.add(int(number))
-    return tuple(sorted(found))
+    return (*(f"{PREFIX}{k}" for k in sorted(found)), *([HEAD] if HEAD in outputs else []))
 
 
-def tapped(state: GraphState, taps: tuple[int, ...]) -> tuple[GraphState, Mapping[str, Tensor]]:
+def tapped(state: GraphState, taps: tuple[str, ...]) -> tuple[GraphState, Mapping[str, Tensor]]:
     """A copy of the graph that returns these hidden states as well; raises `Unsupported` where it has no such value."""
     state = state.copy()
     tap(state, taps)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....errors import UnreadableModel
+from ....errors import InvalidOption, UnreadableModel
 
 FIX = "Name the folder of a published head, with its config.json and model.safetensors."
 PICKLED = "pytorch_model.bin"
@@ -18,6 +18,20 @@ PICKLED = "pytorch_model.bin"
 
 def unreadable(folder: Path | str, problem: str, expected: str) -> UnreadableModel:
     return UnreadableModel(name=str(folder), problem=problem, expected=expected, fix=FIX)
+
+
+def named_folder(argument: str, kind: str, usage: str) -> tuple[Path, tuple[str, int]]:
+    """The folder of `draft="kind:argument"`, and what it is known by as long as its configuration is not written anew.
+
+    Raises InvalidOption without an argument, UnreadableModel where there is no configuration.
+    """
+    if not argument:
+        raise InvalidOption(name="draft", got=kind, expected=usage)
+    folder = Path(argument).expanduser()
+    try:
+        return folder, (str(folder.resolve()), (folder / "config.json").stat().st_mtime_ns)
+    except OSError as error:
+        raise unreadable(folder, f"{type(error).__name__}: {error}", "a folder with config.json") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -90,4 +104,4 @@ class Tensors:
         """Raises UnreadableModel where tensors are left."""
         if self._left:
             names = ", ".join(sorted(self._left)[:4])
-            raise unreadable(self._folder, f"tensors that have no place: {names}", "those of an EAGLE-3 head alone")
+            raise unreadable(self._folder, f"tensors that have no place: {names}", "those of this kind of head alone")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from pathlib import Path
 from time import perf_counter
 
 from ....errors import InvalidOption
@@ -11,7 +10,7 @@ from ....program.tree_program import TreeProgram
 from ...cost.latency import LatencyTable
 from ..protocol import DraftRequest
 from ..registry import DraftContext, register_draft
-from .checkpoint import unreadable
+from .checkpoint import named_folder
 from .loaded import LoadedHead
 from .session import HeadSession
 
@@ -50,13 +49,7 @@ _HEADS: weakref.WeakKeyDictionary[TreeProgram, dict[tuple[str, int], LoadedHead]
 
 def _named(argument: str, context: DraftContext) -> HeadDraft:
     """The head of a folder, kept with the target as long as its configuration is not written anew."""
-    if not argument:
-        raise InvalidOption(name="draft", got="eagle3", expected=USAGE)
-    folder = Path(argument).expanduser()
-    try:
-        key = str(folder.resolve()), (folder / "config.json").stat().st_mtime_ns
-    except OSError as error:
-        raise unreadable(folder, f"{type(error).__name__}: {error}", "a folder with config.json") from error
+    folder, key = named_folder(argument, "eagle3", USAGE)
     heads, began = _HEADS.setdefault(context.target, {}), perf_counter()
     if key not in heads:
         heads[key] = LoadedHead.read(folder, context.target)

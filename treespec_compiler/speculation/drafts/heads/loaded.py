@@ -15,7 +15,7 @@ from ....program.tree_program import TreeProgram
 from ...cost.latency import LatencyTable, Point
 from .checkpoint import read_config, unreadable
 from .eagle3 import Eagle3, taps
-from .places import Places
+from .own_cache import HeadCache
 
 TIMED_ROWS = (1, 2, 4, 8, 16)
 TIMED_CONTEXT = 128
@@ -37,7 +37,7 @@ class LoadedHead:
         config = read_config(folder)
         found = taps(folder, config, len(target.sites))
         reads = tuple(f"{PREFIX}{k}" for k in found)
-        head = Eagle3(folder, config, len(found), _width(target, reads), target.dtype, target.device)
+        head = Eagle3(folder, config, len(found), width_of(target, *reads), target.dtype, target.device)
         if head.shape.vocab != target.vocab_size:
             got, expected = f"a head for {head.shape.vocab} ids", f"this target's {target.vocab_size}"
             raise unreadable(folder, got, expected)
@@ -82,14 +82,14 @@ class LoadedHead:
             places.drop()
         return min(seconds)
 
-    def places(self) -> Places:
+    def places(self) -> HeadCache:
         """For one request."""
         shape, like = self.head.shape, self.head.zeros(0)
-        return Places(shape.kv_heads, shape.head_dim, like.dtype, like.device)
+        return HeadCache(shape.kv_heads, shape.head_dim, like.dtype, like.device)
 
 
-def _width(target: TreeProgram, names: tuple[str, ...]) -> int:
-    """Of the target's hidden states of these names."""
+def width_of(target: TreeProgram, *names: str) -> int:
+    """Of the target's hidden states of these names, by the graph that gives them all. Raises `Unsupported` where there
+    is no such value."""
     state = target.returning((LOGITS, *names)).state
-    values = dict(zip(state.outputs, state.output.args[0], strict=True))
-    return int(values[names[0]].meta["val"].shape[-1])
+    return int(dict(zip(state.outputs, state.output.args[0], strict=True))[names[0]].meta["val"].shape[-1])

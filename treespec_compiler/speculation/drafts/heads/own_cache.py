@@ -10,7 +10,7 @@ from torch import Tensor
 GRANULE = 256
 
 
-class Places:
+class HeadCache:
     """K and V [key heads, places, E]; they take memory as they grow."""
 
     def __init__(self, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
