@@ -94,7 +94,7 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
                 )
             captured = _tidy(traced, model, call, call.length, forward.__globals__)
         unheld = {r.name: r.tensor for r in captured.weights.values() if r.owner is None and r.find is None}
-        captured.reads = Reads(model, forward, unheld, removed)
+        captured.reads = Reads(model, forward, unheld, removed, traced["code"])
         return captured
     finally:
         if traced:
@@ -155,7 +155,8 @@ def _export(gm: fx.GraphModule, inputs: list[Any]) -> dict[str, Any]:
     fakes = [mode.from_tensor(a) if isinstance(a, Tensor) and not isinstance(a, FakeTensor) else a for a in inputs]
     sources = [_source_name(n) for n in gm.graph.nodes if n.op == "placeholder"]
     graph, written = functional_graph(gm, inputs, fakes, mode)
-    return {"graph": graph, "written": written, "inputs": inputs, "sources": sources, "mode": mode}
+    found = {"graph": graph, "written": written, "inputs": inputs, "sources": sources, "mode": mode}
+    return found | {"code": tuple(context.traced_code)}
 
 
 def _source_name(node: fx.Node) -> str:

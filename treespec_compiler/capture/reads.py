@@ -1,8 +1,8 @@
 """What a capture read besides tensors, so that a later change of it is noticed.
 
 Dynamo guards what its trace read: attributes, configurations, globals, closures, the code of functions, hooks, children
-of modules, training flags, `requires_grad`. Its guards are kept here and asked again. What they leave out is recorded
-beside them: methods of the modules' classes, and torch's hooks on every module.
+of modules, training flags, `requires_grad`. Its guards are kept here and asked again, and `unguarded` knows what they
+leave out.
 
 As `capture`, this file touches private API of torch; `capture.TESTED_TORCH` is the range it was run on.
 """
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,37 +24,36 @@ from .call import CallSpec, vocabularies
 from .checks import Unchecked, unchecked
 from .fills import refillable, unfilled
 from .surroundings import outside_autocast, plain_layers
-
-GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
+from .unguarded import Unguarded
 
 
 class Reads:
     """The state of Python that the traced call of a module depended on. Holds no module and no tensor."""
 
     def __init__(
-        self, model: nn.Module, traced: FunctionType, unheld: Mapping[str, Tensor], removed: Sequence[Unchecked] = ()
+        self,
+        model: nn.Module,
+        traced: FunctionType,
+        unheld: Mapping[str, Tensor],
+        removed: Sequence[Unchecked] = (),
+        code: Sequence[CodeType] = (),
     ) -> None:
-        """`unheld`: tensors that no table of a module has (in lists, globals, closures), by where Dynamo read them."""
+        """`unheld`: tensors that no table of a module has (in lists, globals, closures), by where Dynamo read them.
+
+        `code`: of all functions that it went through.
+        """
         self._code: CodeType = traced.__code__
         self._removed = tuple(removed)
         self._globals = traced.__globals__  # where the guards look for what Dynamo put there
         self._inference = torch.is_inference_mode_enabled()
         self._threads = torch.get_num_threads()
-        self._methods = _methods(model)
-        self._hooks = _global_hooks()
+        self._unguarded = Unguarded(model, code)
         self._unheld = [(s, compile(s, "<source>", "eval"), weakref.ref(t)) for s, t in unheld.items() if s]
 
     def changed(self, model: nn.Module, call: CallSpec) -> str | None:
         """What is another now, in words for a log; None: nothing that the trace read. `call` is that of the trace."""
-        if _global_hooks() != self._hooks:
-            return "a hook on every module"
-        if _methods(model) != self._methods:
-            return "a method of a class"
+        if reason := self._unguarded.changed(model):
+            return reason
         if any(each.function.__code__ is not each.before for each in self._removed):
             return "the code of a function"
         guards = self._guards()
@@ -79,7 +79,7 @@ class Reads:
 
     def _read(self, code: CodeType, there: Mapping[str, Any]) -> Any:
         try:
-            return eval(code, {"G": self._globals, "L": there, "___from_numpy": torch.as_tensor})
+            return eval(code, {"G": self._globals, "L": there, "___from_numpy": _from_numpy})
         except Exception:  # what held it is not what it was
             return None
 
@@ -91,8 +91,15 @@ class Reads:
         return entries[-1].guard_manager if entries else None
 
 
+def _from_numpy(value: Any) -> Any:
+    """A tensor of the array's memory. A number of numpy's has none of its own, and stays what it is."""
+    return value if isinstance(value, np.generic) else torch.as_tensor(value)
+
+
 def _same_tensor(now: Any, before: Tensor | None) -> bool:
     """Whether it is the same memory, read in the same way: an array of numpy's is another tensor each time."""
+    if isinstance(now, np.generic) and before is not None:
+        return bool(torch.equal(torch.as_tensor(now), before))
     if now is before or not isinstance(now, Tensor) or before is None:
         return now is before
     told = ((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in (now, before))
@@ -121,21 +128,3 @@ def _reason(found: Any) -> str:
 def _plain(source: str) -> str:
     """A place as Dynamo writes it, as a user would."""
     return source.replace("L['model']", "model")
-
-
-def _global_hooks() -> list[Any]:
-    from torch.nn.modules import module
-
-    return [hook for name in GLOBAL_HOOKS for hook in getattr(module, name).values()]
-
-
-def _methods(model: nn.Module) -> dict[type, list[tuple[str, Any, Any]]]:
-    """(name, object, code) of what is callable in the classes of the modules and their bases."""
-    classes = {cls for module in {type(m) for m in model.modules()} for cls in module.__mro__ if cls is not object}
-    return {cls: [(k, v, code) for k, v in vars(cls).items() if (code := _code(v)) is not None] for cls in classes}
-
-
-def _code(value: Any) -> Any | None:
-    """The code of a method, so that one patched in place is another; None: not a method."""
-    inner: Callable[..., Any] | None = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-    return getattr(inner, "__code__", None)
