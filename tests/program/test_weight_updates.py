@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from modules import DIM, VOCAB, Tiny
@@ -248,6 +249,11 @@ def test_a_tensor_is_a_path() -> None:
     assert cache.length() == 6
     row = program.verify(TokenTree([1], [-1]), cache)[0]
     assert error(row, eager_row(model, [*PROMPT, 2, 1])) <= TOLERANCE
+    cache.commit(np.array([0]))
+    assert cache.length() == 7
+    with pytest.raises(InvalidPath):
+        program.verify(TokenTree([1], [-1]), cache)
+        cache.commit(np.array([0.0]))
 
 
 @pytest.mark.parametrize("circle", [False, True])

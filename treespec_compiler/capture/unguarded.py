@@ -72,10 +72,9 @@ def _below(base: type) -> set[type]:
     found: set[type] = set()
     pending = [base]
     while pending:
-        for cls in type.__subclasses__(pending.pop()):
-            if cls not in found:
-                found.add(cls)
-                pending.append(cls)
+        new: set[type] = set(type.__subclasses__(pending.pop())) - found
+        found |= new
+        pending += new
     return found
 
 

@@ -8,6 +8,7 @@ they have in common (`pages.Pages`).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -305,11 +306,19 @@ class TreeCache:
 def _nodes(path: Sequence[int] | Tensor) -> list[int]:
     """NOTE the truth of a tensor is that of its number: an unconverted `tensor([0])` would pass for an empty path."""
     if not isinstance(path, Tensor):
-        return list(path)
+        return [_whole(node) for node in path]
     if path.dim() != 1 or path.is_floating_point() or path.is_complex() or path.dtype is torch.bool:
         got = f"a {str(path.dtype).removeprefix('torch.')} tensor {list(path.shape)}"
         raise InvalidPath(got=got, expected="node indices: integers, or an integer tensor [n]")
     return path.tolist()
+
+
+def _whole(node: Any) -> Any:
+    """An integer of another type, such as numpy's, as Python's; anything else as it is, which is no node."""
+    try:
+        return operator.index(node)
+    except TypeError:
+        return node
 
 
 def _allocate(
