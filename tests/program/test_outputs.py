@@ -120,7 +120,7 @@ def test_nothing_is_paid_where_nothing_is_tapped(model):
         program.verify(TokenTree([1], [-1]), cache, outputs=("logits",))
     assert list(program._made.variants) == [("tap", ("hidden:1",))]  # one graph for one set
     assert program.graph_module.code == code and program.state.outputs == ["logits"]
-    tapped = program._made.variants["tap", (1,)]
+    tapped = program._made.variants["tap", ("hidden:1",)]
     weights = [x.data_ptr() for x in tapped._fixed() if x is not None]
     assert set(weights) <= {x.data_ptr() for x in program._executor._fixed() if x is not None}
 
