@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from treespec_compiler.ir import ops
+from treespec_compiler.ir import library, ops
 from treespec_compiler.ir.registry import register_kernel
 
 from . import aten, cpu
@@ -36,11 +36,13 @@ for _op, _target, _optional in (
         priority=20,
         available=cpu.load,
     )
-for _op, _target, _dtypes, _capturable in (
-    (ops.tree_attention, tree_attention.TREE_ATTENTION, frozenset(tree_attention_spec.DTYPES), True),
-    (ops.commit_path, commit.COMMIT_PATH, None, False),
-    (ops.greedy_accept, accept.GREEDY_ACCEPT, accept.DTYPES, False),
-    (ops.stochastic_accept, stochastic_accept.STOCHASTIC_ACCEPT, frozenset({torch.float64}), False),
+# Any further predicate over positions is ATen's: no kernel is printed for it.
+_PRINTED = frozenset(library.optional(ops.tree_attention)) - {"pattern"}
+for _op, _target, _dtypes, _optional, _capturable in (
+    (ops.tree_attention, tree_attention.TREE_ATTENTION, frozenset(tree_attention_spec.DTYPES), _PRINTED, True),
+    (ops.commit_path, commit.COMMIT_PATH, None, None, False),
+    (ops.greedy_accept, accept.GREEDY_ACCEPT, accept.DTYPES, None, False),
+    (ops.stochastic_accept, stochastic_accept.STOCHASTIC_ACCEPT, frozenset({torch.float64}), None, False),
 ):
     register_kernel(
         _op,
@@ -48,6 +50,7 @@ for _op, _target, _dtypes, _capturable in (
         name="triton",
         device="cuda",
         dtypes=_dtypes,
+        optional=_optional,
         priority=30,
         available=triton_installed,
         capturable=_capturable,

@@ -15,8 +15,9 @@ from treespec_compiler.ir.attention import append, empty_output, stored
 from treespec_compiler.ir.library import implement
 from treespec_compiler.ir.private_torch import OpOverload
 from treespec_compiler.ir.scores import changed_scores, softmax_with_sinks
+from treespec_compiler.ir.specs import MaskSpec
 
-OPTIONAL = frozenset({"window", "chunk", "softcap", "slopes", "bias", "sinks"})
+OPTIONAL = frozenset({"window", "chunk", "softcap", "slopes", "bias", "sinks", "pattern"})
 """The optional arguments of the op that it takes: q and k come rotated."""
 
 
@@ -40,6 +41,11 @@ def tree_attention(
     slopes: Tensor | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    cos: None = None,
+    sin: None = None,
+    style: str = "half",
+    rotary: int = 0,
+    pattern: str = "",
 ) -> Tensor:
     append(k, v, pool_k, pool_v, write_index)
     pool_k, pool_v, page_table = stored(pool_k, pool_v, page_table, write_index)
@@ -57,8 +63,8 @@ def tree_attention(
         used = pages[r][: -(-(prefix + nodes) // page_size)]
         keys, values = (tokens(pool, used, prefix + nodes) for pool in (pool_k, pool_v))
         seen = None
-        if nodes > 1 or window or chunk:
-            seen = visible(positions[rows], ancestors[rows], prefix, nodes, window, chunk)
+        if nodes > 1 or window or chunk or pattern:
+            seen = visible(positions[rows], ancestors[rows], prefix, nodes, window, chunk, pattern)
         if plain and (seen is None or bool(keys.sum(dtype=torch.float32).isfinite())):
             out[0, :, rows] = _plain(q[0, :, rows], keys, values, seen, scale)
         else:
@@ -97,17 +103,21 @@ def _weighted(s: Tensor, values: Tensor, seen: Tensor | None, sinks: Tensor | No
     return (weights @ values.to(s.dtype)).reshape(*s.shape[:2], -1)
 
 
-def visible(positions: Tensor, ancestors: Tensor, prefix: int, nodes: int, window: int, chunk: int = 0) -> Tensor:
+def visible(
+    positions: Tensor, ancestors: Tensor, prefix: int, nodes: int, window: int, chunk: int = 0, pattern: str = ""
+) -> Tensor:
     """[T, prefix + nodes] bool: what each of one request's new nodes sees, by offset in its slot."""
     tree = topology(ancestors, nodes)
     seen = torch.cat([tree.new_ones(len(tree), prefix), tree], 1).bool()
-    if not window and not chunk:
+    if not window and not chunk and not pattern:
         return seen
     here, there = positions.unsqueeze(1), key_positions(ancestors, prefix, nodes)
     if window:
         seen &= here - there < window
     if chunk:
         seen &= here // chunk == there // chunk
+    if pattern:
+        seen &= MaskSpec(pattern=pattern).visible(here, there)
     return seen
 
 

@@ -43,6 +43,7 @@ def classify_masks(state: GraphState) -> int:
         spec = scoring.mask
         changes = {
             "chunk": spec.chunk,
+            "pattern": spec.pattern,
             "softcap": float(softcap),
             "slopes": values if scoring.bias == "slopes" else None,
             "bias": values if scoring.bias == "distance" else None,

@@ -62,6 +62,10 @@ def decide_guards(state: GraphState, analyse: Callable[[int], GraphState], max_c
         except PassError:  # a bug of ours says nothing about the model
             raise
         except (TreespecError, AssertionError, RuntimeError, IndexError, ValueError) as error:
+            if is_lone(regions[0], state.length, other) and _specialised(error):
+                state.lone_lengths.append(other)  # compared with the model itself once there is something to run
+                regions.append([sympy.Eq(state.length, other)])
+                continue
             if other < _example(state):
                 raise Unsupported(
                     Refusal.BRANCH,
@@ -69,10 +73,6 @@ def decide_guards(state: GraphState, analyse: Callable[[int], GraphState], max_c
                     f"tokens it cannot be analysed: {str(error).splitlines()[0]}",
                     way_out="make the forward pass the same for every number of tokens",
                 ) from error
-            if is_lone(regions[0], state.length, other) and _specialised(error):
-                state.lone_lengths.append(other)  # compared with the model itself once there is something to run
-                regions.append([sympy.Eq(state.length, other)])
-                continue
             what = "stops"
             if isinstance(error, Unsupported) and error.kind not in _ENDS:
                 what = f"cannot be converted ({error.reason})"

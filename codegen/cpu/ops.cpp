@@ -102,8 +102,8 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
                       int64_t chunk, double softcap, const std::optional<Tensor>& slopes,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks,
                       const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, c10::string_view,
-                      int64_t rotary) {
-  TORCH_CHECK(!chunk && softcap == 0 && !slopes && !bias && !sinks && !cos && !sin && !rotary,
+                      int64_t rotary, c10::string_view pattern) {
+  TORCH_CHECK(!chunk && softcap == 0 && !slopes && !bias && !sinks && !cos && !sin && !rotary && pattern.empty(),
               "this tree_attention takes a window and no other optional argument");
   for (const Tensor* t : {&q_in, &k_in, &v_in, &pool_k, &pool_v})
     TORCH_CHECK(t->dim() == 4 && t->scalar_type() == at::kFloat, "tree_attention takes float32 tensors of 4 dimensions");

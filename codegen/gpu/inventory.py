@@ -98,7 +98,8 @@ def attention_kernels(sites: Sequence[AttentionSpec]) -> dict[AttentionKernel, l
     """Each distinct kernel, and the sites that launch it."""
     found: dict[AttentionKernel, list[int]] = {}
     for site in sites:
-        found.setdefault(attention_kernel(site), []).append(site.index)
+        if not site.mask.pattern:  # that is ATen's
+            found.setdefault(attention_kernel(site), []).append(site.index)
     return found
 
 

@@ -19,7 +19,7 @@ from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
-from ..forms.closed_form import ClosedForms, shape_of
+from ..forms.closed_form import ClosedForms, axis, shape_of
 from ..forms.masks import BURIED, HIDDEN
 from ..framework.state import GraphState, refuse
 
@@ -54,17 +54,32 @@ class Splitter:
             found = self.split(source)
             return found if found is not None and _one_head(found.mask) else None
         if self._a_row(node):
-            return None if _hides(node, self.forms) else SplitMask(None, node)
+            if _hides(node, self.forms):
+                return None
+            return SplitMask(None, node if len(shape_of(node)) > 1 else self.emit(aten.unsqueeze.default, node, 0))
         rule = _RULES.get(op_name(node))
         return rule(self, node) if rule is not None else None
 
     def _a_row(self, node: fx.Node) -> bool:
         shape = shape_of(node)
-        return len(shape) >= 2 and shape[-1] == self.state.length and shape[-2] == 1
+        return bool(shape) and shape[-1] == self.state.length and shape[-2:-1] in ((), (1,))
 
     def _depends(self, node: Any) -> bool:
-        """On token content, or on positions in a way that no formula shows (ALiBi rounded to bfloat16)."""
-        return isinstance(node, fx.Node) and (node in self.forms.tainted or self.forms.of(node) is None)
+        """On token content, on positions in a way that no formula shows (ALiBi rounded to bfloat16), or on a table of
+        numbers that is read at the key's place."""
+        if not isinstance(node, fx.Node):
+            return False
+        return node in self.forms.tainted or self.forms.of(node) is None or self._by_place(node)
+
+    def _by_place(self, node: fx.Node) -> bool:
+        form = self.forms.of(node)
+        if form is None or form.is_bool or not form.shape or not node.meta["val"].is_floating_point():
+            return False
+        key = axis(len(form.shape) - 1)
+        reads = [read for read in form.tables if key in read.free_symbols]
+        return bool(reads) and all(
+            read.free_symbols <= {key} and bool((self.forms.values(str(read.func)) > HIDDEN).all()) for read in reads
+        )
 
     def _buried(self, value: Any) -> bool:
         """Whether a value hides a key whatever is added to it."""

@@ -287,6 +287,28 @@ def _cat(values: Values, node: fx.Node, index: Index) -> Tensor:
     return result
 
 
+def _written(values: Values, node: fx.Node, index: Index) -> Tensor | None:
+    """A tensor of which a part was written anew: `m[:, :4] = 1`."""
+    base, new = node.args[:2]
+    dim, size = int(argument(node, "dim")) % len(index), values.shape(node)[int(argument(node, "dim"))]
+    if packet(node) == "select_scatter":
+        start = int(values.argument(argument(node, "index"))) % size
+        stop = start + 1
+    else:
+        start, stop = (values.argument(argument(node, name)) for name in ("start", "end"))
+        start, stop, _ = slice(start, stop).indices(size)
+        if argument(node, "step") != 1:
+            return None
+    place = index[dim] - start
+    inside = ((place >= 0) & (index[dim] < stop)).view([-1 if d == dim else 1 for d in range(len(index))])
+    old = values.at(base, index)
+    if stop <= start:
+        return old
+    mine = () if packet(node) == "select_scatter" else (place.clamp(0, stop - start - 1),)
+    found = values.at(new, (*index[:dim], *mine, *index[dim + 1 :]))
+    return torch.where(inside, found if mine else found.unsqueeze(dim), old)
+
+
 def _index_select(values: Values, node: fx.Node, index: Index) -> Tensor:
     dim = int(node.args[1]) % len(index)
     places = values.at(node.args[2], (index[dim],)).long()
@@ -296,7 +318,7 @@ def _index_select(values: Values, node: fx.Node, index: Index) -> Tensor:
 _ELEMENTWISE = (
     "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "neg", "abs", "sign",
     "minimum", "maximum", "clamp", "clamp_min", "clamp_max", "eq", "ne", "lt", "le", "gt", "ge", "__and__", "__or__",
-    "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "__lshift__", "__rshift__",
+    "__xor__", "fill", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "__lshift__", "__rshift__",
     "bitwise_left_shift", "bitwise_right_shift", "logical_and", "logical_or", "logical_xor", "logical_not", "where",
     "masked_fill", "_to_copy", "to", "clone", "detach", "alias", "contiguous", "lift_fresh_copy", "pow", "exp", "exp2",
     "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "square", "floor", "ceil", "round", "trunc", "frac",
@@ -310,6 +332,7 @@ _AT: dict[str, ValueRule] = dict.fromkeys(_ELEMENTWISE, _pointwise) | {
     "unsqueeze": _ones_moved, "squeeze": _ones_moved, "view": _ones_moved, "reshape": _ones_moved,
     "_unsafe_view": _ones_moved, "expand": _expand, "slice": _slice, "select": _select,
     "pad": _pad, "constant_pad_nd": _pad, "cat": _cat,
+    "slice_scatter": _written, "select_scatter": _written,
     "tril": _triangle(lower=True), "triu": _triangle(lower=False),
     "embedding": _table, "index": _table, "index_select": _index_select,
 }  # fmt: skip

@@ -21,11 +21,10 @@ from treespec_compiler.ir.specs import MaskSpec
 
 from .biases import NotAMask, bias_kind
 from .closed_form import Form, axis
+from .patterns import HIDDEN, pattern_of_form, pattern_of_values
 from .turning_point import root
 
 BIDIRECTIONAL = "bidirectional attention: every query sees every key, so this is not a causal decoder"
-# An additive mask value at or below this hides a key: exp(-1e4) is 0 in float32, and models use -1e4 and lower.
-HIDDEN = -1e4
 # A hiding value that a bias is added to (ALiBi on top of the lowest float) is at or below this.
 BURIED = -1e9
 
@@ -64,6 +63,24 @@ def classify(
     constant along a row counts, since a sink stands beside the scores.
     Raises NotAMask.
     """
+    try:
+        return _classified(form, length, evaluate, sizes, sinks)
+    except NotAMask:
+        q, k = _query_and_key(form)
+        text = _text(form, q, k)
+        if _is_table(form, q, k):
+            limit = _table_limit(form, sizes, q, k, text)
+            found = pattern_of_values(visible_matrix(evaluate(limit), text))
+        else:
+            limit, found = None, pattern_of_form(form.expr, q, k)
+        if found is None:
+            raise
+        return Scoring(MaskSpec(limit=limit, pattern=found), text=text)
+
+
+def _classified(
+    form: Form, length: sympy.Symbol, evaluate: Callable[[int], Tensor], sizes: dict[str, Tensor], sinks: bool
+) -> Scoring:
     q, k = _query_and_key(form)
     if _is_table(form, q, k):
         extra = form.expr.free_symbols - {q, k}

@@ -118,12 +118,49 @@ def _cat(call: OpCall) -> Form | None:
     return None if result is None else call.result(result.expr)
 
 
+def _fill(call: OpCall) -> Form | None:
+    value = call.form(call.node.args[1])
+    return None if value is None or value.expr.free_symbols else call.result(value.as_number())
+
+
+def _written(call: OpCall) -> Form | None:
+    """A tensor of which some rows or columns were written anew: `m[:, :4] = 1`."""
+    base, new = call.form(call.node.args[0]), call.form(call.node.args[1])
+    at = dimension(call, call.arg("dim"), len(call.shape))
+    if base is None or new is None:
+        return None
+    symbol = axis(at)
+    if call.arg("index") is not None:
+        place = call.size(call.arg("index"))
+        if place is None:
+            return None
+        place = place + call.shape[at] if place.is_negative else place
+        later = {axis(i): axis(i + 1) for i in range(at, len(call.shape) - 1)}
+        part = Form(sympy.sympify(new.expr).xreplace(later), call.shape)
+        return choose(call, Form(sympy.Eq(symbol, place), call.shape), part, base)
+    start, stop = (call.size(0 if value is None else value) for value in (call.arg("start"), call.arg("end")))
+    if start is None or stop is None or call.arg("step") != 1 or not (start.is_Integer and start >= 0):
+        return None
+    stop = call.shape[at] if call.arg("end") is None or (stop.is_Integer and stop >= _END) else stop
+    if not (stop == call.shape[at] or (stop.is_Integer and stop >= 0)):
+        return None
+    inside = sympy.And(symbol >= start, sympy.true if stop == call.shape[at] else symbol < stop)
+    part = Form(sympy.sympify(new.expr).xreplace({symbol: symbol - start}), call.shape)
+    return choose(call, Form(inside, call.shape), part, base)
+
+
+# Slices to the end are written with the largest int64.
+_END = 2**62
+
 SEQUENCE_RULES: dict[str, Callable[[OpCall], Form | None]] = {
     "aten.cumsum": _cumsum,
     "aten.diff": _diff,
     "aten.pad": _pad,
     "aten.constant_pad_nd": _pad,
     "aten.cat": _cat,
+    "aten.fill": _fill,
+    "aten.slice_scatter": _written,
+    "aten.select_scatter": _written,
     "aten.tril": _triangle(lower=True),
     "aten.triu": _triangle(lower=False),
     "aten.max": _extreme(largest=True),

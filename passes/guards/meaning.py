@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from treespec_compiler.ir import ops
@@ -13,6 +14,9 @@ from treespec_compiler.ir.library import arguments
 from treespec_compiler.ir.specs import MaskSpec
 
 from ..framework.state import GraphState
+
+# Up to here it is looked at every pair of places what a pattern hides.
+_DENSE = 2048
 
 
 def same_program(a: GraphState, b: GraphState, reach: int | None) -> bool:
@@ -57,14 +61,18 @@ def meaning(state: GraphState, reach: int | None = None) -> tuple[Any, ...]:
 def _attention_args(node: Any, reach: int | None) -> tuple[Any, ...]:
     """All arguments of a `treespec::causal_attention`, with its mask as it is for at most `reach` tokens."""
     call = arguments(node)
-    mask = _within(MaskSpec(call["window"], chunk=call["chunk"]), reach)
-    return tuple((call | {"window": mask.window, "chunk": mask.chunk}).values())
+    mask = _within(MaskSpec(call["window"], None, call["chunk"], call["pattern"]), reach)
+    return tuple((call | {"window": mask.window, "chunk": mask.chunk, "pattern": mask.pattern}).values())
 
 
 def _within(mask: MaskSpec, reach: int | None) -> MaskSpec:
     """The mask on the first `reach` tokens: a window or chunk that holds them all hides nothing."""
     if reach is None:
         return mask
+    if mask.pattern and reach <= _DENSE:
+        places = torch.arange(reach)
+        seen = MaskSpec(pattern=mask.pattern).visible(places[:, None], places)
+        mask = replace(mask, pattern="" if bool((seen == (places[:, None] >= places)).all()) else mask.pattern)
     return replace(
         mask, window=0 if mask.window >= reach else mask.window, chunk=0 if mask.chunk >= reach else mask.chunk
     )

@@ -160,15 +160,74 @@ def less_than_with_a_shift(t: int) -> Tensor:
     return torch.arange(t) < torch.arange(1, t + 1)[:, None]
 
 
-@refused
-def one_ahead(t: int) -> Tensor:
-    return torch.arange(t) <= torch.arange(1, t + 1)[:, None]
+@converts
+def first_tokens_and_a_window(t: int) -> Tensor:
+    q, k = torch.arange(t)[:, None], torch.arange(t)[None]
+    return (k <= q) & ((k < 3) | (q - k < 5))
 
 
-@refused
+@converts
+def first_tokens_and_a_window_as_numbers(t: int) -> Tensor:
+    q, k = torch.arange(t)[:, None], torch.arange(t)[None]
+    hidden = (k > q) | ((q - k >= 5) & (k >= 2))
+    return torch.zeros(t, t).masked_fill(hidden, -math.inf)
+
+
+@converts
+def first_tokens_written_into_a_band(t: int) -> Tensor:
+    m = torch.ones(t, t).tril() * torch.ones(t, t).triu(-4)
+    m[:, :2] = 1
+    return m.tril().bool()
+
+
+@converts
 def every_second(t: int) -> Tensor:
     q, k = torch.arange(t)[:, None], torch.arange(t)[None]
     return (k <= q) & ((q - k) % 2 == 0)
+
+
+@converts
+def near_ones_and_every_fourth(t: int) -> Tensor:
+    q, k = torch.arange(t)[:, None], torch.arange(t)[None]
+    return (k <= q) & ((q - k < 4) | (k % 4 == 3))
+
+
+FIRST_AND_NEAR = first_tokens_and_a_window(64)
+DOCUMENTS = torch.tensor([0] * 9 + [1] * 14 + [2] * 41)
+
+
+@converts
+def buffer_of_first_tokens_and_a_window(t: int) -> Tensor:
+    return FIRST_AND_NEAR[:t, :t]
+
+
+@converts
+def documents_by_constants(t: int) -> Tensor:
+    return (DOCUMENTS[:t, None] == DOCUMENTS[None, :t]) & torch.ones(t, t, dtype=torch.bool).tril()
+
+
+@converts
+def bias_by_key_position(t: int) -> Tensor:
+    later = torch.full((t, t), -math.inf).triu(1)
+    return later + torch.linspace(-1, 1, 64)[:t].sin()
+
+
+@converts
+def bias_by_key_position_computed(t: int) -> Tensor:
+    return torch.full((t, t), -math.inf).triu(1) + (torch.arange(t) * 0.7).cos()[None]
+
+
+PLACES = torch.linspace(-1, 1, 64).sin()
+
+
+@converts
+def bias_by_key_position_of_a_table(t: int) -> Tensor:
+    return torch.full((t, t), -math.inf).triu(1) + PLACES[None, :t]
+
+
+@refused
+def one_ahead(t: int) -> Tensor:
+    return torch.arange(t) <= torch.arange(1, t + 1)[:, None]
 
 
 @refused
@@ -191,3 +250,20 @@ def half_of_the_tokens(t: int) -> Tensor:
 @refused
 def weak_hiding(t: int) -> Tensor:
     return torch.ones(t, t).triu(1) * -50.0
+
+
+@refused
+def first_tokens_seen_by_all(t: int) -> Tensor:
+    q, k = torch.arange(t)[:, None], torch.arange(t)[None]
+    return ((k <= q) & (q - k < 5)) | (k < 3)
+
+
+@refused
+def only_the_first_tokens(t: int) -> Tensor:
+    q, k = torch.arange(t)[:, None], torch.arange(t)[None]
+    return (k <= q) & (k < 3)
+
+
+@refused
+def documents_that_run_backwards(t: int) -> Tensor:
+    return (DOCUMENTS[:t, None] != DOCUMENTS[None, :t]) & torch.ones(t, t, dtype=torch.bool).tril()

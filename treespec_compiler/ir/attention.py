@@ -2,7 +2,7 @@
 
 One op for every decoder: what a model does besides comes in optional arguments, and leaving one out means it does not.
 
-    window, chunk              which keys of a path are seen, as in `MaskSpec`; 0: all of them
+    window, chunk, pattern     which keys of a path are seen, as in `MaskSpec`; 0 and "": all of them
     softcap, slopes, bias,     how scores are changed and weighted, as in `scores`
     sinks
     cos, sin, style, rotary    q and k come before their rotation and are turned as in `rotation`; k is stored turned
@@ -17,12 +17,14 @@ from .library import define
 from .private_torch import OpOverload
 from .rotation import rotate
 from .scores import changed_scores, softmax_with_sinks
+from .specs import MaskSpec
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) pool_k, Tensor(b!) pool_v, Tensor positions, Tensor write_index, "
     "Tensor node_offsets, Tensor page_table, Tensor prefix_lens, Tensor tree_lens, Tensor ancestors, "
     "float scale, SymInt window=0, SymInt chunk=0, float softcap=0.0, Tensor? slopes=None, Tensor? bias=None, "
-    'Tensor? sinks=None, Tensor? cos=None, Tensor? sin=None, str style="half", SymInt rotary=0) -> Tensor'
+    'Tensor? sinks=None, Tensor? cos=None, Tensor? sin=None, str style="half", SymInt rotary=0, '
+    'str pattern="") -> Tensor'
 )
 
 
@@ -71,15 +73,12 @@ def append(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, write_index: Te
     pool_v[pages, :, offsets] = values
 
 
-def seen_tokens(position: int, prefix: int, path: list[int], window: int, chunk: int) -> tuple[list[int], list[int]]:
+def seen_tokens(position: int, prefix: int, path: list[int], mask: MaskSpec) -> tuple[list[int], list[int]]:
     """Offsets in its slot of what a node at `position` sees, and their distances; `path`: its ancestors and itself."""
     offsets = [*range(prefix), *(prefix + j for j in path)]
     distances = [*range(position, position - prefix, -1), *range(len(path) - 1, -1, -1)]
-    kept = [
-        i
-        for i, d in enumerate(distances)
-        if (not window or d < window) and (not chunk or position // chunk == (position - d) // chunk)
-    ]
+    here, there = torch.tensor(position), torch.tensor([position - d for d in distances], dtype=torch.int64)
+    kept = mask.visible(here, there).nonzero().flatten().tolist()
     return [offsets[i] for i in kept], [distances[i] for i in kept]
 
 
@@ -107,13 +106,14 @@ def reference(
     sin: Tensor | None = None,
     style: str = "half",
     rotary: int = 0,
+    pattern: str = "",
 ) -> Tensor:  # [1, Hq, T, Dv], laid out as [1, T, Hq, Dv]
     """Write K and V at `write_index`, then softmax(scale * q @ keys) @ values over what each node sees.
 
     A node at position p sees, of the tokens j < prefix_len and of its ancestors (itself included, of positions p - 1,
-    p - 2, ... upwards), those at positions that `MaskSpec(window, chunk=chunk)` shows. Rows that belong to no request
-    give 0, and their K and V are written nowhere if their write_index is negative. What is not finite at one node
-    (see `append`) makes rows NaN that see it, and no others.
+    p - 2, ... upwards), those at positions that `MaskSpec(window, None, chunk, pattern)` shows. Rows that belong to no
+    request give 0, and their K and V are written nowhere if their write_index is negative. What is not finite at one
+    node (see `append`) makes rows NaN that see it, and no others.
     """
     if cos is not None and sin is not None:
         q, k = rotate(q, cos, sin, style, rotary), rotate(k, cos, sin, style, rotary)
@@ -127,7 +127,7 @@ def reference(
         prefix, end = int(prefix_lens[r]), int(node_offsets[r + 1])
         for i in range(int(node_offsets[r]), end):
             path = seen_nodes(ancestors, i, int(tree_lens[r]) - end + i)
-            offsets, distances = seen_tokens(int(positions[i]), prefix, path, window, chunk)
+            offsets, distances = seen_tokens(int(positions[i]), prefix, path, MaskSpec(window, None, chunk, pattern))
             seen, distance = (torch.tensor(x, device=q.device) for x in (offsets, distances))
             page, offset = page_table[r, seen // page_size], seen % page_size
             keys = pool_k[page, :, offset].repeat_interleave(group, 1).to(wide)  # [seen, Hq, Dk]

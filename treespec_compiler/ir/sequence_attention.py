@@ -24,7 +24,7 @@ SCHEMA = (
 )
 CAUSAL_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, float scale, SymInt window=0, SymInt chunk=0, float softcap=0.0, "
-    "Tensor? slopes=None, Tensor? bias=None, Tensor? sinks=None) -> Tensor"
+    'Tensor? slopes=None, Tensor? bias=None, Tensor? sinks=None, str pattern="") -> Tensor'
 )
 
 
@@ -61,11 +61,12 @@ def causal_reference(
     slopes: Tensor | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    pattern: str = "",
 ) -> Tensor:
-    """Attention in which query i sees key j as `MaskSpec(window, chunk=chunk)` says."""
+    """Attention in which query i sees key j as `MaskSpec(window, chunk=chunk, pattern=pattern)` says."""
     k, v = _for_every_head(q, k, v)
     steps = torch.arange(q.shape[2], device=q.device)
-    seen = MaskSpec(window, chunk=chunk).visible(steps[:, None], steps[None, :])
+    seen = MaskSpec(window, chunk=chunk, pattern=pattern).visible(steps[:, None], steps[None, :])
     if not softcap and slopes is None and bias is None and sinks is None:
         return scaled_dot_product_attention(q, k, v, seen, scale=scale).contiguous()
     s = changed_scores((q @ k.transpose(2, 3) * scale)[0], _distances(q), softcap, slopes, bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import sympy
 import torch
 
-from .predicates import CAUSAL, K, Q, function, text
+from .predicates import CAUSAL, K, Q, function, parse, text
 
 
 @dataclass(frozen=True)
 class MaskSpec:
     """Which keys a query sees, as a predicate in positions: `0 <= q - k`, with a window `q - k < window`, and with
-    chunks `floor(q / chunk) == floor(k / chunk)`.
+    chunks `floor(q / chunk) == floor(k / chunk)`; `pattern` is any further predicate, as text (`predicates.parse`):
+    `(k < 4) | (q - k < 8)` shows the first four tokens and the last eight.
 
     `limit` is the largest context for which the predicate was proved (a mask read from a buffer ends with the buffer).
     """
@@ -25,12 +27,18 @@ class MaskSpec:
     window: int = 0
     limit: int | None = None
     chunk: int = 0
+    pattern: str = ""
 
     @property
     def terms(self) -> tuple[Any, ...]:
         """What must hold of Q and K (`ir.predicates`), all of it. Values, texts and the formulas of kernels are derived
         from this."""
-        return _terms(self.window, self.chunk)
+        return _terms(self.window, self.chunk, self.pattern)
+
+    @property
+    def reach(self) -> int:
+        """The largest number in the predicate."""
+        return max([self.window, self.chunk, *map(int, re.findall(r"\d+", self.pattern))])
 
     @property
     def formula(self) -> str:
@@ -58,11 +66,11 @@ def _functions(terms: tuple[Any, ...]) -> tuple[Callable[[Any, Any], Any], ...]:
 
 
 @functools.cache
-def _terms(window: int, chunk: int) -> tuple[Any, ...]:
+def _terms(window: int, chunk: int, pattern: str) -> tuple[Any, ...]:
     """A further kind of mask is one more term here."""
     near = [sympy.Lt(Q - K, window)] if window else []
     together = [sympy.Eq(sympy.floor(Q / chunk), sympy.floor(K / chunk))] if chunk else []
-    return (CAUSAL, *near, *together)
+    return (CAUSAL, *near, *together, *([parse(pattern)] if pattern else []))
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,11 @@ class PositionSpec:
     offset: int
     limit: int | None
     reader: str
+
+    @property
+    def reach(self) -> int:
+        """The largest number in the predicate."""
+        return max([self.window, self.chunk, *map(int, re.findall(r"\d+", self.pattern))])
 
     @property
     def formula(self) -> str:

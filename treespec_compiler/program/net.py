@@ -193,7 +193,7 @@ def _literal(program: Runs) -> int:
         value = node.meta.get("val")
         widths |= {s for s in value.shape if type(s) is int} if isinstance(value, Tensor) else set()
         found += [a for a in node.args if type(a) is int and a <= MOST - 2]
-    reaches = [reach for site in program.state.sites for reach in (site.mask.window, site.mask.chunk)]
+    reaches = [site.mask.reach for site in program.state.sites]
     return max([n for n in found if n not in widths] + [n for n in reaches if n <= MOST - 2] + [0])
 
 

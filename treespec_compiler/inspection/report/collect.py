@@ -168,7 +168,7 @@ _NOTHING = NodeData("", "", "")
 
 
 def _mask(mask: MaskSpec, tree: TokenTree | None) -> dict[str, Any]:
-    reach = max(mask.window, getattr(mask, "chunk", 0))
+    reach = mask.reach
     step = max(1, -(-reach // 10)) if reach > 12 else 1
     shown = predicate_mask(lambda q, k: mask.sees(q * step, k * step), CELLS)
     entry = {"formula": mask.formula, "svg": mask_svg(shown, mask.formula), "step": step}
