@@ -21,7 +21,8 @@ from treespec_compiler.ir.specs import MaskSpec
 
 from .biases import NotAMask, bias_kind
 from .closed_form import Form, axis
-from .patterns import HIDDEN, pattern_of_form, pattern_of_values
+from .patterns import HIDDEN as HIDDEN
+from .patterns import pattern_of_form, pattern_of_values, whole_prefix
 from .turning_point import root
 
 BIDIRECTIONAL = "bidirectional attention: every query sees every key, so this is not a causal decoder"
@@ -73,6 +74,11 @@ def classify(
             found = pattern_of_values(visible_matrix(evaluate(limit), text))
         else:
             limit, found = None, pattern_of_form(form.expr, q, k)
+        if found is None and whole_prefix(form.expr, q, k):
+            raise NotAMask(
+                "the first queries see later tokens, as in a prefix that is seen as a whole: its rows change while it "
+                f"grows, so the model is causal only behind it: {text}"
+            ) from None
         if found is None:
             raise
         return Scoring(MaskSpec(limit=limit, pattern=found), text=text)

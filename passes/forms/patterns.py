@@ -20,17 +20,17 @@ from torch import Tensor
 from treespec_compiler.ir.predicates import K, Q, parse, text
 from treespec_compiler.ir.specs import MaskSpec
 
-from .biases import NotAMask
-
 # An additive mask value at or below this hides a key: exp(-1e4) is 0 in float32, and models use -1e4 and lower.
 HIDDEN = -1e4
 # Comparisons in a mask, of which every combination is looked at; documents in a buffer.
 _MOST_COMPARISONS, _MOST_DOCUMENTS = 7, 16
+# Places that a prefix is looked for among.
+_FEW = 12
 
 
 def pattern_of_form(expr: Any, q: sympy.Symbol, k: sympy.Symbol) -> str | None:
-    """The text of a predicate beside `k <= q` (`MaskSpec.pattern`); None where the form is none, or hides a token from
-    itself. Raises NotAMask where it shows later keys."""
+    """The text of a predicate beside `k <= q` (`MaskSpec.pattern`), or None where the form is none, shows later keys,
+    or hides a token from itself."""
     expr = sympy.sympify(expr).xreplace({q: Q, k: K})
     if expr.free_symbols - {Q, K} or expr.atoms(AppliedUndef):
         return None
@@ -53,16 +53,22 @@ def pattern_of_form(expr: Any, q: sympy.Symbol, k: sympy.Symbol) -> str | None:
         seen = _shows(
             expr.xreplace({atom: sympy.true if holds[g] == way else sympy.false for atom, (g, way) in gaps.items()})
         )
-        if seen is None:
+        if seen is None or (seen and holds[causal[0]] != causal[1]):
             return None
-        if seen and holds[causal[0]] != causal[1]:
-            raise NotAMask(
-                "some queries see later tokens, as in a prefix that is seen as a whole: the rows of such a prefix "
-                f"change while it grows, so the model is causal only behind it: {expr}"
-            )
         if seen:
             shown.append(tuple(holds[gap] for gap in others))
     return _written(others, shown)
+
+
+def whole_prefix(expr: Any, q: sympy.Symbol, k: sympy.Symbol) -> bool:
+    """Whether some of the first queries see later keys, and not all queries as many (a prefix-LM)."""
+    expr = sympy.sympify(expr)
+    if expr.free_symbols != {q, k} or expr.atoms(AppliedUndef):
+        return False
+    places = range(_FEW)
+    seen = {(i, j): _shows(expr.xreplace({q: sympy.Integer(i), k: sympy.Integer(j)})) for i in places for j in places}
+    later = {i: sum(bool(seen[i, j]) for j in places if j > i) for i in places}
+    return all(seen[i, i] for i in places) and later[0] > 0 == later[_FEW - 2]
 
 
 def _written(others: list[Any], shown: list[tuple[bool, ...]]) -> str | None:

@@ -63,17 +63,31 @@ def test_a_bias_that_all_seen_keys_share_is_none() -> None:
     assert_decodes(model, program, VOCAB, rounds=1, prompt=20)
 
 
+@pytest.mark.parametrize(
+    ("mask", "formula"),
+    [
+        (lambda q, k: (k <= q) & ((q - k) % 2 == 0), "(q - k) % 2 == 0"),
+        (lambda q, k: (k <= q) & ((q - k < 4) | (q - k > 12)), "(q - k >= 13) | (q - k < 4)"),
+        (lambda q, k: (k <= q) & ((q - k < 4) | (k < 2)), "(k <= 1) | (q - k < 4)"),
+    ],
+)
+def test_another_predicate_of_positions(mask: Mask, formula: str) -> None:
+    model, program = program_with(mask)
+    assert program.sites[0].mask.formula == f"k <= q and {formula}"
+    assert_decodes(model, program, VOCAB, rounds=1, prompt=20)
+
+
 REFUSED: dict[str, tuple[Mask, str]] = {
     "everything": (lambda q, k: k + q >= 0, "bidirectional attention: every query sees every key"),
     "all later": (lambda q, k: k >= q, "every later token"),
     "one later": (lambda q, k: k <= q + 1, "1 later token"),
     "not itself": (lambda q, k: k < q, "off-by-one"),
     "nothing": (lambda q, k: (k < q) & (k > q), "hides everything"),
-    "every other": (lambda q, k: (k <= q) & ((q - k) % 2 == 0), "distance|gap|closed form|depends on"),
     "mirrored": (lambda q, k: k + q <= 8, "distance"),
     "fractions": (lambda q, k: (q * 0.1 - k * 0.1 < 0.3) & (k <= q), "fractions"),
     "small bias": (lambda q, k: torch.where(k <= q, 0.0, -30.0), "bias|scores change"),
-    "wide gap": (lambda q, k: (k <= q) & ((q - k < 4) | (q - k > 900)), "gap"),
+    "not itself now and then": (lambda q, k: (k <= q) & ((q - k < 4) & (k % 5 != 0)), "distance"),
+    "a prefix that is seen as a whole": (lambda q, k: (k <= q) | (k < 4), "the first queries see later tokens"),
 }
 
 

@@ -90,8 +90,8 @@ def parse(text: str) -> Any:
 def _parsed(tree: Any) -> Any:
     if isinstance(tree, ast.Name):
         return {"q": Q, "k": K}[tree.id]
-    if isinstance(tree, ast.Constant):
-        return sympy.Integer(int(tree.value))
+    if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
+        return sympy.Integer(tree.value)
     if isinstance(tree, ast.UnaryOp):
         return sympy.Not(_parsed(tree.operand)) if isinstance(tree.op, ast.Invert) else -_parsed(tree.operand)
     if isinstance(tree, ast.Compare):

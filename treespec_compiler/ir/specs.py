@@ -82,11 +82,6 @@ class PositionSpec:
     reader: str
 
     @property
-    def reach(self) -> int:
-        """The largest number in the predicate."""
-        return max([self.window, self.chunk, *map(int, re.findall(r"\d+", self.pattern))])
-
-    @property
     def formula(self) -> str:
         return f"i + {self.offset}" if self.offset else "i"
 
