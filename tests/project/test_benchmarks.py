@@ -182,6 +182,16 @@ def test_bench_linear(tmp_path: Path) -> None:
     assert {e["name"] for e in report["entries"]} == {"treespec", "aten"}
 
 
+def test_bench_pages(tmp_path: Path) -> None:
+    path = tmp_path / "pages.json"
+    few = ("--sizes", 16, 64, "--requests", 2, "--prompt-tokens", 40, "--shared", 20, "--new-tokens", 4, "--rounds", 1)
+    shown = run("bench_pages.py", *few, "--output", path)
+    report = json.loads(path.read_text("utf-8"))
+    assert report["same"] and [loop["page_size"] for loop in report["loops"]] == [16, 64]
+    assert all(loop["places"] == loop["pages"] * loop["page_size"] > 0 for loop in report["loops"])
+    assert "tokens a page" in shown and "| --- |" in run("bench_pages.py", "--show", path, "--markdown")
+
+
 @pytest.mark.parametrize("script", ["bench_decode.py", "bench_verify.py", "bench_compile.py"])
 def test_showing_a_file_of_something_else(script: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"

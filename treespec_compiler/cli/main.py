@@ -56,6 +56,7 @@ COMMANDS = (
     Command("demo", "see the shipped pair of models speculate, and measure it"),
     Command("generate", "complete a prompt by speculation"),
     Command("serve", "serve a model by OpenAI's HTTP API"),
+    Command("bench", "measure a server under load"),
     Command("tune", "measure this machine, for trees that fit it"),
     Command("explain", "say what was proved about a model, or why it is refused"),
     Command("opt", "run the passes on a model and print the graph between them"),
