@@ -19,7 +19,7 @@ from torch import Tensor
 
 from treespec_compiler.ir.specs import MaskSpec
 
-from .biases import NotAMask, bias_kind
+from .biases import LONGEST_BIAS, NotAMask, bias_kind
 from .closed_form import Form, axis
 from .patterns import HIDDEN as HIDDEN
 from .patterns import pattern_of_form, pattern_of_values, whole_prefix
@@ -28,6 +28,9 @@ from .turning_point import root
 BIDIRECTIONAL = "bidirectional attention: every query sees every key, so this is not a causal decoder"
 # A hiding value that a bias is added to (ALiBi on top of the lowest float) is at or below this.
 BURIED = -1e9
+
+# How far apart numbers of one distance may be in a buffer, relative to 1 or themselves (`score_check` compares again).
+_CLOSE = 1e-5
 
 _DISTANCE = sympy.Symbol("d", integer=True)
 
@@ -89,6 +92,9 @@ def _classified(
 ) -> Scoring:
     q, k = _query_and_key(form)
     if _is_table(form, q, k):
+        biased = _biased_table(form, evaluate, sizes, q, k)
+        if biased is not None:
+            return biased
         extra = form.expr.free_symbols - {q, k}
         if extra:
             raise NotAMask(f"the mask differs between heads, or depends on the number of tokens: {_text(form, q, k)}")
@@ -281,7 +287,34 @@ def _spec(seen: _Visible, limit: int | None, text: str) -> MaskSpec:
 def _from_table(form: Form, evaluate: Callable[[int], Tensor], sizes: dict[str, Tensor], q: Any, k: Any) -> MaskSpec:
     text = _text(form, q, k)
     limit = _table_limit(form, sizes, q, k, text)
-    visible = visible_matrix(evaluate(limit), text)
+    return _mask_of(visible_matrix(evaluate(limit), text), text)
+
+
+def _biased_table(
+    form: Form, evaluate: Callable[[int], Tensor], sizes: dict[str, Tensor], q: Any, k: Any
+) -> Scoring | None:
+    """A buffer [.., heads, q, k] that adds numbers of the head and the distance to what it shows; None: another one."""
+    text = _text(form, q, k)
+    limit = min(_table_limit(form, sizes, q, k, text), LONGEST_BIAS)
+    values = evaluate(limit)
+    if not values.is_floating_point() or values.dim() < 2:
+        return None
+    values = values.expand(*values.shape[:-2], limit, limit).reshape(-1, limit, limit)
+    shown = values > HIDDEN
+    if bool((values[shown] == 0).all()) or not bool((shown == shown[:1]).all()) or bool(values[shown].isinf().any()):
+        return None
+    by_distance = values[:, :, 0]  # distances 0 .. limit - 1
+    index = torch.arange(limit)
+    gaps = (index[:, None] - index[None, :]).clamp(min=0)
+    off = (by_distance[:, gaps] - values)[shown].abs()
+    if bool((off > _CLOSE * (1 + values[shown].abs())).any()):
+        return None
+    return Scoring(_mask_of(shown[0], text), "distance", text)
+
+
+def _mask_of(visible: Tensor, text: str) -> MaskSpec:
+    """The mask that a boolean [n, n] is, up to its size."""
+    limit = len(visible)
     index = torch.arange(limit)
     distance = index[:, None] - index[None, :]
     by_distance = torch.zeros(2 * limit - 1, dtype=torch.bool)

@@ -241,7 +241,10 @@ def table_limits(state: GraphState) -> list[tuple[fx.Node, int | None, int]]:
                 continue
             if offset is not None:
                 found.append((node, offset, int(size) - offset))
-            elif (limit := _first_outside(form.expr, axis(dims[0]), int(size))) is not None:
+                continue
+            limit = _first_outside(form.expr, axis(dims[0]), int(size))
+            limit = limit or _leaves_table(forms, index, dims[0], form, int(size))
+            if limit is not None:
                 found.append((node, None, limit))
     return found
 
@@ -265,6 +268,21 @@ def _first_outside(expr: Any, symbol: sympy.Symbol, size: int) -> int | None:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if inside(middle) else (low, middle)
     return low
+
+
+def _leaves_table(forms: ClosedForms, index: fx.Node, at: int, form: Form, size: int) -> int | None:
+    """The first position whose number, read from another table, is no row of a table; None: none is."""
+    read = next(iter(form.tables), None)
+    if read is None or form.expr.free_symbols != {axis(at)}:
+        return None
+    lengths = [int(s) for s, i in zip(forms.tables[str(read.func)].shape, read.args, strict=True) if i == axis(at)]
+    if not lengths:
+        return None
+    numbers = SampledValues(index, forms.gm, forms.tokens, forms.constants, None).at(
+        lengths[0], [None] * len(form.shape)
+    )
+    outside = ((numbers < 0) | (numbers >= size)).movedim(at, 0).flatten(1).any(1).nonzero()
+    return int(outside[0]) if len(outside) else None
 
 
 def _reads(node: fx.Node) -> list[tuple[fx.Node, int, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,22 +22,23 @@ from ..errors import Refusal, TreespecError, Unsupported
 from ..ir.specs import EVERY_ROW, LogitsSpec
 from ..logs import logger
 from .call import CallSpec, call_module, logits_of, token_dim, tokens_of, vocabularies
-from .checks import Unchecked, unchecked, without_check
 from .control_flow import refuse_control_flow, where_specialised
 from .fakes import forget_tensors
-from .fills import refillable, unfilled
+from .fills import as_it_was, refillable, unfilled
 from .flex import spell_flex_attention
 from .found import finder
 from .functional import functional_graph
 from .inlined import inline_bodies
 from .reads import Reads
+from .rewriting import Rewritten, rewritten, rewritten_for
 from .state_changes import put_logits_first
+from .surroundings import outside_autocast
 from .tracing import tracing
 from .weight_ref import WeightRef, registered
 
 log = logger(__name__)
 
-MOST_CHECKS = 16  # that are left out of a trace, each of which begins it anew
+MOST_PLACES = 16  # where a trace takes other code, each of which begins it anew
 
 TESTED_TORCH = ("2.11", "2.15")
 
@@ -106,19 +108,34 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
 
 def _trace(
     model: nn.Module, call: CallSpec, forward: types.FunctionType, backend: Callable[..., Any], traced: dict[str, Any]
-) -> list[Unchecked]:
-    """Run Dynamo on the call; returns the functions that it was traced without a check of values in."""
-    removed: list[Unchecked] = []
+) -> list[Rewritten]:
+    """Run Dynamo on the call; returns the functions that it was traced with other code of."""
+    # Another length of the same model stops at the same places.
+    removed = inherited = [each for each in _REWRITTEN.get(model, ()) if not each.changed]
     while True:
         try:
-            with unchecked(removed), tracing(model, traced, call), contextlib.suppress(_Captured):
+            with rewritten(removed), tracing(model, traced, call), contextlib.suppress(_Captured):
                 torch.compile(forward, backend=backend, fullgraph=True)(*call.args, **call.kwargs)
             return removed
         except Unsupported as refusal:
-            found = without_check(refusal, removed)
-            if found is None or sum(len(each.lines) for each in removed) == MOST_CHECKS:
+            if removed is inherited and removed:
+                removed = []  # with other settings the places are others, or hold other tables
+                continue
+            if sum(len(each.lines) for each in removed) == MOST_PLACES:
                 raise
-            removed = found
+            found = rewritten_for(refusal, removed, lambda n: _run(model, call.with_length(n)), call.length)
+            if found is None:
+                raise
+            _REWRITTEN[model] = removed = found
+
+
+_REWRITTEN: weakref.WeakKeyDictionary[nn.Module, list[Rewritten]] = weakref.WeakKeyDictionary()
+
+
+def _run(model: nn.Module, call: CallSpec) -> None:
+    """Run the model, which is as it was afterwards."""
+    with as_it_was(model), torch.inference_mode(False), torch.no_grad(), outside_autocast():
+        call_module(model, *call.args, **call.kwargs)
 
 
 def _fresh_forward(model: nn.Module) -> types.FunctionType:

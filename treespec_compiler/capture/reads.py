@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .alone import alone
 from .call import CallSpec, vocabularies
-from .checks import Unchecked, unchecked
 from .fills import refillable, unfilled
+from .rewriting import Rewritten, rewritten
 from .surroundings import outside_autocast, plain_layers
 from .unguarded import Unguarded
 
@@ -35,7 +35,7 @@ class Reads:
         model: nn.Module,
         traced: FunctionType,
         unheld: Mapping[str, Tensor],
-        removed: Sequence[Unchecked] = (),
+        removed: Sequence[Rewritten] = (),
         code: Sequence[CodeType] = (),
     ) -> None:
         """`unheld`: tensors that no table of a module has (in lists, globals, closures), by where Dynamo read them.
@@ -54,7 +54,7 @@ class Reads:
         """What is another now, in words for a log; None: nothing that the trace read. `call` is that of the trace."""
         if reason := self._unguarded.changed(model):
             return reason
-        if any(each.function.__code__ is not each.before for each in self._removed):
+        if any(each.changed for each in self._removed):
             return "the code of a function"
         guards = self._guards()
         if guards is None:
@@ -73,7 +73,7 @@ class Reads:
                 plain_layers(),
                 _threads(self._threads),
                 unfilled(refillable(model, call)),
-                unchecked(self._removed),
+                rewritten(self._removed),
             ):
                 return None if guards.check(there) else _reason(guards.check_verbose(there))
 

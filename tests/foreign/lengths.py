@@ -1,0 +1,245 @@
+"""Decoders whose Python code runs over the number of tokens: loops that fill a mask, lists, caches."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from modules import DIM, HEADS, Tiny
+from torch import Tensor
+
+
+class Length(Tiny):
+    layers = 1
+
+
+class RowsInALoop(Length):
+    def setup(self) -> None:
+        self.window = 4
+
+    def mask(self, tokens: int) -> Tensor:
+        seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        for i in range(tokens):
+            seen[i, : max(0, i + 1 - self.window)] = False
+        return seen
+
+
+class BiasInALoop(Length):
+    """In the middle of attention, over the queries' own length."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        scores = q @ k.mT / 2
+        t = q.shape[-2]
+        bias = torch.full((t, t), -math.inf)
+        for i in range(t):
+            for j in range(i + 1):
+                bias[i, j] = (j - i) / 4
+        return (scores + bias).softmax(-1) @ v
+
+
+class BiasOfHeads(Length):
+    def mask(self, tokens: int) -> Tensor:
+        bias = torch.empty(HEADS, tokens, tokens)
+        for head, slope in enumerate([2 ** -(h + 1) for h in range(HEADS)]):
+            for i in range(tokens):
+                bias[head, i] = -slope * (i - torch.arange(tokens)).abs()
+                bias[head, i, i + 1 :] = -torch.inf
+        return bias
+
+
+class ListOfLists(Length):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        t = q.size(2)
+        mask = torch.tensor([[0.0 if j <= i else -1e9 for j in range(t)] for i in range(t)], device=q.device)
+        return (q @ k.mT + mask).softmax(-1) @ v
+
+
+class StackedRows(Length):
+    def mask(self, tokens: int) -> Tensor:
+        rows = []
+        for i in range(tokens):
+            rows.append(torch.arange(tokens) <= i)
+        return torch.stack(rows)
+
+
+class NumpyRows(Length):
+    def mask(self, tokens: int) -> Tensor:
+        m = np.full((tokens, tokens), -np.inf, dtype=np.float32)
+        for i in range(tokens):
+            m[i, : i + 1] = 0.0
+        return torch.tensor(m)
+
+
+class WhileRows(Length):
+    def mask(self, tokens: int) -> Tensor:
+        m, i = torch.zeros(tokens, tokens, dtype=torch.bool), 0
+        while i < tokens:
+            m[i, : i + 1] = True
+            i += 1
+        return m
+
+
+class RowsAreViews(Length):
+    def mask(self, tokens: int) -> Tensor:
+        m = torch.full((tokens, tokens), -math.inf)
+        for i, row in enumerate(m):
+            row[: i + 1] = 0
+        return m
+
+
+class PositionsOfAList(Length):
+    def positions(self, ids: Tensor) -> Tensor:
+        return self.wpe(torch.tensor(list(range(ids.shape[1])), device=ids.device).unsqueeze(0))
+
+
+class NumpySinusoid(Length):
+    def positions(self, ids: Tensor) -> Tensor:
+        n = ids.shape[1]
+        angle = np.array([[p / np.power(100, 2 * (i // 2) / DIM) for i in range(DIM)] for p in range(n)])
+        angle[:, 0::2] = np.sin(angle[:, 0::2])
+        angle[:, 1::2] = np.cos(angle[:, 1::2])
+        return torch.FloatTensor(angle)
+
+
+class KeptByLength(Length):
+    def setup(self) -> None:
+        self.masks: dict[Any, Tensor] = {}
+
+    def mask(self, tokens: int) -> Tensor:
+        key = f"{tokens}-causal"
+        if key not in self.masks:
+            self.masks[key] = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        return self.masks[key]
+
+
+KEPT: dict[int, Tensor] = {}
+
+
+class KeptInAGlobal(Length):
+    def mask(self, tokens: int) -> Tensor:
+        m = KEPT.get(tokens)
+        if m is None:
+            m = torch.full((tokens, tokens), float("-inf")).triu(1)
+            KEPT[tokens] = m
+        return m
+
+
+REACH = 5
+
+
+@functools.cache
+def looped(tokens: int) -> Tensor:
+    m = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for i in range(tokens):
+        m[i, max(0, i - REACH) : i + 1] = True
+    return m
+
+
+class CachedLoop(Length):
+    def mask(self, tokens: int) -> Tensor:
+        return looped(tokens)
+
+
+CONVERTED: tuple[type[Length], ...] = (
+    RowsInALoop,
+    BiasInALoop,
+    BiasOfHeads,
+    ListOfLists,
+    StackedRows,
+    NumpyRows,
+    WhileRows,
+    RowsAreViews,
+    PositionsOfAList,
+    NumpySinusoid,
+    KeptByLength,
+    KeptInAGlobal,
+    CachedLoop,
+)
+
+
+class DividedByLength(Length):
+    """Another table for each length."""
+
+    def mask(self, tokens: int) -> Tensor:
+        m = torch.full((tokens, tokens), -math.inf)
+        for i in range(tokens):
+            m[i, : i + 1] = torch.arange(i + 1) / tokens
+        return m
+
+
+class OtherAt300(Length):
+    """Far beyond the lengths that a trace sees."""
+
+    def mask(self, tokens: int) -> Tensor:
+        m = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for i in range(tokens):
+            m[i, 0 if tokens < 300 else i : i + 1] = True
+        return m
+
+
+class Drawn(Length):
+    def positions(self, ids: Tensor) -> Tensor:
+        return torch.stack([torch.rand(DIM) for _ in range(ids.shape[1])])
+
+
+class FromWeights(Length):
+    def positions(self, ids: Tensor) -> Tensor:
+        return torch.stack([self.wpe.weight[i] * 2 for i in range(ids.shape[1])])
+
+
+class FromTokens(Length):
+    """What a row of the loop makes depends on the token."""
+
+    def start(self, ids: Tensor) -> Tensor:
+        x = super().start(ids)
+        rows = torch.zeros_like(x)
+        for i in range(ids.shape[1]):
+            rows[:, i] = x[:, : i + 1].mean(1)
+        return rows
+
+
+class OneToken(Length):
+    """A token sees the one before it only."""
+
+    def mask(self, tokens: int) -> Tensor:
+        m = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for i in range(tokens):
+            m[i, max(0, i - 1)] = True
+        return m
+
+
+class SeesTheFuture(Length):
+    def mask(self, tokens: int) -> Tensor:
+        m = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for i in range(tokens):
+            m[i, : i + 2] = True
+        return m
+
+
+class Counts(Length):
+    """The loop counts calls besides."""
+
+    def setup(self) -> None:
+        self.calls = 0
+
+    def mask(self, tokens: int) -> Tensor:
+        m = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for i in range(tokens):
+            m[i, : i + 1] = True
+            self.calls += 1
+        return m if self.calls < 10_000 else ~m
+
+
+REFUSED: tuple[type[Length], ...] = (
+    DividedByLength,
+    OtherAt300,
+    Drawn,
+    FromWeights,
+    FromTokens,
+    OneToken,
+    SeesTheFuture,
+    Counts,
+)

@@ -1,0 +1,62 @@
+"""What Python code makes from the number of tokens alone is a table, or the model is refused."""
+
+from __future__ import annotations
+
+import lengths
+import pytest
+import torch
+from lengths import CONVERTED, REFUSED, CachedLoop, KeptByLength, KeptInAGlobal, Length, RowsInALoop
+from modules import VOCAB
+from oracles import EAGER, assert_decodes
+from styles import built
+
+import treespec_compiler as treespec
+from treespec_compiler.errors import Refusal
+
+
+@pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
+def test_rows_are_the_models_own(style: type[Length]) -> None:
+    model = built(style)
+    program = treespec.tree_program(model, options=EAGER)
+    graph = program.graph_module
+    assert_decodes(model, program, VOCAB, rounds=1, size=7)
+    assert treespec.tree_program(model, options=EAGER).graph_module is graph
+
+
+@pytest.mark.parametrize("style", REFUSED, ids=lambda style: style.__name__)
+def test_refused(style: type[Length]) -> None:
+    with pytest.raises(treespec.Unsupported) as refusal:
+        treespec.tree_program(built(style), options=EAGER)
+    assert refusal.value.kind in (Refusal.SPECIALISED, Refusal.MASK)
+
+
+def test_a_setting_of_the_loop_is_followed() -> None:
+    model = built(RowsInALoop)
+    program = treespec.tree_program(model, options=EAGER)
+    assert program.sites[0].mask.window == 4
+    model.window = 3
+    again = treespec.tree_program(model, options=EAGER)
+    assert again.sites[0].mask.window == 3
+    assert_decodes(model, again, VOCAB, rounds=1, size=7)
+
+
+def test_a_global_that_the_loop_reads_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built(CachedLoop)
+    assert treespec.tree_program(model, options=EAGER).sites[0].mask.window == 6
+    monkeypatch.setattr(lengths, "REACH", 2)
+    lengths.looped.cache_clear()
+    again = treespec.tree_program(model, options=EAGER)
+    assert again.sites[0].mask.window == 3
+    assert_decodes(model, again, VOCAB, rounds=1, size=7)
+
+
+def test_what_was_kept_before_is_the_same() -> None:
+    model = built(KeptByLength)
+    model(torch.ones(1, 9, dtype=torch.int64))
+    assert_decodes(model, treespec.tree_program(model, options=EAGER), VOCAB, rounds=1, size=7)
+
+
+def test_what_its_user_put_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lengths.KEPT, 11, torch.zeros(11, 11))
+    with pytest.raises(treespec.Unsupported):
+        treespec.tree_program(built(KeptInAGlobal), options=EAGER)

@@ -1,0 +1,262 @@
+"""Functions of a model's code that are traced with other code: without a check, with a table in a loop's place.
+
+What the code does is the same (`checks`, `tables`); the functions have it while a trace runs, and only then.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import gc
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+from ..errors import Refusal, Unsupported
+from ..logs import logger
+from .checks import check_at
+from .regions import Region, regions_at
+from .tables import NoTable, forget, noted, place_of, result_name, tabulated
+
+log = logger(__name__)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A function, and the code that it is traced with."""
+
+    function: FunctionType
+    before: CodeType
+    code: CodeType
+    lines: tuple[int, ...]
+    """Where it is another one."""
+    body: ast.FunctionDef
+    read: tuple[tuple[dict[str, Any], str, Any], ...] = ()
+    """(table, name, value): what tables were made with that no guard of a trace sees."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the function, or what it was rewritten with, is another one now."""
+        return self.function.__code__ is not self.before or any(t.get(n) is not v for t, n, v in self.read)
+
+
+def rewritten_for(
+    refusal: Unsupported, known: Sequence[Rewritten], run: Callable[[int], None], length: int
+) -> list[Rewritten] | None:
+    """The functions of `known` and that at whose line a trace stopped, with other code; None: there is none for it.
+
+    `run(n)` runs the model on n tokens; `length` is that of the trace.
+    """
+    for filename, line in _places(refusal):
+        function = _function_at(filename, line)
+        if function is None:
+            continue
+        old = next((each for each in known if each.function is function), None)
+        if old is not None and line in old.lines:
+            continue
+        body = _body(function) if old is None else copy.deepcopy(old.body)
+        if body is None:
+            continue
+        others = [each for each in known if each is not old]
+        found = _without_check(function, body, line)
+        read: tuple[Any, ...] = () if old is None else old.read
+        if found is None:
+            found = _with_table(function, body, line, others, run, length)
+            read = (*read, *_globals_of(function))
+        if found is None:
+            continue
+        before = function.__code__ if old is None else old.before
+        lines = (line,) if old is None else (*old.lines, line)
+        return [*others, Rewritten(function, before, found[1], lines, found[0], read)]
+    return None
+
+
+@contextlib.contextmanager
+def rewritten(those: Sequence[Rewritten]) -> Iterator[None]:
+    """With these functions having the other code."""
+    held = [(each.function, each.function.__code__) for each in those]
+    try:
+        for each in those:
+            each.function.__code__ = each.code
+        yield
+    finally:
+        for function, code in reversed(held):
+            function.__code__ = code
+
+
+def _places(refusal: Unsupported) -> list[tuple[str, int]]:
+    """(file, line) where a trace stopped, inner calls first, or took the number of tokens for a constant."""
+    if refusal.kind is Refusal.SPECIALISED:
+        # NOTE the shape environment remembers a place as `text  # end/of/path.py:line in function`.
+        place = (refusal.source or "").rpartition("  # ")[2].rsplit(" in ", 1)[0].rpartition(":")
+        return [(place[0], int(place[2]))] if place[2].isdecimal() else []
+    if refusal.kind not in (Refusal.CONTROL, Refusal.NO_GRAPH):
+        return []
+    return [(f.filename, f.lineno) for f in reversed(list(getattr(refusal.__cause__, "real_stack", None) or []))]
+
+
+def _without_check(function: FunctionType, body: ast.FunctionDef, line: int) -> tuple[ast.FunctionDef, CodeType] | None:
+    found = check_at(body, line)
+    if found is None:
+        return None
+    _Replaced({id(found): [ast.copy_location(ast.Pass(), found)]}).visit(body)
+    code = _compiled(body, function)
+    return None if code is None else (body, code)
+
+
+def _with_table(
+    function: FunctionType,
+    body: ast.FunctionDef,
+    line: int,
+    others: Sequence[Rewritten],
+    run: Callable[[int], None],
+    length: int,
+) -> tuple[ast.FunctionDef, CodeType] | None:
+    """The function with a table in the place of what it computes from sizes at the line; None: it is no table."""
+    literals = [n.value for n in ast.walk(body) if isinstance(n, ast.Constant) and type(n.value) is int]
+    for region in regions_at(body, line, function):
+        try:
+            place = place_of(region, function)
+            seeing = _compiled(_placed(body, region, noted(place)), function)
+            if seeing is None:
+                continue
+            runs: list[Any] = []
+            with rewritten([*others, Rewritten(function, function.__code__, seeing, (), body)]):
+                for tokens in (length, length + 2):
+                    place.seen.clear()
+                    run(tokens)
+                    runs.append(list(place.seen))
+            tree = _placed(body, region, tabulated(place, runs[0], runs[1], literals))
+            code = _compiled(tree, function)
+        except NoTable:
+            continue
+        except Exception as error:  # the user's code may raise anything
+            log.debug("%s was not run at line %s: %s", function.__qualname__, line, error)
+            continue
+        finally:
+            forget()
+        if code is not None:
+            return tree, code
+    return None
+
+
+def _placed(body: ast.FunctionDef, region: Region, instead: list[ast.stmt]) -> ast.FunctionDef:
+    """A copy of the function with other statements in the place of the region's."""
+    memo: dict[int, Any] = {}
+    tree: ast.FunctionDef = copy.deepcopy(body, memo)
+    at = memo[id(region.at)]
+    for statement in instead:
+        for node in ast.walk(statement):
+            ast.copy_location(node, at)
+    here = [] if region.at in region.body else [at]
+    swaps: dict[int, Any] = {id(memo[id(s)]): [ast.copy_location(ast.Pass(), at)] for s in region.body}
+    parts = {
+        id(memo[id(r)]): ast.copy_location(ast.Name(result_name(region, i), ast.Load()), at)
+        for i, r in enumerate(region.results)
+        if id(r) in memo and not isinstance(r, ast.Name)
+    }
+    _Replaced(parts).visit(tree)
+    _Replaced(swaps | {id(at): [*instead, *here]}).visit(tree)
+    return tree
+
+
+class _Replaced(ast.NodeTransformer):
+    """Puts others in the place of some nodes."""
+
+    def __init__(self, instead: Mapping[int, Any]) -> None:
+        self.instead = instead
+
+    def visit(self, node: ast.AST) -> Any:
+        if id(node) in self.instead:
+            return self.instead[id(node)]
+        return super().generic_visit(node)
+
+
+def _globals_of(function: FunctionType) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Globals that the function and the functions of its module that it calls read."""
+    pending, seen = [function], {function}
+    while pending:
+        each = pending.pop()
+        for name in _names(each.__code__):
+            value = each.__globals__.get(name, each)
+            if value is each or isinstance(value, (ModuleType, BuiltinFunctionType)) or name in ("TABLES",):
+                continue
+            if isinstance(value, FunctionType) and value not in seen and value.__module__ == each.__module__:
+                seen.add(value)
+                pending.append(value)
+            if not isinstance(value, dict):
+                yield each.__globals__, name, value
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _function_at(filename: str, line: int) -> FunctionType | None:
+    """The function that holds the line of the file, of which the end of the path will do."""
+    for module in list(sys.modules.values()):
+        if not str(getattr(module, "__file__", None) or "").endswith(filename):
+            continue
+        for value in list(vars(module).values()):
+            for each in (value, *(vars(value).values() if isinstance(value, type) else ())):
+                function = inspect.unwrap(each) if callable(each) else getattr(each, "__func__", None)
+                if isinstance(function, FunctionType) and _holds(function.__code__, filename, line):
+                    return function
+    inner = [f for f in gc.get_objects() if isinstance(f, FunctionType) and _holds(f.__code__, filename, line)]
+    codes = {f.__code__ for f in inner}
+    smallest = min(codes, key=lambda c: len(list(c.co_lines())), default=None)
+    alike = [f for f in inner if f.__code__ is smallest]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _holds(code: CodeType, filename: str, line: int) -> bool:
+    lines = [at for _, _, at in code.co_lines() if at is not None]
+    return code.co_filename.endswith(filename) and bool(lines) and min(lines) <= line <= max(lines)
+
+
+def _body(function: FunctionType) -> ast.FunctionDef | None:
+    """The syntax of a function, at its own lines."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)
+    body = tree.body[0]
+    if not isinstance(body, ast.FunctionDef) or any(_is_private(node) for node in ast.walk(body)):
+        return None
+    body.decorator_list = []
+    return body
+
+
+def _is_private(node: ast.AST) -> bool:
+    """A name that means another one inside a class."""
+    name = getattr(node, "attr", getattr(node, "id", ""))
+    return isinstance(name, str) and name.startswith("__") and not name.endswith("__")
+
+
+def _compiled(body: ast.FunctionDef, function: FunctionType) -> CodeType | None:
+    """The code of the function, with the same variables of the functions around it."""
+    old = function.__code__
+    around = ast.parse(f"def around({', '.join(old.co_freevars)}):\n    pass")
+    outer = around.body[0]
+    assert isinstance(outer, ast.FunctionDef)
+    body = copy.deepcopy(body)
+    # Variables of the functions around are named, so that they stay the same ones.
+    named = [ast.parse(f"if 0:\n    {', '.join(old.co_freevars)}").body] if old.co_freevars else []
+    body.body = [*(s for part in named for s in part), *body.body]
+    outer.body = [body]
+    ast.fix_missing_locations(around)
+    whole = compile(around, old.co_filename, "exec")
+    outer_code = next(c for c in whole.co_consts if isinstance(c, CodeType))
+    found = [c for c in outer_code.co_consts if isinstance(c, CodeType) and c.co_name == body.name]
+    if len(found) != 1 or found[0].co_freevars != old.co_freevars:
+        return None
+    return found[0].replace(co_qualname=old.co_qualname)

@@ -1,0 +1,305 @@
+"""Tensors that a model's Python code makes from the number of tokens alone, as tables.
+
+`for i in range(t): m[i, : i - 3] = False` would be unrolled by a trace, for one length. What such code makes
+(`regions`) depends on the length alone, so it is run here: at a length that ends the context, and at every small one,
+around every number in the code, and at samples of the others. Where each of them is the corner of the longest, the code
+is traced as a slice of that table. From there on it is a buffer like any other, and what it means is proved by value.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .regions import Region
+
+LONGEST = 1 << 16
+ELEMENTS = 1 << 22  # of a table: a mask of 2048 tokens
+SECONDS = 2.0  # for the longest run of one table
+_LENGTHS = (*range(1, 20), 31, 64, 97, 130, 257, 511, 1000, 2047, 5000, 20011)
+_PLAIN = (int, float, bool, str, type(None))
+_CODE = (torch.device, torch.dtype, ModuleType, FunctionType, BuiltinFunctionType, type)
+
+TABLES: list[dict[tuple[Any, ...], tuple[Tensor, ...]]] = []
+"""What was made: by place in the code, by the settings that it was made with. Traced code reads it here."""
+_SEEN: list[Place] = []  # while the model runs
+
+
+class NoTable(Exception):
+    """What the code makes is not one table for all lengths."""
+
+
+@dataclass
+class Seen:
+    """One run of a place: what it was given and what it made."""
+
+    given: tuple[Any, ...]
+    made: tuple[Any, ...]
+
+
+@dataclass
+class Place:
+    """A place in a model's code, and what it was seen to do when the model ran."""
+
+    region: Region
+    fill: Callable[..., tuple[Any, ...]]
+    seen: list[Seen] = field(default_factory=list)
+
+    def run(self, *given: Any) -> tuple[Any, ...]:
+        """What the code at the place makes, noted."""
+        made = self.fill(*given)
+        kept = tuple(m.clone() if isinstance(m, Tensor) else m for m in made)
+        self.seen.append(Seen(tuple(dict(g) if isinstance(g, dict) else g for g in given), kept))
+        return made
+
+    def fresh(self, given: Sequence[Any]) -> tuple[Any, ...]:
+        """What it makes where no container holds anything of an earlier call."""
+        names = self.region.inputs
+        return self.fill(*(type(g)() if n in self.region.caches else g for n, g in zip(names, given, strict=True)))
+
+
+def place_of(region: Region, function: FunctionType) -> Place:
+    return Place(region, _function(region, function))
+
+
+def _function(region: Region, function: FunctionType) -> Callable[..., tuple[Any, ...]]:
+    """The region as a function of its inputs."""
+    names = {text: f"_given_{i}" for i, text in enumerate(region.inputs)}
+    results = ast.Tuple([_copied(r, names) for r in region.results], ast.Load())
+    body = [_copied(s, names) for s in region.body]
+    tree = ast.parse(f"def fill({', '.join(names.values())}):\n    pass")
+    definition: Any = tree.body[0]
+    definition.body = [*body, ast.Return(results)]
+    scope: dict[str, Any] = dict(function.__globals__)
+    scope.setdefault("__builtins__", builtins)
+    exec(compile(ast.fix_missing_locations(tree), function.__code__.co_filename, "exec"), scope)
+    fill: Callable[..., tuple[Any, ...]] = scope["fill"]
+    return fill
+
+
+def _copied(node: Any, names: dict[str, str]) -> Any:
+    return _Renamed(names).visit(copy.deepcopy(node))
+
+
+class _Renamed(ast.NodeTransformer):
+    """Inputs under other names."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.expr) and isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
+            name = self.names.get(ast.unparse(node))
+            if name is not None:
+                return ast.copy_location(ast.Name(name, ast.Load()), node)
+        return super().generic_visit(node)
+
+
+def noted(place: Place) -> list[ast.stmt]:
+    """Code that runs the place as the model does, and takes note."""
+    number = len(_SEEN)
+    _SEEN.append(place)
+    names = "".join(f"{result_name(place.region, i)}, " for i in range(len(place.region.results)))
+    run = f"_treespec_seen[{number}].run({', '.join(place.region.inputs)})"
+    return ast.parse(f"from {__name__} import _SEEN as _treespec_seen\n{names}= {run}").body
+
+
+def forget() -> None:
+    """Let go of the places that were noted."""
+    _SEEN.clear()
+
+
+def result_name(region: Region, i: int) -> str:
+    """The name that stands in for a result."""
+    result = region.results[i]
+    return result.id if isinstance(result, ast.Name) else f"_treespec_{region.at.lineno}_{i}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The inputs that are sizes: `slopes[i] * m + offsets[i]` for input i, where m is the first of them."""
+
+    at: tuple[int, ...]
+    slopes: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+def tabulated(place: Place, short: Sequence[Seen], long: Sequence[Seen], literals: Sequence[int]) -> list[ast.stmt]:
+    """Code that reads what the place makes from tables. `short`, `long`: what was seen in two runs of the model.
+
+    Raises `NoTable` unless it is a table.
+    """
+    if len(short) != len(long) or not short:
+        raise NoTable
+    sizes = _sizes(short, long)
+    settings = _settings(place.region, short[0].given, sizes)
+    found: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
+    shapes: list[list[tuple[int, int]]] | None = None
+    for seen, other in zip(short, long, strict=True):
+        key = tuple(seen.given[i] for i in settings)
+        if any(_settings(place.region, one.given, sizes) != settings for one in (seen, other)):
+            raise NoTable
+        if key != tuple(other.given[i] for i in settings):
+            raise NoTable
+        if key not in found:
+            found[key], shape = _table(place, seen, other, sizes, literals)
+            if shapes not in (None, shape):
+                raise NoTable
+            shapes = shape
+        for one in (seen, other):
+            if not all(_same(a, b) for a, b in zip(place.fresh(one.given), one.made, strict=True)):
+                raise NoTable  # what an earlier call left there is something else
+    assert shapes is not None
+    number = len(TABLES)
+    TABLES.append(found)
+    return _reading(place.region, number, sizes, settings, shapes, [*found.values()])
+
+
+def _sizes(short: Sequence[Seen], long: Sequence[Seen]) -> Sizes:
+    a, b = short[0].given, long[0].given
+    at = tuple(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if type(x) is int and x != y)
+    if not at:
+        raise NoTable
+    step = b[at[0]] - a[at[0]]
+    slopes = tuple((b[i] - a[i]) // step for i in at)
+    offsets = tuple(a[i] - s * a[at[0]] for i, s in zip(at, slopes, strict=True))
+    return Sizes(at, slopes, offsets)
+
+
+def _settings(region: Region, given: Sequence[Any], sizes: Sizes) -> list[int]:
+    """The inputs that are numbers and the like, besides sizes. Functions and modules are what they are."""
+    found: list[int] = []
+    for i, (name, value) in enumerate(zip(region.inputs, given, strict=True)):
+        if isinstance(value, _PLAIN):
+            found += [] if i in sizes.at else [i]
+        elif not isinstance(value, _CODE) and not (name in region.caches and isinstance(value, dict)):
+            raise NoTable
+    return found
+
+
+def _table(
+    place: Place, seen: Seen, other: Seen, sizes: Sizes, literals: Sequence[int]
+) -> tuple[tuple[Tensor, ...], list[list[tuple[int, int]]]]:
+    """The longest tables, and the sizes of each of their dimensions, `slope * m + offset`, for m tokens."""
+
+    def made(m: int) -> tuple[Tensor, ...]:
+        given = list(seen.given)
+        for i, slope, offset in zip(sizes.at, sizes.slopes, sizes.offsets, strict=True):
+            given[i] = slope * m + offset
+        results = place.fresh(given)
+        if not all(isinstance(r, Tensor) and type(r) is Tensor and not r.requires_grad and r.dim() for r in results):
+            raise NoTable
+        return results
+
+    try:
+        first, second = seen.given[sizes.at[0]], other.given[sizes.at[0]]
+        shapes = [_shape(a, b, first, second) for a, b in zip(made(first), made(second), strict=True)]
+        longest, whole = _longest(made, literals)
+        numbers = {n + e for n in (*literals, *(v for v in seen.given if type(v) is int)) for e in (-1, 0, 1, 2)}
+        for m in sorted({m for m in (*_LENGTHS, *numbers, longest - 1, longest) if 2 <= m <= longest}):
+            for value, table, shape in zip(made(m), whole, shapes, strict=True):
+                if [*value.shape] != [a * m + b for a, b in shape] or value.dtype != table.dtype:
+                    raise NoTable
+                if not _same(value, table[tuple(slice(0, s) for s in value.shape)]):
+                    raise NoTable
+    except NoTable:
+        raise
+    except Exception as error:  # code of the user's, run out of its place
+        raise NoTable from error
+    return tuple(t.detach().clone() for t in whole), shapes
+
+
+def _longest(made: Callable[[int], tuple[Tensor, ...]], literals: Sequence[int]) -> tuple[int, tuple[Tensor, ...]]:
+    """The most tokens for which it is made in SECONDS and ELEMENTS, and what is made then."""
+    longest, whole = 32, made(32)
+    while longest < LONGEST:
+        began = time.perf_counter()
+        try:
+            more = made(2 * longest)
+        except NoTable:
+            raise
+        except Exception:  # a table of the model's own ends here
+            break
+        if any(t.numel() > ELEMENTS for t in more):
+            break
+        longest, whole = 2 * longest, more
+        if 4 * (time.perf_counter() - began) > SECONDS:
+            break
+    return longest, whole
+
+
+def _shape(a: Tensor, b: Tensor, first: int, second: int) -> list[tuple[int, int]]:
+    if a.dim() != b.dim():
+        raise NoTable
+    slopes = [(y - x) // (second - first) for x, y in zip(a.shape, b.shape, strict=True)]
+    if not any(slopes):
+        raise NoTable
+    return [(s, x - s * first) for s, x in zip(slopes, a.shape, strict=True)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and bool(a is b or a == b)
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    nan = a != a if a.is_floating_point() else None
+    if nan is not None and not torch.equal(nan, b != b):
+        return False
+    return torch.equal(a, b) if nan is None or not bool(nan.any()) else torch.equal(a[~nan], b[~nan])
+
+
+def _reading(
+    region: Region,
+    number: int,
+    sizes: Sizes,
+    settings: Sequence[int],
+    shapes: list[list[tuple[int, int]]],
+    tables: Sequence[tuple[Tensor, ...]],
+) -> list[ast.stmt]:
+    """Code that reads the tables, for any number of tokens."""
+    where, *others = zip((f"({region.inputs[i]})" for i in sizes.at), sizes.slopes, sizes.offsets, strict=True)
+    length = where[0]
+    lines = [f"from {__name__} import TABLES as _treespec_tables", "import torch as _treespec_torch"]
+    for text, slope, offset in others:  # the trace decides it, or has a condition on the number of tokens
+        lines.append(f"if {text} != {slope} * {length} + {offset}: raise RuntimeError('not the sizes of a table')")
+    key = "".join(f"({region.inputs[i]})," for i in settings)
+    for i, shape in enumerate(shapes):
+        parts = ", ".join(_slice(length, slope, offset) for slope, offset in shape)
+        counts = _counts([made[i] for made in tables])
+        if counts is None:
+            read = f"_treespec_tables[{number}][({key})][{i}][{parts}].clone()"
+        else:  # the positions themselves, which are known where a table's contents are not
+            first, last, dtype, device = counts
+            of = "[None]" * (len(shape) - 1)
+            kind = f"dtype=_treespec_torch.{dtype}, device={device!r}"
+            read = f"_treespec_torch.arange({first}, {last}, {kind}){of}[{parts}]"
+        lines.append(f"_treespec_read_{i} = {read}")
+    lines += [f"{result_name(region, i)} = _treespec_read_{i}" for i in range(len(shapes))]
+    return ast.parse("\n".join(lines)).body
+
+
+def _counts(made: Sequence[Tensor]) -> tuple[int, int, str, str] | None:
+    """(first, last + 1, dtype, device) of the whole numbers in order that all tables hold in their last dimension."""
+    one, wide = made[0], made[0].shape[-1]
+    if one.dtype not in (torch.int64, torch.int32) or one.numel() != wide or wide < 2:
+        return None
+    first = int(one.flatten()[0])
+    if not all(torch.equal(t, (torch.arange(wide, device=t.device) + first).to(t.dtype).view(one.shape)) for t in made):
+        return None
+    return first, first + wide, str(one.dtype).removeprefix("torch."), str(one.device)
+
+
+def _slice(length: str, slope: int, offset: int) -> str:
+    if not slope:
+        return ":"
+    times = length if slope == 1 else f"{slope} * {length}"
+    return f":{times} + {offset}" if offset else f":{times}"
