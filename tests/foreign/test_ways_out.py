@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import EAGER, assert_decodes
+from supplies import Called
 from torch import nn
 from ways_out import CONTEXT, VOCAB, WAYS, Way
 
@@ -20,9 +21,10 @@ def test_the_way_out_works(way: Way) -> None:
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.3)
     with pytest.raises(treespec.Unsupported) as refusal:
-        treespec.tree_program(model, options=EAGER).new_cache(8)
+        treespec.tree_program(model, way.example, options=EAGER).new_cache(8)
     assert way.words in (refusal.value.way_out or ""), refusal.value
     changed = way.change(model)
-    program = treespec.tree_program(changed, options=EAGER | way.options)
+    program = treespec.tree_program(changed, way.then, options=EAGER | way.options)
     assert program.max_context == way.options.get("max_context", CONTEXT)
-    assert_decodes(changed, program, VOCAB, rounds=1, size=7)
+    alone = changed if way.then is None else Called(changed, way.then)
+    assert_decodes(alone, program, VOCAB, rounds=1, size=7)

@@ -21,6 +21,9 @@ class Way:
     words: str
     change: Change = lambda model: model
     options: dict[str, Any] = field(default_factory=dict)
+    example: Any = None
+    then: Any = None
+    """The example after the change."""
 
 
 def becomes(after: type[Tiny]) -> Change:
@@ -171,6 +174,20 @@ class NotScripted(Scripted):
         self.more = nn.Sequential(nn.Linear(DIM, DIM), nn.GELU())
 
 
+class AnglesAsArgument(One):
+    """Angles of positions that the caller cuts to the number of tokens."""
+
+    def forward(self, ids: Tensor, angles: Tensor) -> Tensor:
+        return self.finish(self.block(self.embed(ids) + angles.sin(), 0))
+
+
+ANGLES = torch.arange(CONTEXT)[:, None] * torch.linspace(0.1, 1, DIM)
+
+
+def cut_angles(ids: Tensor) -> tuple[Tensor, Tensor]:
+    return ids, ANGLES[: ids.shape[1]]
+
+
 class GraphBreak(One):
     def finish(self, x: Tensor) -> Tensor:
         torch._dynamo.graph_break()
@@ -191,6 +208,12 @@ WAYS: tuple[Way, ...] = (
     Way(ClampedPositions, "positions must count the tokens one by one", becomes(PositionsOfTensors)),
     Way(TwoHeads, "return logits of every position, [1, T, V]", becomes(One)),
     Way(Scripted, "the Python module that more was scripted from", becomes(NotScripted)),
+    Way(
+        AnglesAsArgument,
+        "give the example as a function of the token ids",
+        example=(torch.zeros(1, 9, dtype=torch.int64), ANGLES[:9]),
+        then=cut_angles,
+    ),
     Way(GraphBreak, "remove the graph break", becomes(One)),
 )
 

@@ -31,12 +31,7 @@ def no_graph(model: nn.Module, error: BaseException, mode: Any = None) -> Unsupp
     """
     kind = kind_of(error)
     if kind is Refusal.SPECIALISED:
-        return Unsupported(
-            kind,
-            "the model treats the number of tokens as a constant: the trace specialised it",
-            source=where_specialised(mode),
-            way_out="use torch ops on x.shape[1] instead of int(), len() or a buffer of fixed length",
-        )
+        return specialised(None, where_specialised(mode))
     frames = list(getattr(error, "real_stack", None) or [])
     frame = frames[-1] if frames else None
     if frame is not None and frame.name == "logits_of" and frame.filename.startswith(_HERE):
@@ -59,6 +54,18 @@ def no_graph(model: nn.Module, error: BaseException, mode: Any = None) -> Unsupp
         layer=layer,
         module=module,
         way_out=way_out,
+    )
+
+
+def specialised(frame: Any, source: str | None = None) -> Unsupported:
+    """The refusal of a model for which the number of tokens is a constant, at the line of the frame."""
+    if frame is not None:
+        source = f"{frame.filename}:{frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
+    return Unsupported(
+        Refusal.SPECIALISED,
+        "the model treats the number of tokens as a constant: the trace specialised it",
+        source=source,
+        way_out="use torch ops on x.shape[1] instead of int(), len() or a buffer of fixed length",
     )
 
 

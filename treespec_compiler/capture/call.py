@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import Refusal, TreespecError, Unsupported
 from .broken_graphs import LOGITS
+from .supplied import ByFunction, Call, by_value
 
 # Length of the example prompt. Any length above 1 does: the dimension is dynamic and every guard on it is examined.
 EXAMPLE_TOKENS = 11
@@ -118,9 +119,23 @@ class CallSpec:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     roles: dict[str, str]  # "0", "1", ... for positional arguments, names for keywords
+    ids: Tensor | None = None
+    """What `given` makes the call of."""
+    given: Callable[[Tensor], Call] | None = None
+    """Makes the call of token ids of any length, while tracing too; None: the arguments are the call."""
+
+    @property
+    def traced(self) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, str]]:
+        """(arguments, keywords, roles) of the function that is traced."""
+        return (self.args, self.kwargs, self.roles) if self.ids is None else ((self.ids,), {}, {"0": "tokens"})
 
     def with_tokens(self, tokens: Tensor) -> CallSpec:
         """The same call with other token ids [1, T]; positions become 0..T-1."""
+        if self.given is not None:
+            assert self.ids is not None
+            ids = tokens.reshape([-1 if i == token_dim(self.ids) else 1 for i in range(self.ids.dim())])
+            args, kwargs = self.given(ids)
+            return CallSpec(args, kwargs, self.roles, ids, self.given)
 
         def fill(key: str, value: Any) -> Any:
             role = self.roles.get(key)
@@ -155,7 +170,9 @@ def token_dim(tokens: Tensor) -> int:
 def call_spec(model: nn.Module, example: Any = None, roles: Mapping[str, str] | None = None) -> CallSpec:
     """Work out how to call `model` with token ids only.
 
-    `example`: a tensor of ids [1, T], [T, 1] or [T], a tuple of positional arguments, or a mapping of keywords.
+    `example`: a tensor of ids [1, T], [T, 1] or [T], a tuple of positional arguments, a mapping of keywords, or a
+    function that makes one of these of ids [1, T]. Causal masks [.., T, T] and positions 0 .. T - 1 among the arguments
+    are made for other numbers of tokens (`supplied`).
     `roles`: argument name (or position, as a string) -> "tokens" | "positions" | "constant".
     `use_cache=False` is passed where the signature has it (or takes anything, and the configuration has it): with a
     cache a window shorter than the model's can vanish from the trace.
@@ -166,6 +183,10 @@ def call_spec(model: nn.Module, example: Any = None, roles: Mapping[str, str] | 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if example is None:
         example = torch.arange(EXAMPLE_TOKENS, device=device).remainder(2).unsqueeze(0)
+    function = example if callable(example) and not isinstance(example, (Tensor, Mapping)) else None
+    if function is not None:
+        ids = torch.arange(EXAMPLE_TOKENS, device=device).remainder(2).unsqueeze(0)
+        example = function(ids)
     if isinstance(example, Mapping):
         args: tuple[Any, ...] = ()
         kwargs = dict(example)
@@ -178,8 +199,21 @@ def call_spec(model: nn.Module, example: Any = None, roles: Mapping[str, str] | 
         kwargs["use_cache"] = False
     if "return_dict" in names and "return_dict" not in kwargs and not takes_any:
         kwargs["return_dict"] = True
+    if function is not None:
+        more = tuple(
+            (key, value) for key, value in kwargs.items() if not isinstance(example, Mapping) or key not in example
+        )
+        return CallSpec(args, kwargs, {}, ids, ByFunction(function, more))
     found = _roles(args, kwargs, names, dict(roles or {}))
-    return CallSpec(args, kwargs, found)
+    call = CallSpec(args, kwargs, found)
+    given = by_value(args, kwargs, {k: r for k, r in found.items() if not _told(k, names, roles)}, call.length)
+    return call if given is None else CallSpec(args, kwargs, found, tokens_of(call), given)
+
+
+def _told(key: str, names: list[str], roles: Mapping[str, str] | None) -> bool:
+    """Whether the user says that an argument is a constant."""
+    name = names[int(key)] if key.isdigit() and int(key) < len(names) else key
+    return bool(roles) and "constant" in (roles.get(key), roles.get(name))  # type: ignore[union-attr]
 
 
 def _roles(args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], given: dict[str, str]) -> dict[str, str]:
@@ -207,5 +241,7 @@ def _roles(args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], give
 
 def tokens_of(call: CallSpec) -> Tensor:
     """The example token ids of a call: [1, T], [T, 1] or [T]."""
+    if call.ids is not None:
+        return call.ids
     key = next(k for k, role in call.roles.items() if role == "tokens")
     return call.args[int(key)] if key.isdigit() else call.kwargs[key]

@@ -82,11 +82,11 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
         traced.update(_export(gm, inputs))
         return _abandon
 
-    dynamic = {key for key, role in call.roles.items() if role in ("tokens", "positions")}
-    for key in dynamic:
-        value = call.args[int(key)] if key.isdigit() else call.kwargs[key]
+    args, kwargs, roles = call.traced
+    for key in (key for key, role in roles.items() if role in ("tokens", "positions")):
+        value = args[int(key)] if key.isdigit() else kwargs[key]
         torch._dynamo.mark_dynamic(value, token_dim(value) if value is tokens else value.dim() - 1)
-    forward = _fresh_forward(model)
+    forward = _fresh_forward(model, call.given)
     try:
         with unfilled(refillable(model, call)):
             removed = _trace(model, call, forward, backend, traced)
@@ -110,26 +110,46 @@ def _trace(
     model: nn.Module, call: CallSpec, forward: types.FunctionType, backend: Callable[..., Any], traced: dict[str, Any]
 ) -> list[Rewritten]:
     """Run Dynamo on the call; returns the functions that it was traced with other code of."""
+    args, kwargs, _ = call.traced
     # Another length of the same model stops at the same places.
-    removed = inherited = [each for each in _REWRITTEN.get(model, ()) if not each.changed]
+    length, inherited = _REWRITTEN.get(model, (0, []))
+    removed = inherited = [each for each in inherited if not each.changed]
     while True:
         try:
             with rewritten(removed), tracing(model, traced, call), contextlib.suppress(_Captured):
-                torch.compile(forward, backend=backend, fullgraph=True)(*call.args, **call.kwargs)
+                torch.compile(forward, backend=backend, fullgraph=True)(*args, **kwargs)
             return removed
         except Unsupported as refusal:
             if removed is inherited and removed:
+                if length != call.length:
+                    raise  # a table may end before
                 removed = []  # with other settings the places are others, or hold other tables
                 continue
             if sum(len(each.lines) for each in removed) == MOST_PLACES:
                 raise
             found = rewritten_for(refusal, removed, lambda n: _run(model, call.with_length(n)), call.length)
             if found is None:
+                if refusal.kind is Refusal.SPECIALISED and _grows_with_tokens(call):
+                    refusal.way_out = SUPPLY
                 raise
-            _REWRITTEN[model] = removed = found
+            removed = found
+            _REWRITTEN[model] = call.length, found
 
 
-_REWRITTEN: weakref.WeakKeyDictionary[nn.Module, list[Rewritten]] = weakref.WeakKeyDictionary()
+SUPPLY = (
+    "give the example as a function of the token ids, which makes its arguments for any number of them: "
+    "tree_program(model, example=lambda ids: (ids, table[: ids.shape[1]]))"
+)
+
+
+def _grows_with_tokens(call: CallSpec) -> bool:
+    """Whether an argument of the example has as many elements somewhere as there are tokens."""
+    values = {str(i): a for i, a in enumerate(call.args)} | call.kwargs
+    others = (v for k, v in values.items() if call.roles.get(k) == "constant" and isinstance(v, Tensor))
+    return call.given is None and any(call.length in v.shape for v in others)
+
+
+_REWRITTEN: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[Rewritten]]] = weakref.WeakKeyDictionary()
 
 
 def _run(model: nn.Module, call: CallSpec) -> None:
@@ -138,7 +158,7 @@ def _run(model: nn.Module, call: CallSpec) -> None:
         call_module(model, *call.args, **call.kwargs)
 
 
-def _fresh_forward(model: nn.Module) -> types.FunctionType:
+def _fresh_forward(model: nn.Module, given: Callable[[Tensor], Any] | None) -> types.FunctionType:
     """`model.forward` returning only the logits, with a code object and globals of its own.
 
     Dynamo keeps its cache on the code object; sharing one would let captures of several models count against each
@@ -149,6 +169,8 @@ def _fresh_forward(model: nn.Module) -> types.FunctionType:
     sizes = vocabularies(model)
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if given is not None:
+            args, kwargs = given(args[0])
         return logits_of(call_module(model, *args, **kwargs), sizes)
 
     return types.FunctionType(run.__code__.replace(), dict(run.__globals__), "treespec_capture", None, run.__closure__)
@@ -199,10 +221,11 @@ def _tidy(
     positions: list[str] = []
     weights: dict[str, WeightRef] = {}
     sizes: list[fx.Node] = []
-    given = {id(v): call.roles[str(i)] for i, v in enumerate(call.args) if str(i) in call.roles}
-    given |= {id(v): call.roles[k] for k, v in call.kwargs.items() if k in call.roles}
-    by_source = {f"L['kwargs']['{k}']": role for k, role in call.roles.items()}
-    by_source |= {f"L['args'][{k}]": role for k, role in call.roles.items() if k.isdigit()}
+    args, kwargs, roles = call.traced
+    given = {id(v): roles[str(i)] for i, v in enumerate(args) if str(i) in roles}
+    given |= {id(v): roles[k] for k, v in kwargs.items() if k in roles}
+    by_source = {f"L['kwargs']['{k}']": role for k, role in roles.items()}
+    by_source |= {f"L['args'][{k}]": role for k, role in roles.items() if k.isdigit()}
     for node, value, source in zip(placeholders, traced["inputs"], traced["sources"], strict=True):
         if not isinstance(value, Tensor):
             sizes.append(node)

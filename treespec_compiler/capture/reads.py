@@ -60,7 +60,8 @@ class Reads:
         if guards is None:
             return "an object that forward reads was replaced"
         # What the traced function reads: `capture._fresh_forward`.
-        there = {"model": model, "args": call.args, "kwargs": call.kwargs, "sizes": vocabularies(model)}
+        args, kwargs, _ = call.traced
+        there = {"model": model, "args": args, "kwargs": kwargs, "sizes": vocabularies(model), "given": call.given}
         for source, code, tensor in self._unheld:
             if not _same_tensor(self._read(code, there), tensor()):
                 return f"another tensor is {_plain(source)}"

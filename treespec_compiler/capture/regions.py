@@ -30,7 +30,7 @@ _READS = {"device", "dtype", "is_cuda"}
 
 
 @dataclass
-class Region:
+class Stretch:
     """Statements that depend on sizes alone, what they read and what is read of them."""
 
     at: ast.stmt
@@ -44,8 +44,8 @@ class Region:
     """Those of the inputs that are containers kept by length."""
 
 
-def regions_at(body: ast.FunctionDef, line: int, function: FunctionType) -> Iterator[Region]:
-    """Regions that hold the line, larger ones first."""
+def regions_at(body: ast.FunctionDef, line: int, function: FunctionType) -> Iterator[Stretch]:
+    """Stretches that hold the line, larger ones first."""
     reader = _Reader(body, function)
     for block, at in _statements_at(body, line):
         if reader.is_static(at) and not isinstance(at, (ast.Import, ast.ImportFrom)):
@@ -79,7 +79,7 @@ def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
         yield handler.body
 
 
-def _whole(reader: _Reader, block: list[ast.stmt], at: ast.stmt) -> Region | None:
+def _whole(reader: _Reader, block: list[ast.stmt], at: ast.stmt) -> Stretch | None:
     """The statement, what makes the things that it fills, and what is made of them right afterwards."""
     place = block.index(at)
     before = _needed(reader, block[:place], [at])
@@ -96,7 +96,7 @@ def _whole(reader: _Reader, block: list[ast.stmt], at: ast.stmt) -> Region | Non
     return _region(reader, at, own, block)
 
 
-def _within(reader: _Reader, block: list[ast.stmt], at: ast.stmt, line: int) -> Region | None:
+def _within(reader: _Reader, block: list[ast.stmt], at: ast.stmt, line: int) -> Stretch | None:
     """The parts of one statement that depend on sizes alone."""
     parts = [p for p in _largest(reader, at) if not isinstance(p, (ast.Name, ast.Constant)) and _makes(p)]
     if not any(p.lineno <= line <= (p.end_lineno or p.lineno) for p in parts):
@@ -136,7 +136,7 @@ def _region(
     own: list[ast.stmt],
     block: list[ast.stmt],
     parts: Sequence[ast.expr] = (),
-) -> Region | None:
+) -> Stretch | None:
     inside = {id(n) for s in own for n in ast.walk(s)}
     names = _names_of(reader, own)
     places = [n for n in ast.walk(reader.body) if id(n) not in inside and _text(n) in names and not _is_target(n)]
@@ -170,7 +170,7 @@ def _region(
         and not all(isinstance(r, ast.Name) for r in results)
     ):
         return None
-    return Region(at, own, results, inputs, caches)
+    return Stretch(at, own, results, inputs, caches)
 
 
 def _names_of(reader: _Reader, own: Sequence[ast.stmt]) -> set[str]:

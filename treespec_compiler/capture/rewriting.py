@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import Refusal, Unsupported
 from ..logs import logger
 from .checks import check_at
-from .regions import Region, regions_at
+from .regions import Stretch, regions_at
 from .tables import NoTable, forget, noted, place_of, result_name, tabulated
 
 log = logger(__name__)
@@ -91,11 +91,7 @@ def rewritten(those: Sequence[Rewritten]) -> Iterator[None]:
 
 def _places(refusal: Unsupported) -> list[tuple[str, int]]:
     """(file, line) where a trace stopped, inner calls first, or took the number of tokens for a constant."""
-    if refusal.kind is Refusal.SPECIALISED:
-        # NOTE the shape environment remembers a place as `text  # end/of/path.py:line in function`.
-        place = (refusal.source or "").rpartition("  # ")[2].rsplit(" in ", 1)[0].rpartition(":")
-        return [(place[0], int(place[2]))] if place[2].isdecimal() else []
-    if refusal.kind not in (Refusal.CONTROL, Refusal.NO_GRAPH):
+    if refusal.kind not in (Refusal.CONTROL, Refusal.NO_GRAPH, Refusal.SPECIALISED):
         return []
     return [(f.filename, f.lineno) for f in reversed(list(getattr(refusal.__cause__, "real_stack", None) or []))]
 
@@ -145,7 +141,7 @@ def _with_table(
     return None
 
 
-def _placed(body: ast.FunctionDef, region: Region, instead: list[ast.stmt]) -> ast.FunctionDef:
+def _placed(body: ast.FunctionDef, region: Stretch, instead: list[ast.stmt]) -> ast.FunctionDef:
     """A copy of the function with other statements in the place of the region's."""
     memo: dict[int, Any] = {}
     tree: ast.FunctionDef = copy.deepcopy(body, memo)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .regions import Region
+from .regions import Stretch
 
 LONGEST = 1 << 16
 ELEMENTS = 1 << 22  # of a table: a mask of 2048 tokens
@@ -39,7 +39,7 @@ class NoTable(Exception):
 
 
 @dataclass
-class Seen:
+class Noted:
     """One run of a place: what it was given and what it made."""
 
     given: tuple[Any, ...]
@@ -50,15 +50,15 @@ class Seen:
 class Place:
     """A place in a model's code, and what it was seen to do when the model ran."""
 
-    region: Region
+    region: Stretch
     fill: Callable[..., tuple[Any, ...]]
-    seen: list[Seen] = field(default_factory=list)
+    seen: list[Noted] = field(default_factory=list)
 
     def run(self, *given: Any) -> tuple[Any, ...]:
         """What the code at the place makes, noted."""
         made = self.fill(*given)
         kept = tuple(m.clone() if isinstance(m, Tensor) else m for m in made)
-        self.seen.append(Seen(tuple(dict(g) if isinstance(g, dict) else g for g in given), kept))
+        self.seen.append(Noted(tuple(dict(g) if isinstance(g, dict) else g for g in given), kept))
         return made
 
     def fresh(self, given: Sequence[Any]) -> tuple[Any, ...]:
@@ -67,11 +67,11 @@ class Place:
         return self.fill(*(type(g)() if n in self.region.caches else g for n, g in zip(names, given, strict=True)))
 
 
-def place_of(region: Region, function: FunctionType) -> Place:
+def place_of(region: Stretch, function: FunctionType) -> Place:
     return Place(region, _function(region, function))
 
 
-def _function(region: Region, function: FunctionType) -> Callable[..., tuple[Any, ...]]:
+def _function(region: Stretch, function: FunctionType) -> Callable[..., tuple[Any, ...]]:
     """The region as a function of its inputs."""
     names = {text: f"_given_{i}" for i, text in enumerate(region.inputs)}
     results = ast.Tuple([_copied(r, names) for r in region.results], ast.Load())
@@ -118,7 +118,7 @@ def forget() -> None:
     _SEEN.clear()
 
 
-def result_name(region: Region, i: int) -> str:
+def result_name(region: Stretch, i: int) -> str:
     """The name that stands in for a result."""
     result = region.results[i]
     return result.id if isinstance(result, ast.Name) else f"_treespec_{region.at.lineno}_{i}"
@@ -133,7 +133,7 @@ class Sizes:
     offsets: tuple[int, ...]
 
 
-def tabulated(place: Place, short: Sequence[Seen], long: Sequence[Seen], literals: Sequence[int]) -> list[ast.stmt]:
+def tabulated(place: Place, short: Sequence[Noted], long: Sequence[Noted], literals: Sequence[int]) -> list[ast.stmt]:
     """Code that reads what the place makes from tables. `short`, `long`: what was seen in two runs of the model.
 
     Raises `NoTable` unless it is a table.
@@ -164,7 +164,7 @@ def tabulated(place: Place, short: Sequence[Seen], long: Sequence[Seen], literal
     return _reading(place.region, number, sizes, settings, shapes, [*found.values()])
 
 
-def _sizes(short: Sequence[Seen], long: Sequence[Seen]) -> Sizes:
+def _sizes(short: Sequence[Noted], long: Sequence[Noted]) -> Sizes:
     a, b = short[0].given, long[0].given
     at = tuple(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if type(x) is int and x != y)
     if not at:
@@ -175,7 +175,7 @@ def _sizes(short: Sequence[Seen], long: Sequence[Seen]) -> Sizes:
     return Sizes(at, slopes, offsets)
 
 
-def _settings(region: Region, given: Sequence[Any], sizes: Sizes) -> list[int]:
+def _settings(region: Stretch, given: Sequence[Any], sizes: Sizes) -> list[int]:
     """The inputs that are numbers and the like, besides sizes. Functions and modules are what they are."""
     found: list[int] = []
     for i, (name, value) in enumerate(zip(region.inputs, given, strict=True)):
@@ -187,7 +187,7 @@ def _settings(region: Region, given: Sequence[Any], sizes: Sizes) -> list[int]:
 
 
 def _table(
-    place: Place, seen: Seen, other: Seen, sizes: Sizes, literals: Sequence[int]
+    place: Place, seen: Noted, other: Noted, sizes: Sizes, literals: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], list[list[tuple[int, int]]]]:
     """The longest tables, and the sizes of each of their dimensions, `slope * m + offset`, for m tokens."""
 
@@ -258,7 +258,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _reading(
-    region: Region,
+    region: Stretch,
     number: int,
     sizes: Sizes,
     settings: Sequence[int],

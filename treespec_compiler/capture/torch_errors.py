@@ -43,8 +43,7 @@ def kind_of(error: BaseException) -> Refusal:
 
 def own_refusal(error: BaseException) -> Unsupported | None:
     """The refusal of ours that Dynamo wrapped, if it is one."""
-    inner = (getattr(error, "inner_exception", None), error.__cause__)
-    return next((cause for cause in inner if isinstance(cause, Unsupported)), None)
+    return next((cause for cause in _causes(error) if isinstance(cause, Unsupported)), None)
 
 
 def lacks_compiler(error: BaseException) -> bool:

@@ -9,12 +9,16 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
+import sympy
 import torch
 from torch import nn
+from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, SymT, symbol_is_type
 
 from ..errors import Refusal, Unsupported
-from .broken_graphs import FALLBACK, no_graph
+from .broken_graphs import FALLBACK, no_graph, specialised
 from .call import CallSpec, call_module
 from .surroundings import outside_autocast, plain_layers
 from .torch_errors import TRACE_ERRORS, own_refusal
@@ -35,10 +39,7 @@ def tracing(model: nn.Module, traced: Mapping[str, Any], call: CallSpec) -> Iter
         skip_nnmodule_hook_guards=False,  # hooks that are added later are noticed by guards (`reads`)
     )
     _refuse_disabled()
-    guard_log = logging.getLogger("torch._guards")
-    level = guard_log.level
     try:
-        guard_log.setLevel(logging.CRITICAL)  # a length that cannot be dynamic is a refusal here, with its own text
         with (
             torch.no_grad(),
             outside_autocast(),
@@ -46,6 +47,8 @@ def tracing(model: nn.Module, traced: Mapping[str, Any], call: CallSpec) -> Iter
             _unmarked_buffers(model),
             plain_layers(),
             _no_garbage_collection(),
+            _stopped_where_specialised(),
+            _quiet("torch._guards", "torch.fx.experimental.symbolic_shapes"),
             torch.compiler.set_stance("default"),  # one that the user set is for the user's own compilations
         ):
             yield
@@ -54,13 +57,50 @@ def tracing(model: nn.Module, traced: Mapping[str, Any], call: CallSpec) -> Iter
     except TRACE_ERRORS as error:
         own = own_refusal(error)
         if own is not None:
-            raise own from None
+            raise own from own.__cause__
         refusal = no_graph(model, error, traced.get("mode"))
         if refusal.kind is Refusal.RAISES and _runs(model, call):
             refusal.kind = Refusal.NO_GRAPH  # it was the trace that failed
         raise refusal from error
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Without what loggers of torch say: a length that cannot be dynamic is a refusal here, with its own text."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [each.level for each in loggers]
+    try:
+        for each in loggers:
+            each.setLevel(logging.CRITICAL)
+        yield
     finally:
-        guard_log.setLevel(level)
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+class _Specialised(Exception):
+    """The number of tokens became a constant."""
+
+    def __init__(self, stack: Any) -> None:
+        self.real_stack = stack
+
+
+@contextlib.contextmanager
+def _stopped_where_specialised() -> Iterator[None]:
+    """Stop a trace at the line that takes the number of tokens for a constant: nothing that follows is wanted.
+
+    A trace that went on would unroll `for i in range(x.shape[1])` to its end.
+    """
+    set_ = ShapeEnv._set_replacement
+
+    def stop(self: ShapeEnv, symbol: Any, value: Any, *rest: Any) -> None:
+        if isinstance(value, sympy.Integer) and symbol_is_type(symbol, SymT.SIZE):
+            stack = list(TracingContext.extract_stack())
+            raise specialised(stack[-1] if stack else None) from _Specialised(stack)
+        set_(self, symbol, value, *rest)
+
+    with mock.patch.object(ShapeEnv, "_set_replacement", stop):
+        yield
 
 
 def _runs(model: nn.Module, call: CallSpec) -> bool:
