@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # The call that a function makes of token ids.
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Made = Callable[[int, torch.device], Tensor]
 
 _LEAST = 3  # tokens, for what an argument is to be seen
@@ -28,7 +28,7 @@ class ByFunction:
     function: Callable[[Tensor], Any]
     more: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, ids: Tensor) -> Call:
+    def __call__(self, ids: Tensor) -> Arguments:
         made = self.function(ids)
         if isinstance(made, Mapping):
             return (), dict(made) | dict(self.more)
@@ -45,7 +45,7 @@ class ByValue:
     made: tuple[tuple[str, Made], ...]
     """Arguments (a place, as text, or a name), and what makes them."""
 
-    def __call__(self, ids: Tensor) -> Call:
+    def __call__(self, ids: Tensor) -> Arguments:
         made = {key: make(ids.numel(), ids.device) for key, make in self.made}
         made[self.tokens] = ids
         args = tuple(made.get(str(i), value) for i, value in enumerate(self.args))
