@@ -15,7 +15,8 @@ import sympy
 import torch
 from torch import nn
 from torch._guards import TracingContext
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, SymT, symbol_is_type
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from ..errors import Refusal, Unsupported
 from .broken_graphs import FALLBACK, no_graph, specialised
