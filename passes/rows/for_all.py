@@ -150,13 +150,17 @@ def _embedding(all_: ForAll, node: fx.Node) -> Grown:
     return Grown(shape_of(node), new, ids.at, ids.swapped)
 
 
-def _first(all_: ForAll, node: fx.Node) -> Grown:
-    """Ops on the last dimensions of their first argument: the tokens stand in front of those."""
+def _first(all_: ForAll, node: fx.Node, behind: int = 1) -> Grown:
+    """Ops on the last `behind` dimensions of their first argument: the tokens stand in front of those."""
     x = all_.of(node.args[0])
-    behind = len(node.args[1]) if op_name(node).endswith("_norm") else 1
     if x.right < behind or any(a in all_.grown for a in node.all_input_nodes if a is not node.args[0]):
         raise NoRule
     return Grown(shape_of(node), all_.call(node, (x.node, *node.args[1:])), x.at, x.swapped)
+
+
+def _norm(all_: ForAll, node: fx.Node) -> Grown:
+    """`_first` over as many dimensions as it is told."""
+    return _first(all_, node, len(node.args[1]))
 
 
 def _matmul(all_: ForAll, node: fx.Node) -> Grown:
@@ -254,8 +258,8 @@ _REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "linalg
 _RULES: dict[str, Callable[[ForAll, fx.Node], Grown]] = {f"aten.{name}": _along("dim") for name in _REDUCTIONS} | {
     "aten.softmax": _along("dim"),
     "aten.log_softmax": _along("dim"),
-    "aten.layer_norm": _first,
-    "aten.rms_norm": _first,
+    "aten.layer_norm": _norm,
+    "aten.rms_norm": _norm,
     "aten.linear": _first,
     "aten.embedding": _embedding,
     "aten.matmul": _matmul,

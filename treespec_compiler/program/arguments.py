@@ -30,6 +30,15 @@ def check_context(length: int, most: int | None, limits: Sequence[Limit]) -> Non
         raise ContextOverflow(position=length - 1, max_context=most, why=limits[0].reason)
 
 
+def check_parts(parts: Sequence[Part], cache: TreeCache, vocab: int, most: int | None, limits: Sequence[Limit]) -> None:
+    """Their tokens are the model's, and there is room for them."""
+    for part in parts:
+        slot, tree = part.slot, part.tree
+        check_tokens(tree.tokens, vocab, slot)
+        check_context(cache._lengths[slot] + max(tree.depths) + 1, most, limits)
+        cache._reserve(slot, len(tree.tokens))
+
+
 def new_part(cache: TreeCache, slot: int, tree: TokenTree, start: int) -> Part:
     """Nodes `start ..` of a tree, of which the cache must hold the earlier ones uncommitted; raises `InvalidTree`."""
     if not isinstance(tree, TokenTree):
@@ -56,19 +65,15 @@ def new_part(cache: TreeCache, slot: int, tree: TokenTree, start: int) -> Part:
     return Part(slot, tree, start)
 
 
-def check_numbers(device: torch.device) -> None:
-    """Raises `InvalidWeight` for weights without values."""
-    if device.type == "meta":
-        got, fix = "weights on the meta device", "Load the model's weights; without them it can only be converted."
-        raise InvalidWeight(got=got, expected="numbers to compute with", fix=fix)
-
-
-def check_cache(cache: object) -> None:
-    """Raises `InvalidOption` for anything else than a tree cache."""
+def check_call(cache: object, device: torch.device) -> None:
+    """Raises `InvalidOption` for anything else than a tree cache, `InvalidWeight` for weights without values."""
     if not isinstance(cache, TreeCache):
         raise InvalidOption(
             name="cache", got=type(cache).__name__, expected="a TreeCache", fix="Use program.new_cache()."
         )
+    if device.type == "meta":
+        got, fix = "weights on the meta device", "Load the model's weights; without them it can only be converted."
+        raise InvalidWeight(got=got, expected="numbers to compute with", fix=fix)
 
 
 def check_cache_sizes(max_tokens: int, slots: int, page_size: int | None, pages: int | None) -> None:

@@ -126,7 +126,8 @@ def lay_out(
         prefixes.append(prefix)
         sizes.append(size)
         pages += table[:wide]
-        pages += [0] * (wide - len(table))  # not read: no token lies there
+        if len(table) < wide:
+            pages += [0] * (wide - len(table))  # not read: no token lies there
     if room is not None:
         more, idle = room.nodes - len(tokens), [0] * (room.requests - len(parts))
         tokens += [0] * more

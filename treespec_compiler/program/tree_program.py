@@ -22,7 +22,7 @@ from ..passes.framework.state import GraphState
 from ..passes.framework.weights import PackedBytes
 from ..pipeline import Converted
 from ..tree import Forest, TokenTree
-from .arguments import check_cache, check_cache_sizes, check_context, check_numbers, check_tokens, new_part
+from .arguments import check_cache_sizes, check_call, check_context, check_parts, check_tokens, new_part
 from .batch import Part, rows_of
 from .cache import TreeCache
 from .cuda_graphs import GraphStats
@@ -316,7 +316,7 @@ class TreeProgram:
     ) -> Tensor | dict[str, Tensor]:
         """As `verify` for nodes >= `start` only; nodes < start are in the cache, uncommitted. [new nodes, V]."""
         if outputs is None:
-            return self.call(lambda: self._executor, tree, cache, start)[0]
+            return self.call(None, tree, cache, start)[0]
         names = outputs  # asked for once weights were looked at: the program may have been rebuilt
         values = self.call(lambda: self.returning(names), tree, cache, start)
         return named(names, self.returning(names), values)
@@ -330,20 +330,22 @@ class TreeProgram:
 
     def call(
         self,
-        executor: Callable[[], Executor],
+        executor: Callable[[], Executor] | None,
         tree: TokenTree | Forest,
         cache: TreeCache,
         start: int | Mapping[int, int] = 0,
     ) -> Sequence[Tensor]:
         """`extend` by another graph of this program (see `variant`): its outputs.
 
-        `executor` is asked for after weights were looked at, since other ones may need other graphs.
+        `executor` is asked for after weights were looked at, since other ones may need other graphs. None: its own.
         """
         items: Sequence[tuple[int, TokenTree]] = tree.items if isinstance(tree, Forest) else ((0, tree),)
-        self._ready(cache, [s for s, _ in items])
-        parts = [new_part(cache, s, t, start.get(s, 0) if isinstance(start, Mapping) else start) for s, t in items]
-        self._check_parts(parts, cache)
-        outputs = self._checked_variant(executor()).run(parts, cache)
+        made = self._ready(cache, [s for s, _ in items])
+        starts = start if isinstance(start, (dict, Mapping)) else dict.fromkeys([s for s, _ in items], start)
+        parts = [new_part(cache, slot, each, starts.get(slot, 0)) for slot, each in items]
+        check_parts(parts, cache, made.input_vocab, made.max_context, made.limits)
+        chosen = made.executor if executor is None else self._checked_variant(executor())
+        outputs = chosen.run(parts, cache)
         for part in parts:
             cache._trees[part.slot] = part.tree
         return outputs
@@ -359,10 +361,10 @@ class TreeProgram:
         Gives logits [new nodes, V] of each tree, as `extend`, then those after each piece [V], which is committed.
         Raises what `extend` and `prefill` raise, before anything is run.
         """
-        self._ready(cache, [*(slot for slot, _, _ in trees), *(slot for slot, _ in prompts)])
+        made = self._ready(cache, [*(slot for slot, _, _ in trees), *(slot for slot, _ in prompts)])
         parts = [replace(new_part(cache, s, t, start), chain=t.is_chain) for s, t, start in trees]
         parts += [Part.prompt(s, ids) for s, ids in prompts]
-        self._check_parts(parts, cache)
+        check_parts(parts, cache, made.input_vocab, made.max_context, made.limits)
         sizes, rows = rows_of(parts, len(trees))
         outputs = self._executor.run(parts, cache, rows=rows if prompts else None)[0]
         for part in parts[: len(trees)]:
@@ -371,15 +373,6 @@ class TreeProgram:
             cache._append(slot, ids)
         found = list(outputs.split([*sizes[: len(trees)], *([1] * len(prompts))]))
         return [*found[: len(trees)], *(row[0] for row in found[len(trees) :])]
-
-    def _check_parts(self, parts: Sequence[Part], cache: TreeCache) -> None:
-        """Their tokens are the model's, and there is room for them."""
-        made = self._made
-        for part in parts:
-            slot, tree = part.slot, part.tree
-            check_tokens(tree.tokens, made.input_vocab, slot)
-            check_context(cache._lengths[slot] + max(tree.depths) + 1, made.max_context, made.limits)
-            cache._reserve(slot, len(tree.tokens))
 
     def refresh(self) -> None:
         """Take the module's present weights, whatever was noticed; rebuild when dtype, device or shape changed."""
@@ -392,13 +385,16 @@ class TreeProgram:
         """
         self._followed.look(contents)
 
-    def _ready(self, cache: TreeCache, slots: Sequence[int]) -> None:
-        check_cache(cache)
-        check_numbers(self.device)
-        self.check_weights()
+    def _ready(self, cache: TreeCache, slots: Sequence[int]) -> Made:
+        """What to run, of the weights as they are now."""
+        followed = self._followed
+        followed.look(False)
+        made = followed.made
+        check_call(cache, made.device)
         cache._check_fresh(slots)
-        if cache not in self._followed.caches:
+        if cache not in followed.caches:
             raise StaleCache(reason="this program (it belongs to another one)")
+        return made
 
     def __repr__(self) -> str:
         return as_text(self._model(), self.sites, self.max_context, self.graph_stats)

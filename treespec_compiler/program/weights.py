@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import torch
@@ -95,12 +94,9 @@ class WeightWatch:
             ref.tensor = self._there(ref)
         self._seen = [Seen.now(ref) for ref in self._weights]
         # What `touched` reads on every call: registered tensors by where they are, others by how they are found.
-        here = [s for s in self._seen if s.ref.owner is not None]
-        self._owners: list[Any] = [s.ref.owner for s in here]
-        self._keys = [s.ref.key for s in here]
-        self._tensors, self._pointers = [s.tensor for s in here], [s.pointer for s in here]
-        self._counting = [s.tensor for s in here if s.version is not None]
-        self._versions = [s.version for s in here if s.version is not None]
+        self._entries: list[tuple[Any, str, Tensor, int, int | None]] = [
+            (s.ref.owner, s.ref.key, s.tensor, s.pointer, s.version) for s in self._seen if s.ref.owner is not None
+        ]
         self._others = [s for s in self._seen if s.ref.owner is None]
         self._training = self._training_flags()
         self._sums = self._checksums(self._weights)
@@ -120,13 +116,14 @@ class WeightWatch:
 
     def touched(self) -> bool:
         """Whether any tensor was replaced, moved, taken away, or written in place (by an op that counts versions)."""
-        # On every call, so by loops of C: 0.1 us a tensor.
-        if not all(map(is_, map(dict.get, self._owners, self._keys), self._tensors)):
-            return True
-        if list(map(Tensor.data_ptr, self._tensors)) != self._pointers:
-            return True
-        if [tensor._version for tensor in self._counting] != self._versions:
-            return True
+        # On every call: 0.2 us a tensor, of which fields of `Seen` would be another third.
+        for owner, key, tensor, pointer, version in self._entries:
+            if owner.get(key) is not tensor or tensor.data_ptr() != pointer:
+                return True
+            if version is not None and tensor._version != version:
+                return True
+        if not self._others:
+            return False
         return any(seen.touched(self.current(seen.ref)) for seen in self._others)
 
     def mode_changed(self) -> bool:
