@@ -32,7 +32,7 @@ bool worth_threads(int64_t work) {
 // f(an instance of the form's struct, the dtype it is stored as).
 template <typename F>
 void with_form(c10::string_view form, const F& f) {
-  if (form == "float32") return f(Float32{}, at::kFloat);
+  if (form.empty() || form == "float32") return f(Float32{}, at::kFloat);
   if (form == "bfloat16") return f(BFloat16{}, at::kBFloat16);
   if (form == "float16") return f(Float16{}, at::kHalf);
   if (form == "q4_0") return f(Nibbles<false>{}, at::kByte);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import modules
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tree_cases import CASES, Case
 
 import treespec_compiler as treespec
 from treespec_compiler.codegen import cpu
-from treespec_compiler.ir import ops, registry
+from treespec_compiler.ir import library, ops, registry
 
 ATEN = torch.ops.treespec_aten.tree_attention.default
 
@@ -121,3 +123,13 @@ def test_on_cuda_a_cache_is_committed_by_one_triton_launch():
     pytest.importorskip("triton", reason="needs triton")
     kernel = registry.best_kernel(ops.commit_path, "cuda", torch.bfloat16)
     assert kernel is not None and kernel.name == "triton"
+
+
+def test_another_schema_is_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is part of the key of what Inductor keeps on disk."""
+    before = library.fingerprint()
+    assert before == library.fingerprint()
+    made = library._DEFINITIONS[ops.packed_linear]
+    other = dataclasses.replace(made, schema=made.schema.replace(", str form", ""))
+    monkeypatch.setitem(library._DEFINITIONS, ops.packed_linear, other)
+    assert library.fingerprint() != before

@@ -130,3 +130,13 @@ def test_a_kernel_that_knows_no_forms_is_given_float32() -> None:
     model = rounded(tiny())
     program = treespec.tree_program(model, options={**EAGER, "kernels": "aten"})
     assert program.packed_bytes == 0 and repr(program.packed_bytes) == "0 bytes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["exact", "float32"])
+def test_inductor_calls_the_product_with_its_form(weights: str) -> None:
+    """Its caches are kept from run to run: what they hold of an op with another schema must not be found."""
+    model = rounded(tiny())
+    options = {"weights": weights, "lowering": "inductor"}
+    assert torch.equal(logits(model, **options), logits(model, **options))
+    assert error(logits(model, **options)[0], eager_row(model, PROMPT)) <= TOLERANCE

@@ -7,6 +7,7 @@ which one runs, and `definition` says what that node means.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -87,6 +88,11 @@ def identifier(text: str) -> str:
 def defined() -> dict[str, OpOverload]:
     """The ops of the tree IR by name."""
     return {made.name: op for op, made in _DEFINITIONS.items()}
+
+
+def fingerprint() -> str:
+    """Of the schemas of all ops of the tree IR: what is compiled for some is of no use for others."""
+    return hashlib.sha256("\n".join(sorted(m.name + m.schema for m in _DEFINITIONS.values())).encode()).hexdigest()[:16]
 
 
 def definition(target: object) -> OpOverload | None:

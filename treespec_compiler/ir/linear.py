@@ -16,7 +16,8 @@ from .library import define
 from .narrow import FORMS, PANEL, encode
 from .private_torch import OpOverload
 
-SCHEMA = '(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, str form="float32") -> Tensor'
+# NOTE the default is no form's name: graphs name theirs, and AOTAutograd drops an argument that equals its default.
+SCHEMA = '(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, str form="") -> Tensor'
 
 
 def pack_weight(weight: Tensor, form: str = "float32") -> Tensor:
@@ -49,12 +50,12 @@ def packed_bytes(packed: Tensor) -> int:
     return packed.numel() * packed.element_size()
 
 
-def reference(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, form: str = "float32") -> Tensor:
-    """x [..., K] -> [..., N], contiguous."""
-    return torch.nn.functional.linear(x, unpack_weight(packed, out_features, form), bias).contiguous()
+def reference(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, form: str = "") -> Tensor:
+    """x [..., K] -> [..., N], contiguous. No `form`: float32, or whatever dtype x and the weight have."""
+    return torch.nn.functional.linear(x, unpack_weight(packed, out_features, form or "float32"), bias).contiguous()
 
 
-def fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, form: str = "float32") -> Tensor:
+def fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, form: str = "") -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 

@@ -19,6 +19,7 @@ from ..capture.torch_errors import lacks_compiler
 from ..errors import MissingCompiler
 from ..ir.device import profile
 from ..ir.inputs import input_of
+from ..ir.library import fingerprint
 from ..logs import logger
 
 log = logger(__name__)
@@ -79,8 +80,16 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
     fakes = [_fake(mode, name, tensor) for name, tensor in zip(names, examples, strict=True)]
     module = fx.GraphModule(gm, _without_values(gm.graph))
     settings = _settings(examples[0].device)
+    # NOTE Inductor's caches know a custom op by its name: code compiled for another schema of it would be run, and crash.
+    tag = f"{torch.compiler.config.cache_key_tag} treespec {fingerprint()}"
     try:
-        with alone(), torch.no_grad(), config.patch(settings), tracing(TracingContext(mode)):
+        with (
+            alone(),
+            torch.no_grad(),
+            config.patch(settings),
+            torch.compiler.config.patch(cache_key_tag=tag),
+            tracing(TracingContext(mode)),
+        ):
             compiled = compile_fx(module, fakes)
     except Exception as error:
         if lacks_compiler(error):
