@@ -80,7 +80,7 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
     fakes = [_fake(mode, name, tensor) for name, tensor in zip(names, examples, strict=True)]
     module = fx.GraphModule(gm, _without_values(gm.graph))
     settings = _settings(examples[0].device)
-    # NOTE Inductor's caches know a custom op by its name: code compiled for another schema of it would be run, and crash.
+    # NOTE Inductor's caches know a custom op by its name: code compiled for another schema of it would run, and crash.
     tag = f"{torch.compiler.config.cache_key_tag} treespec {fingerprint()}"
     try:
         with (
