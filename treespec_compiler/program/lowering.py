@@ -81,13 +81,14 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
     module = fx.GraphModule(gm, _without_values(gm.graph))
     settings = _settings(examples[0].device)
     # NOTE Inductor's caches know a custom op by its name: code compiled for another schema of it would run, and crash.
-    tag = f"{torch.compiler.config.cache_key_tag} treespec {fingerprint()}"
+    shared: Any = torch.compiler.config
+    tag = f"{shared.cache_key_tag} treespec {fingerprint()}"
     try:
         with (
             alone(),
             torch.no_grad(),
             config.patch(settings),
-            torch.compiler.config.patch(cache_key_tag=tag),
+            shared.patch(cache_key_tag=tag),
             tracing(TracingContext(mode)),
         ):
             compiled = compile_fx(module, fakes)
