@@ -14,7 +14,7 @@ from treespec_compiler.passes.framework.found import built_in
 from treespec_compiler.passes.framework.manager import run_passes
 from treespec_compiler.passes.framework.state import GraphState
 from treespec_compiler.passes.shard import PASS
-from treespec_compiler.passes.sharding.mesh import Cut
+from treespec_compiler.passes.sharding.mesh import RankShare
 from treespec_compiler.pipeline import check_level, convert
 from treespec_compiler.program.lockstep import Lockstep
 
@@ -30,7 +30,7 @@ def uncut(model: nn.Module) -> GraphState:
 def cut(state: GraphState, ranks: int, rank: int = 0, later: Sequence[str] = ()) -> GraphState:
     """A copy of it for one rank, after these later passes; the level's verifier runs after each."""
     mine = state.copy()
-    mine.cut = Cut(ranks, rank)
+    mine.cut = RankShare(ranks, rank)
     run_passes(mine, [PASS, *(p for p in built_in() if p.slug in later)], [check_level])
     return mine
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from treespec_compiler.passes.sharding.placements import PARTIAL, REPLICATED, Placement, Segment, Sharded, blocks
-from treespec_compiler.passes.sharding.rule import Outcome, with_arguments
+from treespec_compiler.passes.sharding.rule import Fit, with_arguments
 from treespec_compiler.passes.sharding.table import op_of, rule_of
 
 
@@ -89,7 +89,7 @@ def placements(value: Tensor, ranks: int) -> Iterator[Placement]:
                 yield cut
 
 
-def check(node: fx.Node, given: Sequence[Placement], ranks: int) -> Outcome | None:
+def check(node: fx.Node, given: Sequence[Placement], ranks: int) -> Fit | None:
     """Run a call on parts as its rule says, and compare with the call on whole values; None: the rule has no answer."""
     op, rule = op_of(node, ranks), rule_of(node)
     assert rule is not None
@@ -110,7 +110,7 @@ def check(node: fx.Node, given: Sequence[Placement], ranks: int) -> Outcome | No
     return outcome
 
 
-def check_all(node: fx.Node, ranks: int) -> list[Outcome]:
+def check_all(node: fx.Node, ranks: int) -> list[Fit]:
     """Every combination of placements of the operands; the rule's answers, each of them checked."""
     op = op_of(node, ranks)
     each = [list(placements(of.meta["val"], ranks)) for of in op.operands]

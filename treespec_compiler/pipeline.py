@@ -31,7 +31,7 @@ from .passes.framework.reproducer import ReproducerWriter
 from .passes.framework.state import GraphState
 from .passes.framework.weights import Weights
 from .passes.sharding.check import problems as placement_problems
-from .passes.sharding.mesh import Cut
+from .passes.sharding.mesh import RankShare
 
 log = logger(__name__)
 
@@ -167,12 +167,12 @@ def _state(captured: Capture, options: Options, sources: dict[str, WeightRef]) -
     )
 
 
-def _cut(options: Options) -> Cut | None:
+def _cut(options: Options) -> RankShare | None:
     """This process's share of a graph for several ranks; that of rank 0 where no processes were joined."""
     if options.ranks == 1:
         return None
     joined = dist.is_available() and dist.is_initialized()
-    return Cut(options.ranks, dist.get_rank() % options.ranks if joined else 0)
+    return RankShare(options.ranks, dist.get_rank() % options.ranks if joined else 0)
 
 
 def check_level(state: GraphState, name: str) -> None:

@@ -19,7 +19,7 @@ from treespec_compiler.ir.weights import Expression
 
 from ..forms.closed_form import ClosedForms
 from ..forms.evaluate import cone
-from ..sharding.mesh import Cut
+from ..sharding.mesh import RankShare
 from .weights import Weights
 
 
@@ -60,7 +60,7 @@ class GraphState:
     outputs: list[str] = field(default_factory=lambda: ["logits"])  # names of the graph's, but for `written`
     model_logits: LogitsSpec = EVERY_ROW  # how the model itself returns them
     logits_given: LogitsSpec = EVERY_ROW  # how the graph does
-    cut: Cut | None = None  # which of several ranks the graph is for; None: there is one
+    cut: RankShare | None = None  # which of several ranks the graph is for; None: there is one
     whole_groups: list[int] = field(default_factory=list)  # KV groups of each site of the whole model, once it is cut
     other_length: OtherLength | None = None  # the model analysed for another length
     _forms: ClosedForms | None = field(default=None, init=False, repr=False)  # of the graph as it is

@@ -17,12 +17,11 @@ from treespec_compiler.errors import PassError
 from treespec_compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, WAIT
 from treespec_compiler.ir.inputs import is_pool
 
-from ..forms.form import shape_of
+from ..forms.form import Shape, shape_of
 from ..framework.state import GraphState
 from .expressions import placement_of
 from .placements import REPLICATED, Placement, Segment, Sharded, sharded
 from .rewriting import WHOLE
-from .rule import Shape
 from .table import op_of, rule_of, whole_shape
 
 

@@ -10,18 +10,18 @@ from torch import fx
 from treespec_compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, WAIT
 
 from ..framework.state import GraphState
-from .mesh import Cut
+from .mesh import RankShare
 from .placements import Sharded, offsets
 
 aten = torch.ops.aten
 
 
-def all_reduce(state: GraphState, value: fx.Node, cut: Cut, at: fx.Node) -> fx.Node:
+def all_reduce(state: GraphState, value: fx.Node, cut: RankShare, at: fx.Node) -> fx.Node:
     """The sum over all ranks."""
     return _waited(state, state.call(ALL_REDUCE, (value, "sum", cut.group), like=at), at)
 
 
-def all_gather(state: GraphState, value: fx.Node, placement: Sharded, cut: Cut, at: fx.Node) -> fx.Node:
+def all_gather(state: GraphState, value: fx.Node, placement: Sharded, cut: RankShare, at: fx.Node) -> fx.Node:
     """The whole value, in its own order, from the parts of all ranks."""
     ranks, dim = cut.ranks, placement.dim
     sizes = _sizes(state, value, dim, at)

@@ -9,7 +9,7 @@ GROUP = "treespec_tp"
 
 
 @dataclass(frozen=True)
-class Cut:
+class RankShare:
     """One rank's share of a graph: that of `rank` among `ranks`."""
 
     ranks: int

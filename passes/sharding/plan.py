@@ -33,7 +33,7 @@ _SUMS = {"aten.pow", "aten.mul", "aten.square", "aten.mean", "aten.sum", "aten._
 
 
 @dataclass
-class Plan:
+class CutPlan:
     """`columns`: products cut by outputs, with the cut of their results; `sites`: attention cut by head."""
 
     columns: dict[fx.Node, Sharded] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class _Found:
     """Values of tokens that stay whole."""
 
 
-def make_plan(state: GraphState, ranks: int) -> Plan:
+def make_plan(state: GraphState, ranks: int) -> CutPlan:
     """The plan for a graph of whole values at level "rows"."""
     return _Planning(state, ranks).plan()
 
@@ -81,9 +81,9 @@ class _Planning:
         self.state, self.ranks = state, ranks
         self.order = {node: i for i, node in enumerate(state.graph.nodes)}
         self.constant = constants(state)
-        self.made = Plan()
+        self.made = CutPlan()
 
-    def plan(self) -> Plan:
+    def plan(self) -> CutPlan:
         self._attention()
         self._head()
         for node in self.order:
@@ -107,7 +107,7 @@ class _Planning:
         self.made.columns |= self._sweep(wants).columns
 
     def _row(self, node: fx.Node) -> None:
-        """Cut what makes the input of a product, where that needs no communication."""
+        """RankShare what makes the input of a product, where that needs no communication."""
         op = op_of(node, self.ranks)
         at = op.names.index(PRODUCTS[meaning(node)][0])
         size = op.shapes[at][-1]

@@ -16,17 +16,17 @@ from torch import fx
 
 from treespec_compiler.ir.inputs import is_pool
 from treespec_compiler.ir.private_torch import enable_python_dispatcher
-from treespec_compiler.ir.weights import Count, Expression
+from treespec_compiler.ir.weights import Arange, Expression
 
 from ..forms.form import shape_of
 from ..framework.state import GraphState
 from .collect import all_gather, all_reduce
 from .expressions import placed
-from .mesh import Cut
+from .mesh import RankShare
 from .placements import PARTIAL, REPLICATED, Partial, Placement, Sharded
-from .plan import Plan, constants
+from .plan import CutPlan, constants
 from .respell import respelled
-from .rule import Op, Outcome, Rule, operands, with_arguments
+from .rule import Fit, Op, PlacementRule, operands, with_arguments
 from .table import op_of, rule_of
 
 aten = torch.ops.aten
@@ -35,13 +35,13 @@ WHOLE = "whole"
 """Key of a node's `meta`: the whole shape of its value, which a reshape of a part does not tell."""
 
 
-def rewrite(state: GraphState, plan: Plan, cut: Cut) -> None:
+def rewrite(state: GraphState, plan: CutPlan, cut: RankShare) -> None:
     """Make the state's graph the one of `cut.rank`; the plan is of the same graph."""
     _Rewriting(state, plan, cut).run()
 
 
 class _Rewriting:
-    def __init__(self, state: GraphState, plan: Plan, cut: Cut) -> None:
+    def __init__(self, state: GraphState, plan: CutPlan, cut: RankShare) -> None:
         self.state, self.plan, self.cut, self.ranks = state, plan, cut, cut.ranks
         self.constant = constants(state)
         self.now: dict[fx.Node, tuple[fx.Node, Any]] = {}
@@ -96,12 +96,12 @@ class _Rewriting:
         if outcome is None:
             values = node.meta["val"]
             gives: Any = (REPLICATED,) * len(values) if isinstance(values, (tuple, list)) else REPLICATED
-            outcome = Outcome((REPLICATED,) * len(op.operands), gives)
+            outcome = Fit((REPLICATED,) * len(op.operands), gives)
         new = [self.convert(of, need, node) for of, need in zip(op.operands, outcome.needs, strict=True)]
         numbers = rule.numbers(op, outcome) if rule is not None else {}
         return self._emit(node, dict(zip(op.operands, new, strict=True)), numbers), outcome.gives
 
-    def _given(self, op: Op, rule: Rule | None) -> list[Placement]:
+    def _given(self, op: Op, rule: PlacementRule | None) -> list[Placement]:
         """What the operands are now; those of a product that is planned to be cut are as the plan wants them."""
         given = [self.now[of][1] for of in op.operands]
         column = self.plan.columns.get(op.node)
@@ -203,11 +203,11 @@ class _Rewriting:
     def _part(self, whole: fx.Node, need: Placement, at: fx.Node) -> fx.Node:
         """A rank's part of a value that every rank has, by the numbers of its rows; or its term of a sum."""
         if isinstance(need, Partial):
-            ones = self.state.add_weight("shard", self._placed(Count(2, self.state.device), PARTIAL))
+            ones = self.state.add_weight("shard", self._placed(Arange(2, self.state.device), PARTIAL))
             one = self.state.call(aten.select.int, (ones, 0, 1), like=at)
             return self.state.call(aten.mul.Tensor, (whole, one), like=at)
         assert isinstance(need, Sharded)
-        rows = self._placed(Count(need.size, self.state.device), need.moved(0))
+        rows = self._placed(Arange(need.size, self.state.device), need.moved(0))
         index = self.state.add_weight("shard", rows)
         return self.state.call(aten.index_select.default, (whole, need.dim, index), like=at)
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import sympy
 import torch
 from torch import fx
 
@@ -19,9 +18,9 @@ from treespec_compiler.ir.arguments import signature
 from treespec_compiler.ir.library import definition
 from treespec_compiler.ir.provenance import op_name
 
+from ..forms.form import Shape
 from .placements import REPLICATED, Placement, Sharded
 
-Shape: TypeAlias = tuple[sympy.Expr, ...]
 Given: TypeAlias = Sequence[Placement]
 
 
@@ -57,7 +56,7 @@ class Op:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Fit:
     """The placements that the operands must have, and what comes out; a tuple for several results."""
 
     needs: tuple[Placement, ...]
@@ -78,13 +77,13 @@ def no_wants(op: Op, cut: Sharded) -> list[Want] | None:
     return None
 
 
-def same_numbers(op: Op, outcome: Outcome) -> dict[str, Any]:
+def same_numbers(op: Op, outcome: Fit) -> dict[str, Any]:
     """No argument changes with the size of a part."""
     return {}
 
 
 @dataclass(frozen=True)
-class Rule:
+class PlacementRule:
     """How an op treats cut operands.
 
     `fits`: from what is given of the operands, what they must be and what comes out; None: all must be replicated.
@@ -92,9 +91,9 @@ class Rule:
     `numbers`: arguments by name that are others for a rank's part.
     """
 
-    fits: Callable[[Op, Given], Outcome | None]
+    fits: Callable[[Op, Given], Fit | None]
     wants: Callable[[Op, Sharded], list[Want] | None] = no_wants
-    numbers: Callable[[Op, Outcome], dict[str, Any]] = same_numbers
+    numbers: Callable[[Op, Fit], dict[str, Any]] = same_numbers
 
 
 def named(node: fx.Node) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from ..forms.form import shape_of
+from ..forms.form import Shape, shape_of
 from .placements import Placement, Sharded
-from .rule import Op, Rule, Shape, meaning, operands
+from .rule import Op, PlacementRule, meaning, operands
 from .rules import attention, collectives, moves, pointwise, products, reductions, tables
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, PlacementRule] = {
     **pointwise.RULES,
     **moves.RULES,
     **reductions.RULES,
@@ -24,7 +24,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def rule_of(node: fx.Node) -> Rule | None:
+def rule_of(node: fx.Node) -> PlacementRule | None:
     """None: every operand must be replicated, and so is the result."""
     if node.op != "call_function" or node.target is operator.getitem:
         return None

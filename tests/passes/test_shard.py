@@ -10,7 +10,7 @@ from zoo import make
 
 from treespec_compiler.errors import InvalidOption, Refusal, Unsupported
 from treespec_compiler.ir.provenance import op_name
-from treespec_compiler.ir.weights import Count, Expression, Join, Lone, Pack, Shard, Slice, Source, Transpose
+from treespec_compiler.ir.weights import Arange, Expression, Join, Lone, Pack, Shard, Slice, Source, Transpose
 from treespec_compiler.options import Options
 from treespec_compiler.passes.framework.found import built_in
 from treespec_compiler.passes.framework.plan import plan
@@ -191,7 +191,7 @@ def test_placements_of_what_is_made_of_parts() -> None:
     assert placement_of(Pack(Join((rows, rows))), 2) == Sharded(0, (Segment(8), Segment(8)))
     assert placement_of(Join((columns, columns)), 2) == Sharded(1, (Segment(6),))
     assert placement_of(Join((rows, Q)), 2) == Sharded(0, (Segment(8), Segment(8, 2)))
-    assert placement_of(Count(8, torch.device("cpu")), 2) == REPLICATED
+    assert placement_of(Arange(8, torch.device("cpu")), 2) == REPLICATED
     assert placement_of(Join((columns, Q), 1), 2) == Sharded(1, (Segment(6), Segment(6, 2)))
     for odd in (Shard(rows, 0, 0, 2), Join((Lone(Q, True), Q)), Shard(Q, 0, 0, 4)):
         with pytest.raises(Exception, match="got a weight"):

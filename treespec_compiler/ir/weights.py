@@ -23,7 +23,7 @@ Read = Callable[[str], Tensor]
 
 
 class Expression(Protocol):
-    """How a tensor is made: `Source | Transpose | Join | Slice | Shard | Lone | Pack | Table | Count`. Equal ones make
+    """How a tensor is made: `Source | Transpose | Join | Slice | Shard | Lone | Pack | Table | Arange`. Equal ones make
     equal tensors."""
 
     @property
@@ -310,7 +310,7 @@ class Table(_Made):
 
 
 @dataclass(frozen=True)
-class Count(_Made):
+class Arange(_Made):
     """0, 1, .. size - 1, int64."""
 
     size: int

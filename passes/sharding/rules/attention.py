@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..placements import Placement, Segment, Sharded
-from ..rule import Given, Op, Outcome, Rule, Want
+from ..rule import Fit, Given, Op, PlacementRule, Want
 
 BY_HEAD = {"slopes": 0, "bias": 0, "sinks": 0}
 
@@ -21,7 +21,7 @@ def head_cuts(heads: int, groups: int, ranks: int) -> tuple[Sharded, Sharded] | 
     return (queries, keys) if queries.fits(ranks) and keys.fits(ranks) else None
 
 
-def _fits(op: Op, given: Given) -> Outcome | None:
+def _fits(op: Op, given: Given) -> Fit | None:
     if not any(isinstance(op.first(name, given), Sharded) for name in ("q", "k", "v", "pool_k", "pool_v")):
         return None
     shapes = dict(zip(op.names, op.shapes, strict=True))
@@ -33,7 +33,7 @@ def _fits(op: Op, given: Given) -> Outcome | None:
     table |= {name: queries.moved(dim) for name, dim in BY_HEAD.items()}
     if not isinstance(keys, Sharded) or all(s.repeat == op.ranks for s in keys.segments):
         table = {name: place for name, place in table.items() if place != keys}  # one group: every rank holds it
-    return Outcome(op.needs(table), queries)
+    return Fit(op.needs(table), queries)
 
 
 def _wants(op: Op, cut: Sharded) -> list[Want] | None:
@@ -51,4 +51,4 @@ def wants_of(op: Op, queries: Sharded, keys: Sharded) -> list[Want]:
     return [Want(op.names.index(name), cut) for name, cut in names.items()]
 
 
-RULES = {"treespec.tree_attention": Rule(_fits, _wants)}
+RULES = {"treespec.tree_attention": PlacementRule(_fits, _wants)}

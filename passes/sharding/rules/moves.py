@@ -6,15 +6,16 @@ from typing import Any
 
 import sympy
 
+from ...forms.form import Shape
 from ..placements import PARTIAL, REPLICATED, Partial, Placement, Segment, Sharded, between, offsets, sharded
-from ..rule import Given, Op, Outcome, Rule, Shape, Want, named
+from ..rule import Fit, Given, Op, PlacementRule, Want, named
 
 
-def _one(op: Op, given: Given, gives: Placement | None) -> Outcome | None:
+def _one(op: Op, given: Given, gives: Placement | None) -> Fit | None:
     """An op of one cut operand, the first; nothing else is cut."""
     if gives is None:
         return None
-    return Outcome((given[0], *[REPLICATED] * (len(op.operands) - 1)), gives)
+    return Fit((given[0], *[REPLICATED] * (len(op.operands) - 1)), gives)
 
 
 def _want(cut: Sharded | None, start: int = 0) -> list[Want] | None:
@@ -77,7 +78,7 @@ def _product(sizes: Any) -> Any:
     return int(total) if total.is_Integer else total
 
 
-def _fits_reshape(op: Op, given: Given) -> Outcome | None:
+def _fits_reshape(op: Op, given: Given) -> Fit | None:
     cut = given[0]
     if not isinstance(cut, Sharded):
         return _one(op, given, cut)
@@ -91,7 +92,7 @@ def _wants_reshape(op: Op, cut: Sharded) -> list[Want] | None:
 def _sizes(name: str) -> Any:
     """Sizes that an argument lists: that of the cut dimension is a rank's."""
 
-    def numbers(op: Op, outcome: Outcome) -> dict[str, Any]:
+    def numbers(op: Op, outcome: Fit) -> dict[str, Any]:
         cut = outcome.gives
         if not isinstance(cut, Sharded):
             return {}
@@ -119,7 +120,7 @@ def _places(op: Op) -> list[int]:
     return places
 
 
-def _fits_permute(op: Op, given: Given) -> Outcome | None:
+def _fits_permute(op: Op, given: Given) -> Fit | None:
     cut = given[0]
     return _one(op, given, cut.moved(_places(op).index(cut.dim)) if isinstance(cut, Sharded) else cut)
 
@@ -146,7 +147,7 @@ def _kept(op: Op) -> list[int | None]:
     return [i for i in range(rank) if i not in gone]
 
 
-def _fits_kept(op: Op, given: Given) -> Outcome | None:
+def _fits_kept(op: Op, given: Given) -> Fit | None:
     cut, kept = given[0], _kept(op)
     if not isinstance(cut, Sharded):
         return _one(op, given, cut)
@@ -177,7 +178,7 @@ def _range(op: Op) -> tuple[int, int, int] | None:
     return dim, start, stop
 
 
-def _fits_slice(op: Op, given: Given) -> Outcome | None:
+def _fits_slice(op: Op, given: Given) -> Fit | None:
     cut = given[0]
     if not isinstance(cut, Sharded) or cut.dim != op.argument("dim") % len(op.shapes[0]):
         return _one(op, given, cut)
@@ -218,7 +219,7 @@ def _wants_slice(op: Op, cut: Sharded) -> list[Want] | None:
     return _want(Sharded(cut.dim, tuple(s.scaled(step) for s in cut.segments), cut.unit))
 
 
-def _numbers_slice(op: Op, outcome: Outcome) -> dict[str, Any]:
+def _numbers_slice(op: Op, outcome: Fit) -> dict[str, Any]:
     cut, there = outcome.needs[0], _range(op)
     if not isinstance(cut, Sharded) or there is None or cut.dim != there[0]:
         return {}
@@ -241,12 +242,12 @@ def _ends(op: Op) -> tuple[int, list[int]] | None:
     return dim, ends
 
 
-def _fits_split(op: Op, given: Given) -> Outcome | None:
+def _fits_split(op: Op, given: Given) -> Fit | None:
     cut, count = given[0], len(op.node.meta["val"])
     dim = op.argument("dim") % len(op.shapes[0])
     needs = (cut, *[REPLICATED] * (len(op.operands) - 1))
     if not isinstance(cut, Sharded) or cut.dim != dim:
-        return Outcome(needs, (cut,) * count)
+        return Fit(needs, (cut,) * count)
     there = _ends(op)
     if there is None:
         return None
@@ -259,10 +260,10 @@ def _fits_split(op: Op, given: Given) -> Outcome | None:
     even = isinstance(named(op.node).get("split_size"), int)  # one number for all pieces
     if even and len({sum(s.local(op.ranks) for s in getattr(g, "segments", ())) for g in gives}) > 1:
         return None
-    return Outcome(needs, tuple(gives))
+    return Fit(needs, tuple(gives))
 
 
-def _numbers_split(op: Op, outcome: Outcome) -> dict[str, Any]:
+def _numbers_split(op: Op, outcome: Fit) -> dict[str, Any]:
     cut, there = outcome.needs[0], _ends(op)
     if not isinstance(cut, Sharded) or there is None or cut.dim != there[0]:
         return {}
@@ -278,15 +279,15 @@ def _numbers_split(op: Op, outcome: Outcome) -> dict[str, Any]:
 # -- several operands ----------------------------------------------------------------------------------------------
 
 
-def _fits_cat(op: Op, given: Given) -> Outcome | None:
+def _fits_cat(op: Op, given: Given) -> Fit | None:
     dim = op.argument("dim") % len(op.shapes[0])
     if any(isinstance(g, Partial) for g in given):
-        return Outcome((PARTIAL,) * len(given), PARTIAL) if set(given) == {PARTIAL} else None
+        return Fit((PARTIAL,) * len(given), PARTIAL) if set(given) == {PARTIAL} else None
     cut = next((g for g in given if isinstance(g, Sharded)), None)
     if cut is None:
         return None
     if cut.dim != dim:
-        return Outcome((cut,) * len(given), cut)
+        return Fit((cut,) * len(given), cut)
     segments: list[Segment] = []
     for one, shape in zip(given, op.shapes, strict=True):
         if isinstance(one, Sharded) and one.dim == dim:
@@ -294,7 +295,7 @@ def _fits_cat(op: Op, given: Given) -> Outcome | None:
         else:
             segments.append(Segment(int(shape[dim]), op.ranks))
     needs = tuple(g if isinstance(g, Sharded) and g.dim == dim else REPLICATED for g in given)
-    return Outcome(needs, sharded(dim, segments, op.ranks, cut.unit))
+    return Fit(needs, sharded(dim, segments, op.ranks, cut.unit))
 
 
 def _wants_cat(op: Op, cut: Sharded) -> list[Want] | None:
@@ -313,12 +314,12 @@ def _wants_cat(op: Op, cut: Sharded) -> list[Want] | None:
     return found
 
 
-def _fits_stack(op: Op, given: Given) -> Outcome | None:
+def _fits_stack(op: Op, given: Given) -> Fit | None:
     cut = next((g for g in given if isinstance(g, Sharded)), None)
     if cut is None:
-        return Outcome((PARTIAL,) * len(given), PARTIAL) if set(given) == {PARTIAL} else None
+        return Fit((PARTIAL,) * len(given), PARTIAL) if set(given) == {PARTIAL} else None
     at = op.argument("dim") % len(op.shape)
-    return Outcome((cut,) * len(given), cut.moved(cut.dim + (cut.dim >= at)))
+    return Fit((cut,) * len(given), cut.moved(cut.dim + (cut.dim >= at)))
 
 
 def _wants_stack(op: Op, cut: Sharded) -> list[Want] | None:
@@ -328,31 +329,31 @@ def _wants_stack(op: Op, cut: Sharded) -> list[Want] | None:
     return [Want(i, cut.moved(cut.dim - (cut.dim > at))) for i in range(len(op.operands))]
 
 
-def _fits_index_select(op: Op, given: Given) -> Outcome | None:
+def _fits_index_select(op: Op, given: Given) -> Fit | None:
     """Rows by number. A cut of the numbers is a cut of the rows: so a rank takes its part of a replicated value."""
     x, index, dim = given[0], given[1], op.argument("dim") % len(op.shapes[0])
     if isinstance(index, Sharded):
-        return Outcome((REPLICATED, index), index.moved(dim))
+        return Fit((REPLICATED, index), index.moved(dim))
     if isinstance(x, Sharded) and x.dim == dim:
         return None
-    return Outcome((x, REPLICATED), x)
+    return Fit((x, REPLICATED), x)
 
 
 def _wants_rows(op: Op, cut: Sharded) -> list[Want] | None:
     return None if cut.dim == op.argument("dim") % len(op.shapes[0]) else _want(cut)
 
 
-def _fits_index(op: Op, given: Given) -> Outcome | None:
+def _fits_index(op: Op, given: Given) -> Fit | None:
     """x[i, j, ..] by tensors at the first dimensions: the others stay what they are."""
     x, indices = given[0], op.argument("indices")
     if any(i is None for i in indices) or any(g != REPLICATED for g in given[1:]):
         return None
     if isinstance(x, Partial):
-        return Outcome(tuple(given), x)
+        return Fit(tuple(given), x)
     if not isinstance(x, Sharded) or x.dim < len(indices):
         return None
     width = len(op.shape) - (len(op.shapes[0]) - len(indices))
-    return Outcome(tuple(given), x.moved(x.dim - len(indices) + width))
+    return Fit(tuple(given), x.moved(x.dim - len(indices) + width))
 
 
 def _wants_index(op: Op, cut: Sharded) -> list[Want] | None:
@@ -363,37 +364,37 @@ def _wants_index(op: Op, cut: Sharded) -> list[Want] | None:
     return _want(cut.moved(cut.dim - width + len(indices)))
 
 
-def _fits_unbind(op: Op, given: Given) -> Outcome | None:
+def _fits_unbind(op: Op, given: Given) -> Fit | None:
     cut, count = given[0], len(op.node.meta["val"])
     dim = op.argument("dim") % len(op.shapes[0])
     if not isinstance(cut, Sharded):
-        return Outcome((cut,), (cut,) * count)
+        return Fit((cut,), (cut,) * count)
     if cut.dim == dim:
         return None
-    return Outcome((cut,), (cut.moved(cut.dim - (cut.dim > dim)),) * count)
+    return Fit((cut,), (cut.moved(cut.dim - (cut.dim > dim)),) * count)
 
 
-RESHAPE = Rule(_fits_reshape, _wants_reshape, _sizes("shape"))
-PERMUTE = Rule(_fits_permute, _wants_permute)
-KEPT = Rule(_fits_kept, _wants_kept)
-SPLIT = Rule(_fits_split, numbers=_numbers_split)
+RESHAPE = PlacementRule(_fits_reshape, _wants_reshape, _sizes("shape"))
+PERMUTE = PlacementRule(_fits_permute, _wants_permute)
+KEPT = PlacementRule(_fits_kept, _wants_kept)
+SPLIT = PlacementRule(_fits_split, numbers=_numbers_split)
 
 RULES = {
     "aten.reshape": RESHAPE,
-    "aten.flatten": Rule(_fits_reshape, _wants_reshape),
+    "aten.flatten": PlacementRule(_fits_reshape, _wants_reshape),
     "aten.transpose": PERMUTE,
     "aten.permute": PERMUTE,
     "aten.t": PERMUTE,
     "aten.unsqueeze": KEPT,
     "aten.squeeze": KEPT,
     "aten.select": KEPT,
-    "aten.expand": Rule(_fits_kept, _wants_kept, _sizes("size")),
-    "aten.slice": Rule(_fits_slice, _wants_slice, _numbers_slice),
+    "aten.expand": PlacementRule(_fits_kept, _wants_kept, _sizes("size")),
+    "aten.slice": PlacementRule(_fits_slice, _wants_slice, _numbers_slice),
     "aten.split": SPLIT,
     "aten.split_with_sizes": SPLIT,
-    "aten.unbind": Rule(_fits_unbind),
-    "aten.cat": Rule(_fits_cat, _wants_cat),
-    "aten.stack": Rule(_fits_stack, _wants_stack),
-    "aten.index_select": Rule(_fits_index_select, _wants_rows),
-    "aten.index": Rule(_fits_index, _wants_index),
+    "aten.unbind": PlacementRule(_fits_unbind),
+    "aten.cat": PlacementRule(_fits_cat, _wants_cat),
+    "aten.stack": PlacementRule(_fits_stack, _wants_stack),
+    "aten.index_select": PlacementRule(_fits_index_select, _wants_rows),
+    "aten.index": PlacementRule(_fits_index, _wants_index),
 }

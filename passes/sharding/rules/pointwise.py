@@ -7,7 +7,7 @@ import torch
 from treespec_compiler.ir.private_torch import OpOverload
 
 from ..placements import PARTIAL, REPLICATED, Partial, Placement, Sharded
-from ..rule import Given, Op, Outcome, Rule, Want, named
+from ..rule import Fit, Given, Op, PlacementRule, Want, named
 
 
 def _at(op: Op, operand: int, cut: Sharded, dim: int) -> int | None:
@@ -16,12 +16,12 @@ def _at(op: Op, operand: int, cut: Sharded, dim: int) -> int | None:
     return None if own < 0 or (op.shapes[operand][own] == 1 and cut.size != 1) else own
 
 
-def fits(op: Op, given: Given) -> Outcome | None:
+def fits(op: Op, given: Given) -> Fit | None:
     """Of a partial sum nothing is known but what linear ops make of it (`LINEAR`)."""
     for operand, cut in enumerate(given):
         if isinstance(cut, Sharded):
             dim = cut.dim + len(op.shape) - len(op.shapes[operand])
-            return Outcome(_cut(op, cut, dim), cut.moved(dim))
+            return Fit(_cut(op, cut, dim), cut.moved(dim))
     return None
 
 
@@ -35,14 +35,14 @@ def wants(op: Op, cut: Sharded) -> list[Want] | None:
     return [Want(operand, cut.moved(place)) for operand, place in enumerate(places) if place is not None]
 
 
-def _sum(op: Op, given: Given) -> Outcome | None:
+def _sum(op: Op, given: Given) -> Fit | None:
     """The sum of partial sums is one, if nothing else is added on every rank."""
     if len(op.operands) == 2 and all(isinstance(g, Partial) for g in given):
-        return Outcome((PARTIAL, PARTIAL), PARTIAL)
+        return Fit((PARTIAL, PARTIAL), PARTIAL)
     return None if any(isinstance(g, Partial) for g in given) else fits(op, given)
 
 
-def _scaled(op: Op, given: Given) -> Outcome | None:
+def _scaled(op: Op, given: Given) -> Fit | None:
     """A partial sum times (or through) what every rank has whole."""
     if not any(isinstance(g, Partial) for g in given):
         return fits(op, given)
@@ -52,22 +52,22 @@ def _scaled(op: Op, given: Given) -> Outcome | None:
     rest = given[1:] if first else given[:1]
     if any(g != REPLICATED for g in rest):
         return None
-    return Outcome(tuple(given), PARTIAL)
+    return Fit(tuple(given), PARTIAL)
 
 
-def _same(op: Op, given: Given) -> Outcome | None:
-    return Outcome((PARTIAL,), PARTIAL) if isinstance(given[0], Partial) else fits(op, given)
+def _same(op: Op, given: Given) -> Fit | None:
+    return Fit((PARTIAL,), PARTIAL) if isinstance(given[0], Partial) else fits(op, given)
 
 
-POINTWISE = Rule(fits, wants)
+POINTWISE = PlacementRule(fits, wants)
 """Of every op that torch tags so."""
 
-SCALED = Rule(_scaled, wants)
-SAME = Rule(_same, wants)
+SCALED = PlacementRule(_scaled, wants)
+SAME = PlacementRule(_same, wants)
 
 RULES = {
-    "aten.add": Rule(_sum, wants),
-    "aten.sub": Rule(_sum, wants),
+    "aten.add": PlacementRule(_sum, wants),
+    "aten.sub": PlacementRule(_sum, wants),
     "aten.mul": SCALED,
     "aten.div": SCALED,
     "aten.neg": SAME,

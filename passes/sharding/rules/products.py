@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from ..placements import PARTIAL, REPLICATED, Partial, Placement, Sharded
-from ..rule import Given, Op, Outcome, Rule, Want
+from ..rule import Fit, Given, Op, PlacementRule, Want
 
 
-def weighted(x: str, weight: str, outputs: int, inputs: int, bias: str = "") -> Rule:
+def weighted(x: str, weight: str, outputs: int, inputs: int, bias: str = "") -> PlacementRule:
     """result[.., n] = sum over k of x[.., k] weight[.. n .. k ..] + bias[n].
 
     `outputs` and `inputs` are the weight's dimensions n and k.
     """
 
-    def fits(op: Op, given: Given) -> Outcome | None:
+    def fits(op: Op, given: Given) -> Fit | None:
         left, right = op.first(x, given), op.first(weight, given)
         last = op.rank_of(x) - 1
         if isinstance(left, Sharded) and left.dim == last:
             if any(s.repeat > 1 for s in left.segments):  # what several ranks hold would be summed several times
                 return None
-            return Outcome(op.needs({x: left, weight: left.moved(inputs), bias: PARTIAL}), PARTIAL)
+            return Fit(op.needs({x: left, weight: left.moved(inputs), bias: PARTIAL}), PARTIAL)
         if isinstance(right, Sharded) and right.dim == outputs:
             table: dict[str, Placement] = {weight: right, bias: right.moved(0)}
-            return Outcome(op.needs(table), right.moved(len(op.shape) - 1))
+            return Fit(op.needs(table), right.moved(len(op.shape) - 1))
         if isinstance(left, Partial) and (not bias or bias not in op.names):
-            return Outcome(op.needs({x: left}), PARTIAL)
+            return Fit(op.needs({x: left}), PARTIAL)
         return None
 
     def wants(op: Op, cut: Sharded) -> list[Want] | None:
@@ -32,25 +32,25 @@ def weighted(x: str, weight: str, outputs: int, inputs: int, bias: str = "") -> 
         found = [Want(op.names.index(weight), cut.moved(outputs))]
         return [*found, Want(op.names.index(bias), cut.moved(0))] if bias in op.names else found
 
-    return Rule(fits, wants)
+    return PlacementRule(fits, wants)
 
 
-def _fits_matmul(op: Op, given: Given) -> Outcome | None:
+def _fits_matmul(op: Op, given: Given) -> Fit | None:
     (a, b), ranks = given, [len(s) for s in op.shapes]
     if isinstance(a, Sharded) and a.dim == ranks[0] - 1:
         if any(s.repeat > 1 for s in a.segments) or ranks[1] < 2:
             return None
-        return Outcome((a, a.moved(ranks[1] - 2)), PARTIAL)
+        return Fit((a, a.moved(ranks[1] - 2)), PARTIAL)
     if isinstance(b, Sharded) and b.dim == ranks[1] - 1 and ranks[1] > 1:
-        return Outcome((REPLICATED, b), b.moved(len(op.shape) - 1))
+        return Fit((REPLICATED, b), b.moved(len(op.shape) - 1))
     if isinstance(a, Sharded) and a.dim == ranks[0] - 2:
-        return Outcome((a, REPLICATED), a.moved(len(op.shape) - 2))
+        return Fit((a, REPLICATED), a.moved(len(op.shape) - 2))
     for cut, rank in ((a, ranks[0]), (b, ranks[1])):  # a dimension of matrices side by side
         if isinstance(cut, Sharded) and cut.dim < rank - 2:
             dim = cut.dim + len(op.shape) - rank
-            return Outcome(tuple(_batch(op, i, cut, dim) for i in (0, 1)), cut.moved(dim))
+            return Fit(tuple(_batch(op, i, cut, dim) for i in (0, 1)), cut.moved(dim))
     if isinstance(a, Partial) and b == REPLICATED:
-        return Outcome((a, b), PARTIAL)
+        return Fit((a, b), PARTIAL)
     return None
 
 
@@ -72,7 +72,7 @@ def _wants_matmul(op: Op, cut: Sharded) -> list[Want] | None:
     return [Want(i, place) for i, place in enumerate(places) if isinstance(place, Sharded)]
 
 
-MATMUL = Rule(_fits_matmul, _wants_matmul)
+MATMUL = PlacementRule(_fits_matmul, _wants_matmul)
 
 WEIGHTED = {
     "aten.linear": ("input", "weight", 0, 1, "bias"),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..placements import PARTIAL, REPLICATED, Partial, Placement, Sharded
-from ..rule import Given, Op, Outcome, Rule, Want
+from ..rule import Fit, Given, Op, PlacementRule, Want
 
 
 def _dims(op: Op, name: str) -> set[int]:
@@ -31,17 +31,17 @@ def _before(op: Op, cut: Sharded, gone: set[int]) -> Sharded | None:
     return cut.moved(left[cut.dim])
 
 
-def _fits_reduction(linear: bool) -> Callable[[Op, Given], Outcome | None]:
-    def fits(op: Op, given: Given) -> Outcome | None:
+def _fits_reduction(linear: bool) -> Callable[[Op, Given], Fit | None]:
+    def fits(op: Op, given: Given) -> Fit | None:
         x, dims = given[0], _dims(op, "dim")
         if isinstance(x, Partial):
-            return Outcome((x,), x) if linear else None
+            return Fit((x,), x) if linear else None
         if not isinstance(x, Sharded):
             return None
         if x.dim in dims:
             once = all(s.repeat == 1 for s in x.segments)  # what several ranks hold would count several times
-            return Outcome((x,), PARTIAL) if linear and once else None
-        return Outcome((x,), _after(op, x, dims))
+            return Fit((x,), PARTIAL) if linear and once else None
+        return Fit((x,), _after(op, x, dims))
 
     return fits
 
@@ -51,37 +51,37 @@ def _wants_reduction(op: Op, cut: Sharded) -> list[Want] | None:
     return None if there is None else [Want(0, there)]
 
 
-def _fits_mean(op: Op, given: Given) -> Outcome | None:
+def _fits_mean(op: Op, given: Given) -> Fit | None:
     """A mean over a cut dimension is none of the parts' sums: it stays whole (`rewrites` spell it as a sum)."""
     x = given[0]
     if isinstance(x, Sharded) and x.dim in _dims(op, "dim"):
         return None
-    return Outcome((x,), _after(op, x, _dims(op, "dim")) if isinstance(x, Sharded) else x)
+    return Fit((x,), _after(op, x, _dims(op, "dim")) if isinstance(x, Sharded) else x)
 
 
-def along(name: str) -> Rule:
+def along(name: str) -> PlacementRule:
     """An op whose results have the operand's shape, or its shape but for the dimension that argument `name` gives."""
 
-    def fits(op: Op, given: Given) -> Outcome | None:
+    def fits(op: Op, given: Given) -> Fit | None:
         x = given[0]
         if not isinstance(x, Sharded) or x.dim in _dims(op, name):
             return None
         values: Any = op.node.meta["val"]
         gives: Placement | tuple[Placement, ...] = (x,) * len(values) if isinstance(values, (tuple, list)) else x
-        return Outcome((x, *[REPLICATED] * (len(op.operands) - 1)), gives)
+        return Fit((x, *[REPLICATED] * (len(op.operands) - 1)), gives)
 
     def wants(op: Op, cut: Sharded) -> list[Want] | None:
         return None if cut.dim in _dims(op, name) else [Want(0, cut)]
 
-    return Rule(fits, wants)
+    return PlacementRule(fits, wants)
 
 
-def _fits_norm(op: Op, given: Given) -> Outcome | None:
+def _fits_norm(op: Op, given: Given) -> Fit | None:
     x = given[0]
     inner = len(op.shapes[0]) - len(op.argument("normalized_shape"))
     if not isinstance(x, Sharded) or x.dim >= inner:
         return None
-    return Outcome((x, *[REPLICATED] * (len(op.operands) - 1)), x)
+    return Fit((x, *[REPLICATED] * (len(op.operands) - 1)), x)
 
 
 def _wants_norm(op: Op, cut: Sharded) -> list[Want] | None:
@@ -89,13 +89,13 @@ def _wants_norm(op: Op, cut: Sharded) -> list[Want] | None:
     return [Want(0, cut)] if cut.dim < inner else None
 
 
-NORM = Rule(_fits_norm, _wants_norm)
+NORM = PlacementRule(_fits_norm, _wants_norm)
 
 RULES = {
-    "aten.sum": Rule(_fits_reduction(linear=True), _wants_reduction),
-    "aten.mean": Rule(_fits_mean, _wants_reduction),
+    "aten.sum": PlacementRule(_fits_reduction(linear=True), _wants_reduction),
+    "aten.mean": PlacementRule(_fits_mean, _wants_reduction),
     **{
-        name: Rule(_fits_reduction(linear=False), _wants_reduction)
+        name: PlacementRule(_fits_reduction(linear=False), _wants_reduction)
         for name in ("aten.amax", "aten.amin", "aten.var", "aten.std", "aten.linalg_vector_norm")
     },
     **{
