@@ -55,7 +55,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sharded:
-    """RankShare along `dim`, counted from the front. `unit` names what is never cut, for people: two of them are one."""
+    """Cut along `dim`, counted from the front. `unit` names what is never cut, for people alone."""
 
     dim: int
     segments: tuple[Segment, ...]

@@ -107,7 +107,7 @@ class _Planning:
         self.made.columns |= self._sweep(wants).columns
 
     def _row(self, node: fx.Node) -> None:
-        """RankShare what makes the input of a product, where that needs no communication."""
+        """Cut what makes the input of a product, where that needs no communication."""
         op = op_of(node, self.ranks)
         at = op.names.index(PRODUCTS[meaning(node)][0])
         size = op.shapes[at][-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import Unsupported
-from ..inspection.explain import Explanation, explain
+from ..inspection.explain import CutSummary, Explanation, explain, explain_cut
 from ..passes.show.snapshot import short_source
 from .arguments import add_json, add_model_arguments
 from .inspection import CONVERTED, EXIT_CODES, REFUSED, console, parameter_count, read_subject
@@ -20,6 +21,7 @@ EPILOG = f"""\
 examples:
   treespec explain demo
   treespec explain hf:mistral --random-weights --tiny
+  treespec explain smollm2 --mesh tp=3
   treespec explain py:mypackage.models:build --json
 
 {EXIT_CODES}
@@ -29,20 +31,25 @@ examples:
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_model_arguments(parser)
+    parser.add_argument("--mesh", metavar="MESH", help="how it would be cut for these ranks, too: tp=4")
     add_json(parser)
 
 
 def run(arguments: Namespace) -> int:
     subject = read_subject(arguments)
+    meshed = replace(subject.options, mesh=arguments.mesh)
+    cut: CutSummary | None = None
     found: Explanation | Unsupported
     try:
         with Console(stderr=True).status("converting"):
             found = explain(subject.loaded.model, subject.call, subject.options)
+            cut = None if arguments.mesh is None else explain_cut(subject.loaded.model, subject.call, meshed)
     except Unsupported as error:
         found = error
     if arguments.json:
         head = {"model": subject.name, "converted": not isinstance(found, Unsupported)}
         body = refusal_fields(found) if isinstance(found, Unsupported) else found.as_json()
+        body |= {"cut": asdict(cut)} if cut is not None else {}
         print(json.dumps(head | body, indent=2))
     else:
         model = subject.loaded.model
@@ -53,6 +60,8 @@ def run(arguments: Namespace) -> int:
             show_refusal(console(), subject.name, title, found)
         else:
             show_explanation(console(), subject.name, title, found)
+            if cut is not None:
+                show_cut(console(), arguments.mesh, cut)
     return REFUSED if isinstance(found, Unsupported) else CONVERTED
 
 
@@ -102,6 +111,30 @@ def show_explanation(out: Console, name: str, title: str, found: Explanation) ->
     for parameter, text, meaning in found.signature:
         out.print(f"  {parameter}: {escape(text)}  [dim]{escape(meaning)}[/]", soft_wrap=True)
     out.print(f"  -> {escape(found.result)}")
+
+
+def show_cut(out: Console, mesh: str, cut: CutSummary) -> None:
+    out.print(f"\n[bold]across ranks[/] ({escape(mesh)})")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("weights", "placement"):
+        table.add_column(column, overflow="fold")
+    for column in ("bytes", "of a rank"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for weight in cut.weights:
+        table.add_row(
+            escape(", ".join(weight.names)), escape(weight.placement), f"{weight.whole_bytes:,}", f"{weight.bytes:,}"
+        )
+    out.print(table)
+    share = cut.bytes / cut.whole_bytes
+    out.print(f"weights: {cut.bytes:,} bytes on a rank of {cut.whole_bytes:,} ({share:.0%})")
+    products = ", ".join(f"{count} {kind}" for kind, count in cut.products.items())
+    out.print(f"products: {products}; attention sites cut: {cut.sites - cut.whole_sites} of {cut.sites}")
+    reduces = [c for c in cut.collectives if c.kind == "all_reduce"]
+    sent = sum(c.bytes_per_row for c in cut.collectives)
+    out.print(
+        f"collectives of a step: {len(reduces)} all_reduce, {len(cut.collectives) - len(reduces)} all_gather; "
+        f"{sent:,} bytes of a rank for each token whose logits are wanted"
+    )
 
 
 def sites_table(found: Explanation) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from ..speculation.policies.named import as_policy
 from ..speculation.policies.static import StaticExpansion
 from .arguments import MODEL, add_json, add_option, add_prompt_arguments, add_reading, parse_options, positive
 from .models import DTYPES, LoadedModel, load
+from .ranks import is_rank, quiet_followers, start_ranks
 from .text import TextStream, read_prompt
 
 EPILOG = """\
@@ -23,6 +25,7 @@ examples:
   treespec generate --target demo --draft demo --prompt "def main():" --stream
   treespec generate --target hf:PATH --draft hf:PATH --prompt-file prompt.txt --expansion 1,1,3 --json
   treespec generate --target py:mypackage.models:build --prompt-ids 1,2,3 --option lowering=eager
+  treespec generate --target smollm2 --mesh tp=3 --prompt "def main():"
 """
 
 
@@ -51,6 +54,7 @@ def configure(parser: ArgumentParser) -> None:
         "--policy", default="auto", help='"auto" (default), "1,1,3", "chain:4", "best-first:12" or "equal-growth:2,4"'
     )
     run_options.add_argument("--ignore-eos", action="store_true", help="do not end at the model's end-of-text token")
+    run_options.add_argument("--mesh", metavar="MESH", help="run on several ranks, such as tp=2; they are started here")
     add_option(run_options)
     sampling = parser.add_argument_group("sampling (docs/verification.md)")
     sampling.add_argument(
@@ -70,6 +74,12 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     options = parse_options(arguments.option)
+    if arguments.mesh is not None:
+        options = replace(options, mesh=arguments.mesh)
+    if options.ranks > 1:
+        if not is_rank():
+            return start_ranks(options.ranks)
+        quiet_followers()
     policy = StaticExpansion.parse(arguments.expansion) if arguments.expansion else as_policy(arguments.policy)
     dtype, random_weights = DTYPES[arguments.dtype], arguments.random_weights
     messages = Console(stderr=True)

@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             print(f"treespec: error: {describe(error)}", file=sys.stderr)
-        return 2
+        return int(getattr(error, "exit_code", 2))
 
 
 def _joined(words: list[str]) -> list[str]:

@@ -46,6 +46,8 @@ from .running import (
     InvalidLogits,
     ModelFailed,
     OutOfPages,
+    RankLost,
+    RanksDiffer,
     RequestTooLarge,
     StaleCache,
 )
@@ -72,6 +74,8 @@ __all__ = [
     "ModelFailed",
     "OutOfPages",
     "PassError",
+    "RankLost",
+    "RanksDiffer",
     "Refusal",
     "RequestTooLarge",
     "StaleCache",

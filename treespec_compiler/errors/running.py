@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -123,4 +124,37 @@ class ModelFailed(TreespecError, RuntimeError):
     template: ClassVar[str] = (
         "The model itself failed on {e.tokens} tokens: got {e.problem}, expected logits. Its own code raised that, run "
         "without treespec: are all ids in its vocabulary, and is its context long enough?"
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class RanksDiffer(TreespecError, ValueError):
+    """The ranks of a mesh were not called with the same."""
+
+    rank: int
+    names: Sequence[str]
+    """What is another there than on rank 0."""
+    template: ClassVar[str] = (
+        "Ranks differ: got another {e.listed} on rank {e.rank} than on rank 0, expected the same on all. "
+        "Call the same functions with the same arguments, and load the same weights, on every rank."
+    )
+
+    @property
+    def listed(self) -> str:
+        return ", ".join(self.names)
+
+
+@dataclass(eq=False, kw_only=True)
+class RankLost(TreespecError, RuntimeError):
+    """A rank of a mesh ended, or did not answer in time."""
+
+    rank: int
+    """The one that noticed."""
+    size: int
+    step: int
+    """Calls that it had run with the others by then."""
+    exit_code: ClassVar[int] = 3
+    template: ClassVar[str] = (
+        "A rank was lost: got no answer from another one on rank {e.rank} of {e.size} after {e.step} calls, expected "
+        "all of them. Look for what ended it (memory, a signal) in its own output, and start all ranks again."
     )

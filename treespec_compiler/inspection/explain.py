@@ -12,6 +12,8 @@ from ..capture.call import CallSpec
 from ..ir.inputs import BY_NAME, POOL, POSITIONS, SYMBOLS, TOKENS, Input, is_pool
 from ..options import Options
 from ..passes.framework.instruments import Recorder
+from ..passes.sharding.summary import CutSummary as CutSummary
+from ..passes.sharding.summary import summary
 from ..passes.show.snapshot import NodeData, Snapshot, short_paths, short_source
 from ..pipeline import Converted, convert
 from ..program.net import Comparison
@@ -71,6 +73,11 @@ def compared(model: nn.Module, call: CallSpec, options: Options, converted: Conv
     program = TreeProgram(model, call, replace(options, lowering="eager", verify="build"), converted)
     program.check()
     return program.comparison or Comparison()
+
+
+def explain_cut(model: nn.Module, call: CallSpec, options: Options) -> CutSummary:
+    """How the model is cut for the ranks of `options.mesh`, which need not be there; raises `Unsupported`."""
+    return summary(convert(model, call, options).state)
 
 
 def describe(converted: Converted, graphs: list[Snapshot], comparison: Comparison) -> Explanation:

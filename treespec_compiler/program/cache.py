@@ -251,10 +251,13 @@ class TreeCache:
             self._pages.forget(old)
             return
         new = self._pages.take()
-        for storage in self.storages:
-            storage[:, new].copy_(storage[:, old])
+        self._copy_page(old, new)
         self._tables[slot][at] = new
         self._pages.drop(old)
+
+    def _copy_page(self, old: int, new: int) -> None:
+        for storage in self.storages:
+            storage[:, new].copy_(storage[:, old])
 
     def _places(self, slot: int, nodes: Sequence[int]) -> list[int]:
         """Where uncommitted nodes lie in the pools, as page * page_size + offset."""

@@ -6,7 +6,8 @@ share weights, packed weights and caches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +47,10 @@ class Tally:
     seconds: float = 0.0
 
 
+Announce = Callable[[TreeCache, Sequence[int], array], None]
+"""What takes a call as `lay_out` gives it."""
+
+
 class Executor:
     """Runs one tree graph on tree caches. Outputs are valid until the next call.
 
@@ -79,6 +84,8 @@ class Executor:
             for site in state.sites
             for at, name in enumerate(pool_names(site.index))
         ]
+        self.announce: Announce | None = None
+        """Told of every call before it runs, where other ranks run it too."""
         self._lowered: Lowered | None = None
         self._bound: Mapping[str, Tensor] | None = None
         self._template: list[Any] = []
@@ -88,6 +95,8 @@ class Executor:
         """What records calls as CUDA graphs, or why nothing does."""
         wanted = self.options.cuda_graphs
         reason = "option cuda_graphs=False" if wanted is False else obstacle(self.state.graph, self.device)
+        if self.state.cut is not None and not reason:
+            reason = "several ranks run it together"
         if not reason:
             return Graphs(self._inputs_of, self._launch, CudaRecorder(self.device), self.device), ""
         if wanted is True:
@@ -115,6 +124,8 @@ class Executor:
 
         Writes the nodes' K/V, and nothing else of the cache.
         """
+        if self.announce is not None:
+            self.announce(cache, *lay_out(parts, cache, rows, aligned=not self._profile.synchronous))
         template = self._fixed()
         if self._graphs is not None and rows is None:
             outputs, self._no_graphs = run_or_explain(self._graphs, parts, cache, template, self.options)
@@ -123,6 +134,13 @@ class Executor:
             if self._no_graphs:
                 self._graphs = None
         return self._launch(self._inputs(parts, cache, rows))
+
+    def run_laid_out(self, shape: Sequence[int], numbers: bytes, cache: TreeCache) -> Sequence[Tensor]:
+        """As `run`, of a call that was laid out elsewhere, on pools of the same pages."""
+        flat = torch.frombuffer(bytearray(numbers), dtype=torch.int64).to(self.device)
+        self._fixed()
+        batch = CallSizes(*shape).split(flat, aligned=not self._profile.synchronous)
+        return self._launch(self._inputs_of(batch, cache))
 
     def examples(self) -> list[Tensor]:
         """A tensor for every input, in placeholder order: the weights themselves, and zeros of any size."""

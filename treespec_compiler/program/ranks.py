@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..errors import InvalidOption
+from ..errors import InvalidOption, RanksDiffer
 from ..passes.sharding.mesh import GROUP
 
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -27,6 +28,25 @@ class Ranks:
     """The process group that graphs reduce and gather in."""
     control: Any
     """One of CPU tensors, for what rank 0 tells the others."""
+
+    def tell(self, message: object) -> None:
+        """Rank 0 to all others, which `hear` it. Raises RuntimeError where one of them is gone."""
+        dist.broadcast_object_list([message], src=0, group=self.control, device=torch.device("cpu"))
+
+    def hear(self) -> Any:
+        """What rank 0 tells. Raises RuntimeError where it is gone."""
+        heard: list[Any] = [None]
+        dist.broadcast_object_list(heard, src=0, group=self.control, device=torch.device("cpu"))
+        return heard[0]
+
+    def agree(self, values: Mapping[str, str]) -> None:
+        """Raises `RanksDiffer` on every rank where one of them has other values than rank 0."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, dict(values), group=self.control)
+        for rank, theirs in enumerate(found):
+            names = [name for name in found[0] | theirs if found[0].get(name) != theirs.get(name)]
+            if names:
+                raise RanksDiffer(rank=rank, names=names)
 
 
 _JOINED: dict[int, Ranks] = {}

@@ -29,6 +29,7 @@ from .cuda_graphs import GraphStats
 from .executor import Executor, Tally
 from .followed import Followed
 from .keys import example_key
+from .leading import Leader
 from .made import Derive, Made
 from .net import Comparison, check_program, check_variant
 from .outputs import named, tapped, taps_of
@@ -86,6 +87,8 @@ class TreeProgram:
         self._tally = Tally()
         self._followed = Followed(model, call, options, self._tally, converted)
         self._checked: weakref.WeakSet[Executor] = weakref.WeakSet()
+        self.leader: Leader | None = None
+        """While it is set, other ranks are told of caches and calls, and follow."""
         self.verify_seconds = 0.0
         """Spent on comparing the program with the model, its lowering included; part of `compile_seconds`."""
         self.comparison: Comparison | None = None
@@ -117,6 +120,10 @@ class TreeProgram:
 
         Without a `tally` it keeps one of its own, through all of that.
         """
+        if self.leader is not None:
+            fix = "Leave out drafts and outputs that read the target's own graph, or the mesh."
+            got = "another graph of the target, which the other ranks do not have"
+            raise InvalidOption(name="mesh", got=got, expected="the program's own graph alone", fix=fix)
         return self._made.variant(key, derive, options, tally)
 
     @property
@@ -184,6 +191,11 @@ class TreeProgram:
         return self._made.converted.history
 
     @property
+    def weight_sums(self) -> list[int]:
+        """Checksums of the module's tensors that the program reads, as they were last bound."""
+        return self._made.watch.sums
+
+    @property
     def notes(self) -> dict[str, Any]:
         """What passes left in `state.notes`."""
         return self._made.state.notes
@@ -215,7 +227,8 @@ class TreeProgram:
         self, max_tokens: int, slots: int, page_size: int | None = None, pages: int | None = None
     ) -> TreeCache:
         """A cache as `new_cache` gives one, without a look at weights, state or the comparison with the model."""
-        cache = TreeCache(self.sites, max_tokens, slots, self.device, self._made.commit, page_size, pages)
+        make = TreeCache if self.leader is None else self.leader.cache
+        cache = make(self.sites, max_tokens, slots, self.device, self._made.commit, page_size, pages)
         self._followed.caches.add(cache)
         return cache
 

@@ -87,6 +87,11 @@ class WeightWatch:
         self._sums: list[int] = []
         self.renew()
 
+    @property
+    def sums(self) -> list[int]:
+        """Checksums of the tensors, as of the last `renew`."""
+        return [*self._sums]
+
     def renew(self) -> Changes:
         """Take the present state as the one to compare with; returns what changed since the last time."""
         before, sums = self._seen, self._sums

@@ -93,6 +93,10 @@ class Engine:
         self._model, self._tokenizer, self.policy = model, tokenizer, shape
         made = Stats()
         self.program: TreeProgram = program_of(first, made)
+        if self.program.options.ranks > 1 and self.program.leader is None:
+            fix = "Give `generate` several prompts, on every rank."
+            got = f"{self.program.options.mesh!r} in an engine"
+            raise InvalidOption(name="mesh", got=got, expected="no mesh there", fix=fix)
         self._drafts = drafts_of(first, made, self.program)
         self.compile_seconds = made.compile_seconds
         """Spent on making the programs now, where they were not there before."""

@@ -19,6 +19,7 @@ from .settings import Call
 from .starting import begin, drafts_of, program_of
 from .stats import Stats
 from .streams import Stream
+from .together import Together, ranks_of
 
 __all__ = ["BatchOutput", "GenerationOutput", "Step", "Stream", "generate", "stream"]
 
@@ -50,6 +51,10 @@ def _takes(record: Callable[P, R]) -> Callable[[Callable[[list[R]], T]], Callabl
 
 
 def _stream(calls: list[Call]) -> Stream:
+    return Together(calls, _here) if ranks_of(calls[0]) > 1 else _here(calls)
+
+
+def _here(calls: list[Call]) -> Stream:
     if len(calls) > 1:
         try:
             return BatchStream(calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import cast
 
@@ -71,7 +72,8 @@ def program_of(call: Call, stats: Stats) -> TreeProgram:
 def drafts_of(call: Call, stats: Stats, target: TreeProgram) -> list[Draft]:
     """The call's drafts; seconds of compiling them go to `stats`."""
     began = perf_counter()
-    drafts = make_drafts(call.draft, DraftContext(target, call.compiler))
+    alone = replace(call.compiler, mesh=None)  # a draft is whole on the rank that asks it
+    drafts = make_drafts(call.draft, DraftContext(target, alone))
     seconds = perf_counter() - began
     made = [one.compile_seconds for one in drafts if one.compile_seconds <= seconds]  # not by an earlier call
     stats.compile_seconds += sum(made)

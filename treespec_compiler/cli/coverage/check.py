@@ -44,17 +44,25 @@ class Result:
     variant: str | None = None
     """The variant that was refused or wrong."""
     variants: list[str] = field(default_factory=list)
+    cut: dict[str, Any] | None = None
+    """With a mesh: how the model was cut, counts by what they count (`check_cut`)."""
     seconds: float = 0.0
 
 
-def check_type(model_type: str, experts: str | None = None) -> Result:
-    """Run every variant of a type; the first that is not exact gives the verdict. `experts`: see `tiny_model`."""
+def check_type(model_type: str, experts: str | None = None, mesh: str | None = None) -> Result:
+    """Run every variant of a type; the first that is not exact gives the verdict. `experts`: see `tiny_model`.
+
+    With a `mesh`, its plain configuration alone, cut and run on all ranks.
+    """
     result = Result(model_type, CLASS_OF.get(model_type, "N"))
     started = time.perf_counter()
     try:
-        for name, fields, window in _variants(model_type):
+        for name, fields, window in _variants(model_type)[: 1 if mesh else None]:
             result.variant = name
             model = tiny_model(model_type, window, experts, **fields)
+            if mesh is not None:
+                check_cut(model, result, mesh)
+                continue
             check_model(model, result, prefix=30 if LONG in (window, fields.get("sliding_window")) else 7)
             result.variants.append(name)
             if result.verdict != "exact":
@@ -126,6 +134,42 @@ def check_model(model: nn.Module, result: Result, prefix: int) -> None:
         result.reason = f"logits {worst:.1e} of the largest away from the eager model's"
 
 
+def check_cut(model: nn.Module, result: Result, mesh: str) -> None:
+    """The path oracle on all ranks of a mesh, in this process: a round of verify and commit, and one more tree."""
+    from ...capture.call import call_spec
+    from ...options import Options
+    from ...passes.sharding.summary import summary
+    from ...pipeline import convert
+    from ...program.lockstep import Lockstep
+    from ...program.semantics import random_tree
+
+    state = convert(model, call_spec(model, None, None), Options.parse({"lowering": "eager", "mesh": mesh})).state
+    found = summary(state)
+    result.sites = found.sites
+    result.cut = {
+        **found.products,
+        "all_reduce": found.count("all_reduce"),
+        "all_gather": found.count("all_gather"),
+        "whole_sites": found.whole_sites,
+        "share": round(found.bytes / found.whole_bytes, 3),
+    }
+    ranks = Lockstep(state, max_tokens=64)
+    ids = [(7 * i + 5) % VOCAB for i in range(7)]
+    worst = distance(ranks.prefill(ids), eager_row(model, ids))
+    for seed in range(2):
+        tree = random_tree(NODES - 4, VOCAB, seed)
+        rows = ranks.verify(tree)
+        paths = [ids + tree.path_tokens(i) for i in range(len(tree))]
+        worst = max(worst, *(distance(row, eager_row(model, path)) for row, path in zip(rows, paths, strict=True)))
+        path = tree.path(len(tree) - 1)
+        ranks.commit(path)
+        ids = ids + [tree.tokens[i] for i in path]
+    result.error = worst
+    result.verdict = "exact" if worst <= TOLERANCE else "wrong"
+    if result.verdict == "wrong":
+        result.reason = f"logits {worst:.1e} of the largest away from the eager model's"
+
+
 def _mask_text(site: Any) -> str:
     return str(getattr(site, "formula", site.mask.formula))
 
@@ -145,13 +189,15 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def send_result(model_type: str, memory: int, connection: Connection, experts: str | None = None) -> None:
+def send_result(
+    model_type: str, memory: int, connection: Connection, experts: str | None = None, mesh: str | None = None
+) -> None:
     """The body of the process: limits its address space, keeps quiet, and sends the result."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    connection.send(check_type(model_type, experts))
+    connection.send(check_type(model_type, experts, mesh))
 
 
 # What each process needs: imported once, by the server that the processes are forked from.

@@ -20,15 +20,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import InvalidOption
+from ...options import Options
 from ..arguments import positive
 from .check import PRELOADED, Result, send_result
 from .models import CLASS_OF, model_types
-from .report import page
+from .report import mesh_page, page
 
 EPILOG = """\
 examples:
   treespec coverage --only llama,mixtral,gpt2
   treespec coverage --only mixtral,gpt_oss --experts batched_mm
+  treespec coverage --mesh tp=2 --only llama,bloom --output across.md
   treespec coverage --jobs 2 --resume --output docs/coverage.md
 """
 
@@ -41,6 +43,9 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--only", metavar="A,B,..", help="these types (default: all that transformers has)")
     parser.add_argument(
         "--experts", metavar="NAME", choices=("grouped_mm", "batched_mm"), help="experts, where a type has a choice"
+    )
+    parser.add_argument(
+        "--mesh", metavar="MESH", help="cut each type for these ranks, such as tp=2, and run them in one process"
     )
     parser.add_argument("--jobs", metavar="N", type=positive, default=1, help="processes at a time (default: 1)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results as JSON")
@@ -56,6 +61,8 @@ def configure(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     """Exit code 1 when a type is wrong (never acceptable), 0 otherwise: a refusal is an answer."""
     types = _asked(arguments.only)
+    if arguments.mesh is not None:
+        Options.parse({"mesh": arguments.mesh})
     done = _kept(arguments.lines) if arguments.resume else {}
     if not arguments.resume:
         arguments.lines.unlink(missing_ok=True)
@@ -93,7 +100,8 @@ def _run_all(types: list[str], arguments: Namespace, console: Console) -> Iterat
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(arguments.jobs) as pool:
         task = progress.add_task("coverage", total=len(types))
         running = [
-            pool.submit(run_type, t, arguments.timeout, arguments.memory * GIB, arguments.experts) for t in types
+            pool.submit(run_type, t, arguments.timeout, arguments.memory * GIB, arguments.experts, arguments.mesh)
+            for t in types
         ]
         for future in as_completed(running):
             result = future.result()
@@ -104,7 +112,9 @@ def _run_all(types: list[str], arguments: Namespace, console: Console) -> Iterat
             yield result
 
 
-def run_type(model_type: str, timeout: float, memory: int, experts: str | None = None) -> Result:
+def run_type(
+    model_type: str, timeout: float, memory: int, experts: str | None = None, mesh: str | None = None
+) -> Result:
     """One type in a process of its own."""
     # A process that was ended leaves its locks behind, which is of no interest here.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
@@ -112,7 +122,7 @@ def run_type(model_type: str, timeout: float, memory: int, experts: str | None =
     context.set_forkserver_preload(list(PRELOADED))
     result = Result(model_type, CLASS_OF.get(model_type, "N"))
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=send_result, args=(model_type, memory, there, experts), daemon=True)
+    process = context.Process(target=send_result, args=(model_type, memory, there, experts, mesh), daemon=True)
     process.start()
     there.close()
     try:
@@ -140,7 +150,9 @@ def _write(results: list[Result], arguments: Namespace) -> None:
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         ran = {r.type for r in results}
-        arguments.output.write_text(page(results, [t for t in model_types() if t not in ran]))
+        missing = [t for t in model_types() if t not in ran]
+        made = page(results, missing) if arguments.mesh is None else mesh_page(results, missing, arguments.mesh)
+        arguments.output.write_text(made)
 
 
 def _summary(results: list[Result]) -> None:

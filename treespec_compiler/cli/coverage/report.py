@@ -25,6 +25,42 @@ def page(results: list[Result], missing: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def mesh_page(results: list[Result], missing: Sequence[str], mesh: str) -> str:
+    """Markdown: how each type was cut for the ranks of a mesh, or why it was not."""
+    made_with = f"transformers {version('transformers')}, torch {version('torch')}"
+    command = f"treespec coverage --mesh {mesh} --output docs/coverage-{mesh.replace('=', '')}.md"
+    head = f"""# How are the decoders of transformers cut for `{mesh}`?
+
+Written by `{command}` with {made_with}.
+
+Each type is a model of a few small layers with random float32 weights, cut by pass `shard` and run on all ranks in one
+process; *exact*: every rank gave the eager model's logits within {TOLERANCE:.0e} of their largest magnitude, after a
+prompt and on trees. Products with weights are cut by outputs (column), by inputs (row) or not; *reduces* are
+all_reduces of one step, over all attention sites; *gathers* all_gathers, the logits' one among them; *share* is one
+rank's part of the weights (the table of embeddings is whole). *refused*: treespec says why."""
+    rows = ["| type | verdict | column | row | whole | sites cut | reduces | gathers | share | worst error | why not |"]
+    rows.append("|---" * 11 + "|")
+    for r in sorted(results, key=lambda r: (VERDICTS.index(r.verdict), r.type)):
+        cut = r.cut or {}
+        sites = f"{r.sites - cut['whole_sites']} of {r.sites}" if cut and r.sites is not None else ""
+        counts = [cut.get(name, "") for name in ("column", "row", "whole")]
+        traffic = [cut.get(name, "") for name in ("all_reduce", "all_gather", "share")]
+        error = f"{r.error:.1e}" if r.error is not None else ""
+        cells = [r.type, r.verdict, *counts, sites, *traffic, error, _why(r)]
+        rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    parts = [head, _mesh_counts(results), "\n".join(rows)]
+    if missing:
+        parts.insert(2, f"Not run ({len(missing)}): {', '.join(missing)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _mesh_counts(results: list[Result]) -> str:
+    count = Counter(r.verdict for r in results)
+    whole = sum(bool(r.cut and r.cut["whole_sites"]) for r in results)
+    verdicts = ", ".join(f"{count[v]} {v}" for v in VERDICTS if count[v])
+    return f"{len(results)} types: {verdicts}; with attention that stays whole: {whole}."
+
+
 def _head() -> str:
     made_with = f"transformers {version('transformers')}, torch {version('torch')}"
     return f"""# Coverage of the decoders of transformers

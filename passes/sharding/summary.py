@@ -1,0 +1,120 @@
+"""What a cut graph holds and says to other ranks, for people: placements and bytes of weights, collectives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+
+from torch import fx
+
+from treespec_compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
+from treespec_compiler.ir.provenance import layer_path
+from treespec_compiler.ir.weights import Expression
+
+from ..framework.state import GraphState
+from .check import placements
+from .expressions import placement_of
+from .placements import REPLICATED, Partial, Placement, Segment, Sharded
+from .rule import meaning, named
+from .rules.products import PRODUCTS
+
+
+@dataclass(frozen=True)
+class HeldWeight:
+    """One weight input: the model's tensors it is made of, how it lies, and bytes of it whole and on one rank."""
+
+    names: tuple[str, ...]
+    placement: str
+    whole_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call to all ranks: what, in which layer, and bytes that a rank gives for each token (or row of logits)."""
+
+    kind: str
+    layer: str
+    bytes_per_row: int
+
+
+@dataclass(frozen=True)
+class CutSummary:
+    """`products`: how many are cut by outputs (column), by inputs (row), or whole."""
+
+    ranks: int
+    weights: tuple[HeldWeight, ...]
+    collectives: tuple[Collective, ...]
+    products: dict[str, int]
+    sites: int
+    whole_sites: int
+
+    @property
+    def bytes(self) -> int:
+        """Of weights on one rank."""
+        return sum(w.bytes for w in self.weights)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of the same weights in one process."""
+        return sum(w.whole_bytes for w in self.weights)
+
+    def count(self, kind: str) -> int:
+        """Collectives of a kind in one step."""
+        return sum(c.kind == kind for c in self.collectives)
+
+
+def summary(state: GraphState) -> CutSummary:
+    """Of the graph of one rank."""
+    assert state.cut is not None
+    ranks = state.cut.ranks
+    used = [n for n in state.graph.nodes if n.op == "placeholder" and n.name in state.weights and n.users]
+    weights = tuple(_held(state.weights[n.name], ranks) for n in used)
+    collectives = tuple(_collective(n) for n in state.graph.nodes if n.target in (ALL_REDUCE, ALL_GATHER))
+    whole = sum(site.kv_heads == groups for site, groups in zip(state.sites, state.whole_groups, strict=True))
+    return CutSummary(ranks, weights, collectives, _products(state, ranks), len(state.sites), whole)
+
+
+def _held(made: Expression, ranks: int) -> HeldWeight:
+    placement = placement_of(made, ranks)
+    size = prod(made.shape) * made.dtype.itemsize
+    whole = size
+    if isinstance(placement, Sharded):
+        whole = size * placement.size // placement.local(ranks)
+    return HeldWeight(made.sources or (str(made),), _text(placement), whole, size)
+
+
+def _text(placement: Placement) -> str:
+    if placement == REPLICATED:
+        return "replicated"
+    if isinstance(placement, Partial):
+        return "on rank 0 alone"
+    assert isinstance(placement, Sharded)
+    return f"dimension {placement.dim}: {' + '.join(map(_segment, placement.segments))}"
+
+
+def _segment(segment: Segment) -> str:
+    return f"{segment.size}" if segment.repeat == 1 else f"{segment.size} (each part on {segment.repeat} ranks)"
+
+
+def _collective(node: fx.Node) -> Collective:
+    value = node.args[0].meta["val"]
+    kind = "all_reduce" if node.target is ALL_REDUCE else "all_gather"
+    return Collective(kind, layer_path(node) or "", int(value.shape[-1]) * value.dtype.itemsize)
+
+
+def _products(state: GraphState, ranks: int) -> dict[str, int]:
+    where = placements(state, ranks)
+    found: Counter[str] = Counter({"column": 0, "row": 0, "whole": 0})
+    for node in state.graph.nodes:
+        if node.op != "call_function" or meaning(node) not in PRODUCTS:
+            continue
+        x, weight = (named(node)[name] for name in PRODUCTS[meaning(node)])
+        if isinstance(where.get(node.name), Partial):
+            found["row"] += 1
+        elif where.get(weight.name) != REPLICATED:
+            found["column"] += 1
+        elif x.name not in state.weights:
+            found["whole"] += 1
+    return dict(found)

@@ -1,0 +1,43 @@
+"""A command that runs as several ranks: started here by torch's elastic launcher, where torchrun has not done it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+LOST = 3
+"""Exit code where a rank was lost."""
+
+
+def is_rank() -> bool:
+    """Whether this process was started as one of several, by torchrun or by `start_ranks`."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start_ranks(count: int) -> int:
+    """Run this command line again as `count` ranks on this machine; its exit code, 3 where a rank was lost."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id="treespec",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    command = ["-m", "treespec_compiler.cli.main", *sys.argv[1:]]
+    try:
+        elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return LOST if LOST in codes or min(codes) < 0 else max(codes)
+    return 0
+
+
+def quiet_followers() -> None:
+    """What a command prints is rank 0's alone; the others speak where something goes wrong."""
+    if os.environ.get("RANK") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it stays until the process ends
