@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from ..capture.alone import alone
 from ..capture.torch_errors import lacks_compiler
 from ..errors import MissingCompiler
+from ..ir.collectives import ALL_GATHER, ALL_REDUCE
 from ..ir.device import profile
 from ..ir.inputs import input_of
 from ..ir.library import fingerprint
@@ -83,6 +84,8 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
     # NOTE Inductor's caches know a custom op by its name: code compiled for another schema of it would run, and crash.
     shared: Any = torch.compiler.config
     tag = f"{shared.cache_key_tag} treespec {fingerprint()}"
+    if any(node.target in (ALL_REDUCE, ALL_GATHER) for node in gm.graph.nodes):
+        settings["cpp_wrapper"] = False  # it does not know how to name a group (torch 2.13)
     try:
         with (
             alone(),

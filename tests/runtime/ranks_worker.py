@@ -1,0 +1,132 @@
+"""One rank of the tests of meshes: runs a case by its name, and writes what it saw. Not a test itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import treespec_compiler as treespec
+from treespec_compiler.errors import TreespecError
+
+RANK = int(os.environ["RANK"])
+PROMPT = [1, 2, 3, 1, 2, 3]
+OPTIONS = {"lowering": "eager", "mesh": "tp=2"}
+
+
+class Decoder(nn.Module):
+    """Two heads, an MLP, both twice, and a head: five collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.qkv, self.out = nn.Embedding(32, 16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 32)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids) * 3
+        for _ in range(2):
+            q, k, v = (e.unflatten(-1, (2, 8)).transpose(1, 2) for e in self.qkv(x).chunk(3, -1))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(y.transpose(1, 2).flatten(2))
+            x = x + self.down(torch.relu(self.up(x)))
+        return self.head(x)
+
+
+def same(model: nn.Module) -> dict[str, Any]:
+    """Greedy, sampled, and several prompts: all ranks return the same, and it is what one process gives."""
+    found: dict[str, Any] = {}
+    settings: dict[str, dict[str, Any]] = {
+        "greedy": {"draft": "ngram", "policy": "1,1,2"},
+        "sampled": {"draft": "ngram", "policy": "1,1,2", "temperature": 0.9, "seed": 5},
+        "model draft": {"draft": Decoder().eval(), "policy": "2,1"},
+        "no draft": {},
+    }
+    for name, each in settings.items():
+        out = treespec.generate(model, PROMPT, max_new_tokens=14, options=OPTIONS, **each)
+        alone = treespec.generate(model, PROMPT, max_new_tokens=14, options={"lowering": "eager"}, **each)
+        found[name] = [out.sequences.tolist(), alone.sequences.tolist(), out.stats.finish_reason]
+    outs = treespec.generate(model, [PROMPT, [4, 5]], max_new_tokens=6, options=OPTIONS)
+    alone = treespec.generate(model, [PROMPT, [4, 5]], max_new_tokens=6, options={"lowering": "eager"})
+    found["several"] = [outs.sequences.tolist(), alone.sequences.tolist(), outs.stats.finish_reason]
+    return found
+
+
+def program(model: nn.Module) -> dict[str, Any]:
+    """The calls of a tree program, on every rank alike; as Inductor compiles them, too."""
+    found = {}
+    for lowering in ("eager", "inductor"):
+        made = treespec.tree_program(model, options=OPTIONS | {"lowering": lowering})
+        cache = made.new_cache(max_tokens=32)
+        made.prefill(PROMPT, cache)
+        rows = made.verify(treespec.TokenTree([4, 5, 6], [-1, 0, 0]), cache)
+        with torch.no_grad():
+            expected = [model(torch.tensor([[*PROMPT, *path]]))[0, -1] for path in ([4], [4, 5], [4, 6])]
+        found[lowering] = float((rows - torch.stack(expected)).abs().max())
+    return found
+
+
+def refused(model: nn.Module) -> dict[str, Any]:
+    """What every rank says of calls that do not fit together."""
+    return {
+        "other options": _error(model, max_new_tokens=4 + RANK),
+        "other prompt": _error(model, prompt=[1, 2 + RANK]),
+        "mesh of three": _error(model, options={"lowering": "eager", "mesh": "tp=3"}),
+        "own graph": _error(model, draft="early-exit:1"),
+        "engine": _raised(lambda: treespec.Engine(model, options=OPTIONS)),
+        "other weights": _error(_changed(model) if RANK else model),
+        "afterwards": treespec.generate(Decoder().eval(), PROMPT, max_new_tokens=2, options=OPTIONS).sequences.tolist(),
+    }
+
+
+def killed(model: nn.Module) -> dict[str, Any]:
+    """Rank 1 ends in the middle of a step, without a word."""
+    steps = treespec.stream(model, PROMPT, max_new_tokens=20, options=OPTIONS)
+    if RANK == 1:
+        run = steps._program._executor.run_laid_out  # type: ignore[attr-defined]
+        calls = []
+
+        def die(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) > 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return run(*arguments)
+
+        steps._program._executor.run_laid_out = die  # type: ignore[attr-defined]
+    try:
+        for _ in steps:
+            pass
+    except TreespecError as error:
+        return {"error": type(error).__name__, "text": str(error), "code": getattr(error, "exit_code", None)}
+    return {"error": None}
+
+
+def _changed(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    return model
+
+
+def _error(model: nn.Module, prompt: Any = None, **settings: Any) -> Any:
+    settings = {"max_new_tokens": 4, "options": OPTIONS} | settings
+    return _raised(lambda: treespec.generate(model, prompt or PROMPT, **settings))
+
+
+def _raised(call: Any) -> Any:
+    try:
+        call()
+    except TreespecError as error:
+        return [type(error).__name__, str(error)]
+    return None
+
+
+if __name__ == "__main__":
+    case, folder = sys.argv[1:]
+    result = {"same": same, "program": program, "refused": refused, "killed": killed}[case](Decoder().eval())
+    Path(folder, f"{RANK}.json").write_text(json.dumps(result))

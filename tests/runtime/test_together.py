@@ -1,0 +1,75 @@
+"""Real processes on gloo: two ranks generate together, say the same, refuse together, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from treespec_compiler.errors import InvalidOption
+from treespec_compiler.program.ranks import joined
+
+pytestmark = [pytest.mark.slow, pytest.mark.dist]
+
+WORKER = Path(__file__).with_name("ranks_worker.py")
+
+
+def ranks(case: str, folder: Path, count: int = 2) -> list[Any]:
+    """What each rank wrote; None of one that wrote nothing."""
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), str(WORKER), case, str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command], env=environment, timeout=500, check=False, capture_output=True)
+    files = [folder / f"{rank}.json" for rank in range(count)]
+    return [json.loads(file.read_text()) if file.exists() else None for file in files]
+
+
+def test_ranks_generate_what_one_process_does(tmp_path: Path) -> None:
+    first, second = ranks("same", tmp_path)
+    for name, (together, alone, reason) in first.items():
+        assert together == alone, name
+        assert second[name] == [together, alone, reason], name
+        assert reason == (None if name == "several" else "length")
+
+
+def test_programs_run_on_every_rank_alike(tmp_path: Path) -> None:
+    first, second = ranks("program", tmp_path)
+    assert first == second and set(first) == {"eager", "inductor"}
+    assert max(first.values()) < 1e-4
+
+
+def test_what_does_not_fit_together_is_refused_everywhere(tmp_path: Path) -> None:
+    first, second = ranks("refused", tmp_path)
+    assert first == second
+    assert first["other options"] == [
+        "RanksDiffer",
+        "Ranks differ: got another max_new_tokens on rank 1 than on rank 0, expected the same on all. Call the same "
+        "functions with the same arguments, and load the same weights, on every rank.",
+    ]
+    assert "input_ids" in first["other prompt"][1] or "prompt" in first["other prompt"][1]
+    assert first["mesh of three"][0] == "InvalidOption" and "3 processes" in first["mesh of three"][1]
+    assert first["own graph"][0] == "InvalidOption" and "mesh" in first["own graph"][1]
+    assert first["engine"][0] == "InvalidOption" and "several prompts" in first["engine"][1]
+    assert first["other weights"][0] == "RanksDiffer" and "another weights" in first["other weights"][1]
+    assert len(first["afterwards"][0]) == 8
+
+
+def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
+    first, second = ranks("killed", tmp_path)
+    assert second is None
+    assert first["error"] == "RankLost" and first["code"] == 3
+    assert "rank 0 of 2 after" in first["text"]
+
+
+def test_a_mesh_without_processes_says_how_to_start_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InvalidOption, match=r"got 'tp=2 in one process', expected 2 processes\. .*torchrun"):
+        joined(2)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InvalidOption, match="got 'tp=2 in 4 processes'"):
+        joined(2)
