@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import copy
-import threading
-from types import SimpleNamespace
-
 import pytest
 import torch
-from hypothesis import Phase, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from llamas import EAGER, llama
+from engine_cases import (
+    BREAKS,
+    POISON,
+    PROMPTS,
+    VOCAB,
+    asked,
+    check,
+    engine_of,
+    made_pair,
+    pages_of,
+)
+from llamas import EAGER
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import (
@@ -26,87 +29,11 @@ from treespec_compiler.errors import (
 from treespec_compiler.runtime.engine import Engine
 from treespec_compiler.runtime.request import Status
 from treespec_compiler.runtime.scheduler import PATIENCE, common_length
-from treespec_compiler.speculation.drafts.ngram import NGramDraft
-
-VOCAB = 61
-SYSTEM = [7, 3, 11, 2, 19, 23, 5, 5, 8, 1]
-PROMPTS = [[5, 17, 3, 9, 42, 7], [1, 2], [*SYSTEM, 30], [*SYSTEM, 31, 32], [9] * 13, [*SYSTEM, 30, 4, 4]]
-POISON, BREAKS = 59, 60
-"""Last ids of prompts: of one whose logits become NaN, and of one whose draft raises."""
-
-
-class Breaks(NGramDraft):
-    """Raises at the second tree of a prompt that ends with `BREAKS`."""
-
-    def open(self, request):
-        session = super().open(request)
-        if request.prompt[-1] == BREAKS:
-            propose, asked = session.propose, []
-
-            def broken(policy, limits):
-                asked.append(1)
-                if len(asked) == 2:
-                    raise ZeroDivisionError("the draft's own")
-                return propose(policy, limits)
-
-            session.propose = broken
-        return session
 
 
 @pytest.fixture(scope="module")
 def pair():
-    """A target, and a draft that guesses it right about every second time."""
-    model = llama(1, hidden=32, vocab=VOCAB)
-    near = copy.deepcopy(model)
-    with torch.no_grad():
-        for weight in near.parameters():
-            weight += 0.12 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
-    return SimpleNamespace(
-        model=model,
-        near=near,
-        target=treespec.tree_program(model, options=EAGER),
-        draft=treespec.tree_program(near, options=EAGER),
-        alone={},
-    )
-
-
-def engine_of(pair, **changes) -> Engine:
-    given = {"draft": [pair.draft, Breaks()], "max_requests": 4, "page_size": 4, "policy": "2,1,1", "options": EAGER}
-    return Engine(pair.target, **given | changes)
-
-
-def asked(prompt, index: int) -> dict:
-    """Settings of request number `index`: greedy, sampled, penalised."""
-    kinds = [{}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.2}, {"repetition_penalty": 1.3}, {}]
-    given = {"max_new_tokens": 4 + 5 * (index % 3), "eos_token_id": (), "seed": index, **kinds[index % 5]}
-    if prompt[-1] == POISON:
-        given["logits_processor"] = [poisoned]
-    return given
-
-
-def poisoned(ids, scores):
-    return scores * torch.nan if ids.shape[1] > 5 else scores
-
-
-def alone(pair, prompt, index: int):
-    """What the request gives in an engine of its own: its tokens, or the type of its error."""
-    key = (tuple(prompt), index)
-    if key not in pair.alone:
-        with engine_of(pair) as engine:
-            request = engine.add(prompt, **asked(prompt, index))
-            engine.run()
-            pair.alone[key] = request.output.tokens, type(request.error)
-    return pair.alone[key]
-
-
-def check(pair, request, index: int) -> None:
-    tokens, error = alone(pair, request.prompt, index)
-    assert type(request.error) is error and request.output.tokens == tokens, request
-    assert request.status is (Status.FINISHED if error is type(None) else Status.FAILED)
-
-
-def pages_of(engine: Engine):
-    return engine._slots.cache(engine.program).page_counts
+    return made_pair()
 
 
 def test_greedy_output_is_the_single_request_output(pair):
@@ -347,136 +274,6 @@ def test_stop_strings_end_the_text_and_ids_stay(pair):
         assert request.result().tokens == plain.output.tokens[: first + 1] and request.output.finish_reason == "stop"
 
 
-def test_iterating_drives_the_engine(pair):
-    with engine_of(pair) as engine:
-        first, second = (engine.add(prompt, **asked(prompt, i)) for i, prompt in enumerate(PROMPTS[:2]))
-        tokens = [token for step in second for token in step.tokens]
-        assert tokens == second.output.tokens == alone(pair, PROMPTS[1], 1)[0]
-        assert first.output.tokens and engine.step() is not None
-        engine.run()
-        assert [token for step in first for token in step.tokens] == alone(pair, PROMPTS[0], 0)[0]
-        assert list(first) == [] and engine.step() == []
-
-
-def test_steps_arrive_in_an_event_loop(pair):
-    engine = engine_of(pair)
-
-    async def read(prompt, i):
-        request = engine.add(prompt, **asked(prompt, i))
-        return [token async for step in request for token in step.tokens]
-
-    async def leave():
-        request = engine.add(PROMPTS[0], max_new_tokens=200, eos_token_id=())
-        async for _ in request:
-            request.cancel()
-        return request.status
-
-    async def fail():
-        with pytest.raises(ZeroDivisionError):
-            async for _ in engine.add([1, BREAKS], **asked([1, BREAKS], 0)):
-                pass
-
-    async def everything():
-        return await asyncio.gather(*(read(prompt, i) for i, prompt in enumerate(PROMPTS)), leave(), fail())
-
-    *found, left, _ = asyncio.run(everything())
-    assert found == [alone(pair, prompt, i)[0] for i, prompt in enumerate(PROMPTS)]
-    assert left is Status.CANCELLED
-    engine.close()
-    assert engine._thread is not None and not engine._thread.is_alive()
-
-
-def test_many_threads_ask_one_engine(pair):
-    found: dict[int, list[int]] = {}
-    with engine_of(pair) as engine:
-        engine.start()
-
-        def ask(i: int) -> None:
-            prompt = PROMPTS[i % 6]
-            found[i] = engine.add(prompt, **asked(prompt, i)).result().tokens
-
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        engine.run()
-    assert found == {i: alone(pair, PROMPTS[i % 6], i)[0] for i in range(12)}
-
-
-def test_closing_ends_what_runs(pair):
-    engine = engine_of(pair)
-    running, waiting = (engine.add(PROMPTS[0], max_new_tokens=200) for _ in range(2))
-    engine.step()
-    engine.close()
-    assert running.status is waiting.status is Status.CANCELLED
-    engine.close()
-
-
 @pytest.mark.parametrize(("a", "b", "n"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1), ([2], [1], 0)])
 def test_common_length(a, b, n):
     assert common_length(a, b) == n
-
-
-class Crowd(RuleBasedStateMachine):
-    """Requests come, go, fail and are preempted in any order; who finishes gives what he gives alone."""
-
-    pair: SimpleNamespace
-
-    @initialize(pages=st.integers(7, 40), most=st.integers(1, 5), prompt_tokens=st.integers(1, 20))
-    def begin(self, pages, most, prompt_tokens):
-        self.engine = engine_of(self.pair, max_tokens=4 * pages, max_requests=most, prompt_tokens=prompt_tokens)
-        self.requests, self.cancelled, self.count = [], set(), 0
-
-    @rule(prompt=st.sampled_from([*PROMPTS, [2, POISON], [3, 3, BREAKS]]), index=st.integers(0, 9), p=st.integers(0, 2))
-    def add(self, prompt, index, p):
-        self.requests.append((self.engine.add(prompt, priority=p, **asked(prompt, index)), index))
-
-    @rule(times=st.integers(1, 6))
-    def step(self, times):
-        for _ in range(times):
-            self.engine.step()
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def cancel(self, data):
-        request, _ = data.draw(st.sampled_from(self.requests))
-        if not request.done:
-            self.cancelled.add(request.number)
-        request.cancel()
-
-    @precondition(lambda self: self.engine._scheduler.running)
-    @rule(data=st.data())
-    def preempt(self, data):
-        job = data.draw(st.sampled_from(self.engine._scheduler.running))
-        self.engine._scheduler.preempt(job)
-
-    @invariant()
-    def pages_are_accounted_for(self):
-        engine = getattr(self, "engine", None)
-        if engine is None:
-            return
-        cache = engine._slots.cache(engine.program)
-        held = {page for table in cache._tables for page in table}
-        assert cache.page_counts.held == len(held) and cache.page_counts.free == cache.page_counts.total - len(held)
-        assert sum(length > 0 for length in cache._lengths) <= len(engine._scheduler.running)
-
-    def teardown(self):
-        self.engine.run()
-        assert pages_of(self.engine).held == 0
-        for request, index in self.requests:
-            if request.number in self.cancelled:
-                assert request.status is Status.CANCELLED
-                assert request.output.tokens == alone(self.pair, request.prompt, index)[0][: request.stats.tokens]
-            else:
-                check(self.pair, request, index)
-        self.engine.close()
-
-
-def test_a_crowd_in_any_order(pair):
-    from hypothesis.stateful import run_state_machine_as_test
-
-    machine = type("CrowdOfPair", (Crowd,), {"pair": pair})
-    run_state_machine_as_test(
-        machine, settings=settings(max_examples=25, stateful_step_count=25, deadline=None, phases=[Phase.generate])
-    )
