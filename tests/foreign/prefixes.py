@@ -202,6 +202,46 @@ class CachesInAttributes(Style):
         return super().attend(q, k, v, layer)
 
 
+class WrittenCache(Style):
+    """llama's: caches in a list of plain tensors, written in place from start_pos on."""
+
+    def setup(self) -> None:
+        self.cache_k = [torch.zeros(1, HEADS, 64, HEAD) for _ in range(self.layers)]
+        self.cache_v = [torch.zeros(1, HEADS, 64, HEAD) for _ in range(self.layers)]
+
+    def forward(self, ids: Tensor, start: int = 0) -> Any:
+        x, t = self.start(ids), ids.shape[1]
+        for layer in range(self.layers):
+            q, k, v = (self.split(p) for p in self.qkv[layer](self.norms[layer](x)).chunk(3, -1))
+            self.cache_k[layer][:, :, start : start + t] = k
+            self.cache_v[layer][:, :, start : start + t] = v
+            k, v = self.cache_k[layer][:, :, : start + t], self.cache_v[layer][:, :, : start + t]
+            scores = q @ k.mT / math.sqrt(HEAD)
+            if t > 1:
+                scores = scores + torch.hstack([torch.zeros(t, start), torch.full((t, t), -math.inf).triu(1)])
+            x = x + self.out[layer](self.join(scores.softmax(-1) @ v))
+        return self.head(x)
+
+
+class WrittenCacheOfBatch(WrittenCache):
+    """The same in a dict, with a slice of the batch, and read back with repeated heads."""
+
+    def setup(self) -> None:
+        self.cache = {(name, i): torch.zeros(1, 64, HEADS // 2, HEAD) for name in "kv" for i in range(self.layers)}
+
+    def forward(self, ids: Tensor, start: int = 0) -> Any:
+        x, (b, t) = self.start(ids), ids.shape
+        for layer in range(self.layers):
+            q, k, v = (self.split(p) for p in self.qkv[layer](self.norms[layer](x)).chunk(3, -1))
+            seen = []
+            for name, new in (("k", k), ("v", v)):
+                self.cache[name, layer][:b, start : start + t] = new[:, ::2].transpose(1, 2)
+                old = self.cache[name, layer][:b, : start + t]
+                seen.append(old.repeat_interleave(2, dim=2).transpose(1, 2))
+            x = x + self.out[layer](self.join(self.attend(q, *seen, layer)))
+        return self.head(x)
+
+
 CONVERTED: tuple[type[Style], ...] = (
     PrefixEmbeddings,
     PrefixHasPositions,
@@ -220,6 +260,8 @@ CONVERTED: tuple[type[Style], ...] = (
     CachesInLists,
     CachesInADict,
     CachesInAttributes,
+    WrittenCache,
+    WrittenCacheOfBatch,
 )
 
 
@@ -255,4 +297,15 @@ class PaddedInFront(Style):
         return super().forward(F.pad(ids, (-t % 8, 0)))[:, -t:]
 
 
-REFUSED: tuple[type[Style], ...] = (MemorySeesTheText, MixedWithTheMemory, PaddingIsSeen, PaddedInFront)
+class CountsInAList(Style):
+    """What is written to a list is no K/V cache."""
+
+    def setup(self) -> None:
+        self.counts = [torch.zeros(DIM)]
+
+    def start(self, ids: Tensor) -> Tensor:
+        self.counts[0] += 1
+        return super().start(ids) + self.counts[0]
+
+
+REFUSED: tuple[type[Style], ...] = (CountsInAList, MemorySeesTheText, MixedWithTheMemory, PaddingIsSeen, PaddedInFront)

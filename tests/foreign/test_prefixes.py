@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from modules import VOCAB
 from oracles import EAGER, assert_decodes
-from prefixes import CONVERTED, REFUSED, PrefixEmbeddings
+from prefixes import CONVERTED, REFUSED, PrefixEmbeddings, WrittenCache
 from styles import built
 from torch import nn
 
@@ -27,3 +28,12 @@ def test_refused(style: type[nn.Module]) -> None:
 def test_the_table_of_positions_ends_earlier_behind_a_prefix() -> None:
     program = treespec.tree_program(built(PrefixEmbeddings), options=EAGER)
     assert program.max_context == 64  # places of the text are counted without the prefix
+
+
+def test_caches_in_a_list_stay_as_they_are() -> None:
+    model = built(WrittenCache)
+    before = [cache.clone() for cache in model.cache_k]
+    program = treespec.tree_program(model, options=EAGER)
+    program.prefill([1, 2, 3], program.new_cache(8))
+    assert all(map(torch.equal, model.cache_k, before))
+    assert program.max_context == 64

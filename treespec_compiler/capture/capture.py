@@ -26,7 +26,7 @@ from .control_flow import refuse_control_flow, where_specialised
 from .fakes import forget_tensors
 from .fills import as_it_was, refillable, unfilled
 from .flex import spell_flex_attention
-from .found import finder
+from .found import finder, place
 from .functional import functional_graph
 from .inlined import inline_bodies
 from .reads import Reads
@@ -238,7 +238,8 @@ def _tidy(
         else:
             name, table, key = known.get(id(value), (source, None, ""))
             find = finder(source, model, value, names) if table is None else None
-            weights[node.name] = WeightRef(name, value, table, key, find)
+            listed = find is not None and place(source, model) is not None
+            weights[node.name] = WeightRef(name, value, table, key, find, listed)
     if tokens is None:
         raise Unsupported(Refusal.CALL, "the graph does not read the token ids")
     length = tokens.meta["val"].shape[token_dim(tokens_of(call))]

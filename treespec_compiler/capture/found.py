@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,3 +35,20 @@ def finder(
         return found if isinstance(found, Tensor) else None
 
     return find if find(model) is value else None
+
+
+def place(source: str, model: nn.Module) -> tuple[dict[Any, Any] | list[Any], Any] | None:
+    """The list or dict of the model's that holds the tensor of a source such as `L['model'].caches[0]`, and its key."""
+    try:
+        tree = ast.parse(source, mode="eval").body
+        key = ast.literal_eval(tree.slice) if isinstance(tree, ast.Subscript) else None
+    except (SyntaxError, ValueError):
+        return None
+    if not isinstance(tree, ast.Subscript):
+        return None
+    try:
+        holder = eval(compile(ast.Expression(tree.value), "<source of a tensor>", "eval"), {}, {"L": {"model": model}})
+        found = holder[key]
+    except (AttributeError, LookupError, NameError, TypeError):
+        return None
+    return (holder, key) if type(holder) in (list, dict) and isinstance(found, Tensor) else None

@@ -74,4 +74,4 @@ def _is_table(value: fx.Node, weights: Mapping[str, WeightRef], tokens: fx.Node)
 
 def _nobodys(name: str, weights: Mapping[str, WeightRef]) -> bool:
     """Whether no module holds the tensor, so that nobody could keep the user's own copy from being written."""
-    return name not in weights or weights[name].owner is None
+    return name not in weights or (weights[name].owner is None and not weights[name].listed)

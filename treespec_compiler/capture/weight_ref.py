@@ -23,6 +23,8 @@ class WeightRef:
     owner: dict[str, Any] | None = None
     key: str = ""
     find: Callable[[nn.Module], Tensor | None] | None = None
+    listed: bool = False
+    """Whether a list or dict of the model's holds it (`found.place`)."""
 
 
 def registered(model: nn.Module) -> dict[int, tuple[str, dict[str, Any], str]]:

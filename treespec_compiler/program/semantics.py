@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..capture.call import CallSpec, run_logits
 from ..capture.fills import as_it_was, refillable, unfilled
+from ..capture.found import place
 from ..errors import PassError, Refusal, TreespecError, Unsupported
 from ..ir import ops
 from ..ir.inputs import TOKENS, is_pool
@@ -67,8 +68,12 @@ def eager_rows(
 @contextlib.contextmanager
 def kept(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Runs of the model write copies of these buffers (its own K/V caches); the user's stay as they are."""
-    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    held: list[tuple[Any, Any, Tensor]] = []
     for name in names:
+        listed = place(name, model)
+        if listed is not None:
+            held.append((*listed, listed[0][listed[1]]))
+            continue
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
         table = module._buffers if key in module._buffers else vars(module)
