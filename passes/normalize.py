@@ -60,6 +60,7 @@ _SYNONYMS = {
     "aten.not_equal": aten.ne,
     "aten.clip": aten.clamp,
 }
+_OF_TWO: dict[Any, Any] = {aten.min.other: aten.minimum.default, aten.max.other: aten.maximum.default}
 _SPELLINGS = (
     spell_size,
     spell_meshgrid,
@@ -106,6 +107,8 @@ def normalize(state: GraphState) -> int:
             node.target = aten.reshape.default
         elif name in _SYNONYMS:
             node.target = getattr(_SYNONYMS[name], node.target._overloadname)
+        elif node.target in _OF_TWO:
+            node.target = _OF_TWO[node.target]
         elif name == "aten.squeeze":
             _name_squeezed(node)
         elif not _spell(state, node):

@@ -29,10 +29,18 @@ _FEW = 12
 
 
 def pattern_of_form(expr: Any, q: sympy.Symbol, k: sympy.Symbol) -> str | None:
+    """`_pattern`; None where conditions compare what has no order."""
+    try:
+        return _pattern(expr, q, k)
+    except (TypeError, ValueError):  # sympy orders no undefined values
+        return None
+
+
+def _pattern(expr: Any, q: sympy.Symbol, k: sympy.Symbol) -> str | None:
     """The text of a predicate beside `k <= q` (`MaskSpec.pattern`), or None where the form is none, shows later keys,
     or hides a token from itself."""
     expr = sympy.sympify(expr).xreplace({q: Q, k: K})
-    if expr.free_symbols - {Q, K} or expr.atoms(AppliedUndef):
+    if expr.free_symbols - {Q, K} or expr.atoms(AppliedUndef, sympy.log):
         return None
     gaps: dict[Any, tuple[Any, bool]] = {}
     for atom in expr.atoms(Relational):
@@ -66,7 +74,12 @@ def whole_prefix(expr: Any, q: sympy.Symbol, k: sympy.Symbol) -> bool:
     if expr.free_symbols != {q, k} or expr.atoms(AppliedUndef):
         return False
     places = range(_FEW)
-    seen = {(i, j): _shows(expr.xreplace({q: sympy.Integer(i), k: sympy.Integer(j)})) for i in places for j in places}
+    try:
+        seen = {
+            (i, j): _shows(expr.xreplace({q: sympy.Integer(i), k: sympy.Integer(j)})) for i in places for j in places
+        }
+    except (TypeError, ValueError):  # sympy orders no undefined values
+        return False
     later = {i: sum(bool(seen[i, j]) for j in places if j > i) for i in places}
     return all(seen[i, i] for i in places) and later[0] > 0 == later[_FEW - 2]
 

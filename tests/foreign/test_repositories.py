@@ -1,0 +1,24 @@
+"""Styles of well-known repositories: each row of a tree is the eager model's, or the model is refused."""
+
+from __future__ import annotations
+
+import pytest
+from modules import VOCAB
+from oracles import EAGER, assert_decodes
+from repositories import CONVERTED, REFUSED
+from styles import built
+from torch import nn
+
+import treespec_compiler as treespec
+
+
+@pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
+def test_rows_are_the_models_own(style: type[nn.Module]) -> None:
+    model = built(style)
+    assert_decodes(model, treespec.tree_program(model, options=EAGER), VOCAB, rounds=2, size=9)
+
+
+@pytest.mark.parametrize("style", REFUSED, ids=lambda style: style.__name__)
+def test_refused(style: type[nn.Module]) -> None:
+    with pytest.raises(treespec.Unsupported, match="mixes tokens"):
+        treespec.tree_program(built(style), options=EAGER)
