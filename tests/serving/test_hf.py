@@ -138,7 +138,7 @@ def test_a_streamer_is_given_tokens_and_its_end(model, small):
     ("settings", "name"),
     [
         ({"num_beams": 2}, "num_beams"),
-        ({"guidance_scale": 1.5}, "logits_processor"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"position_ids": torch.tensor([[3, 4, 5, 6, 7, 8]])}, "position_ids"),
         ({"draft": "no such"}, "draft"),

@@ -51,7 +51,7 @@ class Unguarded:
         types = {*map(type, model.modules()), *self._classes, Tensor}
         mro = {cls for each in types for cls in each.__mro__}
         found = mro - {object}
-        return {cls: [(k, v, code) for k, v in vars(cls).items() if (code := _code(v)) is not None] for cls in found}
+        return {cls: [(k, v, code) for k, v in [*vars(cls).items()] if (code := _code(v)) is not None] for cls in found}
 
 
 def _classes_of(code: Iterable[CodeType]) -> set[type]:
@@ -62,7 +62,7 @@ def _classes_of(code: Iterable[CodeType]) -> set[type]:
     for each in code:
         of.setdefault(each.co_qualname.rpartition(".")[0], set()).add(each)
     named = [cls for cls in _below(object) if cls.__qualname__ in of]
-    found = {cls for cls in named if any(_code(value) in of[cls.__qualname__] for value in vars(cls).values())}
+    found = {cls for cls in named if any(_code(value) in of[cls.__qualname__] for value in [*vars(cls).values()])}
     below = {cls: _below(cls) for cls in found}
     return found | {cls for many in below.values() if len(many) <= MOST_BELOW for cls in many}
 

@@ -33,8 +33,12 @@ OTHER_ALGORITHMS: dict[str, tuple[object, ...]] = {
     "output_attentions": (False,),
     "output_hidden_states": (False,),
 }
-# Processors that are no function of a row's ids and scores: they run the model, or keep what they saw.
-STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+# Processors that are no function of a row's ids and scores (they run the model, or keep what they saw), and the
+# settings that ask for them.
+STATEFUL = {
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
+    "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
+}
 # What transformers prepares for the model's own forward pass; the tree program needs none of it.
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 
@@ -151,9 +155,10 @@ def _check(config: Any, processors: Any, model_kwargs: Mapping[str, Any]) -> Non
         if value is not None and value not in off:
             raise InvalidOption(name=name, got=value, expected="greedy decoding or sampling, token by token")
     for one in processors or ():
-        if type(one).__name__ in STATEFUL:
+        kind = type(one).__name__
+        if kind in STATEFUL:
             expected = "processors that are functions of a row's ids and scores"
-            raise InvalidOption(name="logits_processor", got=type(one).__name__, expected=expected)
+            raise InvalidOption(name=STATEFUL[kind], got=kind, expected=expected)
     cache = model_kwargs.get("past_key_values")
     if cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length():
         got = f"{cache.get_seq_length()} tokens in it"

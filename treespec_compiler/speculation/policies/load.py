@@ -31,7 +31,7 @@ from .step_costs import StepCosts, Took
 INTERVALS = (2, 16)
 """Steps between plans: doubles from the first to the last, and begins again when requests come."""
 IDLE = 64
-"""Steps between plans at most, where the last one was to have no trees."""
+"""Steps between plans at most, where the last one was to have no trees; begins at the last of `INTERVALS`."""
 MARGIN = 1.03
 """What speculation must promise over plain decoding, with what was measured here; at first `HYSTERESIS`."""
 TRIAL_LEVELS, TRIAL_REQUESTS = 2, 4
@@ -126,7 +126,7 @@ class Load:
         self._due -= 1
         if self._due > 0:
             return
-        wait, plain = self._wait, self._none()
+        wait, plain, before = self._wait, self._none(), self._speculates
         if wait.plain_at is None or self._steps - wait.plain_at >= PLAIN_EVERY:
             self._due, wait.plain_at = PLAIN_STEPS if wait.plain_at is None else 1, self._steps
             self._use(plain)
@@ -143,6 +143,8 @@ class Load:
         self._use(spent)
         if not self._speculates:
             wait.patience = max(FIRST_PATIENCE, wait.patience)
+        if self._speculates != before:
+            self._interval = INTERVALS[not self._speculates]
         if not self._due:
             most = INTERVALS[1] if self._speculates else IDLE
             self._due, self._interval = self._interval, min(2 * self._interval, most)
@@ -180,7 +182,7 @@ class Load:
         if self._speculates:
             self._due, self._interval = min(self._due, 4 if now < before else 1), INTERVALS[0]
         elif other_load:
-            self._due, self._interval = min(self._due, 1), INTERVALS[0]
+            self._due, self._interval = min(self._due, 1), INTERVALS[1]
         if other_load:
             self._restart()
 
