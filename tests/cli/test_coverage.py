@@ -9,16 +9,21 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import modules
+from modules import NanoGPT
+
+from treespec_compiler.cli.coverage import foreign
 from treespec_compiler.cli.coverage.check import Result, check_type
 from treespec_compiler.cli.coverage.models import (
     CLASS_OF,
     CLASSES,
+    VOCAB,
     has_window,
     model_types,
     tiny_config,
     tiny_model,
 )
-from treespec_compiler.cli.coverage.report import page
+from treespec_compiler.cli.coverage.report import foreign_section, page, section_of, with_section
 from treespec_compiler.cli.main import main
 
 EXACT = ("qwen3", "codegen", "mistral", "qwen2_moe", "deepseek_v3", "doge", "jetmoe")
@@ -117,3 +122,31 @@ def test_the_command_resumes_and_writes(tmp_path: Path, capsys: pytest.CaptureFi
 def test_an_unknown_type_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["coverage", "--only", "llama,lama"]) == 2
     assert "'lama'" in capsys.readouterr().err
+
+
+def test_packages_that_are_not_there_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = {"here": ("modules", {"nanoGPT": NanoGPT}), "gone": ("no_such_package", {"any": NanoGPT})}
+    monkeypatch.setattr(foreign, "PACKAGES", packages)
+    monkeypatch.setattr(modules, "VOCAB", VOCAB)
+    monkeypatch.setattr(modules, "CONTEXT", 128)
+    assert foreign.installed() == (["here: nanoGPT"], ["gone"])
+    result = check_type("gone: any")
+    assert result.verdict == "exact", result
+
+
+def test_a_package_whose_decoder_cannot_be_made_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> NanoGPT:
+        raise ImportError("needs another package")
+
+    monkeypatch.setattr(foreign, "PACKAGES", {"here": ("modules", {"broken": broken})})
+    result = check_type("here: broken")
+    assert result.verdict == "error" and result.reason == "ImportError: needs another package"
+
+
+def test_the_section_on_other_packages_is_kept_and_replaced() -> None:
+    found = [Result("x-transformers: rotary", "N", "exact", 5e-7, 0.0, 2, ["k <= q"])]
+    section = foreign_section(found, ["litgpt"])
+    assert "left out: litgpt." in section and "| x-transformers: rotary | exact |" in section
+    whole = with_section("# Page\n", section)
+    assert whole.startswith("# Page\n\n## Other packages") and section_of(whole) == whole[len("# Page\n\n") :]
+    assert with_section(whole, foreign_section([], [])).count("## Other packages") == 1

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .foreign import foreign_model, known
 from .models import CLASS_OF, VARIANTS, VOCAB, has_window, tiny_config, tiny_model
 
 TOLERANCE = 1e-4
@@ -57,6 +58,9 @@ def check_type(model_type: str, experts: str | None = None, mesh: str | None = N
     result = Result(model_type, CLASS_OF.get(model_type, "N"))
     started = time.perf_counter()
     try:
+        if model_type in known():
+            check_model(foreign_model(model_type), result, prefix=7)
+            return result
         for name, fields, window in _variants(model_type)[: 1 if mesh else None]:
             result.variant = name
             model = tiny_model(model_type, window, experts, **fields)
@@ -71,7 +75,8 @@ def check_type(model_type: str, experts: str | None = None, mesh: str | None = N
             result.variant = None
     except Exception as error:
         _record(result, error)
-    result.seconds = round(time.perf_counter() - started, 1)
+    finally:
+        result.seconds = round(time.perf_counter() - started, 1)
     return result
 
 
@@ -176,10 +181,11 @@ def _mask_text(site: Any) -> str:
 
 def eager_row(model: nn.Module, ids: list[int]) -> torch.Tensor:
     """The model's own next-token logits after `ids`."""
-    from ...capture.call import logits_of
+    from ...capture.call import call_spec, run_logits
 
     with torch.no_grad():
-        return logits_of(model(torch.tensor([ids]), use_cache=False))[0, -1]
+        call = call_spec(model).with_tokens(torch.tensor([ids]))
+        return run_logits(model, call.args, call.kwargs)[0, -1]
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor) -> float:

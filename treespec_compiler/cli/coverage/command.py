@@ -20,11 +20,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import InvalidOption
+from ...logs import logger
 from ...options import Options
 from ..arguments import positive
 from .check import PRELOADED, Result, send_result
+from .foreign import installed
 from .models import CLASS_OF, model_types
-from .report import mesh_page, page
+from .report import foreign_section, mesh_page, page, section_of, with_section
+
+log = logger(__name__)
 
 EPILOG = """\
 examples:
@@ -32,6 +36,7 @@ examples:
   treespec coverage --only mixtral,gpt_oss --experts batched_mm
   treespec coverage --mesh tp=2 --only llama,bloom --output across.md
   treespec coverage --jobs 2 --resume --output docs/coverage.md
+  treespec coverage --foreign --output docs/coverage.md
 """
 
 GIB = 1 << 30
@@ -41,6 +46,7 @@ KEPT = Path(".treespec-coverage.jsonl")
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("--only", metavar="A,B,..", help="these types (default: all that transformers has)")
+    parser.add_argument("--foreign", action="store_true", help="decoders of other packages, those that are installed")
     parser.add_argument(
         "--experts", metavar="NAME", choices=("grouped_mm", "batched_mm"), help="experts, where a type has a choice"
     )
@@ -60,7 +66,7 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Exit code 1 when a type is wrong (never acceptable), 0 otherwise: a refusal is an answer."""
-    types = _asked(arguments.only)
+    types = _asked(arguments.only, arguments.foreign)
     if arguments.mesh is not None:
         Options.parse({"mesh": arguments.mesh})
     done = _kept(arguments.lines) if arguments.resume else {}
@@ -75,8 +81,14 @@ def run(arguments: Namespace) -> int:
     return 1 if any(r.verdict == "wrong" for r in results) else 0
 
 
-def _asked(only: str | None) -> list[str]:
+def _asked(only: str | None, foreign: bool) -> list[str]:
     known = model_types()
+    if foreign:
+        known, missing = installed()
+        for package in missing:
+            log.warning("%s is not installed, or cannot be imported: left out", package)
+        if only is not None:
+            return [name for name in known if any(name.startswith(part) for part in only.split(","))]
     if only is None:
         return known
     asked = [name for name in only.replace(",", " ").split() if name]
@@ -149,9 +161,15 @@ def _write(results: list[Result], arguments: Namespace) -> None:
         arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        old = arguments.output.read_text() if arguments.output.is_file() else ""
         ran = {r.type for r in results}
         missing = [t for t in model_types() if t not in ran]
-        made = page(results, missing) if arguments.mesh is None else mesh_page(results, missing, arguments.mesh)
+        if arguments.foreign:
+            made = with_section(old, foreign_section(results, installed()[1]))
+        elif arguments.mesh is not None:
+            made = mesh_page(results, missing, arguments.mesh)
+        else:
+            made = with_section(page(results, missing), section_of(old))
         arguments.output.write_text(made)
 
 

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from .check import NODES, ROUNDS, TOLERANCE, Result
+from .foreign import version_of
 from .models import CLASS_TEXT
 
+FOREIGN = "## Other packages"
 VERDICTS = ("exact", "refused", "wrong", "error")
 
 
@@ -59,6 +61,34 @@ def _mesh_counts(results: list[Result]) -> str:
     whole = sum(bool(r.cut and r.cut["whole_sites"]) for r in results)
     verdicts = ", ".join(f"{count[v]} {v}" for v in VERDICTS if count[v])
     return f"{len(results)} types: {verdicts}; with attention that stays whole: {whole}."
+
+
+def foreign_section(results: list[Result], missing: Sequence[str]) -> str:
+    """Markdown: decoders of other packages than transformers."""
+    packages = dict.fromkeys(r.type.split(": ")[0] for r in results)
+    made_with = ", ".join(map(version_of, packages))
+    left_out = f" Not installed, and left out: {', '.join(missing)}." if missing else ""
+    count = Counter(r.verdict for r in results)
+    told = ", ".join(f"{count[v]} {v}" for v in VERDICTS if count[v])
+    return f"""{FOREIGN}
+
+Written by `treespec coverage --foreign --output docs/coverage.md` with {made_with}.{left_out}
+Tiny models with random weights, checked as above: {told}.
+
+{_table(results)}
+"""
+
+
+def section_of(text: str) -> str:
+    """The section on other packages in a page; "" where there is none."""
+    at = text.find(FOREIGN)
+    return text[at:] if at >= 0 else ""
+
+
+def with_section(text: str, section: str) -> str:
+    """The page with this section on other packages."""
+    rest = text.removesuffix(section_of(text)).rstrip()
+    return (rest + "\n\n" if rest else "") + (section.rstrip() + "\n" if section else "")
 
 
 def _head() -> str:
