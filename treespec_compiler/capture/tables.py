@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .regions import Stretch
 
-LONGEST = 1 << 16
+LONGEST = 1 << 14  # NOTE what is made on the way may be a square of it, whatever comes out
 ELEMENTS = 1 << 22  # of a table: a mask of 2048 tokens
 SECONDS = 2.0  # for the longest run of one table
 _LENGTHS = (*range(1, 20), 31, 64, 97, 130, 257, 511, 1000, 2047, 5000, 20011)

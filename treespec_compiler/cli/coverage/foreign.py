@@ -6,6 +6,7 @@ Nothing here is a dependency: what is not installed is named and left out (the e
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -84,7 +85,7 @@ PACKAGES: dict[str, tuple[str, dict[str, Callable[[], nn.Module]]]] = {
     ),
     "torchtune": (
         "torchtune",
-        {family: (lambda family=family: _torchtune(family)) for family in ("llama3", "mistral", "qwen2")},
+        {family: partial(_torchtune, family) for family in ("llama3", "mistral", "qwen2")},
     ),
     "transformer-lens": (
         "transformer_lens",
