@@ -2,6 +2,7 @@
 
     python benchmarks/bench_linear.py                 # table, and benchmarks/results/cpu/linear.json
     python benchmarks/bench_linear.py --inductor 0    # without the minutes of compilation
+    python benchmarks/bench_linear.py --inductor 0 --forms --output forms.json    # narrow weights beside float32 ones
 
 Every weight of a group is used once per pass, so that weights come from where a model's come from. Passes of the
 implementations alternate. A verifier wants the column of 8 rows to cost what the column of 1 row costs.
@@ -31,6 +32,7 @@ from torch._inductor import select_algorithm
 
 from treespec_compiler.codegen import cpu
 from treespec_compiler.ir import ops
+from treespec_compiler.ir.narrow import FORMS, GROUP
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 GROUPS = ((1024, 1024, 24), (1280, 512, 8), (512, 1280, 8), (1024, 512, 8), (512, 1024, 8))  # N, K, layers
@@ -46,6 +48,17 @@ class Entry:
     name: str
     median_us: float  # a layer
     min_us: float
+
+
+def held_by(form: str, n: int, k: int) -> Tensor:
+    """A weight [n, k] that the form holds."""
+    if FORMS[form].k_block == 1:
+        return torch.randn(n, k).to(FORMS[form].dtype).float()
+    q = torch.randint(-8, 8, (n * k // GROUP, GROUP)).float()
+    q[:, 0], q[:, 1] = -8, 7
+    if form == "q8_0":
+        q[:, 0] = 127
+    return (q * torch.rand(len(q), 1).half().float()).view(n, k)
 
 
 class Layers(nn.Module):
@@ -70,7 +83,7 @@ def inductor(weights: list[Tensor], x: Tensor) -> Callable[[], object]:
 
 
 @torch.no_grad()
-def measure(threads: int, inductor_groups: int, repeats: int) -> list[Entry]:
+def measure(threads: int, inductor_groups: int, repeats: int, forms: bool) -> list[Entry]:
     torch.set_num_threads(threads)
     entries = []
     # one thread: the time this thread ran, whatever else the machine does; several: what the clock on the wall says
@@ -78,12 +91,15 @@ def measure(threads: int, inductor_groups: int, repeats: int) -> list[Entry]:
     for group, (n, k, layers) in enumerate(GROUPS):
         weights = [torch.randn(n, k) for _ in range(layers)]
         packed = [ops.pack_weight(w) for w in weights]
+        narrow = {f: [ops.pack_weight(held_by(f, n, k), f) for _ in weights] for f in (FORMS if forms else ())}
         for rows in ROWS:
             x = torch.randn(rows, k)
             run: dict[str, Callable[[], object]] = {
                 "treespec": lambda x=x, p=packed, n=n: [cpu.PACKED_LINEAR(x, w, None, n) for w in p],
                 "aten": lambda x=x, weights=weights: [F.linear(x, w) for w in weights],
             }
+            for form, stored in narrow.items():
+                run[form] = lambda x=x, p=stored, n=n, form=form: [cpu.PACKED_LINEAR(x, w, None, n, form) for w in p]
             if group < inductor_groups:
                 run["inductor"] = inductor(weights, x)
             seconds: dict[str, list[float]] = {name: [] for name in run}
@@ -114,13 +130,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--inductor", type=int, default=1, metavar="N", help="with Inductor for the first N groups")
+    parser.add_argument("--forms", action="store_true", help="with weights in every narrow form")
     parser.add_argument("--output", type=Path, default=RESULTS / "linear.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if not cpu.load():
         sys.exit("no native kernels: see the warning above")
     if given.worker:  # a process for each thread count: Inductor compiles it in
-        entries = measure(given.threads[0], given.inductor, given.repeats)
+        entries = measure(given.threads[0], given.inductor, given.repeats, given.forms)
         given.output.write_text(json.dumps([asdict(e) for e in entries]))
         return
     entries, about = [], describe_run(given.threads)
@@ -128,7 +145,7 @@ def main() -> None:
     for threads in given.threads:
         part = given.output.with_suffix(f".{threads}.tmp")
         command = [sys.executable, __file__, "--worker", "--threads", str(threads), "--repeats", str(given.repeats)]
-        command += ["--inductor", str(given.inductor), "--output", str(part)]
+        command += ["--inductor", str(given.inductor), "--output", str(part)] + ["--forms"] * given.forms
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         entries += [Entry(**e) for e in json.loads(part.read_text())]
         part.unlink()

@@ -26,7 +26,7 @@ from torch import Tensor
 PANEL = 32
 GROUP = 32
 """Values along k that share a step."""
-CHUNK = 1 << 20
+CHUNK = 1 << 17
 """Values that are looked at and packed at a time: what stays in a core's cache, and bounds the memory it takes."""
 SOON = 2
 """After so many further levels none of a weight's groups fits: a quantizer uses its outermost ones nearly always."""
@@ -94,26 +94,59 @@ def _encode_float16(rows: Tensor) -> Tensor | None:
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
 
+class _Fit:
+    """What is found of groups [G, 32]: their steps, minima and levels; and which groups are left."""
+
+    def __init__(self, groups: Tensor) -> None:
+        self.groups = groups
+        self.left: Tensor | None = None  # None: all of them
+        self.step = self.least = self.levels = groups
+
+    def of(self, numbers: Tensor) -> Tensor:
+        """Those of the groups that are left."""
+        return numbers if self.left is None else numbers[self.left]
+
+    def take(self, holds: Tensor, step: Tensor, least: Tensor, levels: Tensor) -> bool:
+        """Keep these of the groups that are left, where they hold; whether none is left."""
+        if self.left is None:
+            self.step, self.least, self.levels = step, least, levels
+            self.left = (~holds).nonzero().view(-1)
+        else:
+            there = self.left[holds]
+            self.step[there], self.least[there], self.levels[there] = step[holds], least[holds], levels[holds]
+            self.left = self.left[~holds]
+        return not len(self.left)
+
+    def none(self) -> bool:
+        """Whether every group is left."""
+        return self.left is not None and len(self.left) == len(self.groups)
+
+
+def _divisor(d: Tensor) -> Tensor:
+    return d.masked_fill(d == 0, 1.0)
+
+
+def _rounded(quotients: Tensor, least: int, most: int) -> Tensor:
+    """In place. NOTE + 0.0: an integer has no negative zero."""
+    return quotients.round_().clamp_(least, most).add_(0.0)
+
+
 def _steps(groups: Tensor, levels: Sequence[int], least: int, most: int) -> tuple[Tensor, Tensor] | None:
     """d and q of groups [G, 32] that are q d with a float16 d and least <= q <= most; None where one group is not.
 
     The value furthest from zero has one of the `levels`, likeliest first: its step follows by a division that is exact.
     """
-    if not groups.isfinite().all():
+    low, high = groups.aminmax(dim=1, keepdim=True)
+    if not (low.isfinite() & high.isfinite()).all():
         return None
-    far = groups.gather(1, groups.abs().argmax(1, keepdim=True))
-    step, q = torch.zeros_like(far), torch.zeros_like(groups)
-    left = torch.arange(len(groups))
+    fit = _Fit(groups)
     for tries, level in enumerate(levels):
-        values, tried = groups[left], (far[left] / level).half().float()
-        # NOTE + 0.0: an integer has no negative zero
-        found = (values / tried).round_().nan_to_num_(0.0, 0.0, 0.0).clamp_(least, most).add_(0.0)
-        holds = (_same_bits(found * tried, values) & tried.isfinite()).all(1)
-        step[left[holds]], q[left[holds]] = tried[holds], found[holds]
-        left = left[~holds]
-        if not len(left):
-            return step, q
-        if tries == SOON and len(left) == len(groups):
+        values, bottom, top = fit.of(groups), fit.of(low), fit.of(high)
+        d = (torch.where(-bottom > top, bottom, top) / level).half().float()
+        q = _rounded(values / _divisor(d), least, most)
+        if fit.take(_same_bits(q * d, values).all(1) & d.isfinite().view(-1), d, torch.zeros_like(d), q):
+            return fit.step, fit.levels
+        if tries == SOON and fit.none():
             return None
     return None
 
@@ -124,24 +157,20 @@ def _affine(groups: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     The least value has q = 0 and the largest q = 15 where a quantizer has taken both from the weights; further pairs of
     levels are tried for groups in which it has not.
     """
-    if not groups.isfinite().all():
-        return None
     low, high = groups.aminmax(dim=1, keepdim=True)
-    step, least, q = torch.zeros_like(low), torch.zeros_like(low), torch.zeros_like(groups)
-    left = torch.arange(len(groups))
+    if not (low.isfinite() & high.isfinite()).all():
+        return None
+    fit = _Fit(groups)
     for tries, (below, above) in enumerate(_PAIRS):
-        values, bottom, top = groups[left], low[left], high[left]
+        values, bottom, top = fit.of(groups), fit.of(low), fit.of(high)
         d = ((top - bottom) / (above - below)).half().float()
         m = (bottom - below * d).half().float()
-        found = ((values - m) / d).round_().nan_to_num_(0.0, 0.0, 0.0).clamp_(0, 15).add_(0.0)
+        q = _rounded((values - m).div_(_divisor(d)), 0, 15)
         # NOTE the product is exact (11 and 4 bits), so that a fused multiplication and addition gives the same
-        holds = (_same_bits(found * d + m, values) & d.isfinite() & m.isfinite()).all(1)
-        there = left[holds]
-        step[there], least[there], q[there] = d[holds], m[holds], found[holds]
-        left = left[~holds]
-        if not len(left):
-            return step, least, q
-        if tries == SOON and len(left) == len(groups):
+        holds = _same_bits((q * d).add_(m), values).all(1) & (d.isfinite() & m.isfinite()).view(-1)
+        if fit.take(holds, d, m, q):
+            return fit.step, fit.least, fit.levels
+        if tries == SOON and fit.none():
             return None
     return None
 
