@@ -34,10 +34,13 @@ def treeify(state: GraphState) -> int:
     matches = 0
     for node, what in cut.items():
         if what.kind == "constant":
-            continue
-        new = (
-            _position(state, node, what, positions) if what.kind == "position" else _table(state, node, what, positions)
-        )
+            if what.number is None:
+                continue
+            new = _constant(state, node, what, positions)
+        elif what.kind == "position":
+            new = _position(state, node, what, positions)
+        else:
+            new = _table(state, node, what, positions)
         node.replace_all_uses_with(new)
         matches += 1
     return matches
@@ -65,6 +68,14 @@ def _position(state: GraphState, node: fx.Node, what: Cut, positions: fx.Node) -
     if not state.positions:
         state.positions.append(PositionSpec(what.offset, None, source_line(node) or op_name(node)))
     return new
+
+
+def _constant(state: GraphState, node: fx.Node, what: Cut, positions: fx.Node) -> fx.Node:
+    """The same number for every token, in the node's shape and dtype."""
+    length: Any = state.call(aten.sym_size.int, (positions, 0), like=node)
+    sizes = [length if i == what.at else int(s) for i, s in enumerate(shape_of(node))]
+    kind = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
+    return state.call(aten.full.default, (sizes, what.number), kind, like=node)
 
 
 def _table(state: GraphState, node: fx.Node, what: Cut, positions: fx.Node) -> fx.Node:

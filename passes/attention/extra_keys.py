@@ -20,11 +20,12 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import ClosedForms, shape_of
-from ..framework.state import GraphState
+from ..framework.state import GraphState, refuse
 from ..locality.axes import Axis, Mixes
 from ..locality.token_rules import RULES
 from .spelled_out import SOFTMAXES
@@ -209,6 +210,8 @@ class ExtraKeys:
         part = self._cut(mask, last, like, tokens, node) if shape_of(mask)[last] == whole else mask
         if not tokens and self._shows(part):
             return scores
+        if not tokens and self._value(part) in (sympy.false, -sympy.oo):
+            raise refuse(Refusal.ATTENTION, "keys that stand beside the tokens' own are hidden from all of them", node)
         if mask.meta["val"].dtype is not torch.bool:
             return self.emit(node, aten.add.Tensor, scores, part)
         hidden = self.emit(node, aten.logical_not.default, part)

@@ -23,6 +23,7 @@ from treespec_compiler.ir.provenance import op_name
 from ..framework.state import GraphState, refuse
 from .by_value import LONGEST, SampledValues, proved_up_to, same_bits, same_everywhere
 from .closed_form import ClosedForms, Form, axis, shape_of
+from .evaluate import cone
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Cut:
     kind: str
     at: int | None
     offset: int = 0
+    number: float | int | bool | None = None
+    """Of a constant that is one number everywhere, although it is computed from a count of the tokens."""
 
 
 # Arguments that are sizes: here the number of tokens is a shape, which the tree program reads as the number of nodes.
@@ -103,6 +106,19 @@ def _counts(state: GraphState, node: fx.Node, at: int, offset: int | None) -> bo
     return proved_up_to(sampled, holds) >= sampled.ceiling
 
 
+def _holds_count(state: GraphState, node: fx.Node) -> bool:
+    """Whether a count of the tokens goes into the node's computation."""
+    counts = (n for n in (node, *cone(node)) if op_name(n) == "aten.arange")
+    return any(state.length in shape_of(n)[0].free_symbols for n in counts)
+
+
+def _number(state: GraphState, node: fx.Node) -> float | int | bool | None:
+    """The number that a constant over the tokens is everywhere; None: several."""
+    values = _sampled(state, node).at(2, [None] * node.meta["val"].dim())
+    first = values.flatten()[:1]
+    return first.item() if same_bits(values, first.expand(values.shape)) else None
+
+
 def _only_moves(node: fx.Node) -> bool:
     """Whether the node is an arange of int64 in another shape: nothing is computed that could round."""
     while op_name(node) in ("aten.reshape", "aten.unsqueeze", "aten.expand", "aten.squeeze"):
@@ -127,8 +143,14 @@ def _descend(state: GraphState, forms: ClosedForms, node: fx.Node, cut: dict[fx.
         user = next((u for u in node.users if forms.of(u) is None), node)
         raise refuse(Refusal.POSITIONS, "a table over pairs of tokens is used outside an attention mask", user)
     at = dims[0]
+    sources = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor) and _follows(state, forms, a)]
     if axis(at) not in form.expr.free_symbols and _counts(state, node, at, None):
-        cut[node] = Cut("constant", at)
+        number = _number(state, node) if _holds_count(state, node) else None
+        if number is not None or not _holds_count(state, node):
+            cut[node] = Cut("constant", at, number=number)
+            return
+        for source in sources:  # the same row of a table for every token
+            _descend(state, forms, source, cut)
         return
     offset = None if form.is_bool else _offset(form.expr, axis(at))
     if offset is not None and _counts(state, node, at, offset):
@@ -147,7 +169,6 @@ def _descend(state: GraphState, forms: ClosedForms, node: fx.Node, cut: dict[fx.
             node,
             "positions must count the tokens one by one",
         )
-    sources = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor) and _follows(state, forms, a)]
     if not sources:
         raise refuse(
             Refusal.POSITIONS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import warnings
@@ -59,6 +60,21 @@ def look(x: Tensor) -> None:
     if torch.isinf(x).any().item():
         print("infinite", x.max())
         logging.warning("infinite")
+
+
+class TellsItsLogger(Break):
+    def setup(self) -> None:
+        self.logger = logging.getLogger(__name__)
+
+    def finish(self, x: Tensor) -> Tensor:
+        if x.amax() > 1e3:
+            self.logger.info("large")
+            logging.getLogger(__name__).info("large")
+        try:
+            assert not x.isnan().any()
+        except AssertionError as error:
+            raise ValueError("nan") from error
+        return self.head(x)
 
 
 class InAClosure(Break):
@@ -139,6 +155,7 @@ CONVERTED: tuple[type[Break], ...] = (
     Raises,
     Asserts,
     TellsOfNan,
+    TellsItsLogger,
     InAClosure,
     Checkpointed,
     CheckpointedTwice,
@@ -190,4 +207,78 @@ class NamesInATest(Break):
         return self.head(y)
 
 
-REFUSED: tuple[type[Break], ...] = (Doubles, ReturnsEarly, RaisesOrDoubles, ChecksAndChanges, NamesInATest)
+class Catches(Break):
+    """What the check raises chooses what is computed."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        try:
+            if x.amax() > 1e3:
+                raise OverflowError
+        except OverflowError:
+            x = x.clamp(max=1e3)
+        return self.head(x)
+
+
+class CatchesElsewhere(Break):
+    """As above, two functions away."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(OverflowError):
+            self.checked(x)
+            x = x * 2
+        return self.head(x)
+
+    def checked(self, x: Tensor) -> None:
+        if x.amax() > 1e3:
+            raise OverflowError
+
+
+class LogsItself(Break):
+    """`log` is a method of its own, and tells nobody."""
+
+    def setup(self) -> None:
+        self.scale = 1.0
+
+    def finish(self, x: Tensor) -> Tensor:
+        if x.amax() > 1e3:
+            self.log(x)
+        return self.head(x * self.scale)
+
+    def log(self, x: Tensor) -> None:
+        self.scale = 2.0
+
+
+class AsksItself(Break):
+    """`any` is a method of its own, and counts."""
+
+    def setup(self) -> None:
+        self.asked = 0
+
+    def finish(self, x: Tensor) -> Tensor:
+        assert not self.any(x)
+        return self.head(x)
+
+    def any(self, x: Tensor) -> bool:
+        self.asked += 1
+        return bool(x.isnan().any())
+
+
+class LogarithmInPlace(Break):
+    def finish(self, x: Tensor) -> Tensor:
+        if x.amin() > 10:
+            torch.log(x, out=x)
+        return self.head(x)
+
+
+REFUSED: tuple[type[Break], ...] = (
+    Doubles,
+    ReturnsEarly,
+    RaisesOrDoubles,
+    ChecksAndChanges,
+    NamesInATest,
+    Catches,
+    CatchesElsewhere,
+    LogsItself,
+    AsksItself,
+    LogarithmInPlace,
+)

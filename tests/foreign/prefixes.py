@@ -308,4 +308,20 @@ class CountsInAList(Style):
         return super().start(ids) + self.counts[0]
 
 
-REFUSED: tuple[type[Style], ...] = (CountsInAList, MemorySeesTheText, MixedWithTheMemory, PaddingIsSeen, PaddedInFront)
+class MemoryHidden(PrefixEmbeddings):
+    """Rows in front that no token sees."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        steps = torch.arange(scores.shape[-1])
+        hidden = future(scores.shape[-1]) | ((steps < self.front) & (steps[:, None] >= self.front))
+        return (scores / math.sqrt(HEAD)).masked_fill(hidden, -math.inf).softmax(-1)
+
+
+REFUSED: tuple[type[Style], ...] = (
+    CountsInAList,
+    MemorySeesTheText,
+    MixedWithTheMemory,
+    MemoryHidden,
+    PaddingIsSeen,
+    PaddedInFront,
+)

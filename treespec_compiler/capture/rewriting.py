@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import Refusal, Unsupported
 from ..logs import logger
-from .checks import check_at
+from .checks import caught, check_at
 from .regions import Stretch, regions_at
 from .tables import NoTable, forget, noted, place_of, result_name, tabulated
 
@@ -52,7 +52,9 @@ def rewritten_for(
 
     `run(n)` runs the model on n tokens; `length` is that of the trace.
     """
-    for filename, line in _places(refusal):
+    places = _places(refusal)
+    checks = bool(places) and not caught(places)
+    for filename, line in places:
         function = _function_at(filename, line)
         if function is None:
             continue
@@ -63,7 +65,7 @@ def rewritten_for(
         if body is None:
             continue
         others = [each for each in known if each is not old]
-        found = _without_check(function, body, line)
+        found = _without_check(function, body, line) if checks else None
         read: tuple[Any, ...] = () if old is None else old.read
         if found is None:
             found = _with_table(function, body, line, others, run, length)
@@ -97,7 +99,7 @@ def _places(refusal: Unsupported) -> list[tuple[str, int]]:
 
 
 def _without_check(function: FunctionType, body: ast.FunctionDef, line: int) -> tuple[ast.FunctionDef, CodeType] | None:
-    found = check_at(body, line)
+    found = check_at(function, body, line)
     if found is None:
         return None
     _Replaced({id(found): [ast.copy_location(ast.Pass(), found)]}).visit(body)
