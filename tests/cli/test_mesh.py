@@ -1,0 +1,54 @@
+"""What commands say of a mesh: the placements of `explain`, the page of `coverage`, exit codes."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+
+import pytest
+
+from treespec_compiler.cli import generate, ranks
+from treespec_compiler.cli.coverage.check import Result
+from treespec_compiler.cli.coverage.report import mesh_page
+from treespec_compiler.cli.main import main
+from treespec_compiler.errors import RankLost
+
+
+@pytest.mark.slow
+def test_explain_says_where_weights_lie(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explain", "hf:gpt2", "--random-weights", "--tiny", "--mesh", "tp=2"]
+    assert main([*arguments, "--json"]) == 0
+    cut = json.loads(capsys.readouterr().out)["cut"]
+    assert cut["ranks"] == 2 and [c["kind"] for c in cut["collectives"]].count("all_reduce") == 4
+    found = {weight["names"][0]: weight for weight in cut["weights"]}
+    fused = found["transformer.h.0.attn.c_attn.weight"]
+    assert fused["placement"].count("+") == 2 and fused["whole_bytes"] == 2 * fused["bytes"]
+
+
+def test_a_page_of_cut_types() -> None:
+    counts = {"column": 5, "row": 4, "whole": 0, "all_reduce": 4, "all_gather": 1, "whole_sites": 0, "share": 0.54}
+    results = [
+        Result("llama", "A", "exact", 1e-6, sites=2, cut=counts),
+        Result("odd", "A", "refused", reason="nothing can be cut"),
+    ]
+    page = mesh_page(results, ["gpt2"], "tp=2")
+    assert "| llama | exact | 5 | 4 | 0 | 2 of 2 | 4 | 1 | 0.54 | 1.0e-06 |  |" in page
+    assert "nothing can be cut" in page and "Not run (1): gpt2." in page
+    assert "2 types: 1 exact, 1 refused; with attention that stays whole: 0." in page
+
+
+def test_a_lost_rank_is_exit_code_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def lost(arguments: Namespace) -> int:
+        raise RankLost(rank=0, size=2, step=5)
+
+    monkeypatch.setattr(generate, "run", lost)
+    assert main(["generate", "--target", "demo", "--prompt", "x"]) == 3
+    assert "A rank was lost" in capsys.readouterr().err
+
+
+def test_generate_starts_the_ranks_of_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    started: list[int] = []
+    monkeypatch.setattr(generate, "start_ranks", lambda count: started.append(count) or 0)
+    assert main(["generate", "--target", "demo", "--prompt", "x", "--mesh", "tp=3"]) == 0
+    assert started == [3] and not ranks.is_rank()
