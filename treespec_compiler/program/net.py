@@ -90,7 +90,7 @@ class Comparison:
         if not self.rows:
             return "not compared with the model: its weights have no values"
         near, to = self.worst.error, "the model's"
-        measured = "float32's own rounding was not needed as a measure"
+        measured = "the model's own rounding was not measured"
         if self.worst.own is not None:
             to, measured = "float64's", f"the model itself is {self.worst.own:.1e} from it"
         return (
