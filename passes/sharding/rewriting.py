@@ -103,7 +103,12 @@ class _Rewriting:
 
     def _given(self, op: Op, rule: PlacementRule | None) -> list[Placement]:
         """What the operands are now; those of a product that is planned to be cut are as the plan wants them."""
+        # A sum that was reduced already, for a norm say, is not carried on in parts: it would be reduced again.
         given = [self.now[of][1] for of in op.operands]
+        done = [
+            isinstance(g, Partial) and (of, REPLICATED) in self.made for of, g in zip(op.operands, given, strict=True)
+        ]
+        given = [REPLICATED if reduced else g for g, reduced in zip(given, done, strict=True)]
         column = self.plan.columns.get(op.node)
         if column is not None and rule is not None:
             for want in rule.wants(op, column) or ():

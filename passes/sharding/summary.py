@@ -8,7 +8,9 @@ from math import prod
 
 from torch import fx
 
+from treespec_compiler.ir.attention import tree_attention
 from treespec_compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
+from treespec_compiler.ir.library import definition
 from treespec_compiler.ir.provenance import layer_path
 from treespec_compiler.ir.weights import Expression
 
@@ -72,7 +74,9 @@ def summary(state: GraphState) -> CutSummary:
     used = [n for n in state.graph.nodes if n.op == "placeholder" and n.name in state.weights and n.users]
     weights = tuple(_held(state.weights[n.name], ranks) for n in used)
     collectives = tuple(_collective(n) for n in state.graph.nodes if n.target in (ALL_REDUCE, ALL_GATHER))
-    whole = sum(site.kv_heads == groups for site, groups in zip(state.sites, state.whole_groups, strict=True))
+    where = placements(state, ranks)
+    sites = [n for n in state.graph.nodes if definition(n.target) is tree_attention]
+    whole = sum(where.get(n.name) == REPLICATED for n in sites)
     return CutSummary(ranks, weights, collectives, _products(state, ranks), len(state.sites), whole)
 
 

@@ -18,7 +18,7 @@ SAMPLE = {
     "gpt2": (5, 4, 4),  # fused q, k, v; transposed weights; biases
     "bloom": (5, 4, 4),  # ALiBi; q, k, v interleaved by head
     "opt": (9, 4, 4),
-    "gemma2": (21, 8, 8),  # softcaps, windows: four layers
+    "gemma2": (11, 4, 4),  # softcaps, windows, norms of sums
     "mixtral": (9, 4, 4),  # experts by feature
     "gpt_neox": (5, 4, 2),  # attention and MLP side by side: one sum a layer
     "qwen3": (11, 4, 4),  # norms of q and k
