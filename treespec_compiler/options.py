@@ -15,7 +15,7 @@ OnUnsupported = Literal["raise", "fallback"]
 Verify = Literal["build", "off"]
 VerifyEach = Literal["none", "spec", "semantic"]
 Kernels = Literal["auto", "aten", "reference"]
-Storage = Literal["exact", "float32"]
+WeightStorage = Literal["exact", "float32"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "lowering": get_args(Lowering),
@@ -23,7 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "verify": get_args(Verify),
     "verify_each": get_args(VerifyEach),
     "kernels": get_args(Kernels),
-    "weights": get_args(Storage),
+    "weights": get_args(WeightStorage),
 }
 
 LOWERING_VARIABLE = "TREESPEC_LOWERING"
@@ -51,7 +51,7 @@ class Options:
     """Prompt tokens that run in one call, at most 32768; None: 256 on a CPU, 2048 on a GPU."""
     kernels: Kernels = "auto"
     """Which implementations ops are bound to: the best registered, ATen only, or the readable references."""
-    weights: Storage = "exact"
+    weights: WeightStorage = "exact"
     """How packed weights are stored: in the narrowest form that holds their every value exactly, or in float32."""
     pipeline: str | None = None
     """Passes to run, such as `default,mine,-fuse`; None: the default pipeline."""

@@ -36,7 +36,7 @@ _MADE = ("aten.full", "aten.ones", "aten.zeros", "aten.new_ones", "aten.new_zero
 
 
 @dataclass(frozen=True)
-class Rows:
+class ApartRows:
     """The tokens' rows of a value, and the others' (None: nobody needs them), in dimension `at`.
 
     Scores have keys in dimension `keys`: all of them for the tokens where others stand in front, else their own.
@@ -55,15 +55,15 @@ class Stop(Exception):
     """An op that cannot be computed apart."""
 
 
-Rule = Callable[["Apart", fx.Node], Rows | None]
+ApartRule = Callable[["Apart", fx.Node], ApartRows | None]
 
 
 class Apart:
-    def __init__(self, state: GraphState, beside: Beside, rules: Mapping[str, Rule]) -> None:
+    def __init__(self, state: GraphState, beside: Beside, rules: Mapping[str, ApartRule]) -> None:
         self.state, self.beside, self.rules = state, beside, rules
         self.forms: ClosedForms = state.closed_forms()
         self.tainted = set(self.forms.tainted)
-        self.rows: dict[fx.Node, Rows] = {}
+        self.rows: dict[fx.Node, ApartRows] = {}
         self.axes: dict[fx.Node, Axis] = {}
         self.length = beside.whole
         self.matches = 0
@@ -103,7 +103,7 @@ class Apart:
 
     # ------------------------------------------------------------------ where rows come from
 
-    def _base(self, node: fx.Node) -> Rows | None:
+    def _base(self, node: fx.Node) -> ApartRows | None:
         """Tokens joined with others, or a value over all places."""
         if node in self.tainted:
             return self._join(node)
@@ -114,13 +114,13 @@ class Apart:
             return None
         return self._table(node, places[0]) if op_name(node) == "aten.slice" else self._made(node, places[0])
 
-    def _join(self, node: fx.Node) -> Rows | None:
+    def _join(self, node: fx.Node) -> ApartRows | None:
         found = beside_of(self.state, self.tainted, node) if joins(node) else None
         if found != self.beside:
             return None
         source, at, front = (joined(self.tainted, node) if op_name(node) == "aten.cat" else padded(node)) or (0, 0, 0)
         assert isinstance(source, fx.Node)
-        return Rows(source, self._others_of(node, source, at) if front else None, at)
+        return ApartRows(source, self._others_of(node, source, at) if front else None, at)
 
     def _others_of(self, node: fx.Node, source: fx.Node, at: int) -> fx.Node:
         if op_name(node) == "aten.cat":
@@ -136,25 +136,25 @@ class Apart:
             raise Stop
         return int(size)
 
-    def _made(self, node: fx.Node, at: int) -> Rows | None:
+    def _made(self, node: fx.Node, at: int) -> ApartRows | None:
         """arange, or the same number at all places."""
         if op_name(node) not in _MADE:
             return None
         tokens = self.part(node.next, node, at)
         if not self.beside.front:
-            return Rows(tokens, None, at)
+            return ApartRows(tokens, None, at)
         if op_name(node) == "aten.arange":
             kind = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
             first = self.forms.of(node)
             if first is None or sympy.expand(first.expr - axis(0)) != 0:
                 return None
-            return Rows(tokens, self.emit(node, aten.arange.default, self.beside.count, **kind), at)
+            return ApartRows(tokens, self.emit(node, aten.arange.default, self.beside.count, **kind), at)
         args: Any = list(node.args)
         where = 1 if op_name(node).startswith("aten.new_") else 0
         args[where] = [self.beside.count if i == at else s for i, s in enumerate(args[where])]
-        return Rows(tokens, self.emit(node, node.target, *args, **dict(node.kwargs)), at)
+        return ApartRows(tokens, self.emit(node, node.target, *args, **dict(node.kwargs)), at)
 
-    def _table(self, node: fx.Node, at: int) -> Rows | None:
+    def _table(self, node: fx.Node, at: int) -> ApartRows | None:
         """The first rows of a table."""
         source, dim, start, _, step = node.args
         assert isinstance(source, fx.Node) and isinstance(dim, int)
@@ -167,11 +167,11 @@ class Apart:
         stop = self.emit_size(operator.add, node, self.tokens_size(node), start + n)
         tokens = self.emit(node, aten.slice.Tensor, source, at, start + n, stop)
         others = self.emit(node, aten.slice.Tensor, source, at, start, start + n) if n else None
-        return Rows(tokens, others, at)
+        return ApartRows(tokens, others, at)
 
     # ------------------------------------------------------------------ through ops
 
-    def alone(self, node: fx.Node) -> Rows | None:
+    def alone(self, node: fx.Node) -> ApartRows | None:
         """An op that acts on each row alone."""
         held = [self.rows[a] for a in node.all_input_nodes if a in self.rows]
         if any(r.weighted != held[0].weighted for r in held):

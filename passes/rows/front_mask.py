@@ -33,7 +33,7 @@ class Places(Protocol):
 
 
 @dataclass(frozen=True)
-class Block:
+class FrontBlock:
     """What the n rows in front see of each other: "causal", "all", or nothing is said ("behind")."""
 
     kind: str
@@ -52,7 +52,7 @@ class Block:
         return emit(aten.masked_fill.Scalar, scores, later, -math.inf)
 
 
-def block_of(state: GraphState, mask: fx.Node, places: Places, *, visible: bool) -> Block | None:
+def block_of(state: GraphState, mask: fx.Node, places: Places, *, visible: bool) -> FrontBlock | None:
     """What a mask [.., whole, whole] shows of those who come first; None: some of what comes later, or something else.
 
     `visible`: whether true means that a key is seen; of numbers, HIDDEN and less hides. Decided on the mask's values,
@@ -66,7 +66,7 @@ def block_of(state: GraphState, mask: fx.Node, places: Places, *, visible: bool)
         return None
     state.proved_by(mask)
     sampled = SampledValues(mask, state.gm, state.tokens, state.constants, state.max_context)
-    found: Block | None = None
+    found: FrontBlock | None = None
     for n in sampled.lengths():
         whole, length = (int(e.xreplace({state.length: sympy.Integer(n)})) for e in (places.whole, places.length))
         first = whole - length if places.front else length
@@ -79,7 +79,7 @@ def block_of(state: GraphState, mask: fx.Node, places: Places, *, visible: bool)
             return found
         if seen is None or bool(seen[:, len(own) :].any()):
             return None
-        here = _kind(seen[:, : len(own)]) if places.front else Block("behind")
+        here = _kind(seen[:, : len(own)]) if places.front else FrontBlock("behind")
         if here is None or (found is not None and here != found):
             return None
         found = here
@@ -103,7 +103,7 @@ def _seen(sampled: SampledValues, n: int, rows: Tensor, columns: Tensor, visible
     return (values != 0) if visible else (values == 0)
 
 
-def _kind(seen: Tensor) -> Block | None:
+def _kind(seen: Tensor) -> FrontBlock | None:
     if bool(seen.all()):
-        return Block("all" if len(seen) > 1 else "causal")
-    return Block("causal") if torch.equal(seen, torch.ones_like(seen).tril()) else None
+        return FrontBlock("all" if len(seen) > 1 else "causal")
+    return FrontBlock("causal") if torch.equal(seen, torch.ones_like(seen).tril()) else None

@@ -18,13 +18,13 @@ from ..attention.spelled_out import SOFTMAXES
 from ..attention.weight_path import PRODUCTS
 from ..forms.closed_form import shape_of
 from ..forms.masks import HIDDEN
-from .apart import Apart, Rows, Rule, Stop
-from .front_mask import Block, block_of
+from .apart import Apart, ApartRows, ApartRule, Stop
+from .front_mask import FrontBlock, block_of
 
 aten = torch.ops.aten
 
 
-def cut(apart: Apart, node: fx.Node) -> Rows | None:
+def cut(apart: Apart, node: fx.Node) -> ApartRows | None:
     """Rows of one part alone take the place of the cut; nothing is left to follow."""
     source: Any = node.args[0]
     rows, dim = apart.rows[source], int(argument(node, "dim")) % len(shape_of(source))
@@ -56,7 +56,7 @@ def _place(apart: Apart, value: Any, default: Any) -> Any:
     return sympy.simplify(expr)
 
 
-def picked(apart: Apart, node: fx.Node) -> Rows | None:
+def picked(apart: Apart, node: fx.Node) -> ApartRows | None:
     """`select`: the last row of all is the last token's."""
     source: Any = node.args[0]
     rows, dim = apart.rows[source], int(node.args[1]) % len(shape_of(source))
@@ -67,7 +67,7 @@ def picked(apart: Apart, node: fx.Node) -> Rows | None:
     return None
 
 
-def split(apart: Apart, node: fx.Node) -> Rows | None:
+def split(apart: Apart, node: fx.Node) -> ApartRows | None:
     source: Any = node.args[0]
     rows, sizes = apart.rows[source], node.args[1]
     if int(argument(node, "dim")) % len(shape_of(source)) != rows.at:
@@ -85,7 +85,7 @@ def split(apart: Apart, node: fx.Node) -> Rows | None:
     return None
 
 
-def join(apart: Apart, node: fx.Node) -> Rows | None:
+def join(apart: Apart, node: fx.Node) -> ApartRows | None:
     """More constants in front of those that are there."""
     found = [apart.rows[a] for a in node.all_input_nodes if a in apart.rows]
     at = int(argument(node, "dim")) % len(shape_of(node))
@@ -97,7 +97,7 @@ def _instead(apart: Apart, node: fx.Node, new: fx.Node) -> None:
     apart.matches += 1
 
 
-def fused(apart: Apart, node: fx.Node) -> Rows | None:
+def fused(apart: Apart, node: fx.Node) -> ApartRows | None:
     """scaled_dot_product_attention of all rows among each other."""
     q, k, v = (argument(node, name) for name in ("query", "key", "value"))
     mask, causal = argument(node, "attn_mask"), bool(argument(node, "is_causal"))
@@ -111,20 +111,20 @@ def fused(apart: Apart, node: fx.Node) -> Rows | None:
     if not apart.beside.front:
         part = None if mask is None else _square(apart, node, mask, visible=mask.meta["val"].dtype is torch.bool)
         args = (own.tokens, keys.tokens, values.tokens, part, 0.0, causal)
-        return Rows(apart.emit(node, node.target, *args, **rest), None, rank - 2)
+        return ApartRows(apart.emit(node, node.target, *args, **rest), None, rank - 2)
     assert own.others is not None and keys.others is not None and values.others is not None
     joined = [_all(apart, node, r) for r in (keys, values)]
     if mask is None:
-        seen, among = _causal(apart, node), Block("causal")
+        seen, among = _causal(apart, node), FrontBlock("causal")
     else:
         among = _others_block(apart, mask, visible=mask.meta["val"].dtype is torch.bool)
         seen = apart.part(node, mask, len(shape_of(mask)) - 2)
     tokens = apart.emit(node, node.target, own.tokens, *joined, seen, 0.0, False, **rest)
     others = _among(apart, node, own.others, keys.others, values.others, among)
-    return Rows(tokens, others, rank - 2)
+    return ApartRows(tokens, others, rank - 2)
 
 
-def _all(apart: Apart, node: fx.Node, rows: Rows) -> fx.Node:
+def _all(apart: Apart, node: fx.Node, rows: ApartRows) -> fx.Node:
     return apart.emit(node, aten.cat.default, [rows.others, rows.tokens], rows.at)
 
 
@@ -137,7 +137,7 @@ def _causal(apart: Apart, node: fx.Node) -> fx.Node:
     return apart.emit(node, aten.ge.Tensor, apart.emit(node, aten.unsqueeze.default, here, -1), there)
 
 
-def _among(apart: Apart, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, block: Block) -> fx.Node:
+def _among(apart: Apart, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, block: FrontBlock) -> fx.Node:
     """Attention of the constants among themselves, written out."""
     scale = argument(node, "scale")
     heads, kv = shape_of(q)[-3], shape_of(k)[-3]
@@ -150,7 +150,7 @@ def _among(apart: Apart, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, bloc
     return apart.emit(node, aten.matmul.default, apart.emit(node, aten.softmax.int, scores, -1), v)
 
 
-def _others_block(apart: Apart, mask: fx.Node, *, visible: bool) -> Block:
+def _others_block(apart: Apart, mask: fx.Node, *, visible: bool) -> FrontBlock:
     """What the constants see of each other; raises Stop where they see tokens."""
     found = block_of(apart.state, mask, apart.beside, visible=visible)
     if found is None:
@@ -167,7 +167,7 @@ def _square(apart: Apart, node: fx.Node, mask: fx.Node, *, visible: bool) -> fx.
     return apart.part(node, part, rank - 2) if shape_of(mask)[-2] == apart.beside.whole else part
 
 
-def product(apart: Apart, node: fx.Node) -> Rows | None:
+def product(apart: Apart, node: fx.Node) -> ApartRows | None:
     a, b = node.args[:2]
     left, right = apart.rows.get(a), apart.rows.get(b)
     rank = len(shape_of(node))
@@ -177,16 +177,16 @@ def product(apart: Apart, node: fx.Node) -> Rows | None:
         wide = _all(apart, node, right) if apart.beside.front else right.tokens
         tokens = apart.emit(node, node.target, left.tokens, wide)
         others = None if left.others is None else apart.emit(node, node.target, left.others, right.others)
-        return Rows(tokens, others, rank - 2, keys=rank - 1)
+        return ApartRows(tokens, others, rank - 2, keys=rank - 1)
     if left.weighted and left.keys == rank - 1 and right.at == rank - 2:
         wide = _all(apart, node, right) if apart.beside.front else right.tokens
         tokens = apart.emit(node, node.target, left.tokens, wide)
         others = None if left.others is None else apart.emit(node, node.target, left.others, right.others)
-        return Rows(tokens, others, rank - 2)
+        return ApartRows(tokens, others, rank - 2)
     return None
 
 
-def softmax(apart: Apart, node: fx.Node) -> Rows | None:
+def softmax(apart: Apart, node: fx.Node) -> ApartRows | None:
     rows = apart.rows[node.args[0]]
     dim = int(argument(node, "dim")) % len(shape_of(node))
     if rows.keys is None or dim != rows.keys:
@@ -200,7 +200,7 @@ def softmax(apart: Apart, node: fx.Node) -> Rows | None:
     return replace(rows, tokens=tokens, others=others, weighted=True)
 
 
-def masked(apart: Apart, node: fx.Node) -> Rows | None:
+def masked(apart: Apart, node: fx.Node) -> ApartRows | None:
     """Scores and a mask over pairs of places: filled where it is true, chosen where it is, or added."""
     name, args = op_name(node), list(node.args)
     value: float | None = 0.0
@@ -234,7 +234,9 @@ def masked(apart: Apart, node: fx.Node) -> Rows | None:
     return replace(rows, tokens=target, others=others, hidden=True)
 
 
-def _hidden(apart: Apart, node: fx.Node, rows: Rows, mask: fx.Node, *, visible: bool) -> tuple[fx.Node, fx.Node | None]:
+def _hidden(
+    apart: Apart, node: fx.Node, rows: ApartRows, mask: fx.Node, *, visible: bool
+) -> tuple[fx.Node, fx.Node | None]:
     """The tokens' part of a mask, and the constants' scores under it."""
     if not apart.beside.front:
         return _square(apart, node, mask, visible=visible), None
@@ -256,7 +258,7 @@ def _number(apart: Apart, value: Any) -> float | None:
     return float(form.expr) if form is not None and not form.is_bool and form.expr.is_number else None
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, ApartRule] = {
     "aten.scaled_dot_product_attention": fused,
     "aten.slice": cut,
     "aten.select": picked,

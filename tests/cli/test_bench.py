@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from treespec_compiler.cli.main import main
-from treespec_compiler.serving.clients import Answered, Load, Server, ask, percentiles
+from treespec_compiler.serving.clients import Answered, Endpoint, Measurement, ask, percentiles
 
 
 def test_percentiles_are_values_that_were_seen():
@@ -21,7 +21,7 @@ def test_percentiles_are_values_that_were_seen():
 
 def test_a_report_leaves_failed_requests_out_of_the_times():
     answers = [Answered(1.0, 3.0, 5, 2), Answered(2.0, 2.0, 1, 0), Answered(problem="status 429: no")]
-    report = Load(3, 2.0, answers).report()
+    report = Measurement(3, 2.0, answers).report()
     assert (report["requests"], report["failed"], report["problems"]) == (3, 1, ["status 429: no"])
     assert (report["tokens"], report["accepted_tokens"], report["tokens_per_second"]) == (6, 2, 3.0)
     assert report["latency_seconds"] == {"p50": 2.0, "p95": 3.0, "p99": 3.0}
@@ -29,7 +29,7 @@ def test_a_report_leaves_failed_requests_out_of_the_times():
 
 
 def test_nobody_there_is_a_failed_request():
-    found = ask(Server("http://127.0.0.1:9/v1"), "m", "x", 1)
+    found = ask(Endpoint("http://127.0.0.1:9/v1"), "m", "x", 1)
     assert "ConnectionRefusedError" in found.problem and math.isnan(found.first)
 
 

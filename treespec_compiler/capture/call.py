@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import Refusal, TreespecError, Unsupported
 from .broken_graphs import LOGITS
-from .supplied import Arguments, ByFunction, by_value
+from .supplied import ByFunction, SuppliedArguments, by_value
 
 # Length of the example prompt. Any length above 1 does: the dimension is dynamic and every guard on it is examined.
 EXAMPLE_TOKENS = 11
@@ -121,7 +121,7 @@ class CallSpec:
     roles: dict[str, str]  # "0", "1", ... for positional arguments, names for keywords
     ids: Tensor | None = None
     """What `given` makes the call of."""
-    given: Callable[[Tensor], Arguments] | None = None
+    given: Callable[[Tensor], SuppliedArguments] | None = None
     """Makes the call of token ids of any length, while tracing too; None: the arguments are the call."""
 
     @property

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 # The call that a function makes of token ids.
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Made = Callable[[int, torch.device], Tensor]
+SuppliedArguments = tuple[tuple[Any, ...], dict[str, Any]]
+MadeArgument = Callable[[int, torch.device], Tensor]
 
 _LEAST = 3  # tokens, for what an argument is to be seen
 
@@ -28,7 +28,7 @@ class ByFunction:
     function: Callable[[Tensor], Any]
     more: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, ids: Tensor) -> Arguments:
+    def __call__(self, ids: Tensor) -> SuppliedArguments:
         made = self.function(ids)
         if isinstance(made, Mapping):
             return (), dict(made) | dict(self.more)
@@ -42,10 +42,10 @@ class ByValue:
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     tokens: str
-    made: tuple[tuple[str, Made], ...]
+    made: tuple[tuple[str, MadeArgument], ...]
     """Arguments (a place, as text, or a name), and what makes them."""
 
-    def __call__(self, ids: Tensor) -> Arguments:
+    def __call__(self, ids: Tensor) -> SuppliedArguments:
         made = {key: make(ids.numel(), ids.device) for key, make in self.made}
         made[self.tokens] = ids
         args = tuple(made.get(str(i), value) for i, value in enumerate(self.args))
@@ -56,7 +56,7 @@ def by_value(args: tuple[Any, ...], kwargs: Mapping[str, Any], roles: Mapping[st
     """The example's call where some of its arguments are made from the number of tokens; None: none is."""
     tokens = next(key for key, role in roles.items() if role == "tokens")
     values = {str(i): a for i, a in enumerate(args)} | dict(kwargs)
-    made: list[tuple[str, Made]] = []
+    made: list[tuple[str, MadeArgument]] = []
     for key, value in values.items():
         if length >= _LEAST and isinstance(value, Tensor) and roles.get(key) == "constant":
             found = _mask(value, length) or _positions(value, length)

@@ -31,7 +31,7 @@ _CODE = (torch.device, torch.dtype, ModuleType, FunctionType, BuiltinFunctionTyp
 
 TABLES: list[dict[tuple[Any, ...], tuple[Tensor, ...]]] = []
 """What was made: by place in the code, by the settings that it was made with. Traced code reads it here."""
-_SEEN: list[Place] = []  # while the model runs
+_SEEN: list[TablePlace] = []  # while the model runs
 
 
 class NoTable(Exception):
@@ -47,7 +47,7 @@ class Noted:
 
 
 @dataclass
-class Place:
+class TablePlace:
     """A place in a model's code, and what it was seen to do when the model ran."""
 
     region: Stretch
@@ -67,8 +67,8 @@ class Place:
         return self.fill(*(type(g)() if n in self.region.caches else g for n, g in zip(names, given, strict=True)))
 
 
-def place_of(region: Stretch, function: FunctionType) -> Place:
-    return Place(region, _function(region, function))
+def place_of(region: Stretch, function: FunctionType) -> TablePlace:
+    return TablePlace(region, _function(region, function))
 
 
 def _function(region: Stretch, function: FunctionType) -> Callable[..., tuple[Any, ...]]:
@@ -104,7 +104,7 @@ class _Renamed(ast.NodeTransformer):
         return super().generic_visit(node)
 
 
-def noted(place: Place) -> list[ast.stmt]:
+def noted(place: TablePlace) -> list[ast.stmt]:
     """Code that runs the place as the model does, and takes note."""
     number = len(_SEEN)
     _SEEN.append(place)
@@ -133,7 +133,9 @@ class Sizes:
     offsets: tuple[int, ...]
 
 
-def tabulated(place: Place, short: Sequence[Noted], long: Sequence[Noted], literals: Sequence[int]) -> list[ast.stmt]:
+def tabulated(
+    place: TablePlace, short: Sequence[Noted], long: Sequence[Noted], literals: Sequence[int]
+) -> list[ast.stmt]:
     """Code that reads what the place makes from tables. `short`, `long`: what was seen in two runs of the model.
 
     Raises `NoTable` unless it is a table.
@@ -187,7 +189,7 @@ def _settings(region: Stretch, given: Sequence[Any], sizes: Sizes) -> list[int]:
 
 
 def _table(
-    place: Place, seen: Noted, other: Noted, sizes: Sizes, literals: Sequence[int]
+    place: TablePlace, seen: Noted, other: Noted, sizes: Sizes, literals: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], list[list[tuple[int, int]]]]:
     """The longest tables, and the sizes of each of their dimensions, `slope * m + offset`, for m tokens."""
 

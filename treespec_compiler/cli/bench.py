@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import InvalidOption
-from ..serving.clients import PERCENTILES, Load, Server, measure
+from ..serving.clients import PERCENTILES, Endpoint, Measurement, measure
 from ..versions import versions
 from .arguments import MODEL, positive
 
@@ -86,8 +86,8 @@ SETTINGS = ("url", "draft", "policy", "option", "max_requests", "max_tokens", "r
 
 
 def _measured(
-    server: Server, model: str, prompts: list[str], clients: int, arguments: Namespace, screen: Console
-) -> Load:
+    server: Endpoint, model: str, prompts: list[str], clients: int, arguments: Namespace, screen: Console
+) -> Measurement:
     requests = arguments.requests or max(32, 8 * clients)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=screen, transient=True) as bar:
@@ -116,10 +116,10 @@ def _table(reports: list[dict[str, Any]]) -> Table:
 
 
 @contextlib.contextmanager
-def _server(arguments: Namespace, screen: Console) -> Iterator[Server]:
+def _server(arguments: Namespace, screen: Console) -> Iterator[Endpoint]:
     """The one of --url, or one of its own in another process, which ends with the measurement."""
     if arguments.url is not None:
-        yield Server(arguments.url, None if arguments.api_key_file is None else _text(arguments.api_key_file).strip())
+        yield Endpoint(arguments.url, None if arguments.api_key_file is None else _text(arguments.api_key_file).strip())
         return
     command = [sys.executable, "-m", "treespec_compiler.cli.main", "serve", arguments.model, "--port", "0"]
     for name in ("policy", "max_requests", "max_queue", "dtype"):
@@ -142,7 +142,7 @@ def _server(arguments: Namespace, screen: Console) -> Iterator[Server]:
                 else:
                     expected = "a server that starts"
                     raise InvalidOption(name="MODEL", got="".join(said[-3:]).strip(), expected=expected)
-            yield Server(said[-1].split()[-1])
+            yield Endpoint(said[-1].split()[-1])
         finally:
             process.terminate()
             process.communicate()

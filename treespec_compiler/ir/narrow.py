@@ -33,7 +33,7 @@ SOON = 2
 
 
 @dataclass(frozen=True)
-class Form:
+class StorageForm:
     """How a weight is stored. `encode` takes [32 p, K] and gives [p, blocks, width], or None where that loses a bit."""
 
     name: str
@@ -261,14 +261,14 @@ def _decode_q4_1(packed: Tensor) -> Tensor:
     return _rows_of(_from_nibbles(packed[..., 128:]) * step + least)
 
 
-FORMS: dict[str, Form] = {
+FORMS: dict[str, StorageForm] = {
     form.name: form
     for form in (  # narrowest first, and of equal ones the one that is widened faster
-        Form("q4_0", torch.uint8, GROUP, 576, _encode_q4_0, _decode_q4_0),
-        Form("q4_1", torch.uint8, GROUP, 640, _encode_q4_1, _decode_q4_1),
-        Form("q8_0", torch.uint8, GROUP, 1088, _encode_q8_0, _decode_q8_0),
-        Form("bfloat16", torch.bfloat16, 1, PANEL, _encode_bfloat16, _decode_bfloat16),
-        Form("float16", torch.float16, 1, PANEL, _encode_float16, lambda packed: _by_row(packed.float())),
+        StorageForm("q4_0", torch.uint8, GROUP, 576, _encode_q4_0, _decode_q4_0),
+        StorageForm("q4_1", torch.uint8, GROUP, 640, _encode_q4_1, _decode_q4_1),
+        StorageForm("q8_0", torch.uint8, GROUP, 1088, _encode_q8_0, _decode_q8_0),
+        StorageForm("bfloat16", torch.bfloat16, 1, PANEL, _encode_bfloat16, _decode_bfloat16),
+        StorageForm("float16", torch.float16, 1, PANEL, _encode_float16, lambda packed: _by_row(packed.float())),
     )
 }
 """The narrow ones by name, in the order in which they are tried."""
@@ -288,7 +288,7 @@ def narrowest(weight: Tensor) -> str:
     return "float32"
 
 
-def encode(weight: Tensor, form: Form) -> Tensor | None:
+def encode(weight: Tensor, form: StorageForm) -> Tensor | None:
     """[N, K] float32 -> packed; None where the form does not hold every value."""
     packed = torch.empty(form.shape(*weight.shape), dtype=form.dtype, device=weight.device)
     for panel, rows in _pieces(weight):

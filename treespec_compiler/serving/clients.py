@@ -18,7 +18,7 @@ TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
-class Server:
+class Endpoint:
     """Where it is: a URL that ends in /v1, and the key it asks for."""
 
     url: str
@@ -65,7 +65,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Load:
+class Measurement:
     """So many clients at once, each of which sends its next request when the last one is answered."""
 
     clients: int
@@ -100,7 +100,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float] | None:
     return {f"p{p}": ordered[max(0, math.ceil(p / 100 * len(ordered)) - 1)] for p in PERCENTILES}
 
 
-def ask(server: Server, model: str, prompt: str, max_tokens: int) -> Answered:
+def ask(server: Endpoint, model: str, prompt: str, max_tokens: int) -> Answered:
     """A completion, greedy, as a stream."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
     body["stream_options"] = {"include_usage": True}
@@ -130,14 +130,14 @@ def ask(server: Server, model: str, prompt: str, max_tokens: int) -> Answered:
 
 
 def measure(
-    server: Server,
+    server: Endpoint,
     model: str,
     prompts: Sequence[str],
     clients: int,
     requests: int,
     max_tokens: int,
     done: Callable[[], None] = lambda: None,
-) -> Load:
+) -> Measurement:
     """`requests` in all, of prompts in turn. Each is numbered at its beginning, so that no prompt is known before."""
     numbers, lock, answers = itertools.count(), threading.Lock(), list[Answered]()
 
@@ -155,4 +155,4 @@ def measure(
         thread.start()
     for thread in threads:
         thread.join()
-    return Load(clients, perf_counter() - began, answers)
+    return Measurement(clients, perf_counter() - began, answers)
