@@ -302,7 +302,7 @@ def _leaves_table(forms: ClosedForms, index: fx.Node, at: int, form: Form, size:
     numbers = SampledValues(index, forms.gm, forms.tokens, forms.constants, None).at(
         lengths[0], [None] * len(form.shape)
     )
-    outside = ((numbers < 0) | (numbers >= size)).movedim(at, 0).flatten(1).any(1).nonzero()
+    outside = ((numbers < 0) | (numbers >= size)).movedim(at, 0).reshape(lengths[0], -1).any(1).nonzero()
     return int(outside[0]) if len(outside) else None
 
 

@@ -5,6 +5,7 @@ attributes that a class finds by itself, and the order of ordered dictionaries.
 from __future__ import annotations
 
 import os
+import sysconfig
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
@@ -32,7 +33,8 @@ class Unguarded:
         self._methods = self._methods_of(model)
         self._hooks = _global_hooks()
         self._names = _names(model)
-        self._environment = dict(os.environ) if _asks_environment(code) else None
+        self._variables = _variables(code)
+        self._environment = self._read()
 
     def changed(self, model: nn.Module) -> str | None:
         """What is another now; None: nothing."""
@@ -42,9 +44,14 @@ class Unguarded:
             return "a method of a class"
         if _names(model) != self._names:
             return "an attribute that came, went, or changed its place"
-        if self._environment is not None and self._environment != dict(os.environ):
+        if self._environment != self._read():
             return "a variable of the environment"
         return None
+
+    def _read(self) -> dict[str, str]:
+        """Of the environment, what forward may have read."""
+        names = self._variables
+        return dict(os.environ) if names is None else {k: v for k, v in os.environ.items() if k in names}
 
     def _methods_of(self, model: nn.Module) -> dict[type, list[tuple[str, Any, Any]]]:
         """(name, object, code) of what is callable in the classes of the modules, of other objects, and their bases."""
@@ -78,10 +85,24 @@ def _below(base: type) -> set[type]:
     return found
 
 
-def _asks_environment(traced: Iterable[CodeType]) -> bool:
-    """Whether any of the traced code reads variables of the environment: Dynamo takes them for constants."""
-    words = {"environ", "environb", "getenv", "getenvb"}
-    return any(code.co_filename == os.__file__ or words & {*code.co_names} for code in traced)
+_WORDS = {"environ", "environb", "getenv", "getenvb"}
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def _variables(traced: Iterable[CodeType]) -> frozenset[str] | None:
+    """Variables of the environment that the traced code may read, which Dynamo takes for constants; None: any.
+
+    Installed libraries write the names out where they ask. Other code may make them up. Variables that nobody asks
+    for change for reasons of their own, at any time.
+    """
+    traced = list(traced)
+    asking = [code for code in traced if code.co_filename != os.__file__ and _WORDS & {*code.co_names}]
+    if not asking:  # yet somebody called what lies in `os`
+        return None if any(code.co_filename == os.__file__ for code in traced) else frozenset()
+    if not all(code.co_filename.startswith(_LIBRARIES) for code in asking):
+        return None
+    found = (const for code in asking for const in code.co_consts)
+    return frozenset(os.fsdecode(const) for const in found if isinstance(const, (str, bytes)))
 
 
 _EVERY_MODULES = vars(nn.Module()).keys()

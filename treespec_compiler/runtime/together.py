@@ -23,8 +23,9 @@ from .streams import Stream
 
 def ranks_of(call: Call) -> int:
     """How many ranks the call's program runs on."""
-    options: Options = call.model.options if is_program(call.model) else call.compiler
-    return options.ranks
+    program = call.model if is_program(call.model) else None
+    options: Options | None = call.compiler if program is None else getattr(program, "options", None)
+    return 1 if options is None else options.ranks  # a program of somebody's own may know no options
 
 
 class Together(Stream):
