@@ -91,13 +91,14 @@ def _between(state: GraphState, first: fx.Node, last: fx.Node) -> list[fx.Node]:
 
 
 def _tap_all(state: GraphState) -> int:
-    """Every layer that has such a value."""
-    return tap(state, [f"{PREFIX}{k}" for k in range(len(state.sites) + 1) if _exists(state, k)])
+    """Every layer that has such a value, and what the head reads."""
+    names = [*(f"{PREFIX}{k}" for k in range(len(state.sites) + 1)), HEAD]
+    return tap(state, [name for name in names if _exists(state, name)])
 
 
-def _exists(state: GraphState, layers: int) -> bool:
+def _exists(state: GraphState, name: str) -> bool:
     try:
-        after_layer(state, layers)
+        _value(state, name, cuts(state))
     except Unsupported:
         return False
     return True
@@ -107,7 +108,7 @@ PASS = Pass(
     "tap",
     _tap_all,
     before="rows are selected",
-    after="same level; the residual stream after each attention layer is an output beside the logits",
+    after="same level; the residual stream after each attention layer, and what the head reads, are outputs too",
     optional=True,
     needs=("select rows",),
     place_after=("join linears",),

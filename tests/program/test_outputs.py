@@ -216,7 +216,7 @@ def test_one_layer_has_nothing_to_compare_its_end_with():
 
 def test_a_pipeline_may_tap_every_layer(model):
     program = tree_program(model, options={**EAGER, "pipeline": "default,tap"})
-    assert program.history["tap"].matches == 4 and program.state.outputs == list(names(program))
+    assert program.history["tap"].matches == 5 and program.state.outputs == list(names(program))
     cache, tree = program.new_cache(64), random_tree(5, zoo.VOCAB, 7)
     assert_rows(model, program.verify(tree, cache), tree, [])
     assert_hidden(model, program.verify(tree, cache, outputs=names(program)), tree, [])
