@@ -53,8 +53,10 @@ def test_another_branch_within_it_is_refused():
     assert caught.value.kind is Refusal.BRANCH
 
 
-def test_a_length_that_does_not_run_ends_the_context():
-    assert treespec.tree_program(Fails(50).eval(), options=EAGER).max_context == 49
+def test_a_length_that_does_not_run_is_refused():
+    with pytest.raises(treespec.Unsupported, match="itself fails on a prompt of 50 tokens") as caught:
+        treespec.tree_program(Fails(50).eval(), options=EAGER)
+    assert caught.value.kind is Refusal.RAISES
 
 
 def test_a_model_that_fails_when_a_length_is_compared_is_refused():
