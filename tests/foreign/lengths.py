@@ -143,6 +143,21 @@ class CachedLoop(Length):
         return looped(tokens)
 
 
+REACHES = [4]
+
+
+def listed(tokens: int) -> Tensor:
+    m = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for i in range(tokens):
+        m[i, max(0, i - REACHES[0]) : i + 1] = True
+    return m
+
+
+class ListedLoop(Length):
+    def mask(self, tokens: int) -> Tensor:
+        return listed(tokens)
+
+
 CONVERTED: tuple[type[Length], ...] = (
     RowsInALoop,
     BiasInALoop,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lengths
 import pytest
 import torch
-from lengths import CONVERTED, REFUSED, CachedLoop, KeptByLength, KeptInAGlobal, Length, RowsInALoop
+from lengths import CONVERTED, REFUSED, CachedLoop, KeptByLength, KeptInAGlobal, Length, ListedLoop, RowsInALoop
 from modules import VOCAB
 from oracles import EAGER, assert_decodes
 from styles import built
@@ -48,6 +48,18 @@ def test_a_global_that_the_loop_reads_is_followed(monkeypatch: pytest.MonkeyPatc
     again = treespec.tree_program(model, options=EAGER)
     assert again.sites[0].mask.window == 3
     assert_decodes(model, again, VOCAB, rounds=1, size=7)
+
+
+def test_a_list_that_the_loop_reads_is_followed() -> None:
+    model = built(ListedLoop)
+    assert treespec.tree_program(model, options=EAGER).sites[0].mask.window == 5
+    lengths.REACHES[0] = 2
+    try:
+        again = treespec.tree_program(model, options=EAGER)
+        assert again.sites[0].mask.window == 3
+        assert_decodes(model, again, VOCAB, rounds=1, size=7)
+    finally:
+        lengths.REACHES[0] = 4
 
 
 def test_what_was_kept_before_is_the_same() -> None:

@@ -11,11 +11,15 @@ import copy
 import gc
 import inspect
 import sys
+import sysconfig
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from ..errors import Refusal, Unsupported
 from ..logs import logger
@@ -36,13 +40,15 @@ class Rewritten:
     lines: tuple[int, ...]
     """Where it is another one."""
     body: ast.FunctionDef
-    read: tuple[tuple[dict[str, Any], str, Any], ...] = ()
-    """(table, name, value): what tables were made with that no guard of a trace sees."""
+    read: tuple[tuple[dict[str, Any], str, Any, Any], ...] = ()
+    """(table, name, value, contents): what tables were made with that no guard of a trace sees."""
 
     @property
     def changed(self) -> bool:
         """Whether the function, or what it was rewritten with, is another one now."""
-        return self.function.__code__ is not self.before or any(t.get(n) is not v for t, n, v in self.read)
+        if self.function.__code__ is not self.before:
+            return True
+        return any(t.get(name) is not v or _contents(v) != was for t, name, v, was in self.read)
 
 
 def rewritten_for(
@@ -175,8 +181,8 @@ class _Replaced(ast.NodeTransformer):
         return super().generic_visit(node)
 
 
-def _globals_of(function: FunctionType) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Globals that the function and the functions of its module that it calls read."""
+def _globals_of(function: FunctionType) -> Iterator[tuple[dict[str, Any], str, Any, Any]]:
+    """Globals that the function and the functions that it calls read, those of installed libraries left out."""
     pending, seen = [function], {function}
     while pending:
         each = pending.pop()
@@ -184,11 +190,35 @@ def _globals_of(function: FunctionType) -> Iterator[tuple[dict[str, Any], str, A
             value = each.__globals__.get(name, each)
             if value is each or isinstance(value, (ModuleType, BuiltinFunctionType)) or name in ("TABLES",):
                 continue
-            if isinstance(value, FunctionType) and value not in seen and value.__module__ == each.__module__:
-                seen.add(value)
-                pending.append(value)
-            if not isinstance(value, dict):
-                yield each.__globals__, name, value
+            inner = inspect.unwrap(value) if callable(value) else value  # of `functools.cache`, and the like
+            if isinstance(inner, FunctionType) and inner not in seen and not _installed(inner):
+                seen.add(inner)
+                pending.append(inner)
+            if not isinstance(value, dict):  # what is kept by length grows
+                yield each.__globals__, name, value, _contents(value)
+
+
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def _installed(function: FunctionType) -> bool:
+    return function.__code__.co_filename.startswith(_LIBRARIES)
+
+
+def _contents(value: Any) -> Any:
+    """What a list, a set, a tensor or an array holds, to be compared; None of everything else."""
+    if isinstance(value, (list, tuple)):
+        return [(x, _contents(x)) if isinstance(x, _COMPARED) else (id(x), _contents(x)) for x in value]
+    if isinstance(value, set):
+        return frozenset(value)
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.tobytes()
+    return None
+
+
+_COMPARED = (int, float, bool, str, type(None))
 
 
 def _names(code: CodeType) -> Iterator[str]:
