@@ -24,7 +24,7 @@ from ..logs import logger
 from .call import CallSpec, call_module, logits_of, token_dim, tokens_of, vocabularies
 from .control_flow import refuse_control_flow, where_specialised
 from .fakes import forget_tensors
-from .fills import as_it_was, refillable, unfilled
+from .fills import as_it_was, on_copies, refillable, unfilled
 from .flex import spell_flex_attention
 from .found import finder, place
 from .functional import functional_graph
@@ -154,7 +154,7 @@ _REWRITTEN: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[Rewritten]]] = 
 
 def _run(model: nn.Module, call: CallSpec) -> None:
     """Run the model, which is as it was afterwards."""
-    with as_it_was(model), torch.inference_mode(False), torch.no_grad(), outside_autocast():
+    with as_it_was(model), on_copies(model), torch.inference_mode(False), torch.no_grad(), outside_autocast():
         call_module(model, *call.args, **call.kwargs)
 
 

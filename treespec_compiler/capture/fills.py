@@ -311,6 +311,28 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
                 container.extend(contents) if isinstance(container, list) else container.update(contents)
 
 
+@contextlib.contextmanager
+def on_copies(model: nn.Module) -> Iterator[None]:
+    """Runs of the model write copies of its tensors that are no parameters (its own K/V caches, say): buffers,
+    attributes, and what plain lists and dicts hold.
+    """
+    copies: dict[int, Tensor] = {}
+    held: list[tuple[Any, Any, Tensor]] = []
+    for module in model.modules():
+        own = vars(module)
+        containers = [v for v in own.values() if type(v) in (list, dict) and v is not module._parameters]
+        for holder in (own, module._buffers, *containers):
+            items = enumerate(holder) if isinstance(holder, list) else holder.items()
+            held += [(holder, k, v) for k, v in items if isinstance(v, Tensor) and not isinstance(v, nn.Parameter)]
+    try:
+        for holder, key, value in held:
+            holder[key] = copies.setdefault(id(value), value.detach().clone())
+        yield
+    finally:
+        for holder, key, value in held:
+            holder[key] = value
+
+
 def _set_back(table: dict[str, Any], before: dict[str, Any]) -> None:
     for name in table.keys() - before.keys():
         del table[name]
