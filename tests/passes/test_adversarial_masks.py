@@ -113,7 +113,7 @@ class OneFuture(Tiny):
         return torch.ones(tokens, tokens, dtype=torch.bool).tril(1)
 
 
-@refused("distance")
+@converts
 class FirstTokenAlwaysSeen(Tiny):
     """An attention sink: a window plus token 0."""
 
@@ -122,7 +122,7 @@ class FirstTokenAlwaysSeen(Tiny):
         return (k <= q) & ((q - k < 3) | (k == 0))
 
 
-@refused("gap")
+@converts
 class Dilated(Tiny):
     def mask(self, tokens: int) -> Tensor:
         q, k = _indices(tokens)
