@@ -127,7 +127,7 @@ def test_pipeline_strings() -> None:
 
 
 def test_after_and_before_place_a_pass() -> None:
-    assert slugs("default,mine", mine=own("mine", after=("classify",)))[6] == "mine"
+    assert slugs("default,mine", mine=own("mine", after=("classify",)))[NAMES.index("classify") + 1] == "mine"
     assert slugs("mine,default", mine=own("mine", before=("normalize",)))[0] == "mine"
     both = {"a": own("a", after=("treeify",)), "b": own("b", after=("a",), before=("insert state",))}
     found = slugs("default,b,a", **both)
@@ -248,8 +248,8 @@ def test_printer_and_dumps(tmp_path: Path) -> None:
     assert "before treeify" in shown and "after treeify (changed)" in shown
     assert not any("token locality" in s or "discharge" in s for s in shown)
     files = sorted(p.name for p in tmp_path.iterdir())
-    assert "00-capture.json" in files and "09-treeify.py" in files and "09-treeify.dot" in files
-    assert "def after_treeify(" in (tmp_path / "09-treeify.py").read_text()
+    assert "00-capture.json" in files and "10-treeify.py" in files and "10-treeify.dot" in files
+    assert "def after_treeify(" in (tmp_path / "10-treeify.py").read_text()
 
 
 def test_structured_trace_has_an_artifact_for_every_pass(caplog: pytest.LogCaptureFixture) -> None:
