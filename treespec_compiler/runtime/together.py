@@ -70,6 +70,11 @@ class Together(Stream):
             self._ended = True
             raise
 
+    def exhaust(self) -> None:
+        """Step by step: each step of rank 0 is led, the others follow to the end."""
+        for _ in self:
+            pass
+
     def _take(self, output: GenerationOutput) -> None:
         self._output, self.stats = output, output.stats
         self.tokens = output.sequences[0].tolist()[len(self._prompt) :]
