@@ -125,8 +125,9 @@ class _Tensors(Mapping[str, Tensor]):
 
 
 def _form(made: Expression) -> str:
-    narrow = isinstance(made, Pack) and made.form != "float32"
-    return made.form if narrow else str(made.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
+    if isinstance(made, Pack) and made.form != "float32":
+        return made.form
+    return str(made.dtype).removeprefix("torch.")
 
 
 def _memory(tensor: Tensor) -> tuple[str, int]:
