@@ -89,7 +89,10 @@ def run(arguments: Namespace) -> int:
             self.should_exit = True
 
     server = Server(uvicorn.Config(app, host=arguments.host, port=arguments.port, log_level="warning"))
-    server.run()
+    try:
+        server.run()
+    finally:
+        engine.close()  # a second signal skips the app's own end, and a thread inside torch would abort the exit
     return 0
 
 
