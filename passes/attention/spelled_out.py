@@ -266,7 +266,7 @@ def _is_row_maximum(node: Any, of: Any) -> bool:
         inner: Any = node.args[0]
         if op_name(inner) != "aten.max" or inner.args[0] is not of or node.args[1] != 0:
             return False
-        return len(inner.args) > 2 and inner.args[1] == -1 and bool(inner.args[2])
+        return argument(inner, "dim") == -1 and bool(argument(inner, "keepdim"))
     if not isinstance(node, fx.Node) or op_name(node) != "aten.amax" or node.args[0] is not of:
         return False
     dims: Any = node.args[1]

@@ -151,9 +151,7 @@ def _blank(values: Values, node: fx.Node, index: Index) -> Tensor | None:
         return torch.ones(sizes, dtype=dtype)
     if name in ("zeros", "new_zeros", "zeros_like"):
         return torch.zeros(sizes, dtype=dtype)
-    at = 2 if name == "new_full" else 1
-    fill = values.argument(node.args[at] if len(node.args) > at else node.kwargs["fill_value"])
-    return torch.full(sizes, fill, dtype=dtype)
+    return torch.full(sizes, values.argument(argument(node, "fill_value")), dtype=dtype)
 
 
 def _moved(order: Callable[[fx.Node, int], list[int]]) -> ValueRule:
@@ -175,8 +173,8 @@ def _permuted(node: fx.Node, rank: int) -> list[int]:
 
 def _swapped(node: fx.Node, rank: int) -> list[int]:
     order = list(range(rank))
-    i, j = (int(d) % rank for d in node.args[1:3]) if len(node.args) > 2 else (0, rank - 1)
     if rank > 1:
+        i, j = (int(argument(node, name, default)) % rank for name, default in (("dim0", 0), ("dim1", -1)))
         order[i], order[j] = order[j], order[i]
     return order
 
@@ -217,7 +215,7 @@ def _select(values: Values, node: fx.Node, index: Index) -> Tensor:
 
 def _triangle(lower: bool) -> ValueRule:
     def rule(values: Values, node: fx.Node, index: Index) -> Tensor:
-        diagonal = values.argument(node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0))
+        diagonal = values.argument(argument(node, "diagonal"))
         gap = index[-1][None, :] - index[-2][:, None]
         kept = gap <= diagonal if lower else gap >= diagonal
         source = values.at(node.args[0], index)

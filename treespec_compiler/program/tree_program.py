@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..capture.alone import alone
 from ..capture.call import CallSpec, call_spec, original_module
-from ..capture.surroundings import not_traced, outside_autocast
+from ..capture.surroundings import not_traced
 from ..errors import InvalidOption, StaleCache
 from ..ir.device import profile
 from ..ir.specs import AttentionSpec, Limit
@@ -25,13 +25,14 @@ from ..tree import Forest, TokenTree
 from .arguments import check_cache_sizes, check_call, check_context, check_parts, check_tokens, new_part
 from .batch import Part, rows_of
 from .cache import TreeCache
+from .compared import Compared
 from .cuda_graphs import GraphStats
 from .executor import Executor, Tally
 from .followed import Followed
 from .keys import example_key
 from .leading import Leader
 from .made import Derive, Made
-from .net import Comparison, check_program, check_variant
+from .net import Comparison
 from .outputs import named, tapped, taps_of
 from .prompt import parse_prompt
 from .ranks import joined
@@ -86,13 +87,9 @@ class TreeProgram:
         self.options = options
         self._tally = Tally()
         self._followed = Followed(model, call, options, self._tally, converted)
-        self._checked: weakref.WeakSet[Executor] = weakref.WeakSet()
+        self._compared = Compared()
         self.leader: Leader | None = None
         """While it is set, other ranks are told of caches and calls, and follow."""
-        self.verify_seconds = 0.0
-        """Spent on comparing the program with the model, its lowering included; part of `compile_seconds`."""
-        self.comparison: Comparison | None = None
-        """What the last comparison with the model found; None before the first one, or where it is off."""
 
     @property
     def _made(self) -> Made:
@@ -154,6 +151,16 @@ class TreeProgram:
     def compile_count(self) -> int:
         """How often a graph was compiled."""
         return self._tally.count
+
+    @property
+    def verify_seconds(self) -> float:
+        """Spent on comparing the program with the model, its lowering included; part of `compile_seconds`."""
+        return self._compared.seconds
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """What the last comparison with the model found; None before the first one, or where it is off."""
+        return self._compared.last
 
     @property
     def state(self) -> GraphState:
@@ -238,24 +245,13 @@ class TreeProgram:
         Raises `Unsupported` where they differ.
         """
         model = self._model()
-        if model is None or self.options.verify == "off" or self._executor in self._checked:
-            return
-        with alone(), outside_autocast():
-            compiled = self._tally.seconds
-            self.comparison = check_program(self, model, self._followed.call)
-            self.verify_seconds += (took := self.comparison.seconds)
-            self._tally.seconds = max(self._tally.seconds, compiled + took)  # lowering is part of it
-        self._checked.add(self._executor)
+        if model is not None and self.options.verify != "off":
+            self._compared.own(self, self._executor, model, self._followed.call)
 
     def _checked_variant(self, executor: Executor) -> Executor:
         """A graph derived from this program's is compared with the program at its first use; the program's own was."""
-        if executor is self._executor or executor in self._checked or executor.options.verify == "off":
-            return executor
-        with alone(), outside_autocast():
-            compiled, tally = executor.tally.seconds, executor.tally
-            self.verify_seconds += (took := check_variant(self, self._executor, executor))
-            tally.seconds = max(tally.seconds, compiled + took)
-        self._checked.add(executor)
+        if executor.options.verify != "off":
+            self._compared.derived(self, self._executor, executor)
         return executor
 
     @overload
