@@ -1,0 +1,1 @@
+"""Converted programs as files: plain JSON and safetensors, read back without running anything that a file says."""

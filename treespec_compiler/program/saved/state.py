@@ -1,0 +1,90 @@
+"""A converted program as one JSON document and its constants, and back: graph, specs, limits, weights, records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from ...ir.private_torch import FakeTensorMode
+from ...ir.specs import AttentionSpec, Limit, LogitsSpec, MaskSpec, PositionSpec
+from ...passes.framework.manager import History, PassRecord
+from ...passes.framework.state import GraphState
+from ...passes.framework.weights import Weights
+from .graph import GraphReader, GraphWriter
+from .values import CannotLoad, CannotSave, SizeTexts, named, of_name
+from .weights import read as read_weight
+from .weights import written as weight_text
+
+# Of a state, what is written as it is. `tests/program/test_saved.py` knows the rest by name.
+PLAIN = (
+    *("tokens", "position_inputs", "level", "inputs", "lone_lengths", "written", "caches", "max_context"),
+    *("portable", "storage", "outputs"),
+)
+
+# Any number above 1: the dimension is symbolic.
+_EXAMPLE_TOKENS = 11
+
+
+def state_text(state: GraphState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(JSON, tensors by the names it has for them). Raises CannotSave."""
+    if state.cut is not None or state.level != "bound" or state.notes:
+        raise CannotSave("a graph of one of several ranks, before its last pass, or with notes of a user's pass")
+    graphs = GraphWriter(SizeTexts(state.length))
+    found: dict[str, Any] = {name: getattr(state, name) for name in PLAIN}
+    found |= {
+        "graph": graphs.write(state.gm),
+        "weights": {name: weight_text(made, graphs) for name, made in state.weights.items()},
+        "sites": [asdict(site) | {"dtype": named(site.dtype)} for site in state.sites],
+        "positions": [asdict(position) for position in state.positions],
+        "limits": [asdict(limit) for limit in state.limits],
+        "proved_from": sorted(state.proved_from),
+        "model_logits": asdict(state.model_logits),
+        "logits_given": asdict(state.logits_given),
+    }
+    return found | {"texts": graphs.texts}, graphs.tensors
+
+
+def state_of(text: Mapping[str, Any], tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> GraphState:
+    """The inverse; `read` gives the model's tensors by their names. Raises as `GraphReader.read` does."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, DimDynamic.DUCK])  # type: ignore[var-annotated]
+    tokens = mode.from_tensor(torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64), symbolic_context=sizes)
+    length: Any = tokens.shape[1]
+    graphs = GraphReader(text["texts"], tensors, mode, length)
+    gm = graphs.read(text["graph"])
+    state = GraphState(
+        gm=gm,
+        weights=Weights(read, {name: read_weight(made, graphs) for name, made in text["weights"].items()}),
+        length=length.node.expr,
+        fake_mode=mode,
+        guards=[],
+        sites=[_site(site) for site in text["sites"]],
+        positions=[PositionSpec(**position) for position in text["positions"]],
+        limits=[Limit(**limit) for limit in text["limits"]],
+        proved_from=set(text["proved_from"]),
+        model_logits=LogitsSpec(**text["model_logits"]),
+        logits_given=LogitsSpec(**text["logits_given"]),
+        **{name: text[name] for name in PLAIN},
+    )
+    unknown = {n.name for n in gm.graph.nodes if n.op == "placeholder"} - {state.tokens, *state.inputs, *state.weights}
+    if unknown - {*state.position_inputs}:
+        raise CannotLoad(f"the inputs {', '.join(sorted(unknown))[:80]}, which nothing fills")
+    return state
+
+
+def _site(text: dict[str, Any]) -> AttentionSpec:
+    own = {"dtype": of_name("dtype", text["dtype"]), "mask": MaskSpec(**text["mask"])}
+    return AttentionSpec(**(text | own))
+
+
+def history_text(history: History) -> list[dict[str, Any]]:
+    return [asdict(record) for record in history]
+
+
+def history_of(text: list[dict[str, Any]]) -> History:
+    return History([PassRecord(**record) for record in text])
