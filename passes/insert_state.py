@@ -1,7 +1,7 @@
-"""insert state: K/V pools and tree metadata become inputs, and attention reads them.
+"""insert state: K/V pools, states and tree metadata become inputs, and attention and ops with a state read them.
 
-Each site gets two pools, in site order; the attention op writes the new nodes' K/V and then reads the pool, so the
-write is consumed by the op that makes it.
+Each site gets two pools, or a stash and a state, in site order; the op writes what it keeps of the new nodes and then
+reads it, so the write is consumed by the op that makes it.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ from __future__ import annotations
 import torch
 
 from treespec_compiler.ir import ops
-from treespec_compiler.ir.inputs import ATTENTION, BY_NAME, POSITIONS, pool_names
+from treespec_compiler.ir.inputs import ATTENTION, BY_NAME, POSITIONS, STATE, pool_names, state_names
 from treespec_compiler.ir.library import arguments, given
 from treespec_compiler.ir.specs import AttentionSpec
+from treespec_compiler.ir.states import KINDS, kind_over_sequence
 
 from .framework.manager import Pass
 from .framework.state import GraphState
 
 # The trace's sizes; any do.
-SIZES = {"requests": 2, "requests + 1": 3, "slot_pages": 1, "words": 2}
+SIZES = {"requests": 2, "requests + 1": 3, "slot_pages": 1, "words": 2, "state_requests": 2, "state_nodes": 5}
 
 
 def insert_state(state: GraphState) -> int:
-    positions = state.node(POSITIONS)
-    device = positions.meta["val"].device
-    metadata = [positions if name == POSITIONS else _input(state, name, positions) for name in ATTENTION]
+    return _attention(state) + _states(state)
+
+
+def _attention(state: GraphState) -> int:
     sites = [n for n in state.graph.nodes if n.target is ops.causal_attention]
-    pools = [_pools(state, spec, device) for spec in state.sites]
+    metadata = [_input(state, name) for name in ATTENTION] if sites else []
+    pools = [_pools(state, spec, state.node(POSITIONS).meta["val"].device) for spec in state.sites]
     for node in sites:
         call = arguments(node)
         args = (call["q"], call["k"], call["v"], *pools[node.meta["site"]], *metadata, call["scale"], call["window"])
@@ -37,8 +40,26 @@ def insert_state(state: GraphState) -> int:
     return len(sites)
 
 
-def _input(state: GraphState, name: str, positions: torch.fx.Node) -> torch.fx.Node:
-    like = positions.meta["val"]
+def _states(state: GraphState) -> int:
+    sites = [n for n in state.graph.nodes if kind_over_sequence(n) is not None]
+    metadata = [_input(state, name) for name in STATE] if sites else []
+    for node, spec in zip(sites, state.states, strict=True):
+        kind, values = KINDS[spec.kind], [*arguments(node).values()]
+        own = [
+            state.add_input(name, torch.zeros(1, *shape, dtype=spec.dtype, device=state.device))
+            for name, shape in zip(state_names(spec.index), ((spec.width,), spec.shape), strict=True)
+        ]
+        args = (*values[: kind.operands], *own, *metadata, *values[kind.operands :])
+        node.replace_all_uses_with(state.call(kind.over_trees, args, like=node))
+        state.graph.erase_node(node)
+    return len(sites)
+
+
+def _input(state: GraphState, name: str) -> torch.fx.Node:
+    """The input of this name, which is there or made."""
+    if name == POSITIONS or name in state.inputs:
+        return state.node(name)
+    like = state.node(POSITIONS).meta["val"]
     node = state.add_input(name, torch.zeros(0, dtype=torch.int64, device=like.device))
     with state.fake_mode:
         node.meta["val"] = like.new_empty(BY_NAME[name].sizes({**SIZES, "T": like.shape[0]}))
@@ -59,7 +80,7 @@ PASS = Pass(
     "insert state",
     insert_state,
     before="treeified graph",
-    after="every attention is a treespec::tree_attention on its own pools, which are inputs in site order",
+    after="attention and ops with a state are over trees, on their own pools, which are inputs in site order",
     level="stateful",
     needs=("treeify",),
 )

@@ -39,7 +39,7 @@ def recognize_attention(state: GraphState) -> int:
             _rewrite(state, forms, node)
             matches += 1
     matches += recognize_eager(state)
-    if not matches:
+    if not matches and not state.states:
         raise no_attention(state)
     return matches
 

@@ -20,6 +20,13 @@ def shard(state: GraphState) -> int:
     cut = state.cut
     if cut is None or cut.ranks == 1:
         return 0
+    if state.states:
+        site = state.states[0]
+        raise refuse(
+            Refusal.MESH,
+            f"{site.name} keeps a state ({site.kind}) besides K/V, of which ranks hold no parts yet",
+            way_out="run the model on one device",
+        )
     plan = make_plan(state, cut.ranks)
     if plan.empty:
         reason = next(iter(plan.whole.values()), "no product's size can be divided")

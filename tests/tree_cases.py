@@ -58,6 +58,8 @@ class Case:
             tree_lens=torch.tensor([len(parents) for _, parents, _ in self.requests]),
             ancestors=torch.tensor(ancestors),
             rows=torch.arange(offsets[-1]),
+            state_slots=torch.arange(n),
+            state_rows=torch.arange(sum(len(parents) for _, parents, _ in self.requests)),
         )
         t = offsets[-1]
 

@@ -14,7 +14,7 @@ from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.ir.arguments import filled
 from treespec_compiler.ir.private_torch import enable_python_dispatcher
 from treespec_compiler.ir.provenance import layer_path, module_class, op_name, source_line
-from treespec_compiler.ir.specs import EVERY_ROW, AttentionSpec, Limit, LogitsSpec, PositionSpec
+from treespec_compiler.ir.specs import EVERY_ROW, AttentionSpec, Limit, LogitsSpec, PositionSpec, StateSpec
 from treespec_compiler.ir.weights import Expression
 
 from ..forms.closed_form import ClosedForms
@@ -46,6 +46,7 @@ class GraphState:
     guards: list[sympy.Basic]
     level: str = "captured"
     sites: list[AttentionSpec] = field(default_factory=list)
+    states: list[StateSpec] = field(default_factory=list)  # sites whose past is no K/V
     positions: list[PositionSpec] = field(default_factory=list)
     limits: list[Limit] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)

@@ -223,6 +223,12 @@ def _attention(node: fx.Node, axes: Axes) -> Axis:
     return 2
 
 
+def _causal_convolution(node: fx.Node, axes: Axes) -> Axis:
+    if _only_first(node, axes) != 2:
+        raise Mixes("its input does not carry the tokens in dimension 2")
+    return 2
+
+
 _POINTWISE = (
     "abs", "add", "addcdiv", "addcmul", "bitwise_and", "bitwise_not", "bitwise_or", "clamp", "clamp_max",
     "clamp_min", "cos", "div", "elu", "eq", "erf", "exp", "exp2", "expm1", "floor", "floor_divide", "full_like",
@@ -239,6 +245,7 @@ AxisRule = Callable[[fx.Node, Axes], Axis]
 
 RULES: dict[str, AxisRule] = {f"aten.{name}": _pointwise for name in _POINTWISE} | {
     "treespec.causal_attention": _attention,
+    "treespec.causal_convolution": _causal_convolution,
     "aten.linear": _linear,
     "aten.matmul": _matmul,
     "aten.bmm": _matmul,

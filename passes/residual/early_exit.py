@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal
-from treespec_compiler.ir.inputs import ROWS
+from treespec_compiler.ir.inputs import ROWS, state_names
 
 from ..forms.closed_form import shape_of
 from ..framework.state import GraphState, refuse
@@ -56,6 +56,8 @@ def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = 
             if node.name in state.weights:
                 state.weights.drop(node.name)
     state.sites = state.sites[:layers]
+    left = {node.name for node in state.graph.nodes}
+    state.states = [spec for spec in state.states if left.issuperset(state_names(spec.index))]
     state.gm.recompile()
     return total - layers
 

@@ -8,7 +8,21 @@ import pytest
 import torch
 
 from treespec_compiler.ir import ops
-from treespec_compiler.ir.inputs import ATTENTION, BY_NAME, INPUTS, POOL, SYMBOLS, TreeMeta, input_of, pool_names
+from treespec_compiler.ir.inputs import (
+    ATTENTION,
+    BY_NAME,
+    COMMITTED,
+    INPUTS,
+    POOL,
+    STASH,
+    STATE,
+    SYMBOLS,
+    TreeMeta,
+    input_of,
+    pool_names,
+    state_names,
+)
+from treespec_compiler.ir.states import KINDS
 from treespec_compiler.program.batch import CallSizes, Part, lay_out
 from treespec_compiler.program.lowering import EXAMPLE
 from treespec_compiler.tree import TokenTree
@@ -20,9 +34,18 @@ def test_attention_takes_them_in_this_order():
     assert tuple(arguments[first : first + len(ATTENTION)]) == ATTENTION
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_ops_with_a_state_take_them_in_this_order(kind):
+    op = KINDS[kind]
+    arguments = [a.name for a in op.over_trees._schema.arguments]
+    shared = [a.name for a in op.over_sequence._schema.arguments]
+    own = ["stash", "state", *STATE]
+    assert arguments == [*shared[: op.operands], *own, *shared[op.operands :]]
+
+
 def test_names_and_symbols():
     assert [f.name for f in fields(TreeMeta)] == [each.name for each in INPUTS if each.name != "tokens"]
-    assert {s for each in (*INPUTS, POOL) for s in each.symbols.values()} == SYMBOLS
+    assert {s for each in (*INPUTS, POOL, STASH, COMMITTED) for s in each.symbols.values()} == SYMBOLS
     assert POOL.symbols == {0: "pages", 2: "page_size"}
 
 
@@ -33,11 +56,13 @@ def test_example_sizes_are_all_different():
 @pytest.mark.parametrize("name", pool_names(3))
 def test_pools_are_inputs_and_weights_are_not(name):
     assert input_of(name) is POOL and input_of("rows") is BY_NAME["rows"]
+    stash, committed = state_names(3)
+    assert input_of(stash) is STASH and input_of(committed) is COMMITTED
     assert input_of("") is None and input_of("layers_0_weight") is None
 
 
 class _Cache:
-    page_size, _pages = 100, None
+    page_size, _pages, states = 100, None, None
 
     def __init__(self, lengths):
         self._lengths, self._tables = lengths, [[slot] for slot in range(len(lengths))]
@@ -58,5 +83,7 @@ def test_a_call_is_laid_out_in_the_table_s_order(aligned):
         "tree_lens": [3, 1],
         "rows": [0, 1, 2, 3],
         "ancestors": [[0b1], [0b11], [0b101], [0b1]],
+        "state_slots": [],
+        "state_rows": [],
     }
     assert {name: value.tolist() for name, value in batch.named().items()} == expected

@@ -67,6 +67,7 @@ def test_the_order_of_the_passes() -> None:
         "every-position",
         "choose-regime",
         "strip-native-cache",
+        "recognize-states",
         "recognize-attention",
         "classify",
         "token-locality",

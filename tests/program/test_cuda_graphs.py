@@ -96,7 +96,7 @@ def test_padding_writes_nowhere_and_belongs_to_no_request(program):
     parts = [Part(1, tree(3)), Part(0, tree(2))]
     room = CallSizes(8, 4, 8, 2)
     sizes, numbers = lay_out(parts, cache, room=room, aligned=True)
-    assert sizes == (8, 4, 8, 2, 1) and len(numbers) == room.integers
+    assert sizes == (8, 4, 8, 2, 1, 0) and len(numbers) == room.integers
     batch = room.split(torch.frombuffer(numbers, dtype=torch.int64), aligned=True)
     meta = batch.meta
     assert meta.write_index.tolist() == [41, 42, 43, 4, 5, -1, -1, -1]

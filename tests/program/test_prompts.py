@@ -87,13 +87,13 @@ def test_prompts_are_laid_out_without_words_and_pages(program):
     cache = program.new_cache(max_tokens=64, slots=2)
     tree = TokenTree.chain([1, 2, 3])
     shape, numbers = lay_out([Part(1, tree, chain=True, pages=0)], cache, rows=[2], aligned=True)
-    assert shape == (3, 1, 1, 0, 0) and len(numbers) == CallSizes(*shape).integers
+    assert shape == (3, 1, 1, 0, 0, 0) and len(numbers) == CallSizes(*shape).integers
     meta = CallSizes(*shape).split(torch.frombuffer(numbers, dtype=torch.int64), aligned=True).meta
     assert meta.ancestors.shape == (3, 0) and meta.page_table.shape == (1, 0)
     assert meta.write_index.tolist() == [64, 65, 66] and meta.tree_lens.tolist() == [3]
     cache._lengths[1] = 4
     shape, _ = lay_out([Part(1, tree, chain=True)], cache, rows=[2])
-    assert shape == (3, 1, 1, 0, 1)
+    assert shape == (3, 1, 1, 0, 1, 0)
 
 
 def test_chunks_of_a_prompt_equal_the_whole(model, program):

@@ -63,22 +63,22 @@ def lines(state: GraphState) -> list[Any]:
 
 
 # Of the zoo, one of each kind of program: rotations, tables of positions, windows, softcaps, slopes that are computed,
-# constants, parallel layers.
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2", "bloom", "falcon"])
+# constants, parallel layers, states.
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2", "bloom", "falcon", "lfm2"])
 def test_a_program_comes_back_as_it_was(name: str) -> None:
-    program = converted(tiny_model(name) if name in ("gemma2", "bloom") else make(name))
+    program = converted(tiny_model(name) if name in ("gemma2", "bloom", "lfm2") else make(name))
     state, found = program.state, again(program.state)
     assert lines(found) == lines(state)
     assert [found.weights[k].shape for k in found.weights] == [state.weights[k].shape for k in state.weights]
     assert list(map(str, found.weights.values())) == list(map(str, state.weights.values()))
-    for field in ("sites", "positions", "limits", "proved_from", "model_logits", "logits_given", *PLAIN):
+    for field in ("sites", "states", "positions", "limits", "proved_from", "model_logits", "logits_given", *PLAIN):
         assert getattr(found, field) == getattr(state, field), field
     assert torch.equal(run_graph(found, TREE, PREFIX), run_graph(state, TREE, PREFIX))
     assert history_of(json.loads(json.dumps(history_text(program.history)))) == program.history
 
 
 def test_every_field_of_a_state_is_saved_or_named_here() -> None:
-    by_rule = {"gm", "weights", "sites", "positions", "limits", "proved_from", "model_logits", "logits_given"}
+    by_rule = {"gm", "weights", "sites", "states", "positions", "limits", "proved_from", "model_logits", "logits_given"}
     of_a_process = {"length", "fake_mode", "other_length", "_forms"}
     before_the_end = {"guards", "notes", "cut", "whole_groups"}
     known = {*PLAIN, *by_rule, *of_a_process, *before_the_end}

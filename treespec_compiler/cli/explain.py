@@ -95,6 +95,11 @@ def show_explanation(out: Console, name: str, title: str, found: Explanation) ->
     out.print(f"[bold]attention sites[/] ({len(found.sites)})")
     out.print(sites_table(found))
     out.print(f"KV cache: {found.bytes_per_token:,} bytes per token over all sites (KV B: of one)\n")
+    if found.states:
+        out.print(f"[bold]states[/] ({len(found.states)}), of a fixed size for each sequence")
+        for site in found.states:
+            out.print(f"  {site.index} {escape(site.module)}: {site.kind}, {site.formula}; {site.bytes_per_slot:,} B")
+        out.print()
     out.print("[bold]positions[/]")
     for formula, reader in found.positions:
         out.print(f"  {formula} read at {escape(reader)}", soft_wrap=True)
@@ -103,7 +108,8 @@ def show_explanation(out: Console, name: str, title: str, found: Explanation) ->
     out.print(
         f"\n[bold]token locality[/]: {found.local_values} values carry tokens, each made by an op proved to act on"
     )
-    out.print("each token alone; only the attention sites move information between tokens")
+    movers = "the attention sites and the states" if found.states else "the attention sites"
+    out.print(f"each token alone; only {movers} move information between tokens")
     out.print("  " + ", ".join(f"{op} {n}" for op, n in found.local_ops.items()))
     out.print("\n[bold]compared with the eager model[/], run op by op")
     out.print(f"  {found.comparison}", soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -41,6 +41,18 @@ class Site:
 
 
 @dataclass(frozen=True)
+class StateSite:
+    """One site whose past is a state, as it is shown."""
+
+    index: int
+    kind: str
+    module: str
+    source: str
+    formula: str
+    bytes_per_slot: int
+
+
+@dataclass(frozen=True)
 class Explanation:
     sites: list[Site]
     positions: list[tuple[str, str]]  # (formula, source line)
@@ -53,6 +65,7 @@ class Explanation:
     bytes_per_token: int
     comparison: Comparison
     """With the eager model, the program run op by op."""
+    states: list[StateSite] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,6 +131,10 @@ def describe(converted: Converted, graphs: list[Snapshot], comparison: Compariso
         result,
         sum(s.bytes_per_token for s in sites),
         comparison,
+        [
+            StateSite(s.index, s.kind, s.layer or s.name, short_source(s.source), s.formula, s.bytes_per_slot())
+            for s in state.states
+        ],
     )
 
 

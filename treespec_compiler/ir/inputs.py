@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SYMBOLS = frozenset({"T", "requests", "requests + 1", "rows", "words", "slot_pages", "pages", "page_size"})
+SYMBOLS = frozenset({
+    "T", "requests", "requests + 1", "rows", "words", "slot_pages", "pages", "page_size",
+    "state_requests", "state_nodes", "state_slots", "stash_rows",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Input:
     meaning: str
     attention: bool = False
     """Whether tree attention reads it."""
+    state: bool = False
+    """Whether ops with a state (`ir.states`) read it."""
     dtype: torch.dtype | None = torch.int64
     """None: the model's."""
 
@@ -45,16 +50,19 @@ INPUTS: tuple[Input, ...] = (
     Input("tokens", ("1", "T"), "the new nodes of all trees, side by side"),
     Input("positions", ("T",), "committed tokens of the request + depth of the node", attention=True),
     Input("write_index", ("T",), "where the node's K/V goes in the pools", attention=True),
-    Input("node_offsets", ("requests + 1",), "where each request's nodes start", attention=True),
+    Input("node_offsets", ("requests + 1",), "where each request's nodes start", attention=True, state=True),
     Input("page_table", ("requests", "slot_pages"), "pages of each request's slot", attention=True),
-    Input("prefix_lens", ("requests",), "committed tokens of each request", attention=True),
-    Input("tree_lens", ("requests",), "uncommitted nodes of each request", attention=True),
+    Input("prefix_lens", ("requests",), "committed tokens of each request", attention=True, state=True),
+    Input("tree_lens", ("requests",), "uncommitted nodes of each request", attention=True, state=True),
     Input("rows", ("rows",), "nodes whose logits are wanted"),
-    Input("ancestors", ("T", "words"), "a row a node, a bit an ancestor", attention=True),
+    Input("ancestors", ("T", "words"), "a row a node, a bit an ancestor", attention=True, state=True),
+    Input("state_slots", ("state_requests",), "slot of each request; empty in programs without states", state=True),
+    Input("state_rows", ("state_nodes",), "where the requests' nodes lie in stashes, all of them", state=True),
 )
 BY_NAME: Mapping[str, Input] = {each.name: each for each in INPUTS}
 TOKENS, POSITIONS, ROWS = "tokens", "positions", "rows"
 ATTENTION: tuple[str, ...] = tuple(each.name for each in INPUTS if each.attention)
+STATE: tuple[str, ...] = tuple(each.name for each in INPUTS if each.state)
 
 POOL = Input("pool", ("pages", "kv_heads", "page_size", "dim"), "K and V of each site, written in place", dtype=None)
 _POOL_PREFIX = "pool_"
@@ -70,8 +78,25 @@ def is_pool(name: str) -> bool:
     return name.startswith(_POOL_PREFIX)
 
 
+STASH = Input("stash", ("stash_rows", "width"), "of each uncommitted node, by site; written in place", dtype=None)
+COMMITTED = Input("committed", ("state_slots", ".."), "of each slot's committed tokens, by site", dtype=None)
+_STASH_PREFIX, _COMMITTED_PREFIX = "state_stash_", "state_committed_"
+
+
+def state_names(site: int) -> tuple[str, str]:
+    """The inputs that hold a site's stash and its committed state."""
+    return f"{_STASH_PREFIX}{site}", f"{_COMMITTED_PREFIX}{site}"
+
+
+def is_state(name: str) -> bool:
+    """Whether an input of this name is a stash or a committed state."""
+    return name.startswith((_STASH_PREFIX, _COMMITTED_PREFIX))
+
+
 def input_of(name: str) -> Input | None:
     """What the table says of an input; None: it is a weight."""
+    if is_state(name):
+        return STASH if name.startswith(_STASH_PREFIX) else COMMITTED
     return POOL if is_pool(name) else BY_NAME.get(name)
 
 
@@ -92,3 +117,5 @@ class TreeMeta:
     tree_lens: Tensor  # M_r: uncommitted nodes, new ones included, at offsets prefix_len .. prefix_len + M_r - 1
     rows: Tensor  # which of the T nodes' logits are wanted
     ancestors: Tensor  # bit (j % 64) of word (j // 64) of row i: node j is an ancestor of node i, or i itself
+    state_slots: Tensor  # slot of each request; without states in the program, of no request
+    state_rows: Tensor  # the rows of stashes of request 0's tree_lens[0] nodes, then request 1's; none without states

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .accept import greedy_accept
 from .attention import tree_attention
 from .commit import commit_path
+from .convolution import causal_convolution, tree_convolution
 from .grouped_linear import grouped_linear
 from .linear import pack_weight, packed_bytes, packed_linear, unpack_weight
 from .sequence_attention import attention, causal_attention
@@ -13,6 +14,7 @@ from .stochastic_accept import stochastic_accept
 __all__ = [
     "attention",
     "causal_attention",
+    "causal_convolution",
     "commit_path",
     "greedy_accept",
     "grouped_linear",
@@ -21,5 +23,6 @@ __all__ = [
     "packed_linear",
     "stochastic_accept",
     "tree_attention",
+    "tree_convolution",
     "unpack_weight",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -107,6 +108,32 @@ class AttentionSpec:
 
     def bytes_per_token(self) -> int:
         return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One site of the decoder whose past is a state of a fixed size (`ir.states`); numbered in graph order."""
+
+    index: int
+    kind: str
+    name: str
+    layer: str
+    source: str
+    shape: tuple[int, ...]
+    """Of the state of a slot."""
+    width: int
+    """Numbers that are kept of an uncommitted node."""
+    dtype: torch.dtype
+    formula: str
+    sizes: tuple[int, ...] = ()
+    """What else the kind must know of its numbers."""
+
+    def bytes_per_slot(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def bytes_per_node(self) -> int:
+        """Of an uncommitted node."""
+        return self.width * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

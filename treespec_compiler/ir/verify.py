@@ -13,9 +13,10 @@ from torch import fx
 
 from .arguments import is_filled
 from .attention import tree_attention
-from .inputs import ROWS, is_pool, pool_names
+from .inputs import ROWS, is_pool, is_state, pool_names, state_names
 from .library import definition
 from .provenance import op_name
+from .states import is_over_trees, kind_over_sequence
 
 GraphRule = Callable[[fx.Graph], str | None]
 
@@ -76,11 +77,11 @@ def _is_tree_attention(node: fx.Node) -> bool:
     return definition(node.target) is tree_attention
 
 
-def _only_attention_mutates(graph: fx.Graph) -> str | None:
+def _only_state_mutates(graph: fx.Graph) -> str | None:
     for node in _calls(graph):
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable and not _is_tree_attention(node):
-            return f"something other than tree attention writes in place: {node.format_node()}"
+        if schema is not None and schema.is_mutable and not _is_tree_attention(node) and not is_over_trees(node):
+            return f"something other than tree attention and states writes in place: {node.format_node()}"
     return None
 
 
@@ -99,6 +100,23 @@ def _pools_in_site_order(graph: fx.Graph) -> str | None:
     found = [n.name for n in graph.nodes if n.op == "placeholder" and is_pool(n.name)]
     wanted = [name for i in range(expected) for name in pool_names(i)]
     return None if found == wanted else f"pool inputs {found}, expected {wanted}"
+
+
+def _states_in_site_order(graph: fx.Graph) -> str | None:
+    """State site i has the inputs that `state_names(i)` says, and nobody else has; no op is over a whole sequence."""
+    expected: list[str] = []
+    for node in _calls(graph):
+        if kind_over_sequence(node) is not None:
+            return f"an op over one whole sequence: {node.format_node()}"
+        if not is_over_trees(node):
+            continue
+        own = [a for a in node.all_input_nodes if is_state(a.name)]
+        if any(len(a.users) != 1 for a in own):
+            return f"the state of {node.format_node()} has other users"
+        expected += [a.name for a in own]
+    found = [n.name for n in graph.nodes if n.op == "placeholder" and is_state(n.name)]
+    wanted = [name for i in range(len(found) // 2) for name in state_names(i)]
+    return None if found == wanted == expected else f"state inputs {found}, read {expected}, expected {wanted}"
 
 
 def _rows_selected(graph: fx.Graph) -> str | None:
@@ -137,7 +155,7 @@ _ADDED: dict[str, tuple[GraphRule, ...]] = {
     "recognized": (_NO_SDPA,),
     "classified": (_NO_MASKED,),
     "treeified": (_no_counting,),
-    "stateful": (_NO_SEQUENCE, _only_attention_mutates, _pools_in_site_order),
+    "stateful": (_NO_SEQUENCE, _only_state_mutates, _pools_in_site_order, _states_in_site_order),
     "rows": (_rows_selected,),
     "bound": (),
 }

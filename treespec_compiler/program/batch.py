@@ -57,12 +57,15 @@ class CallSizes:
     words: int
     pages: int = 1
     """Of each request."""
+    states: int = 0
+    """Uncommitted nodes of all requests; 0 also where no program has states."""
 
     @property
     def _shapes(self) -> dict[str, list[int]]:
         r = self.requests
         sizes = {"T": self.nodes, "requests": r, "requests + 1": r + 1, "rows": self.rows}
         sizes |= {"words": self.words, "slot_pages": self.pages}
+        sizes |= {"state_requests": r if self.states else 0, "state_nodes": self.states}
         return {each.name: each.sizes(sizes) for each in INPUTS}
 
     @property
@@ -91,7 +94,7 @@ def lay_out(
     rows: Sequence[int] | None = None,
     room: CallSizes | None = None,
     aligned: bool = False,
-) -> tuple[tuple[int, int, int, int, int], array[int]]:
+) -> tuple[tuple[int, int, int, int, int, int], array[int]]:
     """The fields of a `CallSizes`, and all integers of the call; `rows` defaults to every new node.
 
     With `room`, sizes at least as large, the call is padded to it: with nodes that belong to no request and write
@@ -103,6 +106,8 @@ def lay_out(
     write: list[int] = []
     bits: list[int] = []
     offsets, prefixes, sizes, pages = [0], [], [], list[int]()
+    slots: list[int] = []
+    stashed: list[int] = []
     words = word_count(parts) if room is None else room.words
     wide = page_count(parts, cache) if room is None else room.pages
     for part in parts:
@@ -128,6 +133,9 @@ def lay_out(
         pages += table[:wide]
         if len(table) < wide:
             pages += [0] * (wide - len(table))  # not read: no token lies there
+        if cache.states is not None:
+            slots.append(part.slot)
+            stashed += cache._stash_rows(part.slot, size)
     if room is not None:
         more, idle = room.nodes - len(tokens), [0] * (room.requests - len(parts))
         tokens += [0] * more
@@ -140,13 +148,15 @@ def lay_out(
         pages += idle * wide
     count, requests = len(tokens), len(sizes)
     chosen: Sequence[int] = range(count) if rows is None else rows
-    shape = (count, requests, len(chosen), words, wide)
+    shape = (count, requests, len(chosen), words, wide, len(stashed))
     if aligned:
-        for field in (tokens, positions, write, offsets, pages, prefixes, sizes, bits):
+        for field in (tokens, positions, write, offsets, pages, prefixes, sizes, bits, slots, stashed):
             field += [0] * (len(field) % 2)
         chosen = [*chosen, *([0] * (len(chosen) % 2))]
-    # One array for all integers, in the order of INPUTS: nine small tensors would cost more than a small draft's layer.
-    numbers = array("q", [*tokens, *positions, *write, *offsets, *pages, *prefixes, *sizes, *chosen, *bits])
+    # One array for all integers, in the order of INPUTS: small tensors would cost more than a small draft's layer.
+    numbers = array(
+        "q", [*tokens, *positions, *write, *offsets, *pages, *prefixes, *sizes, *chosen, *bits, *slots, *stashed]
+    )
     return shape, numbers
 
 

@@ -3,7 +3,8 @@
 Tokens 0 .. length-1 of a slot are committed; the uncommitted tree's node j lies at length + j. Where offset n lies in
 the pools is said by the slot's table of pages: on page `table[n // page_size]`, at `n % page_size`. Without `page_size`
 a slot is one page of its own, which grows with what lies in it; with it, slots take pages as they grow, and share what
-they have in common (`pages.Pages`).
+they have in common (`pages.Pages`). A decoder with states (`states.StatePools`) shares nothing: a state is of all its
+tokens, and none is kept of fewer.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheOverflow, InvalidPath, OutOfPages, StaleCache, UnknownSlot
-from ..ir.specs import AttentionSpec
+from ..ir.specs import AttentionSpec, StateSpec
 from ..tree import TokenTree
 from .pages import FIRST, PageCounts, Pages
+from .states import StatePools
 
 # Tokens of a slot's page to begin with, where it is one page of its own; a full one is made twice as long.
 FIRST_PAGE = 4096
@@ -28,7 +30,7 @@ class TreeCache:
     """K/V pools of a tree program and what lies in them. Made by `TreeProgram.new_cache`.
 
     `page_size` tokens make a page, of which there are `pages`. Bytes: their product times the sum of the sites'
-    `bytes_per_token()`.
+    `bytes_per_token()`, and what `states` take.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class TreeCache:
         commit_kernel: Callable[[Sequence[Tensor], Tensor, Tensor], Any],
         page_size: int | None = None,
         pages: int | None = None,
+        states: Sequence[StateSpec] = (),
     ) -> None:
         self.max_tokens, self.slots = max_tokens, slots
         self.stale: str | None = None
@@ -60,6 +63,8 @@ class TreeCache:
         count = slots if self._pages is None else self._pages.count
         self.storages, self.pools = _allocate(sites, self.page_size, count, device)
         self._sites = sites
+        self._device = device
+        self.states = StatePools(states, slots, device) if states else None
 
     def length(self, slot: int = 0) -> int:
         """Committed tokens of the slot."""
@@ -71,7 +76,8 @@ class TreeCache:
 
     @property
     def bytes(self) -> int:
-        return sum(s.numel() * s.element_size() for s in self.storages)
+        states = 0 if self.states is None else self.states.bytes
+        return states + sum(s.numel() * s.element_size() for s in self.storages)
 
     @property
     def page_counts(self) -> PageCounts:
@@ -92,7 +98,7 @@ class TreeCache:
     def shared_with(self, tokens: Sequence[int]) -> int:
         """Pages, of those that a slot with these tokens needs, that others hold and it would share (`adopt`)."""
         pages, size, before, shared = self._pages, self.page_size, FIRST, 0
-        if pages is None:
+        if pages is None or self.states is not None:
             return 0
         for start in range(0, (len(tokens) - 1) // size * size, size):
             page = pages.find(before, tokens[start : start + size])
@@ -120,23 +126,23 @@ class TreeCache:
             if moved:
                 src += self._places(slot, [node for node, _ in moved])
                 dst += self._places(slot, [target for _, target in moved])
-        if src:
-            moves = torch.tensor([src, dst]).to(self.storages[0].device, non_blocking=True)
+        if src and self.storages:
+            moves = torch.tensor([src, dst]).to(self._device, non_blocking=True)
             self._commit(self.storages, moves[0], moves[1])
         for slot, nodes in paths.items():
             tree = self._trees[slot]
-            self._append(slot, [tree.tokens[node] for node in nodes] if tree is not None else [])
+            self._append(slot, [tree.tokens[node] for node in nodes] if tree is not None else [], nodes)
 
     def adopt(self, slot: int, tokens: Sequence[int]) -> int:
         """Begin an empty slot with the pages of other slots that begin with the same tokens; full ones of former slots
         too. A page that is not full is copied as soon as one of the slots writes to it.
 
         How many of `tokens` are committed by that: never the last one, whose logits somebody wants. Always 0 without
-        `page_size`.
+        `page_size`, and in a decoder with states.
         """
         self._check_fresh([self._check_slot(slot)])
         pages, table = self._pages, self._tables[slot]
-        if pages is None or self._lengths[slot] or table:
+        if pages is None or self._lengths[slot] or table or self.states is not None:
             return 0
         size, before, most = self.page_size, FIRST, min(len(tokens) - 1, self.max_tokens)
         for start in range(0, most // size * size, size):
@@ -175,6 +181,8 @@ class TreeCache:
         self._lengths[slot] = 0
         self._trees[slot] = None
         self._outdated.pop(slot, None)
+        if self.states is not None:
+            self.states.drop(slot)
         if self._pages is not None:
             self._give_up(slot, 0)
             self._tokens[slot], self._known[slot] = [], 0
@@ -184,8 +192,14 @@ class TreeCache:
         if self._pages is not None:
             self._pages.forget_idle()
 
-    def _append(self, slot: int, tokens: Sequence[int]) -> None:
-        """These tokens are committed: their K/V lie behind the others, and nothing behind them counts."""
+    def _append(self, slot: int, tokens: Sequence[int], nodes: Sequence[int] | None = None) -> None:
+        """These tokens are committed: their K/V lie behind the others, and nothing behind them counts.
+
+        They were these nodes of the slot's last call; None: the first ones, in a row.
+        """
+        if self.states is not None:
+            path = range(len(tokens)) if nodes is None else nodes
+            self.states.commit(slot, path, first=not self._lengths[slot])
         self._lengths[slot] += len(tokens)
         self._trees[slot] = None
         if self._pages is None:
@@ -227,12 +241,12 @@ class TreeCache:
 
     def _grow(self, tokens: int) -> None:
         """Longer pages with the same tokens in them; whoever holds pools must take the new ones."""
-        old, device = self.storages, self.storages[0].device
+        old = self.storages
         self.storages, self.pools = [], []
         self.prepared.clear()
         # NOTE pools made in inference mode could be written in no other.
         with torch.inference_mode(False), torch.no_grad():
-            self.storages, self.pools = _allocate(self._sites, tokens, self.slots, device)
+            self.storages, self.pools = _allocate(self._sites, tokens, self.slots, self._device)
             for storage in self.storages:
                 storage[..., : self.page_size, :] = old.pop(0)
         self.page_size = tokens
@@ -266,6 +280,14 @@ class TreeCache:
             base = table[0] * size + length
             return [base + node for node in nodes]
         return [table[(length + node) // size] * size + (length + node) % size for node in nodes]
+
+    def _stash_rows(self, slot: int, nodes: int) -> list[int]:
+        """Where so many uncommitted nodes of the slot lie in stashes."""
+        assert self.states is not None
+        rows, grown = self.states.rows(slot, nodes)
+        if grown:
+            self.prepared.clear()
+        return rows
 
     def _outdate(self, reason: str) -> None:
         """What lies in the slots was computed by other weights; a freed slot is as good as new."""

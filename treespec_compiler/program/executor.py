@@ -18,7 +18,7 @@ from ..capture.alone import alone
 from ..capture.surroundings import outside_autocast
 from ..errors import InvalidOption
 from ..ir.device import profile
-from ..ir.inputs import BY_NAME, TOKENS, pool_names
+from ..ir.inputs import BY_NAME, TOKENS, pool_names, state_names
 from ..options import Options
 from ..passes.framework.state import GraphState
 from .batch import Batch, Buffer, CallSizes, Part, lay_out, pack
@@ -83,6 +83,11 @@ class Executor:
             (places[name], 2 * site.index + at)
             for site in state.sites
             for at, name in enumerate(pool_names(site.index))
+        ]
+        self._states = [
+            (places[name], 2 * site.index + at)
+            for site in state.states
+            for at, name in enumerate(state_names(site.index))
         ]
         self.announce: Announce | None = None
         """Told of every call before it runs, where other ranks run it too."""
@@ -177,6 +182,9 @@ class Executor:
             inputs[place] = named[name]
         for place, pool in self._pools:
             inputs[place] = cache.pools[pool]
+        if cache.states is not None:
+            for place, tensor in self._states:
+                inputs[place] = cache.states.tensors[tensor]
         return inputs
 
     def _launch(self, inputs: list[Tensor]) -> Sequence[Tensor]:

@@ -35,6 +35,10 @@ EXAMPLE = {
     "pages": 2,
     "page_size": 17,
     "slot_pages": 6,
+    "state_requests": 8,
+    "state_nodes": 19,
+    "state_slots": 9,
+    "stash_rows": 23,
 }
 
 _compile_calls = 0

@@ -18,7 +18,7 @@ from ..capture.fills import as_it_was, refillable, unfilled
 from ..capture.found import place
 from ..errors import PassError, Refusal, TreespecError, Unsupported
 from ..ir import ops
-from ..ir.inputs import TOKENS, is_pool
+from ..ir.inputs import TOKENS, is_pool, is_state
 from ..ir.specs import EVERY_ROW, LogitsSpec
 from ..logs import logger
 from ..passes.framework.manager import Check
@@ -90,12 +90,12 @@ def kept(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 def run_graph(state: GraphState, tree: TokenTree, prefix: list[int]) -> Tensor:
     """Logits [N, V] of the state's graph for a tree after a committed prefix, op by op."""
     value: Any = state.logits.meta["val"]
-    cache = TreeCache(state.sites, len(prefix) + len(tree), 1, value.device, ops.commit_path)
+    cache = TreeCache(state.sites, len(prefix) + len(tree), 1, value.device, ops.commit_path, states=state.states)
     cache._reserve(0, len(prefix) + len(tree))
     if prefix:
         chain = TokenTree.chain(prefix)
         _interpret(state, pack([Part(0, chain)], cache, value.device), cache)
-        cache._lengths[0] = len(prefix)
+        cache._append(0, prefix)
     return _interpret(state, pack([Part(0, tree)], cache, value.device), cache)
 
 
@@ -103,6 +103,7 @@ def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
     dynamic = batch.named()
     dynamic[state.tokens] = dynamic.pop(TOKENS)
     pools = iter(cache.pools)
+    states = iter(cache.states.tensors if cache.states is not None else ())
     inputs = []
     for node in state.graph.nodes:
         if node.op != "placeholder":
@@ -111,6 +112,8 @@ def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
             inputs.append(dynamic[node.name])
         elif is_pool(node.name):
             inputs.append(next(pools))
+        elif is_state(node.name):
+            inputs.append(next(states))
         elif node.name in state.weights:
             inputs.append(state.constants[node.name])
         else:

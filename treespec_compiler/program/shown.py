@@ -7,16 +7,25 @@ from html import escape
 
 from torch import nn
 
-from ..ir.specs import AttentionSpec
+from ..ir.specs import AttentionSpec, StateSpec
 from .cuda_graphs import GraphStats
 
 
-def as_text(model: nn.Module | None, sites: Sequence[AttentionSpec], max_context: int | None, stats: GraphStats) -> str:
+def as_text(
+    model: nn.Module | None,
+    sites: Sequence[AttentionSpec],
+    states: Sequence[StateSpec],
+    max_context: int | None,
+    stats: GraphStats,
+) -> str:
     name = type(model).__name__ if model is not None else "a deleted module"
     masks = ", ".join(sorted({s.mask.formula for s in sites}))
     graphs = "" if stats.off else f", {stats}"
     context = max_context or "unlimited"
-    return f"TreeProgram({name}: {len(sites)} attention sites, mask {masks}, context {context}{graphs})"
+    kinds = " and ".join(dict.fromkeys(s.kind for s in states))
+    kept = f", {len(states)} states ({kinds})" if states else ""
+    seen = f", mask {masks}" if sites else ""
+    return f"TreeProgram({name}: {len(sites)} attention sites{seen}{kept}, context {context}{graphs})"
 
 
 def as_html(text: str, sites: Sequence[AttentionSpec]) -> str:

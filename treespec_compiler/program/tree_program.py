@@ -15,7 +15,7 @@ from ..capture.call import CallSpec, call_spec, original_module
 from ..capture.surroundings import not_traced
 from ..errors import InvalidOption, StaleCache
 from ..ir.device import profile
-from ..ir.specs import AttentionSpec, Limit
+from ..ir.specs import AttentionSpec, Limit, StateSpec
 from ..logs import logger
 from ..options import Options
 from ..passes.framework.state import GraphState
@@ -183,6 +183,11 @@ class TreeProgram:
         return self._made.state.sites
 
     @property
+    def states(self) -> list[StateSpec]:
+        """Sites whose past is a state and not K/V, in graph order."""
+        return self._made.state.states
+
+    @property
     def max_context(self) -> int | None:
         """Largest number of tokens of one sequence that the program is proved for; None: unlimited."""
         return self._made.max_context
@@ -235,7 +240,8 @@ class TreeProgram:
     ) -> TreeCache:
         """A cache as `new_cache` gives one, without a look at weights, state or the comparison with the model."""
         make = TreeCache if self.leader is None else self.leader.cache
-        cache = make(self.sites, max_tokens, slots, self.device, self._made.commit, page_size, pages)
+        sizes = (max_tokens, slots, self.device, self._made.commit, page_size, pages)
+        cache = make(self.sites, *sizes) if not self.states else TreeCache(self.sites, *sizes, states=self.states)
         self._followed.caches.add(cache)
         return cache
 
@@ -406,7 +412,7 @@ class TreeProgram:
         return made
 
     def __repr__(self) -> str:
-        return as_text(self._model(), self.sites, self.max_context, self.graph_stats)
+        return as_text(self._model(), self.sites, self.states, self.max_context, self.graph_stats)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""

@@ -106,7 +106,7 @@ says why, nothing was converted. *wrong* must never appear. *error*: the tiny mo
 treespec failed otherwise.
 
 Classes: A plain attention, B eager attention, C mixture of experts, D a variation of mask or score, E a token mixer
-other than attention (to be refused), F no full graph, N not a decoder alone (to be refused)."""
+other than attention (a state, or refused), F no full graph, N not a decoder alone (to be refused)."""
 
 
 def _counts(results: list[Result]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ...ir.private_torch import FakeTensorMode
-from ...ir.specs import AttentionSpec, Limit, LogitsSpec, MaskSpec, PositionSpec
+from ...ir.specs import AttentionSpec, Limit, LogitsSpec, MaskSpec, PositionSpec, StateSpec
 from ...passes.framework.manager import History, PassRecord
 from ...passes.framework.state import GraphState
 from ...passes.framework.weights import Weights
@@ -40,6 +40,7 @@ def state_text(state: GraphState) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "graph": graphs.write(state.gm),
         "weights": {name: weight_text(made, graphs) for name, made in state.weights.items()},
         "sites": [asdict(site) | {"dtype": named(site.dtype)} for site in state.sites],
+        "states": [asdict(site) | {"dtype": named(site.dtype)} for site in state.states],
         "positions": [asdict(position) for position in state.positions],
         "limits": [asdict(limit) for limit in state.limits],
         "proved_from": sorted(state.proved_from),
@@ -64,6 +65,7 @@ def state_of(text: Mapping[str, Any], tensors: Mapping[str, Tensor], read: Calla
         fake_mode=mode,
         guards=[],
         sites=[_site(site) for site in text["sites"]],
+        states=[_state_site(site) for site in text["states"]],
         positions=[PositionSpec(**position) for position in text["positions"]],
         limits=[Limit(**limit) for limit in text["limits"]],
         proved_from=set(text["proved_from"]),
@@ -80,6 +82,11 @@ def state_of(text: Mapping[str, Any], tensors: Mapping[str, Tensor], read: Calla
 def _site(text: dict[str, Any]) -> AttentionSpec:
     own = {"dtype": of_name("dtype", text["dtype"]), "mask": MaskSpec(**text["mask"])}
     return AttentionSpec(**(text | own))
+
+
+def _state_site(text: dict[str, Any]) -> StateSpec:
+    own = {"dtype": of_name("dtype", text["dtype"]), "shape": tuple(text["shape"]), "sizes": tuple(text["sizes"])}
+    return StateSpec(**(text | own))
 
 
 def history_text(history: History) -> list[dict[str, Any]]:
