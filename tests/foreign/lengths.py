@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from typing import Any
 
 import numpy as np
 import torch
 from modules import DIM, HEADS, Tiny
 from torch import Tensor
+from torch.nn import functional
 
 
 class Length(Tiny):
@@ -127,6 +129,14 @@ class KeptInAGlobal(Length):
         return m
 
 
+class Raises:
+    """An object of the module's that raises another error than `AttributeError`."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+RAISES = Raises()
 REACH = 5
 
 
@@ -156,6 +166,49 @@ def listed(tokens: int) -> Tensor:
 class ListedLoop(Length):
     def mask(self, tokens: int) -> Tensor:
         return listed(tokens)
+
+
+class Settings:
+    reach = 4
+
+
+SETTINGS = Settings()
+
+
+class SettingsLoop(Length):
+    def mask(self, tokens: int) -> Tensor:
+        m = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for i in range(tokens):
+            m[i, max(0, i - SETTINGS.reach) : i + 1] = True
+        return m
+
+
+class FunctionInAnAttribute(Length):
+    def setup(self) -> None:
+        self.reach = lambda: 3
+
+    def mask(self, tokens: int) -> Tensor:
+        reach = self.reach
+        m = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for i in range(tokens):
+            m[i, max(0, i - reach()) : i + 1] = True
+        return m
+
+
+class OtherInEachLayer(Tiny):
+    """The same lines with other functions."""
+
+    layers = 2
+
+    def setup(self) -> None:
+        self.reaches = [lambda: 3, lambda: 6]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        reach, t = self.reaches[layer], q.shape[2]
+        m = torch.zeros(t, t, dtype=torch.bool)
+        for i in range(t):
+            m[i, max(0, i - reach()) : i + 1] = True
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=m)
 
 
 CONVERTED: tuple[type[Length], ...] = (
@@ -234,6 +287,59 @@ class SeesTheFuture(Length):
         return m
 
 
+class OtherAtSevenBits(Length):
+    """At 127 tokens, to which no number in the code points."""
+
+    def mask(self, tokens: int) -> Tensor:
+        m = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for i in range(tokens):
+            m[i, 0 if bin(tokens).count("1") < 7 else i : i + 1] = True
+        return m
+
+
+def reach_at(tokens: int) -> int:
+    return 4 if tokens != 1501 else 9
+
+
+class OtherInAFunction(Length):
+    """At a number in another function."""
+
+    def mask(self, tokens: int) -> Tensor:
+        m = torch.zeros(tokens, tokens, dtype=torch.bool)
+        m[0, 0] = True
+        for i in range(1, tokens):
+            m[i] = torch.arange(tokens) > i - reach_at(tokens)
+        return m.tril()
+
+
+class OtherLater(Length):
+    """The clock is asked."""
+
+    def mask(self, tokens: int) -> Tensor:
+        m = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for i in range(tokens):
+            m[i, 0 if time.time() < 1e12 else i : i + 1] = True
+        return m
+
+
+class CountsElsewhere(Length):
+    """In an object of the module's, for many calls to come."""
+
+    def mask(self, tokens: int) -> Tensor:
+        m = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for i in range(tokens):
+            m[i, 0 if counted() < 100_000 else i : i + 1] = True
+        return m
+
+
+CALLS = Settings()
+
+
+def counted() -> int:
+    CALLS.reach += 1
+    return CALLS.reach
+
+
 class Counts(Length):
     """The loop counts calls besides."""
 
@@ -256,5 +362,9 @@ REFUSED: tuple[type[Length], ...] = (
     FromTokens,
     OneToken,
     SeesTheFuture,
+    OtherAtSevenBits,
+    OtherInAFunction,
+    OtherLater,
+    CountsElsewhere,
     Counts,
 )

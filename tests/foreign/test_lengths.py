@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import lengths
 import pytest
 import torch
-from lengths import CONVERTED, REFUSED, CachedLoop, KeptByLength, KeptInAGlobal, Length, ListedLoop, RowsInALoop
+from lengths import (
+    CONVERTED,
+    REFUSED,
+    CachedLoop,
+    FunctionInAnAttribute,
+    KeptByLength,
+    KeptInAGlobal,
+    Length,
+    ListedLoop,
+    OtherInEachLayer,
+    RowsInALoop,
+    SettingsLoop,
+)
 from modules import VOCAB
 from oracles import EAGER, assert_decodes
 from styles import built
@@ -72,3 +87,69 @@ def test_what_its_user_put_there_is_no_table(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(lengths.KEPT, 11, torch.zeros(11, 11))
     with pytest.raises(treespec.Unsupported):
         treespec.tree_program(built(KeptInAGlobal), options=EAGER)
+
+
+def test_what_the_loop_reads_of_an_object_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built(SettingsLoop)
+    assert treespec.tree_program(model, options=EAGER).sites[0].mask.window == 5
+    monkeypatch.setattr(lengths.SETTINGS, "reach", 2)
+    again = treespec.tree_program(model, options=EAGER)
+    assert again.sites[0].mask.window == 3
+    assert_decodes(model, again, VOCAB, rounds=1, size=7)
+
+
+def test_a_function_in_an_attribute_is_followed() -> None:
+    model = built(FunctionInAnAttribute)
+    assert treespec.tree_program(model, options=EAGER).sites[0].mask.window == 4
+    model.reach = lambda: 2
+    again = treespec.tree_program(model, options=EAGER)
+    assert again.sites[0].mask.window == 3
+    assert_decodes(model, again, VOCAB, rounds=1, size=7)
+
+
+def test_layers_have_tables_of_their_own() -> None:
+    model = built(OtherInEachLayer)
+    program = treespec.tree_program(model, options=EAGER)
+    assert [site.mask.window for site in program.sites] == [4, 7]
+    assert_decodes(model, program, VOCAB, rounds=1, size=7)
+
+
+def test_what_its_user_keeps_there_later_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lengths, "KEPT", {})
+    model = built(KeptInAGlobal)
+    treespec.tree_program(model, options=EAGER)
+    lengths.KEPT[40] = torch.zeros(40, 40)
+    with pytest.raises(treespec.Unsupported):
+        treespec.tree_program(model, options=EAGER)
+
+
+def test_what_an_earlier_call_kept_at_any_length_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lengths.KEPT, 101, torch.zeros(101, 101))
+    with pytest.raises(treespec.Unsupported):
+        treespec.tree_program(built(KeptInAGlobal), options=EAGER)
+
+
+LOOP = """
+import torch
+from modules import Tiny
+
+class Edited(Tiny):
+    layers = 1
+
+    def mask(self, tokens):
+        seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        for i in range(tokens):
+            seen[i, : max(0, i - 3)] = False
+        return seen
+"""
+
+
+def test_a_file_that_was_edited_since_is_not_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "edited_since.py"
+    file.write_text(LOOP)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = built(importlib.import_module("edited_since").Edited)
+    file.write_text(LOOP.replace("i - 3", "i - 30"))  # of another size, as `linecache` asks
+    with pytest.raises(treespec.Unsupported) as refusal:
+        treespec.tree_program(model, options=EAGER)
+    assert refusal.value.kind is Refusal.SPECIALISED

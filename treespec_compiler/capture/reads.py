@@ -55,7 +55,7 @@ class Reads:
         if reason := self._unguarded.changed(model):
             return reason
         if any(each.changed for each in self._removed):
-            return "the code of a function"
+            return "the code of a function, or what it makes a table of"
         guards = self._guards()
         if guards is None:
             return "an object that forward reads was replaced"

@@ -4,22 +4,22 @@ What the code does is the same (`checks`, `tables`); the functions have it while
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import contextlib
 import copy
+import dis
+import functools
 import gc
 import inspect
+import operator
 import sys
-import sysconfig
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
-
-import numpy as np
-from torch import Tensor
 
 from ..errors import Refusal, Unsupported
 from ..logs import logger
@@ -40,15 +40,15 @@ class Rewritten:
     lines: tuple[int, ...]
     """Where it is another one."""
     body: ast.FunctionDef
-    read: tuple[tuple[dict[str, Any], str, Any, Any], ...] = ()
-    """(table, name, value, contents): what tables were made with that no guard of a trace sees."""
+    read: tuple[Callable[[], bool], ...] = ()
+    """Whether what its tables were made with, which no guard of a trace sees, is another now."""
 
     @property
     def changed(self) -> bool:
         """Whether the function, or what it was rewritten with, is another one now."""
         if self.function.__code__ is not self.before:
             return True
-        return any(t.get(name) is not v or _contents(v) != was for t, name, v, was in self.read)
+        return any(is_another() for is_another in self.read)
 
 
 def rewritten_for(
@@ -72,12 +72,12 @@ def rewritten_for(
             continue
         others = [each for each in known if each is not old]
         found = _without_check(function, body, line) if checks else None
-        read: tuple[Any, ...] = () if old is None else old.read
+        read = () if old is None else old.read
         if found is None:
-            found = _with_table(function, body, line, others, run, length)
-            read = (*read, *_globals_of(function))
-        if found is None:
-            continue
+            table = _with_table(function, body, line, others, run, length)
+            if table is None:
+                continue
+            found, read = table[:2], (*read, *table[2])
         before = function.__code__ if old is None else old.before
         lines = (line,) if old is None else (*old.lines, line)
         return [*others, Rewritten(function, before, found[1], lines, found[0], read)]
@@ -120,8 +120,11 @@ def _with_table(
     others: Sequence[Rewritten],
     run: Callable[[int], None],
     length: int,
-) -> tuple[ast.FunctionDef, CodeType] | None:
-    """The function with a table in the place of what it computes from sizes at the line; None: it is no table."""
+) -> tuple[ast.FunctionDef, CodeType, tuple[Callable[[], bool], ...]] | None:
+    """The function with a table in the place of what it computes from sizes at the line, and what is asked of it later.
+
+    None: it is no table.
+    """
     literals = [n.value for n in ast.walk(body) if isinstance(n, ast.Constant) and type(n.value) is int]
     for region in regions_at(body, line, function):
         try:
@@ -135,7 +138,8 @@ def _with_table(
                     place.seen.clear()
                     run(tokens)
                     runs.append(list(place.seen))
-            tree = _placed(body, region, tabulated(place, runs[0], runs[1], literals))
+            table = tabulated(place, runs[0], runs[1], literals)
+            tree = _placed(body, region, table.statements)
             code = _compiled(tree, function)
         except NoTable:
             continue
@@ -145,7 +149,7 @@ def _with_table(
         finally:
             forget()
         if code is not None:
-            return tree, code
+            return tree, code, table.changed
     return None
 
 
@@ -181,53 +185,6 @@ class _Replaced(ast.NodeTransformer):
         return super().generic_visit(node)
 
 
-def _globals_of(function: FunctionType) -> Iterator[tuple[dict[str, Any], str, Any, Any]]:
-    """Globals that the function and the functions that it calls read, those of installed libraries left out."""
-    pending, seen = [function], {function}
-    while pending:
-        each = pending.pop()
-        for name in _names(each.__code__):
-            value = each.__globals__.get(name, each)
-            if value is each or isinstance(value, (ModuleType, BuiltinFunctionType)) or name in ("TABLES",):
-                continue
-            inner = inspect.unwrap(value) if callable(value) else value  # of `functools.cache`, and the like
-            if isinstance(inner, FunctionType) and inner not in seen and not _installed(inner):
-                seen.add(inner)
-                pending.append(inner)
-            if not isinstance(value, dict):  # what is kept by length grows
-                yield each.__globals__, name, value, _contents(value)
-
-
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-
-
-def _installed(function: FunctionType) -> bool:
-    return function.__code__.co_filename.startswith(_LIBRARIES)
-
-
-def _contents(value: Any) -> Any:
-    """What a list, a set, a tensor or an array holds, to be compared; None of everything else."""
-    if isinstance(value, (list, tuple)):
-        return [(x, _contents(x)) if isinstance(x, _COMPARED) else (id(x), _contents(x)) for x in value]
-    if isinstance(value, set):
-        return frozenset(value)
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    if isinstance(value, np.ndarray):
-        return value.dtype.str, value.tobytes()
-    return None
-
-
-_COMPARED = (int, float, bool, str, type(None))
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
-
-
 def _function_at(filename: str, line: int) -> FunctionType | None:
     """The function that holds the line of the file, of which the end of the path will do."""
     for module in list(sys.modules.values()):
@@ -235,8 +192,8 @@ def _function_at(filename: str, line: int) -> FunctionType | None:
             continue
         for value in list(vars(module).values()):
             for each in (value, *(vars(value).values() if isinstance(value, type) else ())):
-                function = inspect.unwrap(each) if callable(each) else getattr(each, "__func__", None)
-                if isinstance(function, FunctionType) and _holds(function.__code__, filename, line):
+                function = _inner(each)
+                if function is not None and _holds(function.__code__, filename, line):
                     return function
     inner = [f for f in gc.get_objects() if isinstance(f, FunctionType) and _holds(f.__code__, filename, line)]
     codes = {f.__code__ for f in inner}
@@ -245,13 +202,22 @@ def _function_at(filename: str, line: int) -> FunctionType | None:
     return alike[0] if len(alike) == 1 else None
 
 
+def _inner(value: Any) -> FunctionType | None:
+    """The function that something in a module or a class is, or is made of."""
+    try:
+        found = inspect.unwrap(value) if callable(value) else getattr(value, "__func__", None)
+    except Exception:  # an object may raise anything when it is asked
+        return None
+    return found if isinstance(found, FunctionType) else None
+
+
 def _holds(code: CodeType, filename: str, line: int) -> bool:
     lines = [at for _, _, at in code.co_lines() if at is not None]
     return code.co_filename.endswith(filename) and bool(lines) and min(lines) <= line <= max(lines)
 
 
 def _body(function: FunctionType) -> ast.FunctionDef | None:
-    """The syntax of a function, at its own lines."""
+    """The syntax of a function, at its own lines; None: it is not to be had."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -261,13 +227,32 @@ def _body(function: FunctionType) -> ast.FunctionDef | None:
     if not isinstance(body, ast.FunctionDef) or any(_is_private(node) for node in ast.walk(body)):
         return None
     body.decorator_list = []
-    return body
+    code = _compiled(body, function)
+    # NOTE the file may have been edited after it was imported.
+    return body if code is not None and [*_steps(code)] == [*_steps(function.__code__)] else None
+
+
+def _steps(code: CodeType) -> Iterator[tuple[Any, ...]]:
+    """What the code does, one after the other, wherever it lies."""
+    jumps = {*dis.hasjrel, *dis.hasjabs}
+    for each in dis.get_instructions(code):
+        value = each.argval
+        # What is called of a name that its module imports is no method to Python, which sees no import here.
+        name = "LOAD_ATTR" if each.opname == "LOAD_METHOD" else each.opname
+        if isinstance(value, CodeType):
+            yield name, *_steps(value)
+        elif name not in ("NOP", "EXTENDED_ARG", "PUSH_NULL"):
+            elsewhere = each.opcode in jumps or (isinstance(value, str) and "<locals>" in value)
+            yield name, None if elsewhere else (type(value), value)
 
 
 def _is_private(node: ast.AST) -> bool:
     """A name that means another one inside a class."""
     name = getattr(node, "attr", getattr(node, "id", ""))
     return isinstance(name, str) and name.startswith("__") and not name.endswith("__")
+
+
+_FUTURES = [getattr(__future__, name) for name in __future__.all_feature_names]
 
 
 def _compiled(body: ast.FunctionDef, function: FunctionType) -> CodeType | None:
@@ -282,7 +267,8 @@ def _compiled(body: ast.FunctionDef, function: FunctionType) -> CodeType | None:
     body.body = [*(s for part in named for s in part), *body.body]
     outer.body = [body]
     ast.fix_missing_locations(around)
-    whole = compile(around, old.co_filename, "exec")
+    flags = old.co_flags & functools.reduce(operator.or_, (f.compiler_flag for f in _FUTURES))
+    whole = compile(around, old.co_filename, "exec", flags, dont_inherit=True)
     outer_code = next(c for c in whole.co_consts if isinstance(c, CodeType))
     found = [c for c in outer_code.co_consts if isinstance(c, CodeType) and c.co_name == body.name]
     if len(found) != 1 or found[0].co_freevars != old.co_freevars:

@@ -11,26 +11,32 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .aside import Aside, kept_as, put_aside, same, tensors
+from .reached import Unreadable
 from .regions import Stretch
 
 LONGEST = 1 << 14  # NOTE what is made on the way may be a square of it, whatever comes out
 ELEMENTS = 1 << 22  # of a table: a mask of 2048 tokens
-SECONDS = 2.0  # for the longest run of one table
+SECONDS = 2.0  # for the longest run of one table; half of it again for lengths that nothing points to
+DENSE = 1024  # up to here there is no gap between those
 _LENGTHS = (*range(1, 20), 31, 64, 97, 130, 257, 511, 1000, 2047, 5000, 20011)
 _PLAIN = (int, float, bool, str, type(None))
-_CODE = (torch.device, torch.dtype, ModuleType, FunctionType, BuiltinFunctionType, type)
+_CODE = (torch.device, torch.dtype, FunctionType, BuiltinFunctionType)
 
-TABLES: list[dict[tuple[Any, ...], tuple[Tensor, ...]]] = []
-"""What was made: by place in the code, by the settings that it was made with. Traced code reads it here."""
+TABLES: list[dict[str, tuple[Tensor, ...]]] = []
+"""What was made: by place in the code, by the name of the settings that it was made with. Traced code reads it here."""
+NAMES: list[dict[tuple[Any, ...], str]] = []
+"""By place in the code, names of settings."""
 _SEEN: list[TablePlace] = []  # while the model runs
 
 
@@ -44,6 +50,16 @@ class Noted:
 
     given: tuple[Any, ...]
     made: tuple[Any, ...]
+    kept: tuple[dict[Any, Any], ...]
+    """The containers among what it was given, themselves."""
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """What stands in a place of the code, and what is asked to see that it still may."""
+
+    statements: list[ast.stmt]
+    changed: tuple[Callable[[], bool], ...]
 
 
 @dataclass
@@ -51,27 +67,33 @@ class TablePlace:
     """A place in a model's code, and what it was seen to do when the model ran."""
 
     region: Stretch
-    fill: Callable[..., tuple[Any, ...]]
+    fill: FunctionType
+    function: FunctionType
+    """Around the place."""
     seen: list[Noted] = field(default_factory=list)
 
     def run(self, *given: Any) -> tuple[Any, ...]:
         """What the code at the place makes, noted."""
         made = self.fill(*given)
         kept = tuple(m.clone() if isinstance(m, Tensor) else m for m in made)
-        self.seen.append(Noted(tuple(dict(g) if isinstance(g, dict) else g for g in given), kept))
+        dicts = tuple(g for g in given if isinstance(g, dict))
+        self.seen.append(Noted(tuple(dict(g) if isinstance(g, dict) else g for g in given), kept, dicts))
         return made
 
     def fresh(self, given: Sequence[Any]) -> tuple[Any, ...]:
         """What it makes where no container holds anything of an earlier call."""
         names = self.region.inputs
-        return self.fill(*(type(g)() if n in self.region.caches else g for n, g in zip(names, given, strict=True)))
+        made: tuple[Any, ...] = self.fill(
+            *(type(g)() if n in self.region.caches else g for n, g in zip(names, given, strict=True))
+        )
+        return made
 
 
 def place_of(region: Stretch, function: FunctionType) -> TablePlace:
-    return TablePlace(region, _function(region, function))
+    return TablePlace(region, _function(region, function), function)
 
 
-def _function(region: Stretch, function: FunctionType) -> Callable[..., tuple[Any, ...]]:
+def _function(region: Stretch, function: FunctionType) -> FunctionType:
     """The region as a function of its inputs."""
     names = {text: f"_given_{i}" for i, text in enumerate(region.inputs)}
     results = ast.Tuple([_copied(r, names) for r in region.results], ast.Load())
@@ -82,7 +104,7 @@ def _function(region: Stretch, function: FunctionType) -> Callable[..., tuple[An
     scope: dict[str, Any] = dict(function.__globals__)
     scope.setdefault("__builtins__", builtins)
     exec(compile(ast.fix_missing_locations(tree), function.__code__.co_filename, "exec"), scope)
-    fill: Callable[..., tuple[Any, ...]] = scope["fill"]
+    fill: FunctionType = scope["fill"]
     return fill
 
 
@@ -133,9 +155,7 @@ class Sizes:
     offsets: tuple[int, ...]
 
 
-def tabulated(
-    place: TablePlace, short: Sequence[Noted], long: Sequence[Noted], literals: Sequence[int]
-) -> list[ast.stmt]:
+def tabulated(place: TablePlace, short: Sequence[Noted], long: Sequence[Noted], literals: Sequence[int]) -> Tabulated:
     """Code that reads what the place makes from tables. `short`, `long`: what was seen in two runs of the model.
 
     Raises `NoTable` unless it is a table.
@@ -145,25 +165,41 @@ def tabulated(
     sizes = _sizes(short, long)
     settings = _settings(place.region, short[0].given, sizes)
     found: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
+    told: dict[tuple[Any, ...], list[Any]] = {}
     shapes: list[list[tuple[int, int]]] | None = None
-    for seen, other in zip(short, long, strict=True):
-        key = tuple(seen.given[i] for i in settings)
-        if any(_settings(place.region, one.given, sizes) != settings for one in (seen, other)):
-            raise NoTable
-        if key != tuple(other.given[i] for i in settings):
-            raise NoTable
-        if key not in found:
-            found[key], shape = _table(place, seen, other, sizes, literals)
-            if shapes not in (None, shape):
-                raise NoTable
-            shapes = shape
-        for one in (seen, other):
-            if not all(_same(a, b) for a, b in zip(place.fresh(one.given), one.made, strict=True)):
-                raise NoTable  # what an earlier call left there is something else
+    functions = {id(v): v for one in short for v in one.given if isinstance(v, (FunctionType, BuiltinFunctionType))}
+    try:
+        with put_aside(place.fill, place.function, [*functions.values()], lambda: place.fresh(short[0].given)) as aside:
+            for seen, other in zip(short, long, strict=True):
+                key = tuple(seen.given[i] for i in settings)
+                if any(_settings(place.region, one.given, sizes) != settings for one in (seen, other)):
+                    raise NoTable
+                if _told(key) != _told(other.given[i] for i in settings) or told.setdefault(key, _told(key)) != _told(
+                    key
+                ):
+                    raise NoTable  # 1 and True are the same key
+                if key not in found:
+                    found[key], shape = _table(place, seen, other, sizes, {*literals, *aside.numbers}, aside)
+                    if shapes not in (None, shape):
+                        raise NoTable
+                    shapes = shape
+                for one in (seen, other):
+                    if not all(same(a, b) for a, b in zip(place.fresh(one.given), one.made, strict=True)):
+                        raise NoTable  # what an earlier call left there is something else
+    except Unreadable as error:
+        raise NoTable from error
     assert shapes is not None
     number = len(TABLES)
-    TABLES.append(found)
-    return _reading(place.region, number, sizes, settings, shapes, [*found.values()])
+    names = {key: str(i) for i, key in enumerate(found)}
+    TABLES.append({names[key]: made for key, made in found.items()})
+    NAMES.append(names)
+    kept = {id(d): d for one in (*short, *long) for d in (*one.kept, *aside.kept)}
+    changed = (*aside.changed, kept_as(list(kept.values()), list(found.values())))
+    return Tabulated(_reading(place.region, number, sizes, settings, shapes, [*found.values()]), changed)
+
+
+def _told(key: Any) -> list[Any]:
+    return [(type(v), repr(v) if isinstance(v, _PLAIN) else v) for v in key]
 
 
 def _sizes(short: Sequence[Noted], long: Sequence[Noted]) -> Sizes:
@@ -178,46 +214,77 @@ def _sizes(short: Sequence[Noted], long: Sequence[Noted]) -> Sizes:
 
 
 def _settings(region: Stretch, given: Sequence[Any], sizes: Sizes) -> list[int]:
-    """The inputs that are numbers and the like, besides sizes. Functions and modules are what they are."""
+    """The inputs that are numbers, functions, and the like, besides sizes and what is kept."""
     found: list[int] = []
     for i, (name, value) in enumerate(zip(region.inputs, given, strict=True)):
-        if isinstance(value, _PLAIN):
+        if isinstance(value, (*_PLAIN, *_CODE)):
             found += [] if i in sizes.at else [i]
-        elif not isinstance(value, _CODE) and not (name in region.caches and isinstance(value, dict)):
+        elif not (name in region.caches and isinstance(value, dict)):
             raise NoTable
     return found
 
 
 def _table(
-    place: TablePlace, seen: Noted, other: Noted, sizes: Sizes, literals: Sequence[int]
+    place: TablePlace, seen: Noted, other: Noted, sizes: Sizes, literals: set[int], aside: Aside
 ) -> tuple[tuple[Tensor, ...], list[list[tuple[int, int]]]]:
     """The longest tables, and the sizes of each of their dimensions, `slope * m + offset`, for m tokens."""
 
-    def made(m: int) -> tuple[Tensor, ...]:
-        given = list(seen.given)
+    def given(m: int) -> list[Any]:
+        found = list(seen.given)
         for i, slope, offset in zip(sizes.at, sizes.slopes, sizes.offsets, strict=True):
-            given[i] = slope * m + offset
-        results = place.fresh(given)
+            found[i] = slope * m + offset
+        return found
+
+    def made(m: int) -> tuple[Tensor, ...]:
+        aside.forget()
+        results = place.fresh(given(m))
         if not all(isinstance(r, Tensor) and type(r) is Tensor and not r.requires_grad and r.dim() for r in results):
             raise NoTable
         return results
 
+    def look(m: int) -> None:
+        results = made(m)
+        for value, table, shape in zip(results, whole, shapes, strict=True):
+            if [*value.shape] != [a * m + b for a, b in shape] or value.dtype != table.dtype:
+                raise NoTable
+            if not same(value, table[tuple(slice(0, s) for s in value.shape)]):
+                raise NoTable
+        if holds and (m <= 64 or not aside.cached):
+            with aside.as_it_is():
+                there = place.fill(*(dict(g) if isinstance(g, dict) else g for g in given(m)))
+            if not all(same(a, b) for a, b in zip(there, results, strict=True)):
+                raise NoTable  # an earlier call, or the user, left something else there
+
     try:
         first, second = seen.given[sizes.at[0]], other.given[sizes.at[0]]
         shapes = [_shape(a, b, first, second) for a, b in zip(made(first), made(second), strict=True)]
-        longest, whole = _longest(made, literals)
-        numbers = {n + e for n in (*literals, *(v for v in seen.given if type(v) is int)) for e in (-1, 0, 1, 2)}
-        for m in sorted({m for m in (*_LENGTHS, *numbers, longest - 1, longest) if 2 <= m <= longest}):
-            for value, table, shape in zip(made(m), whole, shapes, strict=True):
-                if [*value.shape] != [a * m + b for a, b in shape] or value.dtype != table.dtype:
-                    raise NoTable
-                if not _same(value, table[tuple(slice(0, s) for s in value.shape)]):
-                    raise NoTable
+        longest, whole = _longest(made, [*literals])
+        contents = [*aside.before, *seen.kept]
+        holds = any(contents) or bool(aside.cached)
+        held = {s for d in contents for t in tensors([*d.values()]) for s in t.shape}
+        held |= {k for d in contents for k in d if type(k) is int}
+        ints = {*literals, *(v for v in seen.given if type(v) is int)}
+        numbers = {n + e for n in ints for e in (-1, 0, 1, 2)} | held
+        required = sorted({m for m in (*_LENGTHS, *numbers, longest - 1, longest) if 2 <= m <= longest})
+        for m in required:
+            look(m)
+        began = time.perf_counter()
+        for m in _others(required, longest):
+            if 2 * (time.perf_counter() - began) > SECONDS:
+                break
+            look(m)
     except NoTable:
         raise
     except Exception as error:  # code of the user's, run out of its place
         raise NoTable from error
     return tuple(t.detach().clone() for t in whole), shapes
+
+
+def _others(looked_at: Sequence[int], longest: int) -> Iterator[int]:
+    """Lengths that nothing points to: all of the short ones first, then some of the others."""
+    yield from (m for m in range(2, min(DENSE, longest)) if m not in looked_at)
+    if longest > DENSE:
+        yield from sorted(random.Random(longest).sample(range(DENSE, longest), min(32, longest - DENSE)))
 
 
 def _longest(made: Callable[[int], tuple[Tensor, ...]], literals: Sequence[int]) -> tuple[int, tuple[Tensor, ...]]:
@@ -248,17 +315,6 @@ def _shape(a: Tensor, b: Tensor, first: int, second: int) -> list[tuple[int, int
     return [(s, x - s * first) for s, x in zip(slopes, a.shape, strict=True)]
 
 
-def _same(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and bool(a is b or a == b)
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    nan = a != a if a.is_floating_point() else None
-    if nan is not None and not torch.equal(nan, b != b):
-        return False
-    return torch.equal(a, b) if nan is None or not bool(nan.any()) else torch.equal(a[~nan], b[~nan])
-
-
 def _reading(
     region: Stretch,
     number: int,
@@ -270,15 +326,17 @@ def _reading(
     """Code that reads the tables, for any number of tokens."""
     where, *others = zip((f"({region.inputs[i]})" for i in sizes.at), sizes.slopes, sizes.offsets, strict=True)
     length = where[0]
-    lines = [f"from {__name__} import TABLES as _treespec_tables", "import torch as _treespec_torch"]
+    lines = [f"from {__name__} import NAMES as _treespec_names, TABLES as _treespec_tables"]
+    lines.append("import torch as _treespec_torch")
     for text, slope, offset in others:  # the trace decides it, or has a condition on the number of tokens
         lines.append(f"if {text} != {slope} * {length} + {offset}: raise RuntimeError('not the sizes of a table')")
     key = "".join(f"({region.inputs[i]})," for i in settings)
+    lines.append(f"_treespec_name = _treespec_names[{number}][({key})]")
     for i, shape in enumerate(shapes):
         parts = ", ".join(_slice(length, slope, offset) for slope, offset in shape)
         counts = _counts([made[i] for made in tables])
         if counts is None:
-            read = f"_treespec_tables[{number}][({key})][{i}][{parts}].clone()"
+            read = f"_treespec_tables[{number}][_treespec_name][{i}][{parts}].clone()"
         else:  # the positions themselves, which are known where a table's contents are not
             first, last, dtype, device = counts
             of = "[None]" * (len(shape) - 1)
