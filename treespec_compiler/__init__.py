@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .versions import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .capture.mixers import register_mixer
     from .errors import TreespecError, Unsupported
     from .ir.grouped_linear import grouped_linear
     from .ir.registry import register_kernel
@@ -45,6 +46,7 @@ _HOME = {
     "hf_generate": ".serving.hf",
     "register_draft": ".speculation.drafts.kinds",
     "register_kernel": ".ir.registry",
+    "register_mixer": ".capture.mixers",
     "register_op": ".passes.locality.custom_ops",
     "register_pass": ".passes.framework.registry",
     "stream": ".runtime.generate",
@@ -70,6 +72,7 @@ __all__ = [
     "hf_generate",
     "register_draft",
     "register_kernel",
+    "register_mixer",
     "register_op",
     "register_pass",
     "stream",

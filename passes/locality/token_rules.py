@@ -229,6 +229,13 @@ def _causal_convolution(node: fx.Node, axes: Axes) -> Axis:
     return 2
 
 
+def _recurrence(node: fx.Node, axes: Axes) -> Axis:
+    for operand in node.all_input_nodes:
+        if axes.axes[operand] != 1:
+            raise Mixes("its operands do not all carry the tokens in dimension 1")
+    return 1
+
+
 _POINTWISE = (
     "abs", "add", "addcdiv", "addcmul", "bitwise_and", "bitwise_not", "bitwise_or", "clamp", "clamp_max",
     "clamp_min", "cos", "div", "elu", "eq", "erf", "exp", "exp2", "expm1", "floor", "floor_divide", "full_like",
@@ -246,6 +253,7 @@ AxisRule = Callable[[fx.Node, Axes], Axis]
 RULES: dict[str, AxisRule] = {f"aten.{name}": _pointwise for name in _POINTWISE} | {
     "treespec.causal_attention": _attention,
     "treespec.causal_convolution": _causal_convolution,
+    "treespec.recurrence": _recurrence,
     "aten.linear": _linear,
     "aten.matmul": _matmul,
     "aten.bmm": _matmul,

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from treespec_compiler.ir.library import arguments
 from treespec_compiler.ir.provenance import layer_path, source_line
 from treespec_compiler.ir.specs import StateSpec
-from treespec_compiler.ir.states import CONVOLUTION, kind_over_sequence
+from treespec_compiler.ir.states import CONVOLUTION, RECURRENCE, kind_over_sequence
 
 from ..framework.state import GraphState
 
@@ -49,4 +49,13 @@ def _convolution(call: Mapping[str, Any]) -> _Kept:
     return _Kept((lag, channels), channels, x.dtype, text + spread)
 
 
-_KEPT: dict[str, Callable[[Mapping[str, Any]], _Kept]] = {CONVOLUTION: _convolution}
+def _recurrence(call: Mapping[str, Any]) -> _Kept:
+    k: Tensor = call["k"]
+    v: Tensor = call["v"]
+    (key_heads, key_dim), (heads, value_dim) = map(int, k.shape[2:]), map(int, v.shape[2:])
+    width = key_heads * key_dim + heads * value_dim + heads
+    text = "S = exp(g) S + k w^T, w = " + ("v" if call["beta"] is None else "beta (v - exp(g) S^T k)")
+    return _Kept((heads, key_dim, value_dim), width, v.dtype, text, (key_heads,))
+
+
+_KEPT: dict[str, Callable[[Mapping[str, Any]], _Kept]] = {CONVOLUTION: _convolution, RECURRENCE: _recurrence}

@@ -26,11 +26,11 @@ from treespec_compiler.cli.coverage.models import (
 from treespec_compiler.cli.coverage.report import foreign_section, page, section_of, with_section
 from treespec_compiler.cli.main import main
 
-EXACT = ("qwen3", "codegen", "mistral", "qwen2_moe", "deepseek_v3", "doge", "jetmoe")
+EXACT = ("qwen3", "codegen", "mistral", "qwen2_moe", "deepseek_v3", "doge", "jetmoe", "lfm2", "qwen3_next", "mamba2")
 REFUSED = {"bert": "bidirectional"}
 MIXERS = {
-    "qwen3_next": "Qwen3NextGatedDeltaNet",
-    "lfm2": "Lfm2ShortConv",
+    "kimi_linear": "KimiLinearDeltaAttention",
+    "zaya": "ZayaCCAProjection",
     "deepseek_v32": "DeepseekV32Indexer",
     "minimax": "MiniMaxLightningAttention",
 }

@@ -219,7 +219,18 @@ class BilinearGate(PerToken):
         return self.pair(x[..., :8].contiguous(), x[..., 8:].contiguous()) + torch.inner(x, self.table) @ self.table
 
 
+class WideConvolution(PerToken):
+    """A causal convolution of all channels keeps its last inputs as a state."""
+
+    def setup(self) -> None:
+        self.conv = nn.Conv1d(DIM, DIM, 3, padding=2)
+
+    def change(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2))[..., :-2].transpose(1, 2)
+
+
 CONVERTED: tuple[type[nn.Module], ...] = (
+    WideConvolution,
     WhereAndWrite,
     OneHotIndexAdd,
     BooleanRows,
@@ -286,16 +297,6 @@ class PickedMean(Mixture):
         return out
 
 
-class WideConvolution(PerToken):
-    """A causal convolution is another token mixer."""
-
-    def setup(self) -> None:
-        self.conv = nn.Conv1d(DIM, DIM, 3, padding=2)
-
-    def change(self, x: Tensor) -> Tensor:
-        return self.conv(x.transpose(1, 2))[..., :-2].transpose(1, 2)
-
-
 class GroupNormOfTokens(PerToken):
     """GroupNorm on [1, C, T] averages over the tokens."""
 
@@ -318,7 +319,6 @@ REFUSED: tuple[type[nn.Module], ...] = (
     RowNumbers,
     OthersRows,
     PickedMean,
-    WideConvolution,
     GroupNormOfTokens,
     GateOfNeighbours,
 )

@@ -113,7 +113,7 @@ WHERE: list[tuple[type[Tiny], str, str]] = [
     (Bidirectional, "bidirectional", "attention"),
     (Strict, "off-by-one", "attention"),
     (OneFuture, "1 later token", "attention"),
-    (Convolution, "conv1d", "aten.conv1d"),
+    (Convolution, "looks ahead by 1", "aten.conv1d"),
     (Cumulative, "aten.cumsum mixes tokens", "aten.cumsum"),
     (Rolled, "aten.roll mixes tokens", "aten.roll"),
     (OverHeads, "not the tokens", "scaled_dot_product_attention"),

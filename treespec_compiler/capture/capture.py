@@ -29,6 +29,7 @@ from .flex import spell_flex_attention
 from .found import finder, place
 from .functional import functional_graph
 from .inlined import inline_bodies
+from .mixers import mixers_of
 from .reads import Reads
 from .rewriting import Rewritten, rewritten, rewritten_for
 from .state_changes import put_logits_first
@@ -113,17 +114,19 @@ def _trace(
     args, kwargs, _ = call.traced
     # Another length of the same model stops at the same places.
     length, inherited = _REWRITTEN.get(model, (0, []))
-    removed = inherited = [each for each in inherited if not each.changed]
+    known = mixers_of(model)
+    others = {each.function for each in known}
+    removed = inherited = known + [each for each in inherited if not each.changed and each.function not in others]
     while True:
         try:
             with rewritten(removed), tracing(model, traced, call), contextlib.suppress(_Captured):
                 torch.compile(forward, backend=backend, fullgraph=True)(*args, **kwargs)
             return removed
         except Unsupported as refusal:
-            if removed is inherited and removed:
+            if removed is inherited and len(removed) > len(known):
                 if length != call.length:
                     raise  # a table may end before
-                removed = []  # with other settings the places are others, or hold other tables
+                removed = known  # with other settings the places are others, or hold other tables
                 continue
             if sum(len(each.lines) for each in removed) == MOST_PLACES:
                 raise

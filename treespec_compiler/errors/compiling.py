@@ -123,6 +123,16 @@ class InvalidPipeline(TreespecError, ValueError):
 
 
 @dataclass(eq=False, kw_only=True)
+class InvalidMixer(TreespecError, ValueError):
+    """A function that cannot be entered as a recurrence."""
+
+    name: str
+    got: str
+    expected: str
+    template: ClassVar[str] = "Mixer {e.name!r}: got {e.got}, expected {e.expected}. See docs/hybrids.md."
+
+
+@dataclass(eq=False, kw_only=True)
 class InvalidKernel(TreespecError, ValueError):
     """A kernel that cannot be registered."""
 

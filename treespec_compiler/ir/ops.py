@@ -8,6 +8,7 @@ from .commit import commit_path
 from .convolution import causal_convolution, tree_convolution
 from .grouped_linear import grouped_linear
 from .linear import pack_weight, packed_bytes, packed_linear, unpack_weight
+from .recurrence import recurrence, tree_recurrence
 from .sequence_attention import attention, causal_attention
 from .stochastic_accept import stochastic_accept
 
@@ -21,8 +22,10 @@ __all__ = [
     "pack_weight",
     "packed_bytes",
     "packed_linear",
+    "recurrence",
     "stochastic_accept",
     "tree_attention",
     "tree_convolution",
+    "tree_recurrence",
     "unpack_weight",
 ]

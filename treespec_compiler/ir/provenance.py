@@ -7,13 +7,13 @@ import re
 from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)\n\s*(?P<code>[^\n]*)')
-_LIBRARIES = re.compile(r"/(torch|einops|einx)/")
+_LIBRARIES = re.compile(r"/(torch|einops|einx)/|/treespec_compiler/capture/")
 _NUMBERED = re.compile(r"^(?P<group>.*?\.(?P<index>\d+))(?:\.|$)")
 _ATTRIBUTE = re.compile(r"\.(\w+)|\['(\w+)'\]|\[(\d+)\]")
 
 
 def source_line(node: fx.Node) -> str | None:
-    """`file:line, in function: code` of the innermost frame outside torch and libraries of notations, or None."""
+    """`file:line, in function: code` of the innermost frame outside torch, libraries of notations and capture."""
     frames = [m for m in _FRAME.finditer(node.meta.get("stack_trace") or "") if not _LIBRARIES.search(m["file"])]
     if not frames:
         return None

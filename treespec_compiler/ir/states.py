@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from . import convolution
+from . import convolution, recurrence
 from .library import definition
 from .private_torch import OpOverload
 from .specs import StateSpec
 
-CONVOLUTION = "convolution"
+CONVOLUTION, RECURRENCE = "convolution", "recurrence"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ KINDS: Mapping[str, StateKind] = {
         convolution.tree_convolution,
         3,
         lambda spec, state, nodes: convolution.advance(state, nodes),
+    ),
+    RECURRENCE: StateKind(
+        recurrence.recurrence,
+        recurrence.tree_recurrence,
+        5,
+        lambda spec, state, nodes: recurrence.advance(state, nodes, spec.sizes[0]),
     ),
 }
 

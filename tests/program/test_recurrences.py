@@ -1,0 +1,70 @@
+"""Hybrids with a recurrence: every row is the eager model's, with prompts around the borders of its blocks."""
+
+from __future__ import annotations
+
+from functools import cache as remember
+from typing import Any
+
+import pytest
+import zoo
+from oracles import EAGER, assert_decodes, assert_rows, eager_row, random_tree
+from torch import nn
+
+import treespec_compiler as treespec
+from treespec_compiler import Forest, TokenTree
+
+pytest.importorskip("transformers")
+NAMES = {"qwen3_next": {}, "mamba2": {"chunk_size": 16}}
+VOCAB = 40
+
+
+@remember
+def model_of(name: str) -> nn.Module:
+    return zoo.tiny_model(name, **NAMES[name])
+
+
+@remember
+def program_of(name: str) -> Any:
+    return treespec.tree_program(model_of(name), options=EAGER)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_convolution_and_a_recurrence_each(name: str) -> None:
+    kinds = [s.kind for s in program_of(name).states]
+    assert kinds == ["convolution", "recurrence"] * (len(kinds) // 2) and kinds
+    assert (len(program_of(name).sites) == 0) is (name == "mamba2")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("prompt", "size"), [(1, 11), (15, 11), (16, 80), (17, 11), (64, 80), (130, 11)])
+def test_three_rounds(name: str, prompt: int, size: int) -> None:
+    assert_decodes(model_of(name), program_of(name), VOCAB, size=size, prompt=prompt)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_in_pieces_and_trees_by_level(name: str) -> None:
+    model = model_of(name)
+    program = treespec.tree_program(model, options={**EAGER, "prefill_chunk": 7})
+    cache, tree = program.new_cache(96, slots=2), random_tree(9, VOCAB, 4)
+    prefix = [5 * i % VOCAB for i in range(18)]
+    program.prefill(prefix, cache, 1)
+    for start, end in ((0, 2), (2, 6), (6, 9)):
+        part = TokenTree(tree.tokens[:end], tree.parents[:end])
+        rows = program.extend(Forest([(1, part)]), cache, start={1: start})
+        assert_rows(model, rows, part, prefix, range(start, end))
+    cache.commit({1: tree.path(8)})
+    prefix += [tree.tokens[n] for n in tree.path(8)]
+    rows = program.verify(Forest([(0, tree), (1, tree)]), cache)
+    assert_rows(model, rows[:9], tree, [])
+    assert_rows(model, rows[9:], tree, prefix)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engine_gives_the_model_s_ids(name: str) -> None:
+    prompts = [[2, 3, 4, 2, 3], [7], [5] * 20]
+    outs = treespec.generate(model_of(name), prompts, draft="ngram", max_new_tokens=10, options=EAGER, eos_token_id=())
+    for out, prompt in zip(outs, prompts, strict=True):
+        wanted = prompt[:]
+        for _ in range(10):
+            wanted.append(int(eager_row(model_of(name), wanted).argmax()))
+        assert out.sequences[0].tolist() == wanted

@@ -1,0 +1,102 @@
+"""Known recurrences, each as the op that it is: what the table of `mixers` puts in a function's place during a trace.
+
+A function here has the parameters of the one it stands for, and its code runs with that one's globals: what it needs
+besides torch it must import itself. Names of parameters are those of transformers 5.23.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+
+def torch_chunk_gated_delta_rule(
+    query,
+    key,
+    value,
+    g,
+    beta,
+    chunk_size=64,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    **kwargs,
+):
+    """The gated delta rule (Gated DeltaNet, arXiv 2412.06464) of Qwen3-Next, Qwen3.5 and OLMo-hybrid."""
+    import torch
+
+    if initial_state is not None or output_final_state:
+        raise NotImplementedError("the gated delta rule with a state of the model's own")
+    q, k, v, rate, decay = (x.to(torch.float32) for x in (query, key, value, beta, g))
+    if use_qk_l2norm_in_kernel:
+        q = q * torch.rsqrt((q * q).sum(-1, keepdim=True) + 1e-6)
+        k = k * torch.rsqrt((k * k).sum(-1, keepdim=True) + 1e-6)
+    out = torch.ops.treespec.recurrence(q * q.shape[-1] ** -0.5, k, v, decay, rate)
+    return out.to(query.dtype), None
+
+
+def delta_samples(tokens: int, generator: Generator) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments for so many tokens: with and without shared key heads and norms, decays near 0 and 1."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(1, tokens, *shape, generator=generator)
+
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for key_heads, norm, fade in ((2, True, 0.1), (4, False, 3.0), (1, True, 1e-4)):
+        k = torch.nn.functional.normalize(draw(key_heads, 6), dim=-1)
+        args = (draw(key_heads, 6), k if not norm else 3 * k, draw(4, 5))
+        gates = {"g": -fade * draw(4).abs(), "beta": draw(4).sigmoid()}
+        found.append((args, {**gates, "use_qk_l2norm_in_kernel": norm}))
+    return found
+
+
+def mamba2_chunk_scan(
+    hidden_states,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size,
+    D=None,
+    dt_bias=None,
+    initial_states=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    return_final_states=False,
+    **kwargs,
+):
+    """Mamba-2 (arXiv 2405.21060): a decay for each head, keys B and queries C shared by groups of heads."""
+    import torch
+
+    if initial_states is not None or return_final_states:
+        raise NotImplementedError("the scan with a state of the model's own")
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = torch.nn.functional.softplus(dt)
+    dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
+    x = hidden_states.float()
+    v = x * dt[..., None].float()
+    out = torch.ops.treespec.recurrence(C.float(), B.float(), v, A.to(v.dtype) * dt.float(), None)
+    return out if D is None else out + D[..., None] * x
+
+
+def mamba2_samples(tokens: int, generator: Generator) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments for so many tokens: with and without D, limits and softplus, decays near 0 and 1."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(1, tokens, *shape, generator=generator)
+
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for groups, fade in ((1, 0.3), (2, 5.0), (4, 1e-3)):
+        a = -fade * torch.rand(4, generator=generator)
+        args = (draw(4, 5), draw(4), a, draw(groups, 3), draw(groups, 3), 16)
+        more: dict[str, Any] = {"dt_softplus": True, "dt_bias": torch.randn(4, generator=generator)}
+        if groups > 1:
+            more |= {"D": torch.randn(4, generator=generator), "dt_limit": (0.01, 0.9)}
+        found.append((args, more))
+    return found

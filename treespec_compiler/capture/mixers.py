@@ -1,0 +1,210 @@
+"""Functions that are known to compute a recurrence: what they compute is traced as the op that it is.
+
+Blocks, cumulative sums and loops are not read back op by op. A function is known by its name and the hash of its
+source, helpers of its file included, and is believed only after a test: before the trace its own code is run on random
+arguments of lengths around the borders of blocks, and gives what the recurrence gives token by token. Another source,
+or another value, is a refusal.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..errors import InvalidMixer, Refusal, Unsupported
+from ..ir import ops  # noqa: F401  (defines the ops that `mixer_code` calls)
+from . import mixer_code
+from .rewriting import Rewritten
+
+Samples = Callable[[int, Generator], Sequence[tuple[tuple[Any, ...], dict[str, Any]]]]
+"""Arguments (positional, named) for so many tokens, several sets of them."""
+
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 129)
+"""Of tests: around borders of blocks of 16 and of 64."""
+
+TOLERANCE = 2e-4
+"""Of the largest value, for functions that compute in float32; 1e-9 for those that keep float64."""
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A function of this `name` with one of these sources, what it is as an op, and arguments to test it with."""
+
+    name: str
+    hashes: frozenset[str]
+    spelled: Callable[..., Any]
+    samples: Samples
+
+
+_MIXERS: dict[str, list[Mixer]] = {}
+
+
+def _enter(mixer: Mixer) -> None:
+    _MIXERS.setdefault(mixer.name, []).append(mixer)
+
+
+_enter(
+    Mixer(
+        "torch_chunk_gated_delta_rule",
+        frozenset({"3ed694e3bf52317e"}),
+        mixer_code.torch_chunk_gated_delta_rule,
+        mixer_code.delta_samples,
+    )
+)
+_enter(
+    Mixer(
+        "mamba2_chunk_scan",
+        frozenset({"b2c0a466a354947a"}),
+        mixer_code.mamba2_chunk_scan,
+        mixer_code.mamba2_samples,
+    )
+)
+
+
+def register_mixer(function: Callable[..., Any], spelled: Callable[..., Any], samples: Samples) -> None:
+    """Say that `function` computes a recurrence, and how `treespec::recurrence` does.
+
+    `function`: a module-level function that a model's forward calls by name; decorators are looked through. `spelled`:
+    one with the same parameters that calls `torch.ops.treespec.recurrence(q, k, v, decay, beta)` and acts on each token
+    alone otherwise. Its code takes the place of the function's while a model is traced, with that one's globals: what
+    it needs it imports itself. `samples(tokens, generator)` gives sets of arguments, (positional, named), with which
+    the two are compared when a model that names the function is converted for the first time. The function is believed
+    with its present source alone.
+    Raises `InvalidMixer` where the two cannot change places.
+    """
+    inner = inspect.unwrap(function)
+    if not isinstance(inner, FunctionType) or not isinstance(spelled, FunctionType):
+        raise InvalidMixer(name=str(function), got="an object without code", expected="functions written in Python")
+    _check_places(inner, spelled)
+    _enter(Mixer(inner.__name__, frozenset({source_hash(inner)}), spelled, samples))
+
+
+def _check_places(function: FunctionType, spelled: FunctionType) -> None:
+    there, here = (list(inspect.signature(f).parameters.values()) for f in (function, spelled))
+    if [(p.name, p.kind) for p in there] != [(p.name, p.kind) for p in here]:
+        names = ", ".join(p.name for p in here)
+        expected = f"those of the function: {', '.join(p.name for p in there)}"
+        raise InvalidMixer(name=function.__name__, got=f"the parameters {names}", expected=expected)
+    if function.__code__.co_freevars or spelled.__code__.co_freevars:
+        got = "a function that reads variables of a function around it"
+        raise InvalidMixer(name=function.__name__, got=got, expected="functions at the top of a module")
+
+
+def mixers_of(model: nn.Module) -> list[Rewritten]:
+    """The known functions that a model's modules name, with the code of the op that each is.
+
+    Raises `Unsupported` for one whose source is another, or that gives other values.
+    """
+    return [_believed(function) for function in dict.fromkeys(_called(model))]
+
+
+def _called(model: nn.Module) -> Iterator[FunctionType]:
+    """Functions with a known name that methods of the model's modules name."""
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+            for value in vars(base).values():
+                method = inspect.unwrap(value) if callable(value) else None
+                if isinstance(method, FunctionType):
+                    for name in _MIXERS.keys() & set(method.__code__.co_names):
+                        found = method.__globals__.get(name)
+                        inner = inspect.unwrap(found) if callable(found) else None
+                        if isinstance(inner, FunctionType):
+                            yield inner
+
+
+def _believed(function: FunctionType) -> Rewritten:
+    before, known = function.__code__, _MIXERS[function.__name__]
+    digest = source_hash(function)
+    mixer = next((each for each in reversed(known) if digest in each.hashes), None)
+    if mixer is None:
+        raise _refused(
+            function,
+            f"{function.__name__} is known as a recurrence, but not with this source (hash {digest}): it may compute "
+            "something else",
+        )
+    if _TESTED.get(function) is not before:
+        _test(function, mixer)
+        _TESTED[function] = before
+    spelled = mixer.spelled
+    assert isinstance(spelled, FunctionType)
+    return Rewritten(function, before, spelled.__code__, (), _syntax(spelled))
+
+
+_TESTED: weakref.WeakKeyDictionary[FunctionType, CodeType] = weakref.WeakKeyDictionary()
+
+
+def _test(function: FunctionType, mixer: Mixer) -> None:
+    """Its own values against the recurrence's."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for tokens in LENGTHS:
+            generator = Generator().manual_seed(tokens)
+            for args, kwargs in mixer.samples(tokens, generator):
+                got, wanted = (_first(each(*args, **kwargs)) for each in (function, mixer.spelled))
+                error = _difference(got, wanted)
+                if not error <= (1e-9 if got.dtype is torch.float64 else TOLERANCE):
+                    raise _refused(
+                        function,
+                        f"{function.__name__} gives other values for {tokens} tokens than the recurrence that it is "
+                        f"known as: they differ by {error:.1e} of the largest",
+                    )
+
+
+def _first(value: Any) -> Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _difference(got: Tensor, wanted: Tensor) -> float:
+    if got.shape != wanted.shape or got.dtype is not wanted.dtype:
+        return float("inf")
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+
+
+def _refused(function: FunctionType, reason: str) -> Unsupported:
+    code = function.__code__
+    return Unsupported(
+        Refusal.MIXER,
+        reason,
+        node=function.__name__,
+        source=f"{code.co_filename}:{code.co_firstlineno}, in {function.__name__}",
+        way_out="say what it computes: treespec.register_mixer (docs/hybrids.md)",
+    )
+
+
+def source_hash(function: FunctionType) -> str:
+    """Of the function and of those of its file that it calls, without comments, docstrings and decorators."""
+    pending, found = [function], dict[str, str]()
+    while pending:
+        each = pending.pop()
+        if each.__qualname__ in found:
+            continue
+        found[each.__qualname__] = ast.unparse(_syntax(each))
+        for name in each.__code__.co_names:
+            value = each.__globals__.get(name)
+            inner = inspect.unwrap(value) if callable(value) else None
+            if isinstance(inner, FunctionType) and inner.__module__ == function.__module__:
+                pending.append(inner)
+    text = "\n".join(found[name] for name in sorted(found))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _syntax(function: FunctionType) -> ast.FunctionDef:
+    """Of a function, without its decorators and its docstring; of one without a source, a body that says so."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        tree = ast.parse(f"def {function.__name__}():\n    {function.__code__.co_code!r}").body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    tree.decorator_list = []
+    if ast.get_docstring(tree) is not None:
+        tree.body = tree.body[1:] or [ast.Pass()]
+    return tree

@@ -1,0 +1,120 @@
+"""`treespec::recurrence` over one whole sequence, and `treespec::tree_recurrence` over the nodes of trees.
+
+A head's state S [Dk, Dv] begins with zeros, and token t moves it by its decay, its key and what it writes:
+
+    S_t = exp(decay_t) S_(t-1) + k_t w_t^T,    out_t = S_t^T q_t
+    w_t = v_t                                        without beta: linear attention, Mamba-2's scalar decays
+    w_t = beta_t (v_t - exp(decay_t) S_(t-1)^T k_t)  with beta: the gated delta rule
+
+On a path w_t depends on the path alone, so a node keeps k, w and decay, and a state moves by an accepted path without
+any of it being computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .attention import seen_nodes
+from .library import define
+from .private_torch import OpOverload
+
+SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta) -> Tensor"
+TREE_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta, Tensor(a!) stash, Tensor state, Tensor node_offsets, "
+    "Tensor prefix_lens, Tensor tree_lens, Tensor ancestors, Tensor state_slots, Tensor state_rows) -> Tensor"
+)
+
+
+def step(state: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(state [H, Dk, Dv] after a token, what it wrote [H, Dv]); k [H, Dk], v [H, Dv], decay [H], beta [H]."""
+    state = state * decay.exp()[:, None, None]
+    written = v if beta is None else beta[:, None] * (v - torch.einsum("hde,hd->he", state, k))
+    return state + k[:, :, None] * written[:, None, :], written
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None) -> Tensor:
+    """q, k [1, T, Hk, Dk], v [1, T, H, Dv], decay (of logarithms) and beta [1, T, H] -> [1, T, H, Dv], token by token.
+
+    H is a multiple of Hk: key head h // (H / Hk) is that of head h.
+    """
+    heads = v.shape[2]
+    state = v.new_zeros(heads, k.shape[3], v.shape[3])
+    q, k = for_every_head(q[0], heads), for_every_head(k[0], heads)
+    out = []
+    for t in range(v.shape[1]):
+        state, _ = step(state, k[t], v[0, t], decay[0, t], None if beta is None else beta[0, t])
+        out.append(torch.einsum("hde,hd->he", state, q[t]))
+    return torch.stack(out).unsqueeze(0)
+
+
+def for_every_head(x: Tensor, heads: int) -> Tensor:
+    """[.., Hk, D] -> [.., H, D]."""
+    return x if x.shape[-2] == heads else x.repeat_interleave(heads // x.shape[-2], -2)
+
+
+def unstashed(stash: Tensor, key_heads: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """k [.., Hk, Dk], w [.., H, Dv] and decay [.., H] of nodes [.., width]; `shape`: [H, Dk, Dv]."""
+    heads, key_dim, value_dim = shape
+    k, w, decay = stash.split([key_heads * key_dim, heads * value_dim, heads], -1)
+    return k.unflatten(-1, (key_heads, key_dim)), w.unflatten(-1, (heads, value_dim)), decay
+
+
+def tree_reference(
+    q: Tensor,  # [1, T, Hk, Dk], and so is k
+    k: Tensor,
+    v: Tensor,  # [1, T, H, Dv]
+    decay: Tensor,  # [1, T, H], and so is beta
+    beta: Tensor | None,
+    stash: Tensor,  # [rows, Hk Dk + H Dv + H]: k, w and decay of a node; written
+    state: Tensor,  # [slots, H, Dk, Dv]
+    node_offsets: Tensor,
+    prefix_lens: Tensor,
+    tree_lens: Tensor,
+    ancestors: Tensor,
+    state_slots: Tensor,
+    state_rows: Tensor,
+) -> Tensor:  # [1, T, H, Dv]
+    """Along each node's path from the committed state; rows of no request give 0."""
+    heads, key_heads = v.shape[2], k.shape[2]
+    out = torch.zeros_like(v)
+    first = 0
+    for r, slot in enumerate(state_slots.tolist()):
+        begin, end, nodes = int(node_offsets[r]), int(node_offsets[r + 1]), int(tree_lens[r])
+        rows = state_rows[first : first + nodes]
+        first += nodes
+        committed = state[slot] if int(prefix_lens[r]) else torch.zeros_like(state[slot])
+        for i in range(begin, end):
+            node = nodes - end + i
+            now = committed.to(v.dtype)
+            for each in seen_nodes(ancestors, i, node)[:-1]:
+                old, w, g = unstashed(stash[rows[each]].to(v.dtype), key_heads, state.shape[1:])
+                now, _ = step(now, for_every_head(old, heads), w, g, None)
+            key = for_every_head(k[0, i], heads)
+            now, w = step(now, key, v[0, i], decay[0, i], None if beta is None else beta[0, i])
+            stash[rows[node]] = torch.cat([k[0, i].flatten(), w.flatten(), decay[0, i]]).to(stash.dtype)
+            out[0, i] = torch.einsum("hde,hd->he", now, for_every_head(q[0, i], heads))
+    return out
+
+
+def fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+def advance(state: Tensor, nodes: Tensor, key_heads: int) -> Tensor:
+    """state [sites, H, Dk, Dv] after nodes [sites, n, width] of one path were committed.
+
+    S = exp(sum of decays) S + sum_i exp(sum of the decays behind i) k_i w_i^T.
+    """
+    k, w, decay = unstashed(nodes, key_heads, state.shape[1:])
+    behind = decay.flip(1).cumsum(1).flip(1)  # [sites, n, H], of the node's own and all behind it
+    after = torch.cat([behind[:, 1:], torch.zeros_like(behind[:, :1])], 1).exp()
+    wide = for_every_head(k, w.shape[2])
+    written = torch.einsum("snhd,snhe->shde", wide, w * after[..., None])
+    return state * behind[:, 0].exp()[..., None, None] + written
+
+
+recurrence: OpOverload = define("recurrence", SCHEMA, reference, fake)
+tree_recurrence: OpOverload = define("tree_recurrence", TREE_SCHEMA, tree_reference, fake)
