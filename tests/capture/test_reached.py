@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from treespec_compiler.capture import reached
 from treespec_compiler.capture.reached import Reached, Unreadable, watched
 
 HEAD = """
@@ -177,3 +178,16 @@ def test_the_default_dtype_is_read() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert not changed()
+
+
+@pytest.mark.parametrize("package", ["mine", "theirs"])
+def test_of_an_installed_package_the_models_own_is_read(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reached, "_LIBRARIES", ("<string>",))
+    names: dict[str, Any] = {"__name__": "mine.model"}
+    helper: dict[str, Any] = {"__name__": f"{package}.helper"}
+    exec("W = 4\ndef A(): return W", helper)
+    names["A"] = helper["A"]
+    exec("def fill():\n    return A()", names)
+    changed = watched(names["fill"].__code__, names, [], ())
+    helper["W"] = 9
+    assert changed() == (package == "mine")

@@ -52,7 +52,8 @@ _MADE_BY_PYTHON = {"__dict__", "__weakref__", "__doc__", "__module__", "__annota
                    "__dataclass_params__", "__match_args__"}  # fmt: skip
 
 _STDLIB = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
-_LIBRARIES = (*_STDLIB, *(sysconfig.get_path(name) for name in ("purelib", "platlib")))
+_INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+_LIBRARIES = (*_STDLIB, *_INSTALLED)
 
 
 class Unreadable(Exception):
@@ -73,6 +74,7 @@ class Reached:
         self.dicts: dict[int, dict[Any, Any]] = {}
         """Dicts that hold tensors or nothing, by id."""
         self._kept = kept
+        self._package = _root(names.get("__name__"))
         self.cached: list[tuple[Mapping[str, Any], str, Any]] = []
         """(globals, name, function) of functions that `functools` keeps the results of."""
         self._there: dict[tuple[int, int], int] = {}
@@ -115,7 +117,7 @@ class Reached:
                 self._count([*each])
 
     def _library(self, name: str) -> None:
-        if _of_python(name) and name.partition(".")[0] not in _PURE:
+        if _of_python(name) and _root(name) not in _PURE:
             raise Unreadable
 
     def _value(self, value: Any, code: CodeType) -> Any:
@@ -181,13 +183,9 @@ class Reached:
 
     def _instance(self, value: Any, code: CodeType) -> Any:
         cls = type(value)
-        root = cls.__module__.partition(".")[0]
-        plain = cls is types.SimpleNamespace or issubclass(cls, BaseException)
-        if isinstance(value, nn.Module) or (
-            root in sys.stdlib_module_names and root not in ("__main__",) and not plain
-        ):
+        if isinstance(value, nn.Module) or (_of_python(cls.__module__) and cls is not types.SimpleNamespace):
             raise Unreadable  # an iterator, a lock, what is another thing in each thread
-        if cls.__module__.partition(".")[0] in ("builtins", "torch", "numpy"):
+        if _root(cls.__module__) in ("builtins", "torch", "numpy"):
             raise Unreadable  # what it holds is not in Python
         number = next((text(value) for base, text in _BASES.items() if isinstance(value, base)), None)
         fields = self._fields(value, code)
@@ -204,11 +202,11 @@ class Reached:
 
     def _module(self, module: ModuleType, code: CodeType) -> Any:
         name = module.__name__
-        file = getattr(module, "__file__", None)
+        file = getattr(module, "__file__", None) or ""
         own = vars(module)
         if _of_python(name):
             self._library(name)
-        elif name.partition(".")[0] not in ("torch", "numpy") and not (file and file.startswith(_LIBRARIES)):
+        elif not self._is_library(name, file):
             asked = sorted({n for each in _codes(code) for n in each.co_names if n in own})
             return module, [(n, self._value(own[n], code)) for n in asked]
         # Of libraries: the same function, whoever put it there.
@@ -218,12 +216,18 @@ class Reached:
     def _function(self, function: FunctionType) -> Any:
         code = function.__code__
         module = function.__module__ or ""
-        if code.co_filename.startswith(_LIBRARIES) or _of_python(module) or module.partition(".")[0] == "torch":
+        if self._is_library(module, code.co_filename):
             self._library(module)
             return function
         cells = [c.cell_contents for c in function.__closure__ or () if _is_full(c)]
         parts = [function.__defaults__, function.__kwdefaults__, cells, [*vars(function).items()]]
         return function, self._code(code, function.__globals__), [self._value(p, code) for p in parts]
+
+    def _is_library(self, module: str, file: str) -> bool:
+        """Whether it is nothing of the model's own: what libraries do is taken on trust, that of its package is not."""
+        if _of_python(module) or _root(module) in ("torch", "numpy") or _is_python(file):
+            return True
+        return file.startswith(_LIBRARIES) and _root(module) != self._package
 
     def _owner(self, value: Any, code: CodeType) -> Any:
         owner = getattr(value, "__self__", None)
@@ -239,7 +243,7 @@ class Reached:
         if _of_python(cls.__module__):
             self._library(cls.__module__)
             return cls
-        if file.startswith(_LIBRARIES) or cls.__module__.partition(".")[0] == "torch":
+        if self._is_library(cls.__module__, file):
             return cls
         # Methods that `dataclasses` writes follow from the fields.
         written = "<string>" if "__dataclass_fields__" in vars(cls) else ""
@@ -265,7 +269,15 @@ def watched(
 
 
 def _of_python(module: str) -> bool:
-    return module.partition(".")[0] in sys.stdlib_module_names and module != "__main__"
+    return _root(module) in sys.stdlib_module_names and module != "__main__"
+
+
+def _is_python(file: str) -> bool:
+    return file.startswith(_STDLIB) and not file.startswith(_INSTALLED)  # which may lie inside
+
+
+def _root(module: str | None) -> str:
+    return (module or "").partition(".")[0]
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
