@@ -16,8 +16,10 @@ from .capture.call import CallSpec
 from .capture.capture import Capture, capture
 from .capture.reads import Reads
 from .capture.weight_ref import WeightRef
+from .codegen import cpu
 from .errors import InvalidPipeline, PassError, Refusal, Unsupported
 from .ir import verify
+from .ir.device import profile
 from .ir.specs import Limit
 from .ir.weights import Source
 from .logs import logger, set_logs_from_environment
@@ -76,6 +78,8 @@ def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
     refuse_subclasses(model)
     others = registered_passes() if options.pipeline else {}
     plan(options.pipeline, built_in(), others)  # a wrong string is refused before the capture, which takes seconds
+    if options.kernels == "auto" and any(p.dtype in profile(p.device).packs for p in model.parameters()):
+        cpu.begin()
     started = time.perf_counter()
     captured = capture(model, call)
     seconds = time.perf_counter() - started

@@ -8,7 +8,7 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.library import implement
 from treespec_compiler.ir.private_torch import OpOverload
 
-from .build import load, loaded
+from .build import begin, load, loaded
 
 NAMESPACE = "treespec_cpu"
 OPTIONAL = frozenset({"window"})
@@ -23,4 +23,4 @@ _library.define("checksums(Tensor[] x) -> int[]")
 CHECKSUMS: OpOverload = torch.ops.treespec_cpu.checksums.default
 """Of each contiguous tensor's bytes; their order matters. No op of the tree IR: graphs do not hold it."""
 
-__all__ = ["CHECKSUMS", "COMMIT_PATH", "OPTIONAL", "PACKED_LINEAR", "TREE_ATTENTION", "load", "loaded"]
+__all__ = ["CHECKSUMS", "COMMIT_PATH", "OPTIONAL", "PACKED_LINEAR", "TREE_ATTENTION", "begin", "load", "loaded"]

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,8 @@ log = logger(__name__)
 
 SOURCE = Path(__file__).with_name("ops.cpp")
 TIMEOUT = 600
+
+_building = threading.Lock()
 
 
 class BuildError(Exception):
@@ -76,7 +79,15 @@ def key(cxx: str) -> str:
 
 
 def build() -> Path:
-    """The library's path; compiles where the cache has none. Several processes may do so at once: the last one wins."""
+    """The library's path; compiles where the cache has none. Several processes may do so at once: the last one wins.
+
+    Threads wait for each other. Raises BuildError.
+    """
+    with _building:
+        return _build()
+
+
+def _build() -> Path:
     try:
         cxx = compiler()
         path = cache_dir() / "cpu" / f"treespec_cpu_{key(cxx)}.so"
@@ -91,6 +102,23 @@ def build() -> Path:
         return path
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(str(error)) from error
+
+
+@functools.cache
+def begin() -> None:
+    """Build in the background, once a process, what `load` then waits for: a conversion has other work until then.
+
+    The compiler takes some 20 s of one core. A failure is `load`'s to tell.
+    """
+
+    def run() -> None:
+        try:
+            build()
+        except BuildError as error:
+            log.debug("the native CPU kernels were not built in the background: %s", error)
+
+    # NOTE a daemon: a conversion that was refused does not wait for kernels that nobody will run
+    threading.Thread(target=run, name="treespec C++ kernels", daemon=True).start()
 
 
 @functools.cache

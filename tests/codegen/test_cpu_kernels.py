@@ -7,6 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
+from typing import Any
 
 import pytest
 import torch
@@ -247,6 +250,35 @@ def test_a_failing_build_gives_its_reason(tmp_path, monkeypatch, caplog):
         assert not build.load.__wrapped__()
     assert "no-such-flag" in caplog.text
     assert not list((tmp_path / "cpu").iterdir())
+
+
+def test_a_build_in_the_background_leaves_failures_to_load(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "flags", lambda: ["-no-such-flag"])
+    with caplog.at_level(logging.WARNING):
+        build.begin.__wrapped__()
+        for thread in threading.enumerate():
+            if thread.name == "treespec C++ kernels":
+                thread.join()
+        assert not caplog.text
+        assert not build.load.__wrapped__()
+    assert "no-such-flag" in caplog.text
+
+
+def test_what_was_begun_is_not_built_twice(tmp_path, monkeypatch):
+    built: list[int] = []
+    done = tmp_path / "library.so"
+
+    def slow() -> Any:
+        if not done.exists():
+            time.sleep(0.05)
+            built.append(1)
+            done.touch()
+        return done
+
+    monkeypatch.setattr(build, "_build", slow)
+    build.begin.__wrapped__()
+    assert build.build() == done and built == [1]
 
 
 @compiled

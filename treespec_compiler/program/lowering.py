@@ -22,6 +22,7 @@ from ..ir.device import profile
 from ..ir.inputs import input_of
 from ..ir.library import fingerprint
 from ..logs import logger
+from . import vectors
 
 log = logger(__name__)
 
@@ -155,7 +156,8 @@ def _settings(device: torch.device) -> dict[str, Any]:
     settings |= {"emulate_precision_casts": True}
     # Steps are recorded whole, with their metadata, by cuda_graphs.py; Inductor's recordings would copy every input.
     settings |= {"triton.cudagraphs": False}
-    return settings | dict(profile(device).inductor)
+    settings |= dict(profile(device).inductor)
+    return settings | vectors.settings() if settings.get("cpp_wrapper") else settings
 
 
 def _without_values(graph: fx.Graph) -> fx.Graph:
