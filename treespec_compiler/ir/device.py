@@ -34,6 +34,8 @@ class DeviceProfile:
     """Whether integers go to the device from pinned memory, without waiting."""
     direct_calls: bool = False
     """Whether the wrappers around Inductor's code are worth leaving out."""
+    repeats: bool = False
+    """Whether layers that are alike are compiled once and called in turn, which takes some 10 us a call."""
     packs: frozenset[torch.dtype] = frozenset()
     """Dtypes of weights that products read faster in an order of their own."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -93,6 +95,7 @@ CPU = _Cpu(
     host_memory=True,
     empty_tables=False,
     direct_calls=True,
+    repeats=True,
     packs=frozenset({torch.float32}),
     # Between the matrix products a step has only microseconds of work: a barrier costs more than it saves, and far more
     # when a core is busy. Measured, 11.5M parameters, 2 threads, one node: 0.92 ms with Inductor's own threads, 0.72

@@ -6,12 +6,12 @@ The symbols of `ir.inputs` are dynamic, so no length, tree or cache size compile
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ..capture.alone import alone
@@ -23,6 +23,7 @@ from ..ir.inputs import input_of
 from ..ir.library import fingerprint
 from ..logs import logger
 from . import vectors
+from .stretches import Stretch, flat, groups, kind, slots, stretch, units
 
 log = logger(__name__)
 
@@ -71,25 +72,45 @@ def lower_eager(gm: fx.GraphModule) -> Lowered:
 
 
 def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[Tensor]) -> Lowered:
-    """Compile with Inductor. `names` are the roles of the inputs, `examples` real tensors of any size."""
+    """Compile with Inductor. `names` are the roles of the inputs, `examples` real tensors of any size.
+
+    Layers that are alike are compiled once where the device's profile says so (`program.stretches`).
+    """
     global _compile_calls
+    started = time.perf_counter()
+    # NOTE a fresh mode and ShapeEnv for every compile: reusing the traced ones silently specialises to their sizes.
+    mode = _fresh_mode()
+    fakes = [_fake(mode, name, tensor) for name, tensor in zip(names, examples, strict=True)]
+    parts = _parts(gm, fakes, mode) if profile(examples[0].device).repeats else None
+    if parts is None:
+        lowered = _compiled(gm, gm.graph, fakes, mode, examples[0].device)
+    else:
+        lowered = _joined(gm, parts, names, examples)
+    _compile_calls += 1
+    lowered.seconds = time.perf_counter() - started
+    return lowered
+
+
+def _fresh_mode() -> Any:
+    from torch._subclasses import FakeTensorMode
+
+    # 0 and 1 are not special: a tree of one node runs on the same code as any other.
+    env = ShapeEnv(specialize_zero_one=False, duck_shape=True)
+    return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+
+
+def _compiled(root: nn.Module, graph: fx.Graph, fakes: Sequence[Any], mode: Any, device: torch.device) -> Lowered:
+    """One graph through Inductor."""
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
-    from torch._subclasses import FakeTensorMode
 
-    started = time.perf_counter()
-    # NOTE a fresh mode and ShapeEnv for every compile: reusing the traced ones silently specialises to their sizes.
-    # 0 and 1 are not special: a tree of one node runs on the same code as any other.
-    env = ShapeEnv(specialize_zero_one=False, duck_shape=True)
-    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    fakes = [_fake(mode, name, tensor) for name, tensor in zip(names, examples, strict=True)]
-    module = fx.GraphModule(gm, _without_values(gm.graph))
-    settings = _settings(examples[0].device)
+    module = fx.GraphModule(root, _without_values(graph))
+    settings = _settings(device)
     # NOTE Inductor's caches know a custom op by its name: code compiled for another schema of it would run, and crash.
     shared: Any = torch.compiler.config
     tag = f"{shared.cache_key_tag} treespec {fingerprint()}"
-    if any(node.target in (ALL_REDUCE, ALL_GATHER) for node in gm.graph.nodes):
+    if any(node.target in (ALL_REDUCE, ALL_GATHER) for node in graph.nodes):
         settings["cpp_wrapper"] = False  # it does not know how to name a group (torch 2.13)
     try:
         with (
@@ -105,16 +126,97 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
             names = [config.cpp.cxx] if isinstance(config.cpp.cxx, str) else config.cpp.cxx
             raise MissingCompiler(looked_for=", ".join(name for name in names if name)) from error
         raise
-    _compile_calls += 1
 
     def run(inputs: list[Tensor]) -> Sequence[Tensor]:
         return compiled(*inputs)
 
-    lowered = Lowered(run, time.perf_counter() - started)
-    found = _compiled_graph(compiled) if profile(examples[0].device).direct_calls else None
+    lowered = Lowered(run, 0.0)
+    found = _compiled_graph(compiled) if profile(device).direct_calls else None
     if found is not None:
         _shorten(lowered, found.current_callable)
     return lowered
+
+
+@dataclass
+class _Part:
+    """A stretch, what it reads as fake tensors, and what tells which code it is."""
+
+    stretch: Stretch
+    fakes: list[Any]
+    key: Hashable
+
+
+def _parts(gm: fx.GraphModule, fakes: Sequence[Any], mode: Any) -> list[_Part] | None:
+    """The stretches of a graph whose layers repeat; None: it is one piece."""
+    single = units(gm.graph)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    known = dict(zip(placeholders, fakes, strict=True))
+    found = _flow([stretch(nodes) for nodes in single], dict(known), mode)
+    if not found or flat(gm.graph.output_node().args[0]) is None:
+        return None
+    together = groups([part.key for part in found])
+    if len(together) < 2:
+        return None
+    log.info("%d pieces of a graph are compiled as %d stretches", len(single), len(together))
+    return _flow([stretch([n for i in each for n in single[i]]) for each in together], known, mode)
+
+
+def _flow(stretches: Sequence[Stretch], known: dict[fx.Node, Any], mode: Any) -> list[_Part] | None:
+    """What every stretch reads, by running each distinct one on fake tensors; None: a value cannot cross its cut."""
+    parts: list[_Part] = []
+    given: dict[Hashable, Sequence[Any]] = {}
+    for each in stretches:
+        fakes = [known[node] for node in each.outer]
+        kinds = [kind(fake) for fake in fakes]
+        key = (each.structure, tuple(kinds))
+        if None in kinds:
+            return None
+        if key not in given:
+            with mode, torch.no_grad():
+                given[key] = fx.Interpreter(fx.GraphModule(nn.Module(), each.graph)).run(*fakes)
+        if any(kind(value) is None or not value.is_contiguous() for value in given[key]):
+            return None
+        known |= zip(each.results, given[key], strict=True)
+        parts.append(_Part(each, fakes, key))
+    return parts
+
+
+def _joined(gm: fx.GraphModule, parts: Sequence[_Part], names: Sequence[str], examples: Sequence[Tensor]) -> Lowered:
+    """Each distinct stretch compiled, and all of them run in turn."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    outputs = flat(gm.graph.output_node().args[0]) or []
+    inputs = {node: (name, tensor) for node, name, tensor in zip(placeholders, names, examples, strict=True)}
+    made: dict[Hashable, Lowered] = {}
+    for part in parts:
+        if part.key not in made:
+            mode = _fresh_mode()
+            fakes = [
+                _fake(mode, *inputs[node]) if node in inputs else _like(mode, fake)
+                for node, fake in zip(part.stretch.outer, part.fakes, strict=True)
+            ]
+            made[part.key] = _compiled(nn.Module(), part.stretch.graph, fakes, mode, examples[0].device)
+    at = slots([part.stretch for part in parts], placeholders, outputs)
+    steps = [
+        (made[part.key], [at[n] for n in part.stretch.outer], [at[n] for n in part.stretch.results]) for part in parts
+    ]
+    room = [None] * (max(at.values()) + 1 - len(placeholders))
+    ends = [at[node] for node in outputs]
+
+    def run(values: list[Any]) -> Sequence[Tensor]:
+        values += room
+        for lowered, takes, gives in steps:
+            for slot, value in zip(gives, lowered.run([values[i] for i in takes]), strict=True):
+                values[slot] = value
+        return [values[i] for i in ends]
+
+    return Lowered(run, 0.0)
+
+
+def _like(mode: Any, fake: Any) -> Any:
+    """A value between stretches, for a compile of its own: its symbols are told by the sizes of `EXAMPLE`."""
+    sizes = [int(s) if isinstance(s, int) else s.node.hint for s in fake.shape]
+    kinds = [DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DUCK for s in fake.shape]
+    return _with_symbols(mode, torch.empty(sizes, dtype=fake.dtype, device=fake.device), kinds)
 
 
 def _compiled_graph(compiled: Any) -> Any | None:
@@ -175,7 +277,10 @@ def _fake(mode: Any, name: str, tensor: Tensor) -> Any:
         return mode.from_tensor(tensor, static_shapes=True)
     symbols = known.symbols
     sizes = [EXAMPLE[symbols[i]] if i in symbols else s for i, s in enumerate(tensor.shape)]
-    example = torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
-    kinds = [DimDynamic.DUCK if i in symbols else DimDynamic.STATIC for i in range(example.dim())]
+    kinds = [DimDynamic.DUCK if i in symbols else DimDynamic.STATIC for i in range(tensor.dim())]
+    return _with_symbols(mode, torch.empty(sizes, dtype=tensor.dtype, device=tensor.device), kinds)
+
+
+def _with_symbols(mode: Any, example: Tensor, kinds: list[DimDynamic]) -> Any:
     context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
     return mode.from_tensor(example, symbolic_context=context)

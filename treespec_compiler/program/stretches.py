@@ -1,0 +1,188 @@
+"""A graph in stretches: calls in a row, so cut that as many stretches as possible are the same function.
+
+The layers of a decoder repeat, and a compiler's time grows with the calls that it is given: what is alike is compiled
+once and called again with other weights. Cuts lie between attention sites, where the fewest values are alive: the
+residual stream, and what all layers read. Two stretches are the same function where their calls, constants and wiring
+are, and the sizes, strides and dtypes of what they read, dynamic sizes by symbol.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch import SymInt, Tensor, fx
+from torch.fx.node import map_aggregate, map_arg
+
+from ..ir.private_torch import OpOverload
+
+CALL = 0.35
+"""What a call of a stretch costs a step, in layers compiled once: some 15 us against 0.3 s."""
+WORTH = 0.7
+"""Of a whole graph's calls: where more are left to compile it is not cut."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Calls in a row as a graph of their own."""
+
+    graph: fx.Graph
+    """Its placeholders stand for `outer`, its outputs are the values of `results`."""
+    outer: tuple[fx.Node, ...]
+    """Nodes of the whole graph that it reads."""
+    results: tuple[fx.Node, ...]
+    """Nodes of the whole graph that are read behind it."""
+    structure: Hashable
+    """Equal for equal calls, constants and wiring."""
+
+
+def units(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The calls of a graph, cut once between each two of its sites; fewer than two lists: it cannot be cut."""
+    calls = [n for n in graph.nodes if n.op not in ("placeholder", "output") and not _is_size(n)]
+    sites = [i for i, n in enumerate(calls) if isinstance(n.target, OpOverload) and n.target._schema.is_mutable]
+    plain = all(n.op in ("placeholder", "output", "call_function") for n in graph.nodes)
+    if len(sites) < 2 or not plain or not all(_movable(n) for n in graph.nodes if _is_size(n)):
+        return []
+    alive = _alive(graph, calls)
+    # NOTE the first of several places: the same one in every layer
+    cuts = [min(range(a + 1, b + 1), key=alive.__getitem__) for a, b in itertools.pairwise(sites)]
+    return [calls[a:b] for a, b in zip([0, *cuts], [*cuts, len(calls)], strict=True)]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta.get("val"), (int, SymInt))
+
+
+def _movable(size: fx.Node) -> bool:
+    """Whether a size can be told anywhere: it is that of an input, or computed from such ones."""
+    return all(n.op == "placeholder" or (_is_size(n) and _movable(n)) for n in size.all_input_nodes)
+
+
+def _alive(graph: fx.Graph, calls: Sequence[fx.Node]) -> list[int]:
+    """How many values are made before each call and read by it or behind it."""
+    at = {node: i for i, node in enumerate(calls)} | {graph.output_node(): len(calls)}
+    changes = [0] * (len(calls) + 2)
+    for i, node in enumerate(calls):
+        last = max((at[user] for user in node.users if user in at), default=i)
+        changes[i + 1] += 1
+        changes[last + 1] -= 1
+    alive, now = [], 0
+    for change in changes:
+        alive.append(now := now + change)
+    return alive
+
+
+def stretch(nodes: Sequence[fx.Node]) -> Stretch:
+    """These calls of a graph by themselves."""
+    inside, graph = set(nodes), fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    outer: dict[fx.Node, fx.Node] = {}
+    for node in _read_from_outside(nodes, inside):
+        outer[node] = made[node] = graph.placeholder(f"outer_{len(outer)}")
+    numbers = {node: i for i, node in enumerate(outer)}
+    structure: list[Hashable] = []
+
+    def place(node: fx.Node) -> fx.Node:
+        if node not in made:  # a size
+            add(node)
+        return made[node]
+
+    def add(node: fx.Node) -> None:
+        args, kwargs = map_arg((node.args, node.kwargs), place)
+        made[node] = graph.create_node(node.op, node.target, args, kwargs)
+        made[node].meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        numbered = map_arg((node.args, node.kwargs), lambda n: _Number(numbers[n]))
+        structure.append((node.target, _frozen(numbered)))
+        numbers[node] = len(numbers)
+
+    for node in nodes:
+        add(node)
+    results = [n for n in nodes if any(user not in inside for user in n.users)]
+    graph.output([made[n] for n in results])
+    return Stretch(graph, tuple(outer), tuple(results), (*structure, *(numbers[n] for n in results)))
+
+
+def _read_from_outside(nodes: Sequence[fx.Node], inside: set[fx.Node]) -> Iterator[fx.Node]:
+    """Tensors, each once; those that sizes are of as well."""
+    seen = set(inside)
+    stack = [n for node in reversed(nodes) for n in reversed(node.all_input_nodes)]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _is_size(node):
+            stack += node.all_input_nodes
+        else:
+            yield node
+
+
+@dataclass(frozen=True)
+class _Number:
+    """The i-th value of a stretch."""
+
+    index: int
+
+
+def _frozen(value: Any) -> Hashable:
+    """Hashable, equal for equal arguments: 1, 1.0 and True differ, and so do 0.0 and -0.0."""
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, *map(_frozen, value)
+    if isinstance(value, dict):
+        return "dict", *((k, _frozen(v)) for k, v in sorted(value.items()))
+    if isinstance(value, slice):
+        return "slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step)
+    return type(value), repr(value) if isinstance(value, (float, complex)) else value
+
+
+def kind(value: Any) -> Hashable | None:
+    """Equal for fake tensors that the same code takes; None for what cannot cross a cut: other than a contiguous
+    tensor whose sizes are numbers and single symbols.
+    """
+    if not isinstance(value, Tensor):
+        return None
+    sizes = [s.node.expr if isinstance(s, SymInt) else s for s in value.shape]
+    if not all(isinstance(s, (int, sympy.Symbol)) for s in sizes):
+        return None
+    strides = tuple(str(s) for s in value.stride())
+    return value.dtype, value.device, tuple(map(str, sizes)), strides
+
+
+def groups(keys: Sequence[Hashable]) -> list[range]:
+    """Which units are compiled together, given what each of them is: little to compile, and few calls a step."""
+    best: tuple[float, list[range]] = (len(keys) * WORTH, [range(len(keys))])
+    for size in range(1, len(keys) // 2 + 1):
+        for first in range(size + 1):
+            cuts = sorted({0, *range(first, len(keys), size), len(keys)})
+            found = [range(a, b) for a, b in itertools.pairwise(cuts)]
+            distinct = {tuple(keys[i] for i in each) for each in found}
+            cost = sum(map(len, distinct)) + CALL * len(found)
+            if cost < best[0]:
+                best = (cost, found)
+    return best[1]
+
+
+def slots(parts: Sequence[Stretch], inputs: Sequence[fx.Node], kept: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Places for the values that cross cuts, after those of the inputs; a place is taken again when it is free."""
+    last = {node: i for i, part in enumerate(parts) for node in part.outer} | dict.fromkeys(kept, len(parts))
+    places = {node: i for i, node in enumerate(inputs)}
+    given, free, size = set(inputs), list[int](), len(inputs)
+    for i, part in enumerate(parts):
+        # NOTE values end after the call that reads them last, so that its results may take their places
+        free += [places[n] for n in part.outer if n not in given and last[n] == i]
+        for node in part.results:
+            if not free:
+                free.append(size)
+                size += 1
+            places[node] = free.pop()
+    return places
+
+
+def flat(value: Any) -> list[fx.Node] | None:
+    """The nodes of a graph's output; None where it gives anything else."""
+    found: list[Any] = []
+    map_aggregate(value, lambda leaf: found.append(leaf))
+    return found if all(isinstance(leaf, fx.Node) for leaf in found) else None
