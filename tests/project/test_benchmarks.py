@@ -182,6 +182,27 @@ def test_bench_linear(tmp_path: Path) -> None:
     assert {e["name"] for e in report["entries"]} == {"treespec", "aten"}
 
 
+def test_bench_start(tmp_path: Path) -> None:
+    path = tmp_path / "start.json"
+    run("bench_start.py", "--tokens", 3, "--rounds", 1, "--output", path)
+    report = json.loads(path.read_text("utf-8"))
+    assert report["run"]["commit"] and report["run"]["versions"]["treespec"] == treespec_compiler.__version__
+    names = [each["name"] for each in report["runs"]]
+    assert names[:3] == ["treespec cold", "treespec warm", "Hugging Face generate"]
+    assert (names[3:] == ["llama.cpp"]) == (report["left_out"] is None)
+    assert all(len(each["tokens"]) == 3 for each in report["runs"])
+    assert len({tuple(each["tokens"]) for each in report["runs"][:3]}) == 1
+    pieces = [[piece["name"] for piece in each["pieces"]] for each in report["runs"][:2]]
+    assert pieces[0] == pieces[1] and pieces[0][:2] == ["imports", "load"] and pieces[0][-1] == "other tokens"
+    shown = run("bench_start.py", "--show", path, "--markdown")
+    assert "treespec cold, piece by piece" in shown and "said the same" in shown
+
+
+def test_bench_start_takes_no_zeros() -> None:
+    done = start("bench_start.py", "--rounds", 0)
+    assert done.returncode == 2 and "at least one of --tokens, --rounds and --cold" in done.stderr
+
+
 def test_bench_pages(tmp_path: Path) -> None:
     path = tmp_path / "pages.json"
     few = ("--sizes", 16, 64, "--requests", 2, "--prompt-tokens", 40, "--shared", 20, "--new-tokens", 4, "--rounds", 1)

@@ -21,8 +21,10 @@ from ..ir.private_torch import OpOverload
 
 CALL = 0.35
 """What a call of a stretch costs a step, in layers compiled once: some 15 us against 0.3 s."""
+PIECE = 2
+"""What each distinct stretch costs beside its layers: its C++ reads torch's headers, which takes some 8 s."""
 WORTH = 0.7
-"""Of a whole graph's calls: where more are left to compile it is not cut."""
+"""Of what a whole graph costs: where more is left it is not cut."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,13 @@ def kind(value: Any) -> Hashable | None:
 
 def groups(keys: Sequence[Hashable]) -> list[range]:
     """Which units are compiled together, given what each of them is: little to compile, and few calls a step."""
-    best: tuple[float, list[range]] = (len(keys) * WORTH, [range(len(keys))])
+    best: tuple[float, list[range]] = ((len(keys) + PIECE) * WORTH, [range(len(keys))])
     for size in range(1, len(keys) // 2 + 1):
         for first in range(size + 1):
             cuts = sorted({0, *range(first, len(keys), size), len(keys)})
             found = [range(a, b) for a, b in itertools.pairwise(cuts)]
             distinct = {tuple(keys[i] for i in each) for each in found}
-            cost = sum(map(len, distinct)) + CALL * len(found)
+            cost = sum(map(len, distinct)) + PIECE * len(distinct) + CALL * len(found)
             if cost < best[0]:
                 best = (cost, found)
     return best[1]
