@@ -23,7 +23,7 @@ from ..ir.inputs import input_of
 from ..ir.library import fingerprint
 from ..logs import logger
 from . import vectors
-from .stretches import Stretch, flat, groups, kind, slots, stretch, units
+from .slabs import Slab, flat, groups, kind, slab, slots, units
 
 log = logger(__name__)
 
@@ -74,7 +74,7 @@ def lower_eager(gm: fx.GraphModule) -> Lowered:
 def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[Tensor]) -> Lowered:
     """Compile with Inductor. `names` are the roles of the inputs, `examples` real tensors of any size.
 
-    Layers that are alike are compiled once where the device's profile says so (`program.stretches`).
+    Layers that are alike are compiled once where the device's profile says so (`program.slabs`).
     """
     global _compile_calls
     started = time.perf_counter()
@@ -139,33 +139,33 @@ def _compiled(root: nn.Module, graph: fx.Graph, fakes: Sequence[Any], mode: Any,
 
 @dataclass
 class _Part:
-    """A stretch, what it reads as fake tensors, and what tells which code it is."""
+    """A slab, what it reads as fake tensors, and what tells which code it is."""
 
-    stretch: Stretch
+    slab: Slab
     fakes: list[Any]
     key: Hashable
 
 
 def _parts(gm: fx.GraphModule, fakes: Sequence[Any], mode: Any) -> list[_Part] | None:
-    """The stretches of a graph whose layers repeat; None: it is one piece."""
+    """The slabs of a graph whose layers repeat; None: it is one piece."""
     single = units(gm.graph)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     known = dict(zip(placeholders, fakes, strict=True))
-    found = _flow([stretch(nodes) for nodes in single], dict(known), mode)
+    found = _flow([slab(nodes) for nodes in single], dict(known), mode)
     if not found or flat(gm.graph.output_node().args[0]) is None:
         return None
     together = groups([part.key for part in found])
     if len(together) < 2:
         return None
-    log.info("%d pieces of a graph are compiled as %d stretches", len(single), len(together))
-    return _flow([stretch([n for i in each for n in single[i]]) for each in together], known, mode)
+    log.info("%d pieces of a graph are compiled as %d slabs", len(single), len(together))
+    return _flow([slab([n for i in each for n in single[i]]) for each in together], known, mode)
 
 
-def _flow(stretches: Sequence[Stretch], known: dict[fx.Node, Any], mode: Any) -> list[_Part] | None:
-    """What every stretch reads, by running each distinct one on fake tensors; None: a value cannot cross its cut."""
+def _flow(slabs: Sequence[Slab], known: dict[fx.Node, Any], mode: Any) -> list[_Part] | None:
+    """What every slab reads, by running each distinct one on fake tensors; None: a value cannot cross its cut."""
     parts: list[_Part] = []
     given: dict[Hashable, Sequence[Any]] = {}
-    for each in stretches:
+    for each in slabs:
         fakes = [known[node] for node in each.outer]
         kinds = [kind(fake) for fake in fakes]
         key = (each.structure, tuple(kinds))
@@ -182,7 +182,7 @@ def _flow(stretches: Sequence[Stretch], known: dict[fx.Node, Any], mode: Any) ->
 
 
 def _joined(gm: fx.GraphModule, parts: Sequence[_Part], names: Sequence[str], examples: Sequence[Tensor]) -> Lowered:
-    """Each distinct stretch compiled, and all of them run in turn."""
+    """Each distinct slab compiled, and all of them run in turn."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     outputs = flat(gm.graph.output_node().args[0]) or []
     inputs = {node: (name, tensor) for node, name, tensor in zip(placeholders, names, examples, strict=True)}
@@ -192,13 +192,11 @@ def _joined(gm: fx.GraphModule, parts: Sequence[_Part], names: Sequence[str], ex
             mode = _fresh_mode()
             fakes = [
                 _fake(mode, *inputs[node]) if node in inputs else _like(mode, fake)
-                for node, fake in zip(part.stretch.outer, part.fakes, strict=True)
+                for node, fake in zip(part.slab.outer, part.fakes, strict=True)
             ]
-            made[part.key] = _compiled(nn.Module(), part.stretch.graph, fakes, mode, examples[0].device)
-    at = slots([part.stretch for part in parts], placeholders, outputs)
-    steps = [
-        (made[part.key], [at[n] for n in part.stretch.outer], [at[n] for n in part.stretch.results]) for part in parts
-    ]
+            made[part.key] = _compiled(nn.Module(), part.slab.graph, fakes, mode, examples[0].device)
+    at = slots([part.slab for part in parts], placeholders, outputs)
+    steps = [(made[part.key], [at[n] for n in part.slab.outer], [at[n] for n in part.slab.results]) for part in parts]
     room = [None] * (max(at.values()) + 1 - len(placeholders))
     ends = [at[node] for node in outputs]
 
@@ -213,7 +211,7 @@ def _joined(gm: fx.GraphModule, parts: Sequence[_Part], names: Sequence[str], ex
 
 
 def _like(mode: Any, fake: Any) -> Any:
-    """A value between stretches, for a compile of its own: its symbols are told by the sizes of `EXAMPLE`."""
+    """A value between slabs, for a compile of its own: its symbols are told by the sizes of `EXAMPLE`."""
     sizes = [int(s) if isinstance(s, int) else s.node.hint for s in fake.shape]
     kinds = [DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DUCK for s in fake.shape]
     return _with_symbols(mode, torch.empty(sizes, dtype=fake.dtype, device=fake.device), kinds)

@@ -11,8 +11,8 @@ from oracles import assert_decodes
 from torch import fx, nn
 
 import treespec_compiler as treespec
-from treespec_compiler.program import lowering, stretches
-from treespec_compiler.program.stretches import Stretch, groups, kind, slots, stretch, units
+from treespec_compiler.program import lowering, slabs
+from treespec_compiler.program.slabs import Slab, groups, kind, slab, slots, units
 
 pytest.importorskip("transformers")
 
@@ -21,7 +21,7 @@ LAYERS = 12
 
 @pytest.fixture(autouse=True)
 def _few_layers_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stretches, "PIECE", 0)
+    monkeypatch.setattr(slabs, "PIECE", 0)
 
 
 class Compiles:
@@ -103,12 +103,12 @@ def chain(*scales: float) -> fx.Graph:
     return graph
 
 
-def pieces(graph: fx.Graph, size: int = 2) -> list[Stretch]:
+def pieces(graph: fx.Graph, size: int = 2) -> list[Slab]:
     calls = [n for n in graph.nodes if n.op == "call_function"]
-    return [stretch(calls[i : i + size]) for i in range(0, len(calls), size)]
+    return [slab(calls[i : i + size]) for i in range(0, len(calls), size)]
 
 
-def test_calls_and_constants_tell_stretches_apart() -> None:
+def test_calls_and_constants_tell_slabs_apart() -> None:
     same, equal, other, whole = pieces(chain(2.0, 2.0, 3.0, 2))
     assert same.structure == equal.structure
     assert same.structure != other.structure
@@ -116,7 +116,7 @@ def test_calls_and_constants_tell_stretches_apart() -> None:
     assert pieces(chain(0.0))[0].structure != pieces(chain(-0.0))[0].structure
 
 
-def test_wiring_tells_stretches_apart() -> None:
+def test_wiring_tells_slabs_apart() -> None:
     straight, crossed = chain(2.0), chain(2.0)
     add = next(n for n in crossed.nodes if n.target is torch.ops.aten.add.Tensor)
     add.args = (add.args[0], add.args[0])
@@ -141,7 +141,7 @@ def test_what_cannot_cross_a_cut(value: Any) -> None:
     assert not crosses
 
 
-def test_stretches_refuse_sizes_that_are_computed() -> None:
+def test_slabs_refuse_sizes_that_are_computed() -> None:
     mode = lowering._fresh_mode()
     tokens = lowering._fake(mode, "tokens", torch.zeros(1, 2, dtype=torch.int64))
     assert kind(tokens) is not None
@@ -149,6 +149,6 @@ def test_stretches_refuse_sizes_that_are_computed() -> None:
         assert kind(tokens.new_zeros(tokens.shape[1] + 1)) is None
 
 
-def test_the_compiled_stretches_are_the_program() -> None:
+def test_the_compiled_slabs_are_the_program() -> None:
     model = zoo.make("llama", num_hidden_layers=LAYERS)
     assert_decodes(model, program(model), zoo.VOCAB)

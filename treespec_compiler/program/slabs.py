@@ -1,8 +1,8 @@
-"""A graph in stretches: calls in a row, so cut that as many stretches as possible are the same function.
+"""A graph in slabs: calls in a row, so cut that as many slabs as possible are the same function.
 
 The layers of a decoder repeat, and a compiler's time grows with the calls that it is given: what is alike is compiled
 once and called again with other weights. Cuts lie between attention sites, where the fewest values are alive: the
-residual stream, and what all layers read. Two stretches are the same function where their calls, constants and wiring
+residual stream, and what all layers read. Two slabs are the same function where their calls, constants and wiring
 are, and the sizes, strides and dtypes of what they read, dynamic sizes by symbol.
 """
 
@@ -20,15 +20,15 @@ from torch.fx.node import map_aggregate, map_arg
 from ..ir.private_torch import OpOverload
 
 CALL = 0.35
-"""What a call of a stretch costs a step, in layers compiled once: some 15 us against 0.3 s."""
+"""What a call of a slab costs a step, in layers compiled once: some 15 us against 0.3 s."""
 PIECE = 2
-"""What each distinct stretch costs beside its layers: its C++ reads torch's headers, which takes some 8 s."""
+"""What each distinct slab costs beside its layers: its C++ reads torch's headers, which takes some 8 s."""
 WORTH = 0.7
 """Of what a whole graph costs: where more is left it is not cut."""
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Slab:
     """Calls in a row as a graph of their own."""
 
     graph: fx.Graph
@@ -77,7 +77,7 @@ def _alive(graph: fx.Graph, calls: Sequence[fx.Node]) -> list[int]:
     return alive
 
 
-def stretch(nodes: Sequence[fx.Node]) -> Stretch:
+def slab(nodes: Sequence[fx.Node]) -> Slab:
     """These calls of a graph by themselves."""
     inside, graph = set(nodes), fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
@@ -104,7 +104,7 @@ def stretch(nodes: Sequence[fx.Node]) -> Stretch:
         add(node)
     results = [n for n in nodes if any(user not in inside for user in n.users)]
     graph.output([made[n] for n in results])
-    return Stretch(graph, tuple(outer), tuple(results), (*structure, *(numbers[n] for n in results)))
+    return Slab(graph, tuple(outer), tuple(results), (*structure, *(numbers[n] for n in results)))
 
 
 def _read_from_outside(nodes: Sequence[fx.Node], inside: set[fx.Node]) -> Iterator[fx.Node]:
@@ -124,7 +124,7 @@ def _read_from_outside(nodes: Sequence[fx.Node], inside: set[fx.Node]) -> Iterat
 
 @dataclass(frozen=True)
 class _Number:
-    """The i-th value of a stretch."""
+    """The i-th value of a slab."""
 
     index: int
 
@@ -167,7 +167,7 @@ def groups(keys: Sequence[Hashable]) -> list[range]:
     return best[1]
 
 
-def slots(parts: Sequence[Stretch], inputs: Sequence[fx.Node], kept: Sequence[fx.Node]) -> dict[fx.Node, int]:
+def slots(parts: Sequence[Slab], inputs: Sequence[fx.Node], kept: Sequence[fx.Node]) -> dict[fx.Node, int]:
     """Places for the values that cross cuts, after those of the inputs; a place is taken again when it is free."""
     last = {node: i for i, part in enumerate(parts) for node in part.outer} | dict.fromkeys(kept, len(parts))
     places = {node: i for i, node in enumerate(inputs)}
