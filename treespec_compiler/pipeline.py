@@ -34,6 +34,7 @@ from .passes.framework.state import GraphState
 from .passes.framework.weights import Weights
 from .passes.sharding.check import problems as placement_problems
 from .passes.sharding.mesh import RankShare
+from .stages import stage
 
 log = logger(__name__)
 
@@ -81,7 +82,8 @@ def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
     if options.kernels == "auto" and any(p.dtype in profile(p.device).packs for p in model.parameters()):
         cpu.begin()
     started = time.perf_counter()
-    captured = capture(model, call)
+    with stage("capturing the model"):
+        captured = capture(model, call)
     seconds = time.perf_counter() - started
     sources: dict[str, WeightRef] = {}  # of every capture: passes may go on with another one
     state = _state(captured, options, sources)
@@ -109,9 +111,10 @@ def convert(
     prepared = prepare(model, call, options)
     state = prepared.state
     check_complete(prepared.passes)
-    history = run_passes(
-        state, prepared.passes, [*prepared.checks, *checks], user_checks, _watching(options, instruments)
-    )
+    with stage("proving and rewriting"):
+        history = run_passes(
+            state, prepared.passes, [*prepared.checks, *checks], user_checks, _watching(options, instruments)
+        )
     state.other_length = None
     proved = {source for name in state.proved_from & set(state.weights) for source in state.weights[name].sources}
     sources = {name: prepared.sources[name] for name in sorted(state.weights.sources)}

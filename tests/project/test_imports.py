@@ -15,7 +15,7 @@ from imports import PACKAGE, Import, circles, imports, modules, rooms_of
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors", "logs", "versions"),
     ("ir",),
-    ("options", "tree", "user_cache"),
+    ("options", "stages", "tree", "user_cache"),
     ("capture", "codegen", "passes"),
     ("pipeline",),
     ("program",),

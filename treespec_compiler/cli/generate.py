@@ -19,6 +19,7 @@ from .arguments import MODEL, add_json, add_option, add_prompt_arguments, add_re
 from .models import DTYPES, LoadedModel, load
 from .ranks import is_rank, quiet_followers, start_ranks
 from .text import TextStream, read_prompt
+from .waiting import waiting
 
 EPILOG = """\
 examples:
@@ -93,7 +94,7 @@ def run(arguments: Namespace) -> int:
             for name in arguments.draft
         ]
         tokenizers = [draft.tokenizer for draft in drafts if draft.tokenizer is not None]
-    with messages.status("compiling"):
+    with waiting(messages, target.name):
         steps = stream(
             target.model,
             prompt,

@@ -9,6 +9,7 @@ from torch import nn
 from ..capture.alone import alone
 from ..capture.call import CallSpec
 from ..capture.surroundings import outside_autocast
+from ..stages import stage
 from .executor import Executor, Tally
 from .net import Comparison, Runs, check_program, check_variant
 
@@ -26,7 +27,7 @@ class Compared:
         """The program's graph, with the model as it runs eagerly; raises `Unsupported` where they differ."""
         if executor in self._done:
             return
-        with alone(), outside_autocast():
+        with alone(), outside_autocast(), stage("comparing with the model"):
             compiled = executor.tally.seconds
             self.last = check_program(program, model, call)
             self._took(self.last.seconds, executor.tally, compiled)

@@ -21,6 +21,7 @@ from ..ir.device import profile
 from ..ir.inputs import BY_NAME, TOKENS, pool_names, state_names
 from ..options import Options
 from ..passes.framework.state import GraphState
+from ..stages import stage
 from .batch import Batch, Buffer, CallSizes, Part, lay_out, pack
 from .cache import TreeCache
 from .cuda_graphs import CudaRecorder, Graphs, GraphStats, obstacle, run_or_explain
@@ -205,7 +206,8 @@ class Executor:
         if self.options.lowering == "eager":
             self._lowered = lower_eager(self.state.gm)
             return self._lowered
-        self._lowered = lower_inductor(self.state.gm, self.roles, self.examples())
+        with stage("compiling"):
+            self._lowered = lower_inductor(self.state.gm, self.roles, self.examples())
         self.tally.count += 1
         self.tally.seconds += self._lowered.seconds
         return self._lowered
