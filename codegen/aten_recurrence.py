@@ -14,17 +14,20 @@ from torch import Tensor
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.library import implement
 from treespec_compiler.ir.private_torch import OpOverload
-from treespec_compiler.ir.recurrence import advance, for_every_head, unstashed
+from treespec_compiler.ir.recurrence import advance, by_row, for_every_head, unstashed
 
 from .aten import topology
 
 BLOCK = 64
 """Nodes of a chain that are solved together: the work grows with the square."""
 
+MOST = 2**23
+"""Decays of pairs of nodes that are held at a time: where there are more, rows are computed one group after another."""
+
 
 @dataclass(frozen=True)
 class _Nodes:
-    """Of n nodes: k [n, Hk, Dk], v or w [n, H, Dv], decay [n, H]."""
+    """Of n nodes: k [n, Hk, Dk], v or w [n, H, Dv], decay [n, H, 1 or Dk]."""
 
     k: Tensor
     v: Tensor
@@ -46,7 +49,7 @@ def tree_recurrence(
     state_slots: Tensor,
     state_rows: Tensor,
 ) -> Tensor:
-    out = torch.zeros_like(v)
+    out, decay = torch.zeros_like(v), by_row(decay)
     wide = torch.promote_types(v.dtype, torch.float32)
     bounds, first = node_offsets.tolist(), 0
     slots, prefixes, lengths = state_slots.tolist(), prefix_lens.tolist(), tree_lens.tolist()
@@ -85,40 +88,61 @@ def _solved(
     no others: it is left out of all sums, and its decay is stashed as NaN.
     """
     heads, m = new.v.shape[1], len(old.k)
-    parts = [new.k, new.v, new.decay] + ([] if beta is None else [beta])
-    bad = torch.stack([~(p.isfinite() | (p == -torch.inf)).flatten(1).all(1) for p in parts]).any(0)
-    lost = torch.cat([old.decay.isnan().any(1), bad | new.decay.isnan().any(1)])
+    parts = [new.k, new.v] + ([] if beta is None else [beta])
+    bad = torch.stack([~p.isfinite().flatten(1).all(1) for p in parts]).any(0)
+    odd = torch.cat([old.decay, new.decay]).flatten(1)  # -inf forgets everything, and is a decay like others
+    lost = (odd.isnan() | (odd == torch.inf)).any(1)
+    lost[m:] |= bad
     k = torch.cat([old.k, new.k]).masked_fill(lost[:, None, None], 0.0)
     v = new.v.masked_fill(lost[m:, None, None], 0.0)
-    decay = torch.cat([old.decay, new.decay]).masked_fill(lost[:, None], 0.0)
+    decay = torch.cat([old.decay, new.decay]).masked_fill(lost[:, None, None], 0.0)
     rate = None if beta is None else beta.masked_fill(lost[m:, None], 0.0)
 
-    behind = torch.where(seen[..., None], decay, 0.0).flip(1).cumsum(1).flip(1)  # [n, m + n, H]
-    after = torch.cat([behind[:, 1:], torch.zeros_like(behind[:, :1])], 1)
-    decayed = torch.where(seen[..., None], after.exp(), 0.0)  # from a node's write to the other node
-    since = behind[:, 0].exp()  # [n, H], from the border
-
-    wide_k = for_every_head(k, heads)
-    written = v
+    keys = k[m:] if rate is not None else None
+    alike, read, since = _pairs(q, keys, k, decay, seen, heads)
+    wide_k, wide_q, written = for_every_head(k[m:], heads), for_every_head(q, heads), v
     if rate is not None:
-        alike = _products(new.k.masked_fill(lost[m:, None, None], 0.0), k, heads) * decayed  # [n, m + n, H]
-        target = v - since[..., None] * torch.einsum("nhd,hde->nhe", wide_k[m:], state)
+        target = v - torch.einsum("nhd,hde->nhe", wide_k * since, state)
         target = target - torch.einsum("ijh,jhe->ihe", alike[:, :m], old.v)
         system = (rate[:, None] * alike[:, m:]).permute(2, 0, 1).tril(-1)  # [H, n, n]
         wanted = (rate[..., None] * target).transpose(0, 1)  # [H, n, Dv]
         written = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True).transpose(0, 1)
-    read = _products(q, k, heads) * decayed
-    out = since[..., None] * torch.einsum("nhd,hde->nhe", for_every_head(q, heads), state)
+    out = torch.einsum("nhd,hde->nhe", wide_q * since, state)
     out = out + torch.einsum("ijh,jhe->ihe", read, torch.cat([old.v, written]))
     out = out.masked_fill((seen & lost).any(1)[:, None, None], torch.nan)
-    marked = decay[m:].masked_fill(lost[m:, None], torch.nan)
-    return out, torch.cat([k[m:].flatten(1), written.flatten(1), marked], 1)
+    marked = decay[m:].masked_fill(lost[m:, None, None], torch.nan)
+    return out, torch.cat([k[m:].flatten(1), written.flatten(1), marked.flatten(1)], 1)
 
 
-def _products(a: Tensor, b: Tensor, heads: int) -> Tensor:
-    """[n, Hk, D], [m, Hk, D] -> [n, m, H]."""
-    found = torch.einsum("ihd,jhd->ijh", a, b)
-    return found if found.shape[2] == heads else found.repeat_interleave(heads // found.shape[2], 2)
+def _pairs(
+    q: Tensor, keys: Tensor | None, k: Tensor, decay: Tensor, seen: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(decayed products of `keys` with k, and of q with k, [n, all, H]; decays from the border [n, H, 1 or Dk]).
+
+    Decays between two nodes are added up over the path from one to the other, and are never a difference of sums.
+    """
+    rows = max(1, MOST // decay.numel())
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for at in range(0, len(q), rows):
+        here = slice(at, at + rows)
+        path = seen[here, :, None, None]
+        behind = torch.where(path, decay, 0.0).flip(1).cumsum(1).flip(1)  # [rows, all, H, 1 or Dk]
+        after = torch.cat([behind[:, 1:], torch.zeros_like(behind[:, :1])], 1)
+        decayed = torch.where(path, after.exp(), 0.0)
+        read = _products(q[here], k, decayed, heads)
+        alike = read if keys is None else _products(keys[here], k, decayed, heads)
+        found.append((alike, read, behind[:, 0].exp()))
+    alike, read, since = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return alike, read, since
+
+
+def _products(a: Tensor, b: Tensor, decayed: Tensor, heads: int) -> Tensor:
+    """a [n, Hk, Dk], b [m, Hk, Dk], decayed [n, m, H, 1 or Dk] -> sums over Dk [n, m, H]."""
+    if decayed.shape[3] == 1:
+        found = torch.einsum("ihd,jhd->ijh", a, b)
+        wide = found if found.shape[2] == heads else found.repeat_interleave(heads // found.shape[2], 2)
+        return wide * decayed[..., 0]
+    return torch.einsum("ihd,ijhd->ijh", for_every_head(a, heads), decayed * for_every_head(b, heads))
 
 
 TREE_RECURRENCE: OpOverload = implement(ops.tree_recurrence, "treespec_aten", tree_recurrence)

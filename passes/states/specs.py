@@ -53,7 +53,8 @@ def _recurrence(call: Mapping[str, Any]) -> _Kept:
     k: Tensor = call["k"]
     v: Tensor = call["v"]
     (key_heads, key_dim), (heads, value_dim) = map(int, k.shape[2:]), map(int, v.shape[2:])
-    width = key_heads * key_dim + heads * value_dim + heads
+    rows = key_dim if call["decay"].dim() == 4 else 1
+    width = key_heads * key_dim + heads * value_dim + heads * rows
     text = "S = exp(g) S + k w^T, w = " + ("v" if call["beta"] is None else "beta (v - exp(g) S^T k)")
     return _Kept((heads, key_dim, value_dim), width, v.dtype, text, (key_heads,))
 

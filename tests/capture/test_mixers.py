@@ -109,6 +109,8 @@ def test_every_known_source_is_an_installed_one_s() -> None:
         "olmo_hybrid": "torch_chunk_gated_delta_rule",
         "mamba2": "mamba2_chunk_scan",
         "bamba": "mamba2_chunk_scan",
+        "mamba": "mamba_selective_scan",
+        "kimi_linear": "chunk_kimi_delta_attention",
     }.items():
         module = importlib.import_module(f"transformers.models.{where}.modeling_{where}")
         function = inspect.unwrap(getattr(module, name))

@@ -29,7 +29,6 @@ from treespec_compiler.cli.main import main
 EXACT = ("qwen3", "codegen", "mistral", "qwen2_moe", "deepseek_v3", "doge", "jetmoe", "lfm2", "qwen3_next", "mamba2")
 REFUSED = {"bert": "bidirectional"}
 MIXERS = {
-    "kimi_linear": "KimiLinearDeltaAttention",
     "zaya": "ZayaCCAProjection",
     "deepseek_v32": "DeepseekV32Indexer",
     "minimax": "MiniMaxLightningAttention",

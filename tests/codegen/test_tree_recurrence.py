@@ -10,6 +10,7 @@ from oracles import random_tree
 from torch import Tensor
 
 from treespec_compiler import TokenTree
+from treespec_compiler.codegen import aten_recurrence
 from treespec_compiler.codegen.aten_recurrence import TREE_RECURRENCE
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.specs import StateSpec
@@ -20,16 +21,21 @@ KEY_HEADS, HEADS, KEY, VALUE = 2, 4, 3, 5
 CPU = torch.device("cpu")
 
 
-def cache_of(slots: int, dtype: torch.dtype = torch.float64) -> TreeCache:
-    width = KEY_HEADS * KEY + HEADS * VALUE + HEADS
+def cache_of(slots: int, dtype: torch.dtype = torch.float64, rows: int = 1) -> TreeCache:
+    width = KEY_HEADS * KEY + HEADS * VALUE + HEADS * rows
     spec = StateSpec(0, "recurrence", "r", "", "", (HEADS, KEY, VALUE), width, dtype, "", (KEY_HEADS,))
     return TreeCache([], 4096, slots, CPU, ops.commit_path, states=[spec])
 
 
-def tokens(count: int, fade: float, delta: bool, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+def tokens(
+    count: int, fade: float, delta: bool, dtype: torch.dtype = torch.float64, rows: int = 1
+) -> list[Tensor | None]:
     """q, k, v, decay, beta of tokens: `fade` 0 forgets nothing, a large one all."""
     q, k = (torch.nn.functional.normalize(torch.randn(1, count, KEY_HEADS, KEY, dtype=dtype), dim=-1) for _ in "qk")
-    v, decay = torch.randn(1, count, HEADS, VALUE, dtype=dtype), -fade * torch.rand(1, count, HEADS, dtype=dtype)
+    v, decay = (
+        torch.randn(1, count, HEADS, VALUE, dtype=dtype),
+        -fade * torch.rand(1, count, HEADS, *([rows] if rows > 1 else []), dtype=dtype),
+    )
     return [q, k, v, decay, torch.rand(1, count, HEADS, dtype=dtype) if delta else None]
 
 
@@ -56,16 +62,17 @@ def joined(before: list[Tensor | None], after: list[Tensor | None]) -> list[Tens
     st.sampled_from([0.0, 1e-6, 0.3, 40.0]),
     st.sampled_from([0, 1, 5, 63, 65, 150]),
     st.sampled_from([1, 7, 80]),
+    st.sampled_from([1, KEY]),
 )
-def test_each_node_is_the_recurrence_of_its_path(op, delta, seed, fade, committed, size):
+def test_each_node_is_the_recurrence_of_its_path(op, delta, seed, fade, committed, size, rows):
     torch.manual_seed(seed)
-    cache, prefix = cache_of(3), tokens(committed, fade, delta)
+    cache, prefix = cache_of(3, rows=rows), tokens(committed, fade, delta, rows=rows)
     if committed:
         got = run(op, prefix, cache, [Part.prompt(2, [0] * committed)])
         torch.testing.assert_close(got, ops.recurrence(*prefix), atol=1e-9, rtol=1e-9)
         cache._append(2, [0] * committed)
     trees = {2: random_tree(size, 50, seed), 0: random_tree(4, 50, seed + 1)}
-    own = {slot: tokens(len(tree), fade, delta) for slot, tree in trees.items()}
+    own = {slot: tokens(len(tree), fade, delta, rows=rows) for slot, tree in trees.items()}
     for slot, tree in trees.items():
         cache._trees[slot] = tree
     got = run(op, joined(own[2], own[0]), cache, [Part(s, t) for s, t in trees.items()])
@@ -78,7 +85,7 @@ def test_each_node_is_the_recurrence_of_its_path(op, delta, seed, fade, committe
         first += len(tree)
     path = trees[2].path(size - 1)[: 1 + seed % 3]
     cache.commit({2: path, 0: []})
-    after = tokens(3, fade, delta)
+    after = tokens(3, fade, delta, rows=rows)
     chain = run(op, after, cache, [Part(2, TokenTree.chain([1, 2, 3]))])
     whole = joined(joined(prefix, taken(own[2], path)), after)
     torch.testing.assert_close(chain[0], ops.recurrence(*whole)[0, -3:], atol=1e-9, rtol=1e-9)
@@ -86,6 +93,15 @@ def test_each_node_is_the_recurrence_of_its_path(op, delta, seed, fade, committe
 
 def random_nodes(size: int, seed: int) -> list[int]:
     return sorted({0, size - 1, *(seed * (i + 1) % size for i in range(6))})
+
+
+def test_many_decays_are_held_a_group_at_a_time(monkeypatch):
+    torch.manual_seed(2)
+    tree, values = random_tree(40, 50, 3), tokens(40, 0.5, True, rows=KEY)
+    whole = run(TREE_RECURRENCE, values, cache_of(1, rows=KEY), [Part(0, tree)])
+    monkeypatch.setattr(aten_recurrence, "MOST", 7 * 40 * HEADS * KEY)
+    again = run(TREE_RECURRENCE, values, cache_of(1, rows=KEY), [Part(0, tree)])
+    torch.testing.assert_close(again, whole, atol=1e-12, rtol=1e-12)
 
 
 def test_grown_at_the_end():

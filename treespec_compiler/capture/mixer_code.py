@@ -100,3 +100,93 @@ def mamba2_samples(tokens: int, generator: Generator) -> list[tuple[tuple[Any, .
             more |= {"D": torch.randn(4, generator=generator), "dt_limit": (0.01, 0.9)}
         found.append((args, more))
     return found
+
+
+def mamba_selective_scan(
+    hidden_states,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    return_last_state=False,
+    use_mambapy=False,
+    use_associative_scan=False,
+    **kwargs,
+):
+    """Mamba (arXiv 2312.00752): every channel is a head of its own, with a decay for each number of its state."""
+    import torch
+
+    if return_last_state:
+        raise NotImplementedError("the scan with a state of the model's own")
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dt.dtype)[..., None]
+    if delta_softplus:
+        dt = torch.nn.functional.softplus(dt)
+    step = dt.transpose(1, 2)[..., None]  # [1, T, channels, 1]
+    v = step.float() * hidden_states.transpose(1, 2)[..., None].float()
+    q, k = (x.transpose(1, 2)[:, :, None].float() for x in (C, B))
+    out = torch.ops.treespec.recurrence(q, k, v, (A * step).float(), None)
+    out = out.squeeze(3).transpose(1, 2).to(hidden_states.dtype)
+    if D is not None:
+        out = out + hidden_states * D[None, :, None]
+    return out if z is None else out * torch.nn.functional.silu(z)
+
+
+def mamba_samples(tokens: int, generator: Generator) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments for so many tokens: with and without D, z and softplus, decays near 0 and 1."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for fade in (1e-3, 0.5, 8.0):
+        a = -fade * torch.rand(4, 3, generator=generator)
+        args = (draw(1, 4, tokens), draw(1, 4, tokens), a, draw(1, 3, tokens), draw(1, 3, tokens))
+        more: dict[str, Any] = {"delta_softplus": True}
+        if fade > 0.1:
+            more |= {"D": draw(4), "z": draw(1, 4, tokens), "delta_bias": draw(4)}
+        found.append((args, more))
+    return found
+
+
+def chunk_kimi_delta_attention(
+    query,
+    key,
+    value,
+    g,
+    beta,
+    chunk_size=64,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    **kwargs,
+):
+    """Kimi's delta attention (arXiv 2510.26692): the gated delta rule with a decay for each row of the state."""
+    import torch
+
+    if initial_state is not None or output_final_state:
+        raise NotImplementedError("the delta rule with a state of the model's own")
+    q, k, v, rate, decay = (x.to(torch.float32) for x in (query, key, value, beta, g))
+    if use_qk_l2norm_in_kernel:
+        q = q / torch.sqrt((q * q).sum(-1, keepdim=True) + 1e-6)
+        k = k / torch.sqrt((k * k).sum(-1, keepdim=True) + 1e-6)
+    out = torch.ops.treespec.recurrence(q * (1 / q.shape[-1] ** 0.5), k, v, decay, rate)
+    return out.to(query.dtype), None
+
+
+def kimi_samples(tokens: int, generator: Generator) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments for so many tokens: with and without norms, decays near 0 and 1."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(1, tokens, *shape, generator=generator)
+
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for norm, fade in ((True, 0.1), (False, 2.0), (True, 1e-4)):
+        k = torch.nn.functional.normalize(draw(3, 6), dim=-1)
+        args = (draw(3, 6), k if not norm else 3 * k, draw(3, 5), -fade * draw(3, 6).abs(), draw(3).sigmoid())
+        found.append((args, {"use_qk_l2norm_in_kernel": norm}))
+    return found

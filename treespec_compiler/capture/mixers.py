@@ -53,22 +53,13 @@ def _enter(mixer: Mixer) -> None:
     _MIXERS.setdefault(mixer.name, []).append(mixer)
 
 
-_enter(
-    Mixer(
-        "torch_chunk_gated_delta_rule",
-        frozenset({"3ed694e3bf52317e"}),
-        mixer_code.torch_chunk_gated_delta_rule,
-        mixer_code.delta_samples,
-    )
-)
-_enter(
-    Mixer(
-        "mamba2_chunk_scan",
-        frozenset({"b2c0a466a354947a"}),
-        mixer_code.mamba2_chunk_scan,
-        mixer_code.mamba2_samples,
-    )
-)
+for _spelled, _samples, _hashes in (
+    (mixer_code.torch_chunk_gated_delta_rule, mixer_code.delta_samples, {"3ed694e3bf52317e"}),
+    (mixer_code.chunk_kimi_delta_attention, mixer_code.kimi_samples, {"c9aeba3911244dd1"}),
+    (mixer_code.mamba2_chunk_scan, mixer_code.mamba2_samples, {"b2c0a466a354947a"}),
+    (mixer_code.mamba_selective_scan, mixer_code.mamba_samples, {"7741d95862eac581"}),
+):
+    _enter(Mixer(_spelled.__name__, frozenset(_hashes), _spelled, _samples))
 
 
 def register_mixer(function: Callable[..., Any], spelled: Callable[..., Any], samples: Samples) -> None:

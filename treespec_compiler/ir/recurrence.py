@@ -6,8 +6,9 @@ A head's state S [Dk, Dv] begins with zeros, and token t moves it by its decay, 
     w_t = v_t                                        without beta: linear attention, Mamba-2's scalar decays
     w_t = beta_t (v_t - exp(decay_t) S_(t-1)^T k_t)  with beta: the gated delta rule
 
-On a path w_t depends on the path alone, so a node keeps k, w and decay, and a state moves by an accepted path without
-any of it being computed again.
+A decay is a number a head, or one for each of the Dk rows of S (Mamba-1, Kimi's delta attention). What a token writes
+depends on its path alone, so a node keeps k, w and decay, and a state moves by an accepted path without any of it being
+computed again.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ TREE_SCHEMA = (
 
 
 def step(state: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(state [H, Dk, Dv] after a token, what it wrote [H, Dv]); k [H, Dk], v [H, Dv], decay [H], beta [H]."""
-    state = state * decay.exp()[:, None, None]
+    """(state [H, Dk, Dv] after a token, what it wrote [H, Dv]); k [H, Dk], v [H, Dv], decay [H, 1 or Dk], beta [H]."""
+    state = state * decay.exp()[:, :, None]
     written = v if beta is None else beta[:, None] * (v - torch.einsum("hde,hd->he", state, k))
     return state + k[:, :, None] * written[:, None, :], written
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None) -> Tensor:
-    """q, k [1, T, Hk, Dk], v [1, T, H, Dv], decay (of logarithms) and beta [1, T, H] -> [1, T, H, Dv], token by token.
+    """q, k [1, T, Hk, Dk], v [1, T, H, Dv], beta [1, T, H] -> [1, T, H, Dv], token by token.
 
-    H is a multiple of Hk: key head h // (H / Hk) is that of head h.
+    H is a multiple of Hk: key head h // (H / Hk) is that of head h. `decay`: logarithms [1, T, H] or [1, T, H, Dk].
     """
-    heads = v.shape[2]
+    heads, decay = v.shape[2], by_row(decay)
     state = v.new_zeros(heads, k.shape[3], v.shape[3])
     q, k = for_every_head(q[0], heads), for_every_head(k[0], heads)
     out = []
@@ -50,25 +51,31 @@ def reference(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | Non
     return torch.stack(out).unsqueeze(0)
 
 
+def by_row(decay: Tensor) -> Tensor:
+    """[1, T, H] or [1, T, H, Dk] -> [1, T, H, 1 or Dk]."""
+    return decay.unsqueeze(3) if decay.dim() == 3 else decay
+
+
 def for_every_head(x: Tensor, heads: int) -> Tensor:
     """[.., Hk, D] -> [.., H, D]."""
     return x if x.shape[-2] == heads else x.repeat_interleave(heads // x.shape[-2], -2)
 
 
 def unstashed(stash: Tensor, key_heads: int, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """k [.., Hk, Dk], w [.., H, Dv] and decay [.., H] of nodes [.., width]; `shape`: [H, Dk, Dv]."""
+    """k [.., Hk, Dk], w [.., H, Dv] and decay [.., H, 1 or Dk] of nodes [.., width]; `shape`: [H, Dk, Dv]."""
     heads, key_dim, value_dim = shape
-    k, w, decay = stash.split([key_heads * key_dim, heads * value_dim, heads], -1)
-    return k.unflatten(-1, (key_heads, key_dim)), w.unflatten(-1, (heads, value_dim)), decay
+    first, second = key_heads * key_dim, heads * value_dim
+    k, w, decay = stash.split([first, second, stash.shape[-1] - first - second], -1)
+    return k.unflatten(-1, (key_heads, key_dim)), w.unflatten(-1, (heads, value_dim)), decay.unflatten(-1, (heads, -1))
 
 
 def tree_reference(
     q: Tensor,  # [1, T, Hk, Dk], and so is k
     k: Tensor,
     v: Tensor,  # [1, T, H, Dv]
-    decay: Tensor,  # [1, T, H], and so is beta
-    beta: Tensor | None,
-    stash: Tensor,  # [rows, Hk Dk + H Dv + H]: k, w and decay of a node; written
+    decay: Tensor,  # [1, T, H] or [1, T, H, Dk]
+    beta: Tensor | None,  # [1, T, H]
+    stash: Tensor,  # [rows, Hk Dk + H Dv + H or H Dk]: k, w and decay of a node; written
     state: Tensor,  # [slots, H, Dk, Dv]
     node_offsets: Tensor,
     prefix_lens: Tensor,
@@ -78,7 +85,7 @@ def tree_reference(
     state_rows: Tensor,
 ) -> Tensor:  # [1, T, H, Dv]
     """Along each node's path from the committed state; rows of no request give 0."""
-    heads, key_heads = v.shape[2], k.shape[2]
+    heads, key_heads, decay = v.shape[2], k.shape[2], by_row(decay)
     out = torch.zeros_like(v)
     first = 0
     for r, slot in enumerate(state_slots.tolist()):
@@ -94,7 +101,7 @@ def tree_reference(
                 now, _ = step(now, for_every_head(old, heads), w, g, None)
             key = for_every_head(k[0, i], heads)
             now, w = step(now, key, v[0, i], decay[0, i], None if beta is None else beta[0, i])
-            stash[rows[node]] = torch.cat([k[0, i].flatten(), w.flatten(), decay[0, i]]).to(stash.dtype)
+            stash[rows[node]] = torch.cat([k[0, i].flatten(), w.flatten(), decay[0, i].flatten()]).to(stash.dtype)
             out[0, i] = torch.einsum("hde,hd->he", now, for_every_head(q[0, i], heads))
     return out
 
@@ -109,11 +116,10 @@ def advance(state: Tensor, nodes: Tensor, key_heads: int) -> Tensor:
     S = exp(sum of decays) S + sum_i exp(sum of the decays behind i) k_i w_i^T.
     """
     k, w, decay = unstashed(nodes, key_heads, state.shape[1:])
-    behind = decay.flip(1).cumsum(1).flip(1)  # [sites, n, H], of the node's own and all behind it
+    behind = decay.flip(1).cumsum(1).flip(1)  # [sites, n, H, 1 or Dk], of the node's own and all behind it
     after = torch.cat([behind[:, 1:], torch.zeros_like(behind[:, :1])], 1).exp()
-    wide = for_every_head(k, w.shape[2])
-    written = torch.einsum("snhd,snhe->shde", wide, w * after[..., None])
-    return state * behind[:, 0].exp()[..., None, None] + written
+    written = torch.einsum("snhd,snhe->shde", for_every_head(k, w.shape[2]) * after, w)
+    return state * behind[:, 0].exp()[..., None] + written
 
 
 recurrence: OpOverload = define("recurrence", SCHEMA, reference, fake)
