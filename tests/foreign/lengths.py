@@ -211,6 +211,15 @@ class OtherInEachLayer(Tiny):
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=m)
 
 
+class UnderAnotherName(Length):
+    def mask(self, tokens: int) -> Tensor:
+        t = torch
+        m = t.zeros(tokens, tokens, dtype=t.bool)
+        for i in range(tokens):
+            m[i] = t.arange(tokens) <= i
+        return m
+
+
 CONVERTED: tuple[type[Length], ...] = (
     RowsInALoop,
     BiasInALoop,
@@ -225,6 +234,7 @@ CONVERTED: tuple[type[Length], ...] = (
     KeptByLength,
     KeptInAGlobal,
     CachedLoop,
+    UnderAnotherName,
 )
 
 

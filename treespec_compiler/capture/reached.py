@@ -253,6 +253,12 @@ class Reached:
         return cls, found, [self._value(base, code) for base in cls.__bases__]
 
 
+def is_library(module: ModuleType) -> bool:
+    """Whether it is one of those that tables are made with, which nobody exchanges for another."""
+    root = _root(module.__name__)
+    return root in ("torch", "numpy") or (_of_python(root) and root in _PURE)
+
+
 def watched(
     code: CodeType, names: Mapping[str, Any], values: Sequence[Any], kept: Collection[int]
 ) -> Callable[[], bool]:

@@ -15,14 +15,14 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .aside import Aside, kept_as, put_aside, same, tensors
-from .reached import Unreadable
+from .reached import Unreadable, is_library
 from .regions import Stretch
 
 LONGEST = 1 << 14  # NOTE what is made on the way may be a square of it, whatever comes out
@@ -31,6 +31,7 @@ SECONDS = 2.0  # for the longest run of one table; half of it again for lengths 
 DENSE = 1024  # up to here there is no gap between those
 _LENGTHS = (*range(1, 20), 31, 64, 97, 130, 257, 511, 1000, 2047, 5000, 20011)
 _PLAIN = (int, float, bool, str, type(None))
+_DESCRIBED = (FunctionType, BuiltinFunctionType, ModuleType)
 _CODE = (torch.device, torch.dtype, FunctionType, BuiltinFunctionType)
 
 TABLES: list[dict[str, tuple[Tensor, ...]]] = []
@@ -167,7 +168,7 @@ def tabulated(place: TablePlace, short: Sequence[Noted], long: Sequence[Noted], 
     found: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
     told: dict[tuple[Any, ...], list[Any]] = {}
     shapes: list[list[tuple[int, int]]] | None = None
-    functions = {id(v): v for one in short for v in one.given if isinstance(v, (FunctionType, BuiltinFunctionType))}
+    functions = {id(v): v for one in short for v in one.given if isinstance(v, _DESCRIBED)}
     try:
         with put_aside(place.fill, place.function, [*functions.values()], lambda: place.fresh(short[0].given)) as aside:
             for seen, other in zip(short, long, strict=True):
@@ -198,6 +199,10 @@ def tabulated(place: TablePlace, short: Sequence[Noted], long: Sequence[Noted], 
     return Tabulated(_reading(place.region, number, sizes, settings, shapes, [*found.values()]), changed)
 
 
+def _is_library(value: Any) -> bool:
+    return isinstance(value, ModuleType) and is_library(value)
+
+
 def _told(key: Any) -> list[Any]:
     return [(type(v), repr(v) if isinstance(v, _PLAIN) else v) for v in key]
 
@@ -219,7 +224,7 @@ def _settings(region: Stretch, given: Sequence[Any], sizes: Sizes) -> list[int]:
     for i, (name, value) in enumerate(zip(region.inputs, given, strict=True)):
         if isinstance(value, (*_PLAIN, *_CODE)):
             found += [] if i in sizes.at else [i]
-        elif not (name in region.caches and isinstance(value, dict)):
+        elif not (name in region.caches and isinstance(value, dict)) and not _is_library(value):
             raise NoTable
     return found
 
