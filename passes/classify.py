@@ -20,7 +20,7 @@ from .attention.score_pack import score_table
 from .forms.biases import NotAMask
 from .forms.by_value import SampledValues, signature
 from .forms.closed_form import ClosedForms, broadcast, shape_of
-from .forms.evaluate import evaluate_for_length
+from .forms.evaluate import TooLarge, evaluate_for_length
 from .forms.masks import BIDIRECTIONAL, BURIED, HIDDEN, Scoring, classify
 from .forms.positions import table_limits
 from .forms.score_check import checked, readable, slope_distance
@@ -82,7 +82,10 @@ def _scoring(
         raise refuse(Refusal.MASK, "attention has both a mask and is_causal=True", node)
 
     def evaluate(n: int) -> Tensor:
-        value = evaluate_for_length(mask, state.tokens, state.constants, state.gm, n)
+        try:
+            value = evaluate_for_length(mask, state.tokens, state.constants, state.gm, n)
+        except TooLarge:
+            raise NotAMask(f"the mask, or bias, of {n} tokens is too large to be compared whole") from None
         return value.expand(*value.shape[:-2], n, n).cpu()
 
     try:

@@ -30,6 +30,8 @@ log = logger(__name__)
 # Analyses of other regions; each takes as long as the first.
 MOST_REGIONS = 8
 
+_SAME = "make the forward pass the same for every number of tokens"
+
 # The model has no graph of its own there: it raises, shapes do not fit, or T is a constant. The context then ends
 # before that length, which is sound whatever the model would do beyond.
 _ENDS = frozenset({Refusal.NO_GRAPH, Refusal.CONTROL, Refusal.RAISES, Refusal.SPECIALISED})
@@ -71,7 +73,7 @@ def decide_guards(state: GraphState, analyse: Callable[[int], GraphState], max_c
                     Refusal.BRANCH,
                     f"the model takes another branch unless {guard} (T = {state.length} tokens), and with {other} "
                     f"tokens it cannot be analysed: {str(error).splitlines()[0]}",
-                    way_out="make the forward pass the same for every number of tokens",
+                    way_out=_SAME,
                 ) from error
             what = "stops"
             if isinstance(error, Unsupported) and error.kind not in _ENDS:
@@ -93,7 +95,7 @@ def decide_guards(state: GraphState, analyse: Callable[[int], GraphState], max_c
         Refusal.BRANCH,
         f"the model branches on the number of tokens in more than {MOST_REGIONS} ways: "
         f"{', '.join(map(str, regions[0]))}",
-        way_out="make the forward pass the same for every number of tokens",
+        way_out=_SAME,
     )
 
 
@@ -107,7 +109,7 @@ def _too_short(guard: Any, state: GraphState, other: int, what: str) -> Unsuppor
         Refusal.BRANCH,
         f"the model branches on the number of tokens: the trace was made under {guard} (T = {state.length}), and with "
         f"{other} tokens it {what}, so the trace does not show what the model means",
-        way_out=f"options={{'max_context': {other - 1}}} stays on this side of the branch" if other > 2 else None,
+        way_out=f"options={{'max_context': {other - 1}}} stays on this side of the branch" if other > 2 else _SAME,
     )
 
 

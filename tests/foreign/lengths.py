@@ -220,6 +220,52 @@ class UnderAnotherName(Length):
         return m
 
 
+class DistancesTimesSlopes(Length):
+    """The distances come from Python, the slopes from a buffer."""
+
+    def setup(self) -> None:
+        self.register_buffer("slopes", 2.0 ** -torch.arange(1.0, HEADS + 1)[:, None, None])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        t = q.shape[2]
+        bias = -torch.tensor([[[abs(i - j) for j in range(t)] for i in range(t)]])
+        bias = bias * self.slopes
+        scores = (q @ k.mT / 2 + bias).masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -math.inf)
+        return scores.softmax(-1) @ v
+
+
+class DifferencesInPairs(Length):
+    """Whole numbers of pairs of places, which others look up in a table of biases."""
+
+    def setup(self) -> None:
+        self.near = torch.nn.Embedding(9, HEADS)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        t = q.shape[2]
+        away = torch.tensor([[i - j for j in range(t)] for i in range(t)])
+        return self.scored(q @ k.mT / 2, away).softmax(-1) @ v
+
+    def scored(self, scores: Tensor, away: Tensor) -> Tensor:
+        bias = self.near(away.clamp(0, 8)).permute(2, 0, 1)
+        return (scores + bias).masked_fill(away < 0, -math.inf)
+
+
+class EndsAt(Length):
+    """The code itself runs for 37 tokens and no more, which ends the context."""
+
+    end = 37
+
+    def positions(self, ids: Tensor) -> Tensor:
+        rows = [math.sqrt(self.end - i) for i in range(1, ids.shape[1] + 1)]
+        return torch.tensor(rows)[:, None] * torch.linspace(0.1, 1, DIM)
+
+
+class EndsSoon(EndsAt):
+    """Before what a table is first made for."""
+
+    end = 24
+
+
 CONVERTED: tuple[type[Length], ...] = (
     RowsInALoop,
     BiasInALoop,
@@ -235,6 +281,10 @@ CONVERTED: tuple[type[Length], ...] = (
     KeptInAGlobal,
     CachedLoop,
     UnderAnotherName,
+    DistancesTimesSlopes,
+    DifferencesInPairs,
+    EndsAt,
+    EndsSoon,
 )
 
 
@@ -364,6 +414,26 @@ class Counts(Length):
         return m if self.calls < 10_000 else ~m
 
 
+class DifferencesButOne(DifferencesInPairs):
+    """One pair of places, far away, is something else."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        t = q.shape[2]
+        away = torch.tensor([[i - j if (i, j) != (50, 7) else -5 for j in range(t)] for i in range(t)])
+        return self.scored(q @ k.mT / 2, away).softmax(-1) @ v
+
+
+class DistancesTurned(DistancesTimesSlopes):
+    """Behind the query the bias is that of its own place."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        t = q.shape[2]
+        bias = -torch.tensor([[[abs(i - 2 * j) for j in range(t)] for i in range(t)]])
+        bias = bias * self.slopes
+        scores = q @ k.mT / 2 + bias
+        return scores.softmax(-1) @ v
+
+
 REFUSED: tuple[type[Length], ...] = (
     DividedByLength,
     OtherAt300,
@@ -377,4 +447,6 @@ REFUSED: tuple[type[Length], ...] = (
     OtherLater,
     CountsElsewhere,
     Counts,
+    DifferencesButOne,
+    DistancesTurned,
 )

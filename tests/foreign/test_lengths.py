@@ -12,6 +12,8 @@ from lengths import (
     CONVERTED,
     REFUSED,
     CachedLoop,
+    EndsAt,
+    EndsSoon,
     FunctionInAnAttribute,
     KeptByLength,
     KeptInAGlobal,
@@ -153,3 +155,9 @@ def test_a_file_that_was_edited_since_is_not_the_code(tmp_path: Path, monkeypatc
     with pytest.raises(treespec.Unsupported) as refusal:
         treespec.tree_program(model, options=EAGER)
     assert refusal.value.kind is Refusal.SPECIALISED
+
+
+@pytest.mark.parametrize("style", [EndsAt, EndsSoon])
+def test_the_context_ends_where_the_code_does(style: type[EndsAt]) -> None:
+    program = treespec.tree_program(built(style), options=EAGER)
+    assert program.max_context == style.end

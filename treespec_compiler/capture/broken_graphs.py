@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import Refusal, Unsupported
 from .control_flow import where_specialised
+from .placement_hooks import hooked
 from .torch_errors import kind_of
 
 _HERE = os.path.dirname(__file__)
@@ -47,6 +48,8 @@ def no_graph(model: nn.Module, error: BaseException, mode: Any = None) -> Unsupp
     scripted = next((path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     if kind is Refusal.NO_GRAPH and scripted is not None:
         way_out = f"convert the model with the Python module that {scripted or 'it'} was scripted from, {FALLBACK}"
+    if kind is Refusal.NO_GRAPH and hooked(model):
+        way_out = f"take the hooks off: accelerate.hooks.remove_hook_from_module(model, recurse=True), {FALLBACK}"
     return Unsupported(
         kind,
         f"Dynamo cannot capture {type(model).__name__} as one graph: {what}",

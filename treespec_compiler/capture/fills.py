@@ -232,7 +232,7 @@ def _refilled(model: nn.Module, call: CallSpec, filled: list[Fill]) -> list[Fill
     there = call.with_length(length)
     kept = filled
     for _ in range(_TRIES):
-        with as_it_was(model), unfilled(kept), torch.no_grad():
+        with as_it_was(model), on_copies(model), unfilled(kept), torch.no_grad():
             try:
                 call_module(model, *there.args, **there.kwargs)
             except Exception as error:

@@ -24,8 +24,10 @@ from typing import Any
 from ..errors import Refusal, Unsupported
 from ..logs import logger
 from .checks import caught, check_at
+from .empty_picks import branch_at
 from .regions import Stretch, regions_at
 from .tables import NoTable, forget, noted, place_of, result_name, tabulated
+from .truths import causal_as_truth
 
 log = logger(__name__)
 
@@ -72,6 +74,7 @@ def rewritten_for(
             continue
         others = [each for each in known if each is not old]
         found = _without_check(function, body, line) if checks else None
+        found = found or _without_branch(function, body, line)
         read = () if old is None else old.read
         if found is None:
             table = _with_table(function, body, line, others, run, length)
@@ -109,6 +112,20 @@ def _without_check(function: FunctionType, body: ast.FunctionDef, line: int) -> 
     if found is None:
         return None
     _Replaced({id(found): [ast.copy_location(ast.Pass(), found)]}).visit(body)
+    code = _compiled(body, function)
+    return None if code is None else (body, code)
+
+
+def _without_branch(
+    function: FunctionType, body: ast.FunctionDef, line: int
+) -> tuple[ast.FunctionDef, CodeType] | None:
+    """The function with a branch taken that leaves everything as it is where it would not be taken; or with what is
+    asked for as a truth value in the place of a comparison."""
+    found: dict[int, Any] | None = branch_at(function, body, line) or causal_as_truth(body, line)
+    if found is None:
+        return None
+    _Replaced(found).visit(body)
+    ast.fix_missing_locations(body)
     code = _compiled(body, function)
     return None if code is None else (body, code)
 

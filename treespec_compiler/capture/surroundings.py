@@ -10,6 +10,8 @@ from unittest import mock
 
 import torch
 
+from .placement_hooks import hooks_that_leave
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -44,6 +46,7 @@ def plain_layers() -> Iterator[None]:
         with (
             mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", _as_told),
             mock.patch.object(logging, "getLogger", _logger),
+            hooks_that_leave(),
         ):
             yield
     finally:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .aside import Aside, kept_as, put_aside, same, tensors
+from .place_sums import place_sum
 from .reached import Unreadable, is_library
 from .regions import Stretch
 
@@ -263,7 +264,7 @@ def _table(
     try:
         first, second = seen.given[sizes.at[0]], other.given[sizes.at[0]]
         shapes = [_shape(a, b, first, second) for a, b in zip(made(first), made(second), strict=True)]
-        longest, whole = _longest(made, [*literals])
+        longest, whole = _longest(made, first)
         contents = [*aside.before, *seen.kept]
         holds = any(contents) or bool(aside.cached)
         held = {s for d in contents for t in tensors([*d.values()]) for s in t.shape}
@@ -292,23 +293,39 @@ def _others(looked_at: Sequence[int], longest: int) -> Iterator[int]:
         yield from sorted(random.Random(longest).sample(range(DENSE, longest), min(32, longest - DENSE)))
 
 
-def _longest(made: Callable[[int], tuple[Tensor, ...]], literals: Sequence[int]) -> tuple[int, tuple[Tensor, ...]]:
-    """The most tokens for which it is made in SECONDS and ELEMENTS, and what is made then."""
-    longest, whole = 32, made(32)
+def _longest(made: Callable[[int], tuple[Tensor, ...]], first: int) -> tuple[int, tuple[Tensor, ...]]:
+    """The most tokens for which it is made in SECONDS and ELEMENTS, and what is made then. `first`: some that are."""
+    longest, whole = first, made(first)
     while longest < LONGEST:
         began = time.perf_counter()
+        more_tokens = 2 * longest if longest >= 32 else 32
         try:
-            more = made(2 * longest)
+            more = made(more_tokens)
         except NoTable:
             raise
         except Exception:  # a table of the model's own ends here
-            break
+            return _last(made, longest, more_tokens, whole)
         if any(t.numel() > ELEMENTS for t in more):
             break
-        longest, whole = 2 * longest, more
+        longest, whole = more_tokens, more
         if 4 * (time.perf_counter() - began) > SECONDS:
             break
     return longest, whole
+
+
+def _last(
+    made: Callable[[int], tuple[Tensor, ...]], good: int, bad: int, whole: tuple[Tensor, ...]
+) -> tuple[int, tuple[Tensor, ...]]:
+    """The last number of tokens from `good` on for which it is made, and what is made then; for `bad` it is not."""
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        try:
+            good, whole = middle, made(middle)
+        except NoTable:
+            raise
+        except Exception:  # the model's own code may raise anything there
+            bad = middle
+    return good, whole
 
 
 def _shape(a: Tensor, b: Tensor, first: int, second: int) -> list[tuple[int, int]]:
@@ -339,28 +356,14 @@ def _reading(
     lines.append(f"_treespec_name = _treespec_names[{number}][({key})]")
     for i, shape in enumerate(shapes):
         parts = ", ".join(_slice(length, slope, offset) for slope, offset in shape)
-        counts = _counts([made[i] for made in tables])
-        if counts is None:
+        steps = place_sum([made[i] for made in tables])
+        if steps is None:
             read = f"_treespec_tables[{number}][_treespec_name][{i}][{parts}].clone()"
-        else:  # the positions themselves, which are known where a table's contents are not
-            first, last, dtype, device = counts
-            of = "[None]" * (len(shape) - 1)
-            kind = f"dtype=_treespec_torch.{dtype}, device={device!r}"
-            read = f"_treespec_torch.arange({first}, {last}, {kind}){of}[{parts}]"
+        else:  # sums of places themselves, which are known where a table's contents are not
+            read = steps.text([_slice(length, slope, offset) for slope, offset in shape], [*tables[0][i].shape])
         lines.append(f"_treespec_read_{i} = {read}")
     lines += [f"{result_name(region, i)} = _treespec_read_{i}" for i in range(len(shapes))]
     return ast.parse("\n".join(lines)).body
-
-
-def _counts(made: Sequence[Tensor]) -> tuple[int, int, str, str] | None:
-    """(first, last + 1, dtype, device) of the whole numbers in order that all tables hold in their last dimension."""
-    one, wide = made[0], made[0].shape[-1]
-    if one.dtype not in (torch.int64, torch.int32) or one.numel() != wide or wide < 2:
-        return None
-    first = int(one.flatten()[0])
-    if not all(torch.equal(t, (torch.arange(wide, device=t.device) + first).to(t.dtype).view(one.shape)) for t in made):
-        return None
-    return first, first + wide, str(one.dtype).removeprefix("torch."), str(one.device)
 
 
 def _slice(length: str, slope: int, offset: int) -> str:
