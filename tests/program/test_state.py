@@ -292,3 +292,46 @@ def test_adapters_are_followed() -> None:
         model(ids)
         assert same() == plain
     assert same() == first
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "saved head", "mixed"])
+def test_other_adapters_are_followed(kind: str) -> None:
+    """Of the product of two low ranks; a head in another's place; two kinds of adapters at once."""
+    peft = pytest.importorskip("peft")
+    zoo = pytest.importorskip("zoo")
+    where = {"target_modules": ["q_proj", "down_proj"]}
+    product = peft.LoHaConfig(r=4, init_weights=False, **where)
+    rank = peft.LoraConfig(r=4, init_lora_weights=False, **where)
+    head = peft.LoraConfig(r=4, init_lora_weights=False, modules_to_save=["lm_head"], **where)
+    torch.manual_seed(0)
+    if kind == "mixed":
+        model = peft.PeftMixedModel(zoo.make("llama"), rank, "default")
+        model.add_adapter("second", product)
+        model.set_adapter(["default", "second"])
+        model.eval()
+    else:
+        model = peft.get_peft_model(zoo.make("llama"), product if kind == "LoHa" else head).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    ids = [5, 17, 3, 9, 4]
+
+    def same() -> torch.Tensor:
+        program = treespec.tree_program(model, options=EAGER)
+        cache = program.new_cache(len(ids) + 1)
+        with torch.no_grad():
+            wanted = model(torch.tensor([ids])).logits[0, -1]
+        assert (program.prefill(ids, cache) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+        return wanted
+
+    first = same()
+    with model.disable_adapter():
+        plain = same()
+    assert not torch.allclose(plain, first) and torch.allclose(same(), first)
+    if kind == "mixed":
+        model.set_adapter("second")
+        assert not torch.allclose(same(), first)
+    else:
+        model.merge_adapter()
+        assert torch.allclose(same(), first, atol=1e-3)
