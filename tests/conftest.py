@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # starts: seconds of imports each, before anything is compiled.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+# Tests run the passes and the proofs, not what an earlier run of them left on disk, and leave nothing in the user's
+# cache: whatever the environment says, programs are saved by those tests alone that name a folder of their own.
+os.environ.pop("TREESPEC_PROGRAM_CACHE", None)
+
 import pytest
 import torch
 from costs import pytest_terminal_summary  # noqa: F401  hook

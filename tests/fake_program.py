@@ -55,6 +55,8 @@ class FakeProgram:
         self.calls: list[tuple[str, int]] = []
         self.caches: list[FakeCache] = []
 
+    from_cache = False
+
     def _model(self) -> None:
         """The module this program was made from: none."""
 

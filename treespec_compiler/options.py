@@ -27,6 +27,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 LOWERING_VARIABLE = "TREESPEC_LOWERING"
+PROGRAM_CACHE_VARIABLE = "TREESPEC_PROGRAM_CACHE"
 
 
 # Inductor counts a call's numbers in 32 bits: the widest layers, of some 60,000 features, still fit.
@@ -58,6 +59,9 @@ class Options:
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Whether steps are recorded as CUDA graphs: "auto" where they can be, True or an error, or never."""
 
+    program_cache: bool | str | None = None
+    """Whether programs are saved on disk and found again: in the user's cache directory (True), in this folder, never;
+    None: as `TREESPEC_PROGRAM_CACHE` (0, 1 or a folder) says, by default never."""
     mesh: str | None = None
     """Ranks that the program runs on, such as "tp=2": so many share every layer; None: one process runs it alone."""
 
@@ -74,6 +78,8 @@ class Options:
             _ranks(self.mesh)
         if not isinstance(self.cuda_graphs, bool) and self.cuda_graphs != "auto":
             raise InvalidOption(name="cuda_graphs", got=self.cuda_graphs, expected="'auto' or True or False")
+        if not isinstance(self.program_cache, (bool, str, type(None))) or self.program_cache == "":
+            raise InvalidOption(name="program_cache", got=self.program_cache, expected="True, False or a folder's path")
 
     @property
     def ranks(self) -> int:
@@ -82,7 +88,9 @@ class Options:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | Options | None = None) -> Options:
-        """Options from a mapping, from nothing, or as they are; `TREESPEC_LOWERING` overrides `lowering`."""
+        """Options from a mapping, from nothing, or as they are; `TREESPEC_LOWERING` overrides `lowering`, and
+        `TREESPEC_PROGRAM_CACHE` (0, 1 or a folder) a `program_cache` that is None.
+        """
         if isinstance(options, Options):
             parsed = options
         elif options is None:
@@ -98,6 +106,12 @@ class Options:
         return parsed._with_environment()
 
     def _with_environment(self) -> Options:
+        where = os.environ.get(PROGRAM_CACHE_VARIABLE)
+        if where and self.program_cache is None:
+            return replace(self, program_cache={"0": False, "1": True}.get(where, where))._with_lowering()
+        return self._with_lowering()
+
+    def _with_lowering(self) -> Options:
         lowering = os.environ.get(LOWERING_VARIABLE)
         if not lowering:
             return self

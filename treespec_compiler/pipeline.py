@@ -14,7 +14,7 @@ from torch import nn
 
 from .capture.call import CallSpec
 from .capture.capture import Capture, capture
-from .capture.reads import Reads
+from .capture.reads import Followable, Reads, Traced
 from .capture.weight_ref import WeightRef
 from .codegen import cpu
 from .errors import InvalidPipeline, PassError, Refusal, Unsupported
@@ -55,10 +55,12 @@ class Converted:
     max_context: int | None
     limits: list[Limit]
     input_vocab: int | None
-    reads: Reads | None = None
+    reads: Followable | None = None
     """What the capture read besides weights."""
     kept: int = 0
     """Values of the tokens that forward sets as attributes."""
+    traced: Traced | None = None
+    """The code that captures, those of other lengths too, went through; None: it was not captured here."""
 
 
 @dataclass
@@ -72,6 +74,8 @@ class Prepared:
     capture_seconds: float
     reads: Reads | None
     kept: int
+    captures: list[Reads]
+    """Of captures of other lengths as well."""
 
 
 def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
@@ -90,13 +94,18 @@ def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
     passes = plan(options.pipeline, built_in(), others, lambda step: step.is_wanted(state, options))
     checks: list[Check] = [] if options.verify_each == "none" else [check_level]
 
+    captures = [captured.reads] if captured.reads is not None else []
+
     def other_length(tokens: int, before: str) -> GraphState:
-        there = _state(capture(model, call.with_length(tokens)), options, sources)
+        other = capture(model, call.with_length(tokens))
+        if other.reads is not None:
+            captures.append(other.reads)
+        there = _state(other, options, sources)
         run_passes(there, list(itertools.takewhile(lambda step: step.slug != before, passes)), checks)
         return there
 
     state.other_length = other_length
-    return Prepared(state, sources, passes, checks, seconds, captured.reads, captured.kept)
+    return Prepared(state, sources, passes, checks, seconds, captured.reads, captured.kept, captures)
 
 
 def convert(
@@ -131,6 +140,7 @@ def convert(
         _input_vocab(state),
         prepared.reads,
         prepared.kept,
+        Traced.of(reads.traced for reads in prepared.captures),
     )
 
 

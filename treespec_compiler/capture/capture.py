@@ -88,8 +88,9 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
         value = args[int(key)] if key.isdigit() else kwargs[key]
         torch._dynamo.mark_dynamic(value, token_dim(value) if value is tokens else value.dim() - 1)
     forward = _fresh_forward(model, call.given)
+    filled = refillable(model, call)
     try:
-        with unfilled(refillable(model, call)):
+        with unfilled(filled):
             removed = _trace(model, call, forward, backend, traced)
             if not traced:
                 raise Unsupported(
@@ -97,7 +98,7 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
                 )
             captured = _tidy(traced, model, call, call.length, forward.__globals__)
         unheld = {r.name: r.tensor for r in captured.weights.values() if r.owner is None and r.find is None}
-        captured.reads = Reads(model, forward, unheld, removed, traced["code"])
+        captured.reads = Reads(model, forward, unheld, removed, traced["code"], filled)
         return captured
     finally:
         if traced:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,10 +22,48 @@ from torch import Tensor, nn
 
 from .alone import alone
 from .call import CallSpec, vocabularies
+from .code import code_digest, inner_code, names_in
 from .fills import refillable, unfilled
 from .rewriting import Rewritten, rewritten
 from .surroundings import outside_autocast, plain_layers
 from .unguarded import Unguarded
+
+
+class Followable(Protocol):
+    """What a program was made of besides tensors."""
+
+    def changed(self, model: nn.Module, call: CallSpec) -> str | None:
+        """What is another now, in words for a log; None: nothing that was read."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What code a trace went through, so that another process can look for the same."""
+
+    code: frozenset[CodeType]
+    variables: frozenset[str] | None
+    """Of the environment, that it may have read; None: any."""
+    obstacle: str | None
+    """Why another process cannot know by its code what the trace read; None: it can."""
+
+    @classmethod
+    def of(cls, parts: Iterable[Traced]) -> Traced:
+        """Of several traces: of other lengths, say."""
+        parts = list(parts)
+        known = [p.variables for p in parts if p.variables is not None]
+        variables = frozenset().union(*known) if len(known) == len(parts) else None
+        code = frozenset[CodeType]().union(*(p.code for p in parts))
+        return cls(code, variables, next((p.obstacle for p in parts if p.obstacle), None))
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Of the code, that of functions in it included."""
+        return frozenset(code_digest(inner) for code in self.code for inner in inner_code(code))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What the code may look up by name."""
+        return frozenset(name for code in self.code for inner in inner_code(code) for name in names_in(inner))
 
 
 class Reads:
@@ -37,17 +76,22 @@ class Reads:
         unheld: Mapping[str, Tensor],
         removed: Sequence[Rewritten] = (),
         code: Sequence[CodeType] = (),
+        filled: Sequence[Any] = (),
     ) -> None:
         """`unheld`: tensors that no table of a module has (in lists, globals, closures), by where Dynamo read them.
 
-        `code`: of all functions that it went through.
+        `code`: of all functions that it went through. `filled`: attributes that were as they begin while it ran.
         """
+        obstacle = "lines of its code were written anew for the trace" if removed else None
+        obstacle = obstacle or ("it reads tensors that no module has" if unheld else None)
+        obstacle = obstacle or ("it keeps what it filled in when it was first called" if filled else None)
         self._code: CodeType = traced.__code__
         self._removed = tuple(removed)
         self._globals = traced.__globals__  # where the guards look for what Dynamo put there
         self._inference = torch.is_inference_mode_enabled()
         self._threads = torch.get_num_threads()
         self._unguarded = Unguarded(model, code)
+        self.traced = Traced(frozenset(code), self._unguarded.variables, obstacle)
         self._unheld = [(s, compile(s, "<source>", "eval"), weakref.ref(t)) for s, t in unheld.items() if s]
 
     def changed(self, model: nn.Module, call: CallSpec) -> str | None:

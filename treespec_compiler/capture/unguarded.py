@@ -31,14 +31,15 @@ class Unguarded:
         """`code`: of all functions that the trace went through."""
         self._classes = _classes_of(code)
         self._methods = self._methods_of(model)
-        self._hooks = _global_hooks()
+        self._hooks = global_hooks()
         self._names = _names(model)
-        self._variables = _variables(code)
+        self.variables = _variables(code)
+        """Of the environment, those that forward may have read; None: any."""
         self._environment = self._read()
 
     def changed(self, model: nn.Module) -> str | None:
         """What is another now; None: nothing."""
-        if _global_hooks() != self._hooks:
+        if global_hooks() != self._hooks:
             return "a hook on every module"
         if self._methods_of(model) != self._methods:
             return "a method of a class"
@@ -50,7 +51,7 @@ class Unguarded:
 
     def _read(self) -> dict[str, str]:
         """Of the environment, what forward may have read."""
-        names = self._variables
+        names = self.variables
         return dict(os.environ) if names is None else {k: v for k, v in os.environ.items() if k in names}
 
     def _methods_of(self, model: nn.Module) -> dict[type, list[tuple[str, Any, Any]]]:
@@ -121,7 +122,8 @@ def _names(model: nn.Module) -> list[list[Any]]:
     return found
 
 
-def _global_hooks() -> list[Any]:
+def global_hooks() -> list[Any]:
+    """What torch calls around the forward pass of every module."""
     from torch.nn.modules import module
 
     return [hook for name in GLOBAL_HOOKS for hook in getattr(module, name).values()]

@@ -64,6 +64,7 @@ COMMANDS = (
     Command("kernels", "show a model's GPU kernels, compiled without a GPU"),
     Command("export-custom-generate", "write the folder for custom_generate=... of transformers", "export"),
     Command("passes", "list the passes and their contracts"),
+    Command("cache", "list or clear the programs that are saved on this disk"),
     Command("diff", "compare two graphs by structure"),
     Command("reproduce", "run a failed conversion again"),
     Command("completion", "print a completion script for your shell"),

@@ -23,15 +23,19 @@ class Compared:
         self.last: Comparison | None = None
         """With the model; None before the first one."""
 
-    def own(self, program: Runs, executor: Executor, model: nn.Module, call: CallSpec) -> None:
-        """The program's graph, with the model as it runs eagerly; raises `Unsupported` where they differ."""
+    def own(self, program: Runs, executor: Executor, model: nn.Module, call: CallSpec) -> bool:
+        """The program's graph, with the model as it runs eagerly; raises `Unsupported` where they differ.
+
+        False: it was compared before.
+        """
         if executor in self._done:
-            return
+            return False
         with alone(), outside_autocast(), stage("comparing with the model"):
             compiled = executor.tally.seconds
             self.last = check_program(program, model, call)
             self._took(self.last.seconds, executor.tally, compiled)
         self._done.add(executor)
+        return True
 
     def derived(self, program: Runs, executor: Executor, variant: Executor) -> None:
         """A graph made of the program's, with the program; raises `Unsupported` where they differ."""

@@ -11,7 +11,7 @@ from ..capture.alone import alone
 from ..capture.call import CallSpec
 from ..capture.fills import as_it_was
 from ..capture.surroundings import outside_autocast
-from ..errors import Refusal, Unsupported
+from ..errors import Refusal, TreespecError, Unsupported
 from ..logs import logger
 from ..options import Options
 from ..pipeline import Converted
@@ -19,6 +19,7 @@ from .cache import TreeCache
 from .executor import Tally
 from .made import Made
 from .optimizer_steps import steps
+from .saved import programs
 
 log = logger(__name__)
 
@@ -38,6 +39,7 @@ class Followed:
         self._model = weakref.ref(model)
         self._earlier: list[Made] = []
         self._steps = steps()
+        self._saves = converted is None  # what somebody watched is not what everybody gets
         self.made = self._build(model, converted)
 
     @property
@@ -45,21 +47,21 @@ class Followed:
         """None: it is gone."""
         return self._model()
 
-    def _build(self, model: nn.Module, converted: Converted | None = None) -> Made:
+    def _build(self, model: nn.Module, converted: Converted | None = None, look: bool = True) -> Made:
         """Convert the model as it is, and leave it so. One that sets what its trace read is converted once it has.
 
         NOTE nothing is kept before the last refusal: a program goes on seeing that its model changed.
         """
         with alone(), outside_autocast():
             with as_it_was(model):
-                made = self._settled(model, converted)
+                made = self._settled(model, converted, look)
             if made.watch.touched():
                 # A weight of the program is what forward set once and reads from then on: it stays set.
-                made = self._settled(model)
+                made = self._settled(model, look=False)
             return made
 
-    def _settled(self, model: nn.Module, converted: Converted | None = None) -> Made:
-        made = self._convert(model, converted)
+    def _settled(self, model: nn.Module, converted: Converted | None = None, look: bool = True) -> Made:
+        made = (self._found(model) if look and converted is None else None) or self._convert(model, converted)
         if made.otherwise(model):
             made = self._convert(model)
             if reason := made.otherwise(model):
@@ -72,6 +74,39 @@ class Followed:
 
     def _convert(self, model: nn.Module, converted: Converted | None = None) -> Made:
         return Made(model, self.call, self.options, self.tally, self._tallies, converted)
+
+    def _found(self, model: nn.Module) -> Made | None:
+        """What was saved of this model, where it holds for it as it is."""
+        found = programs.find(model, self.call, self.options)
+        if found is None:
+            return None
+        try:
+            made = self._convert(model, found.converted)
+            # Other weights may have a narrower form than those that it was made of.
+            reason = made.unfit_anywhere() if made.watch.sums != found.sums else None
+        except TreespecError as error:
+            reason = str(error)
+        if reason is not None:
+            log.info("the saved program %s is not used: %s", found.entry.path, reason)
+            return None
+        made.saved = found.entry
+        return made
+
+    def keep(self) -> None:
+        """Save what was made and compared with the model."""
+        model, made = self.model, self.made
+        if self._saves and model is not None and made.saved is None and made.otherwise(model) is None:
+            with alone(), outside_autocast():
+                programs.save(model, self.call, self.options, made.converted, made.watch.sums)
+
+    def distrust(self, reason: str) -> None:
+        """What was found saved is not the model: it is converted, and saved in its place."""
+        model, saved = self.model, self.made.saved
+        assert model is not None and saved is not None
+        log.warning("the saved program %s is given up, and the model converted again: %s", saved.path, reason)
+        programs.distrust(self.options, saved)
+        self._outdate("the saved program was not the model")
+        self.made = self._build(model, look=False)
 
     def look(self, contents: bool) -> None:
         """See `TreeProgram.check_weights`."""

@@ -19,6 +19,7 @@ from ..passes.framework.weights import PackedBytes
 from ..passes.fuse import unfit
 from ..pipeline import Converted, convert
 from .executor import Bound, Executor, Tally
+from .saved.store import Entry
 from .semantics import lengths_check, semantic_check
 from .weights import Changes, WeightWatch
 
@@ -45,6 +46,8 @@ class Made:
         """`converted`: what the pipeline gave for it, where somebody watched it."""
         started = time.perf_counter()
         self.call, self.options = call, options
+        self.saved: Entry | None = None
+        """The saved program that this is; None: it was converted here."""
         self._tally, self._tallies = tally, tallies
         meaning = [semantic_check(model, call)]
         self.converted: Converted = converted or convert(
@@ -98,6 +101,11 @@ class Made:
         """What is stored in a form that does not hold its new values; None: nothing. See `passes.fuse.unfit`."""
         found = unfit(self.state, self.state.weights.sources if narrower else changes.any, narrower)
         return None if found is None else f"{found} has values for which another form is right"
+
+    def unfit_anywhere(self) -> str | None:
+        """As `unfit`, of all weights, and of forms that could be narrower."""
+        everything = frozenset(self.state.weights.sources)
+        return self.unfit(Changes(everything, everything), narrower=True)
 
     def rest(self) -> None:
         """Give up packed weights, which are made again when it is needed."""

@@ -148,6 +148,11 @@ class TreeProgram:
         return self._tally.seconds
 
     @property
+    def from_cache(self) -> bool:
+        """Whether it was saved by another process, or earlier, and found again (option `program_cache`)."""
+        return self._made.saved is not None
+
+    @property
     def compile_count(self) -> int:
         """How often a graph was compiled."""
         return self._tally.count
@@ -251,8 +256,17 @@ class TreeProgram:
         Raises `Unsupported` where they differ.
         """
         model = self._model()
-        if model is not None and self.options.verify != "off":
-            self._compared.own(self, self._executor, model, self._followed.call)
+        if model is None or self.options.verify == "off":
+            return
+        try:
+            new = self._compared.own(self, self._executor, model, self._followed.call)
+        except Exception as error:
+            if not self.from_cache:
+                raise
+            self._followed.distrust(str(error))
+            return self.check()
+        if new:
+            self._followed.keep()
 
     def _checked_variant(self, executor: Executor) -> Executor:
         """A graph derived from this program's is compared with the program at its first use; the program's own was."""

@@ -37,6 +37,7 @@ def begin(
     policy = call.policy_for(sampling)
     judge, drawing = appoint(sampling, call.verifier, call.sampler, policy, drafts=call.drafts)
     repeatable = not (isinstance(policy, Auto) and policy.remember and call.drafts)
+    stats.program_from_cache = program.from_cache
     stats.seed = drawing.sampling.seed if drawing and repeatable else None
     ending = Ending(call.max_new_tokens, *call.end_ids(call.module))
     return Generation(

@@ -97,6 +97,8 @@ class Stats:
     finish_reason: FinishReason | None = None
     fallback: str | None = None
     """Why the plain loop ran instead of a tree program, if it did."""
+    program_from_cache: bool = False
+    """Whether the target's program was found saved on disk (option `program_cache`)."""
 
     @property
     def tokens_per_step(self) -> float:

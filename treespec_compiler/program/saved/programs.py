@@ -1,0 +1,190 @@
+"""Programs found again: saved once they were compared with their model, taken where the model reads the same.
+
+A key is made in two steps. The outer one is known at once. The other one is known by what the trace of a saved program
+went through: the code of it is looked for in the model at hand, and all state that this code reads is compared. What is
+found is compared with the model by rows as every program is, before its first use (`program.net`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...capture.call import CallSpec
+from ...capture.python_state import Undigested
+from ...capture.weight_ref import WeightRef, registered
+from ...errors import TreespecError
+from ...ir.registry import kernel_of
+from ...ir.specs import Limit
+from ...logs import logger
+from ...options import Options
+from ...pipeline import Converted
+from .key import TraceDigest, check_met, outer_key, values_digest
+from .state import history_of, history_text, state_of, state_text
+from .store import Entry, Store
+from .values import CannotLoad, CannotSave
+
+log = logger(__name__)
+
+MOST_TRIED = 8  # saved programs of one model: with adapters, for other states of its code
+
+
+@dataclass(frozen=True)
+class Found:
+    """A saved program that holds for a model."""
+
+    converted: Converted
+    entry: Entry
+    sums: list[int]
+    """Checksums of the weights that it was made of, in the order of its sources."""
+
+
+class Unmoved:
+    """The state that a saved program holds for; the `Followable` of a program that was not captured here."""
+
+    def __init__(self, trace: TraceDigest, structure: str) -> None:
+        self._trace, self._structure = trace, structure
+
+    def changed(self, model: nn.Module, call: CallSpec) -> str | None:
+        """What is another now, in words for a log; None: nothing."""
+        try:
+            now = self._trace.state(model, call).structure
+        except Undigested as error:
+            return f"what its code reads ({error})"
+        return None if now == self._structure else "what its code reads, or the code"
+
+
+def store_of(options: Options) -> Store | None:
+    """Where programs of these options are saved; None: nowhere.
+
+    Without the comparison with the model nothing is saved or taken. Passes of a user's and ranks of a mesh are more
+    than a key knows of, and a check of every pass is asked for to see them run.
+    """
+    others = options.pipeline is not None or options.ranks > 1 or options.verify_each == "semantic"
+    where = options.program_cache
+    if not where or options.verify == "off" or others:
+        return None
+    return Store(None if where is True else where)
+
+
+def find(model: nn.Module, call: CallSpec, options: Options) -> Found | None:
+    """A saved program that holds for the model as it is; None: there is none."""
+    store = store_of(options)
+    entries = store.entries(f"{outer_key(model, options)}-") if store is not None else []
+    began = time.perf_counter()
+    for entry in entries[:MOST_TRIED]:
+        read = store.read(entry) if store is not None else None
+        if store is None or read is None:
+            continue
+        try:
+            found = _fitting(model, call, *read)
+        except (CannotLoad, TreespecError, LookupError, TypeError, ValueError, AttributeError) as error:
+            log.warning("the saved program %s is not used: %s: %s", entry.path, type(error).__name__, error)
+            continue
+        if found is not None:
+            store.touch(entry)
+            log.info("the program is %s, found in %.2f s", entry.path, time.perf_counter() - began)
+            return Found(found, entry, list(read[0]["program"]["sums"]))
+    if store is not None:
+        log.info("none of %d saved programs is of this model as it is", len(entries))
+    return None
+
+
+def _fitting(model: nn.Module, call: CallSpec, parts: dict[str, Any], tensors: dict[str, Tensor]) -> Converted | None:
+    trace = TraceDigest(*(tuple(parts["trace"][name]) for name in ("digests", "names", "variables")))
+    try:
+        state = trace.state(model, call)
+    except Undigested as error:
+        log.info("saved programs cannot be told apart: %s", error)
+        return None
+    if (state.structure, state.values) != (parts["trace"]["structure"], parts["trace"]["values"]):
+        return None
+    program = parts["program"]
+    sources = _sources(model, program["sources"])
+    held = {name: ref.tensor for name, ref in sources.items()}
+    if values_digest(held, program["proved_from"]) != program["proved_values"]:
+        return None
+    made = state_of(program["state"], tensors, lambda name: sources[name].tensor)
+    for node in made.graph.nodes:
+        kernel = kernel_of(node.target) if node.op == "call_function" else None
+        if kernel is not None and not kernel.available():
+            raise CannotLoad(f"the kernel {kernel.name}, which is not there")
+    return Converted(
+        made,
+        sources,
+        list(program["proved_from"]),
+        history_of(program["history"]),
+        0.0,
+        program["max_context"],
+        [Limit(**limit) for limit in program["limits"]],
+        program["input_vocab"],
+        Unmoved(trace, state.structure),
+    )
+
+
+def _sources(model: nn.Module, names: list[str]) -> dict[str, WeightRef]:
+    known = {name: (table, key) for name, table, key in registered(model).values()}
+    return {name: WeightRef(name, known[name][0][known[name][1]], *known[name]) for name in names}
+
+
+def distrust(options: Options, entry: Entry) -> None:
+    """Remove a program that turned out to be another than the model."""
+    store = store_of(options)
+    if store is not None:
+        store.remove(entry)
+
+
+def save(model: nn.Module, call: CallSpec, options: Options, converted: Converted, sums: list[int]) -> None:
+    """Save a program that was compared with its model, which is as it was when it was captured. `sums`: of weights."""
+    store = store_of(options)
+    if store is None or converted.traced is None:
+        return
+    try:
+        name, parts, tensors = _written(model, call, options, converted, sums)
+    except (CannotSave, Undigested) as error:
+        log.info("the program is not saved: %s", error)
+        return
+    if store.write(name, parts, tensors):
+        log.info("the program is saved as %s in %s", name, store.folder)
+
+
+def _written(
+    model: nn.Module, call: CallSpec, options: Options, converted: Converted, sums: list[int]
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    assert converted.traced is not None
+    lone = next((ref.name for ref in converted.sources.values() if ref.owner is None), None)
+    if lone is not None or converted.kept:
+        raise CannotSave(f"{lone or 'an attribute'}, which is no tensor that a module keeps from the start")
+    trace = TraceDigest.of(converted.traced)
+    state = trace.state(model, call)
+    check_met(converted.traced, state)
+    text, tensors = state_text(converted.state)
+    held = {name: ref.tensor for name, ref in converted.sources.items()}
+    proved_values = values_digest(held, converted.proved_from)
+    program = {
+        "state": text,
+        "sources": list(converted.sources),
+        "proved_from": converted.proved_from,
+        "proved_values": proved_values,
+        "sums": sums,
+        "history": history_text(converted.history),
+        "max_context": converted.max_context,
+        "limits": [asdict(limit) for limit in converted.limits],
+        "input_vocab": converted.input_vocab,
+    }
+    about = {"model": type(model).__qualname__, "saved": time.time(), "sites": len(converted.state.sites)}
+    about |= {"nodes": len(converted.state.graph.nodes), "options": _told(options)}
+    read = asdict(trace) | {"structure": state.structure, "values": state.values}
+    inner = hashlib.sha256(json.dumps([read, proved_values]).encode()).hexdigest()[:24]
+    return f"{outer_key(model, options)}-{inner}", {"about": about, "trace": read, "program": program}, tensors
+
+
+def _told(options: Options) -> dict[str, Any]:
+    """The options that are not the default ones."""
+    default = asdict(Options())
+    return {name: value for name, value in asdict(options).items() if value != default[name]}
