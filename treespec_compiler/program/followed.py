@@ -95,6 +95,8 @@ class Followed:
     def keep(self) -> None:
         """Save what was made and compared with the model."""
         model, made = self.model, self.made
+        if programs.store_of(self.options) is None:
+            return
         if self._saves and model is not None and made.saved is None and made.otherwise(model) is None:
             with alone(), outside_autocast():
                 programs.save(model, self.call, self.options, made.converted, made.watch.sums)
