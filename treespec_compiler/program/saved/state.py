@@ -34,6 +34,8 @@ def state_text(state: GraphState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON, tensors by the names it has for them). Raises CannotSave."""
     if state.cut is not None or state.level != "bound" or state.notes:
         raise CannotSave("a graph of one of several ranks, before its last pass, or with notes of a user's pass")
+    if state.states:
+        raise CannotSave("layers that keep a state beside attention")
     graphs = GraphWriter(SizeTexts(state.length))
     found: dict[str, Any] = {name: getattr(state, name) for name in PLAIN}
     found |= {
