@@ -85,7 +85,9 @@ class Followed:
             # Other weights may have a narrower form than those that it was made of.
             reason = made.unfit_anywhere() if made.watch.sums != found.sums else None
         except TreespecError as error:
-            reason = str(error)
+            log.warning("the saved program %s is given up: %s", found.entry.path, error)
+            programs.distrust(self.options, found.entry)
+            return None
         if reason is not None:
             log.info("the saved program %s is not used: %s", found.entry.path, reason)
             return None
