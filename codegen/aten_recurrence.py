@@ -49,7 +49,7 @@ def tree_recurrence(
     state_slots: Tensor,
     state_rows: Tensor,
 ) -> Tensor:
-    out, decay = torch.zeros_like(v), by_row(decay)
+    out, decay = v.new_zeros(v.shape), by_row(decay)  # NOTE contiguous, as the fake: zeros_like keeps strides
     wide = torch.promote_types(v.dtype, torch.float32)
     bounds, first = node_offsets.tolist(), 0
     slots, prefixes, lengths = state_slots.tolist(), prefix_lens.tolist(), tree_lens.tolist()

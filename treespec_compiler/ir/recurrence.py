@@ -86,7 +86,7 @@ def tree_reference(
 ) -> Tensor:  # [1, T, H, Dv]
     """Along each node's path from the committed state; rows of no request give 0."""
     heads, key_heads, decay = v.shape[2], k.shape[2], by_row(decay)
-    out = torch.zeros_like(v)
+    out = v.new_zeros(v.shape)  # NOTE contiguous, as the fake: zeros_like keeps strides
     first = 0
     for r, slot in enumerate(state_slots.tolist()):
         begin, end, nodes = int(node_offsets[r]), int(node_offsets[r + 1]), int(tree_lens[r])
