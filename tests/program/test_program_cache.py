@@ -23,6 +23,7 @@ from saved_model import module_of
 from torch import Tensor, nn
 
 import treespec_compiler as treespec
+from treespec_compiler.capture.python_state import PythonState, Undigested
 from treespec_compiler.errors import InvalidOption, Unsupported
 from treespec_compiler.ir import ops, registry
 from treespec_compiler.options import Options
@@ -489,18 +490,10 @@ def test_code_that_reads_the_environment(home: Home, caplog: pytest.LogCaptureFi
     assert "environment" in caplog.text and not home.files
 
 
-def test_an_object_that_cannot_be_looked_into(home: Home, caplog: pytest.LogCaptureFixture) -> None:
-    model = home.model()
-    model.config.names["silu"] = eval("lambda x: x * len(named.names)", {"named": Named()})
-    with caplog.at_level(logging.INFO, LOGGER):
-        home.right(model)
-    assert "is not saved" in caplog.text and not home.files
-
-
-class Named:
-    """Something that a walk through Python's objects cannot look into."""
-
-    names = memoryview(b"12")
+def test_an_object_that_cannot_be_looked_into() -> None:
+    for value in (memoryview(b"12"), {"a": iter([1])}, [{object()}]):
+        with pytest.raises(Undigested, match="model"):
+            PythonState({"model": value}, [], [])
 
 
 # --- processes
