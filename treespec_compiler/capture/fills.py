@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..logs import logger
 from .call import CallSpec, call_module
+from .marks import CONTAINERS, ValueMark, tensors_of
 
 log = logger(__name__)
 
@@ -31,7 +32,6 @@ LONGEST_RUN = 2048
 _TRIES = 4
 
 _EMPTY = {"torch.empty(0)", "torch.zeros(0)", "torch.tensor([])", "torch.Tensor()", "torch.Tensor([])"}
-_CONTAINERS = (dict, list, set)
 
 
 class _Missing:
@@ -65,7 +65,7 @@ class Fill:
         now, begin = self.value, self.begin()
         if isinstance(now, Tensor):
             return not isinstance(begin, Tensor) or now.shape != begin.shape
-        if isinstance(now, _CONTAINERS):
+        if isinstance(now, CONTAINERS):
             return bool(now)
         return now is not begin and (type(now) is not type(begin) or now != begin)
 
@@ -97,7 +97,7 @@ def _begins(cls: type[nn.Module]) -> dict[str, Callable[[], Any]]:
                     found[name] = begin
     found = {k: v for k, v in found.items() if k not in computed}
     set_, used, asked = _set_elsewhere(own, {name for _, name in first})
-    begun = {k: v for k, v in found.items() if k in set_ or (k in used and isinstance(v(), _CONTAINERS))}
+    begun = {k: v for k, v in found.items() if k in set_ or (k in used and isinstance(v(), CONTAINERS))}
     return begun | {k: (lambda: MISSING) for k in (set_ & asked) - found.keys()}
 
 
@@ -158,7 +158,7 @@ def _begin(value: ast.expr) -> Callable[[], Any] | None:
         constant = ast.literal_eval(value)
     except (ValueError, TypeError, SyntaxError):
         return None
-    if isinstance(constant, _CONTAINERS):
+    if isinstance(constant, CONTAINERS):
         return type(constant) if not constant else None
     return _constant(constant)
 
@@ -197,7 +197,9 @@ def fills(model: nn.Module) -> list[Fill]:
     return [Fill(m, name, begin) for m in model.modules() for name, begin in begins(type(m)).items()]
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[int]]] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[str, ValueMark]], list[int]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def refillable(model: nn.Module, call: CallSpec) -> list[Fill]:
@@ -208,26 +210,25 @@ def refillable(model: nn.Module, call: CallSpec) -> list[Fill]:
     filled = [fill for fill in fills(model) if fill.filled]
     if not filled or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         return []
-    key: list[Any] = [(id(f.module), f.name, *_mark(f.value)) for f in filled]
-    key += [_mark(p) for p in (*model.parameters(), *model.buffers())]
+    values = [*((f.name, f.value) for f in filled), *model.named_parameters(), *model.named_buffers()]
     known = _KNOWN.get(model)
-    if known is None or known[0] != key:
+    if known is None or not _still(known[0], values):
         again = _refilled(model, call, filled)
-        _KNOWN[model] = known = (key, [filled.index(fill) for fill in again])
+        known = ([(name, ValueMark(value)) for name, value in values], [filled.index(fill) for fill in again])
+        _KNOWN[model] = known
     return [filled[i] for i in known[1]]
 
 
-def _mark(value: Any) -> tuple[int, int]:
-    """Another one for another object, and for one that was written."""
-    if isinstance(value, Tensor):
-        return id(value), -1 if value.is_inference() else value._version
-    return id(value), len(value) if isinstance(value, _CONTAINERS) else 0
+def _still(marks: list[tuple[str, ValueMark]], values: list[tuple[str, Any]]) -> bool:
+    if [name for name, _ in marks] != [name for name, _ in values]:
+        return False
+    return all(mark.fits(value) for (_, mark), (_, value) in zip(marks, values, strict=True))
 
 
 def _refilled(model: nn.Module, call: CallSpec, filled: list[Fill]) -> list[Fill]:
     held = [fill.value for fill in filled]
     # A number that is kept beside a table is the length that it was made for.
-    sizes = [v for v in held if type(v) is int] or [s for value in held for t in _tensors(value) for s in t.shape]
+    sizes = [v for v in held if type(v) is int] or [s for value in held for t in tensors_of(value) for s in t.shape]
     length = max((s for s in sizes if 2 <= s <= LONGEST_RUN), default=call.length)
     there = call.with_length(length)
     kept = filled
@@ -245,13 +246,6 @@ def _refilled(model: nn.Module, call: CallSpec, filled: list[Fill]) -> list[Fill
     else:
         return []
     return kept
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list, set)) else ()
-    return [t for part in parts for t in _tensors(part)]
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -298,7 +292,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         own = vars(module)
         tables += [(own, dict(own)), (module._buffers, dict(module._buffers))]
         containers.append((module._non_persistent_buffers_set, set(module._non_persistent_buffers_set)))
-        plain = [v for v in own.values() if type(v) in _CONTAINERS and v is not module._non_persistent_buffers_set]
+        plain = [v for v in own.values() if type(v) in CONTAINERS and v is not module._non_persistent_buffers_set]
         containers += [(v, type(v)(v)) for v in plain]
     try:
         yield
