@@ -23,6 +23,7 @@ EXAMPLES: list[TreespecError] = [
     errors.OutOfPages(wanted=3, free=1, total=8, page_size=64),
     errors.RequestTooLarge(prompt=900, new=200, capacity=1024),
     errors.EngineClosed(number=7),
+    errors.InvalidMixer(name="scan", got="a lambda", expected="a function of a module"),
     errors.RanksDiffer(rank=1, names=["options", "input_ids"]),
     errors.RankLost(rank=0, size=2, step=17),
     errors.ContextOverflow(position=64, max_context=64),
