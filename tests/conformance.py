@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import state_calls
 import torch
 from draws import as_tensors, distribution, levels, random_proposal
 from torch import Tensor
@@ -307,6 +308,18 @@ CALLS: dict[str, dict[str, Callable[[torch.dtype], Call]]] = {
             ("recursive", "without-replacement"),
             ("traversal", "without-replacement"),
         )
+    },
+    "tree_convolution": {
+        "each channel by itself": lambda dtype: Call(**state_calls.convolution(dtype, [7, 1, 4])),
+        "groups of channels": lambda dtype: Call(**state_calls.convolution(dtype, [5, 9], groups=2)),
+        "NaN in a node": lambda dtype: Call(**state_calls.convolution(dtype, [6], spoilt=True)),
+        "more than 64 nodes": lambda dtype: Call(**state_calls.convolution(dtype, [3, 70])),
+    },
+    "tree_recurrence": {
+        "a delta rule": lambda dtype: Call(**state_calls.recurrence(dtype, [7, 1, 4], delta=True)),
+        "plain writes": lambda dtype: Call(**state_calls.recurrence(dtype, [5, 9], delta=False)),
+        "a decay for each row": lambda dtype: Call(**state_calls.recurrence(dtype, [5, 9], delta=True, rows=3)),
+        "more than 64 nodes": lambda dtype: Call(**state_calls.recurrence(dtype, [70], delta=True)),
     },
 }
 """By op and by what the call is about."""

@@ -141,6 +141,7 @@ def test_a_refusal_gets_a_page(tab: Any, tmp_path: Path) -> None:
         "every position",
         "choose regime",
         "strip native cache",
+        "recognize states",
         "recognize attention",
         "classify",
         "token locality",

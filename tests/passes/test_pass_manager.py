@@ -249,8 +249,8 @@ def test_printer_and_dumps(tmp_path: Path) -> None:
     assert "before treeify" in shown and "after treeify (changed)" in shown
     assert not any("token locality" in s or "discharge" in s for s in shown)
     files = sorted(p.name for p in tmp_path.iterdir())
-    assert "00-capture.json" in files and "10-treeify.py" in files and "10-treeify.dot" in files
-    assert "def after_treeify(" in (tmp_path / "10-treeify.py").read_text()
+    assert "00-capture.json" in files and "11-treeify.py" in files and "11-treeify.dot" in files
+    assert "def after_treeify(" in (tmp_path / "11-treeify.py").read_text()
 
 
 def test_structured_trace_has_an_artifact_for_every_pass(caplog: pytest.LogCaptureFixture) -> None:

@@ -44,6 +44,7 @@ class PlainProgram:
     """
 
     compile_seconds = 0.0
+    from_cache = False
     max_context: int | None = None
 
     def __init__(self, module: nn.Module, options: Options) -> None:
