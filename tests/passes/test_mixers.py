@@ -28,12 +28,14 @@ class ChunkedDecay(nn.Module):
 
 
 class ShortConvolution(nn.Module):
+    """Of a token with its two neighbours."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(DIM, DIM, 3, padding=2, groups=DIM)
+        self.conv = nn.Conv1d(DIM, DIM, 3, padding=1, groups=DIM)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
 
 
 class Indexer(nn.Module):
