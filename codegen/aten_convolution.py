@@ -13,6 +13,7 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.convolution import fake
 from treespec_compiler.ir.library import implement
 from treespec_compiler.ir.private_torch import OpOverload
+from treespec_compiler.ir.state_requests import request_rows
 
 from .aten import topology
 
@@ -37,19 +38,13 @@ def tree_convolution(
     bounds = node_offsets.tolist()
     out[..., : bounds[0]] = 0
     out[..., bounds[-1] :] = 0
-    new, first, width = x[0].T, 0, weight.shape[2]  # [T, C]
-    slots, prefixes, lengths = state_slots.tolist(), prefix_lens.tolist(), tree_lens.tolist()
-    for r, (slot, prefix, nodes) in enumerate(zip(slots, prefixes, lengths, strict=True)):
-        begin, end = bounds[r], bounds[r + 1]
-        rows = state_rows[first : first + nodes]
-        first += nodes
-        if begin == end:
-            continue
-        stash[rows[nodes - (end - begin) :]] = new[begin:end].to(stash.dtype)
-        committed = state[slot] if prefix else torch.zeros_like(state[slot])
-        before = torch.cat([committed, stash[rows]])  # [lag + nodes, C]
-        taken = taps(ancestors[begin:end], nodes, lag, dilation, width)
-        out[0, :, begin:end] = _product(before[taken].to(x.dtype), weight, bias, groups).T
+    new, width = x[0].T, weight.shape[2]  # [T, C]
+    for r in request_rows(state, node_offsets, prefix_lens, tree_lens, state_slots, state_rows):
+        here = slice(r.begin, r.end)
+        stash[r.rows[r.old :]] = new[here].to(stash.dtype)
+        before = torch.cat([r.committed, stash[r.rows]])  # [lag + nodes, C]
+        taken = taps(ancestors[here], r.nodes, lag, dilation, width)
+        out[0, :, here] = _product(before[taken].to(x.dtype), weight, bias, groups).T
     return out
 
 

@@ -15,6 +15,7 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.library import implement
 from treespec_compiler.ir.private_torch import OpOverload
 from treespec_compiler.ir.recurrence import advance, by_row, for_every_head, unstashed
+from treespec_compiler.ir.state_requests import request_rows
 
 from .aten import topology
 
@@ -51,20 +52,13 @@ def tree_recurrence(
 ) -> Tensor:
     out, decay = v.new_zeros(v.shape), by_row(decay)  # NOTE contiguous, as the fake: zeros_like keeps strides
     wide = torch.promote_types(v.dtype, torch.float32)
-    bounds, first = node_offsets.tolist(), 0
-    slots, prefixes, lengths = state_slots.tolist(), prefix_lens.tolist(), tree_lens.tolist()
-    for r, (slot, prefix, nodes) in enumerate(zip(slots, prefixes, lengths, strict=True)):
-        begin, end = bounds[r], bounds[r + 1]
-        rows = state_rows[first : first + nodes]
-        first += nodes
-        if begin == end:
-            continue
-        before = (state[slot] if prefix else torch.zeros_like(state[slot])).to(wide)
-        whole = not ancestors.shape[1] and end - begin == nodes  # a chain, all of it new
-        size = BLOCK if whole else end - begin
-        for at in range(begin, end, size):
-            here = slice(at, min(at + size, end))
-            kept = rows[: nodes - (end - begin)]
+    for r in request_rows(state, node_offsets, prefix_lens, tree_lens, state_slots, state_rows):
+        before = r.committed.to(wide)
+        whole = not ancestors.shape[1] and not r.old  # a chain, all of it new
+        size = BLOCK if whole else r.end - r.begin
+        for at in range(r.begin, r.end, size):
+            here = slice(at, min(at + size, r.end))
+            kept = r.rows[: r.old]
             old = _Nodes(*unstashed(stash[kept].to(wide), k.shape[2], before.shape))
             new = _Nodes(k[0, here].to(wide), v[0, here].to(wide), decay[0, here].to(wide))
             path = ancestors[here] if not whole else ancestors.new_empty(here.stop - at, 0)
@@ -72,9 +66,9 @@ def tree_recurrence(
             rates = None if beta is None else beta[0, here].to(wide)
             found, written = _solved(q[0, here].to(wide), new, rates, old, before, seen)
             out[0, here] = found.to(out.dtype)
-            own = rows[nodes - end + at : nodes - end + here.stop]
+            own = r.rows[r.nodes - r.end + at : r.nodes - r.end + here.stop]
             stash[own] = written.to(stash.dtype)
-            if here.stop < end:
+            if here.stop < r.end:
                 before = advance(before[None], written[None], k.shape[2])[0]
     return out
 

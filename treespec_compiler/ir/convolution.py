@@ -13,6 +13,7 @@ from torch import Tensor
 from .attention import seen_nodes
 from .library import define
 from .private_torch import OpOverload
+from .state_requests import request_rows
 
 SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, int lag, int dilation, int groups) -> Tensor"
 TREE_SCHEMA = (
@@ -49,16 +50,11 @@ def tree_reference(
 ) -> Tensor:  # [1, C', T]
     """Keep the new nodes' x in the stash, then convolve along each node's path; rows of no request give 0."""
     out = fake(x, weight).zero_()
-    first = 0
-    for r, slot in enumerate(state_slots.tolist()):
-        begin, end, nodes = int(node_offsets[r]), int(node_offsets[r + 1]), int(tree_lens[r])
-        rows = state_rows[first : first + nodes]
-        first += nodes
-        stash[rows[nodes - (end - begin) :]] = x[0, :, begin:end].T.to(stash.dtype)
-        committed = state[slot] if int(prefix_lens[r]) else torch.zeros_like(state[slot])
-        for i in range(begin, end):
-            path = seen_nodes(ancestors, i, nodes - end + i)
-            before = torch.cat([committed, stash[rows[path]]]).to(x.dtype)  # [lag + depth + 1, C]
+    for r in request_rows(state, node_offsets, prefix_lens, tree_lens, state_slots, state_rows):
+        stash[r.rows[r.old :]] = x[0, :, r.begin : r.end].T.to(stash.dtype)
+        for i in range(r.begin, r.end):
+            path = seen_nodes(ancestors, i, r.nodes - r.end + i)
+            before = torch.cat([r.committed, stash[r.rows[path]]]).to(x.dtype)  # [lag + depth + 1, C]
             window = before[len(before) - 1 - lag :: dilation][: weight.shape[2]]  # [K, C]
             out[0, :, i] = F.conv1d(window.T.unsqueeze(0), weight, bias, groups=groups)[0, :, 0]
     return out

@@ -21,6 +21,7 @@ from torch import Tensor
 from .attention import seen_nodes
 from .library import define
 from .private_torch import OpOverload
+from .state_requests import request_rows
 
 SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta) -> Tensor"
 TREE_SCHEMA = (
@@ -87,21 +88,16 @@ def tree_reference(
     """Along each node's path from the committed state; rows of no request give 0."""
     heads, key_heads, decay = v.shape[2], k.shape[2], by_row(decay)
     out = v.new_zeros(v.shape)  # NOTE contiguous, as the fake: zeros_like keeps strides
-    first = 0
-    for r, slot in enumerate(state_slots.tolist()):
-        begin, end, nodes = int(node_offsets[r]), int(node_offsets[r + 1]), int(tree_lens[r])
-        rows = state_rows[first : first + nodes]
-        first += nodes
-        committed = state[slot] if int(prefix_lens[r]) else torch.zeros_like(state[slot])
-        for i in range(begin, end):
-            node = nodes - end + i
-            now = committed.to(v.dtype)
+    for r in request_rows(state, node_offsets, prefix_lens, tree_lens, state_slots, state_rows):
+        for i in range(r.begin, r.end):
+            node = r.nodes - r.end + i
+            now = r.committed.to(v.dtype)
             for each in seen_nodes(ancestors, i, node)[:-1]:
-                old, w, g = unstashed(stash[rows[each]].to(v.dtype), key_heads, state.shape[1:])
+                old, w, g = unstashed(stash[r.rows[each]].to(v.dtype), key_heads, state.shape[1:])
                 now, _ = step(now, for_every_head(old, heads), w, g, None)
             key = for_every_head(k[0, i], heads)
             now, w = step(now, key, v[0, i], decay[0, i], None if beta is None else beta[0, i])
-            stash[rows[node]] = torch.cat([k[0, i].flatten(), w.flatten(), decay[0, i].flatten()]).to(stash.dtype)
+            stash[r.rows[node]] = torch.cat([k[0, i].flatten(), w.flatten(), decay[0, i].flatten()]).to(stash.dtype)
             out[0, i] = torch.einsum("hde,hd->he", now, for_every_head(q[0, i], heads))
     return out
 
