@@ -21,7 +21,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("program",),
     ("speculation",),
     ("runtime",),
-    ("inspection", "backend", "demo", "serving"),
+    ("inspection", "backend", "demo", "serving", "training"),
     ("cli",),
 )
 

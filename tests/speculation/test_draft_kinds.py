@@ -97,7 +97,9 @@ def test_installed_packages_bring_kinds(name, monkeypatch, caplog):
 
 
 def test_the_example_in_the_docs_runs():
-    (code,) = re.findall(r"```python\n(.*?register_draft.*?)```", (DOCS / "drafts.md").read_text("utf-8"), re.S)
+    (code,) = re.findall(
+        r"```python\n(.*?register_draft.*?)```", (DOCS / "writing-a-draft.md").read_text("utf-8"), re.S
+    )
     try:
         exec(code, {})
         assert generate("repeat:3", 30).sequences.tolist() == [greedy(ROW, PROMPT, 30)]

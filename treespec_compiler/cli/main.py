@@ -57,6 +57,7 @@ COMMANDS = (
     Command("generate", "complete a prompt by speculation"),
     Command("serve", "serve a model by OpenAI's HTTP API"),
     Command("bench", "measure a server under load"),
+    Command("train-draft", "train a draft for a model that has none", "train_draft"),
     Command("tune", "measure this machine, for trees that fit it"),
     Command("explain", "say what was proved about a model, or why it is refused"),
     Command("opt", "run the passes on a model and print the graph between them"),

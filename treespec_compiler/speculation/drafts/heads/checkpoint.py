@@ -75,7 +75,7 @@ class Tensors:
     """A head's tensors, taken one by one; what nobody takes is an error, since it would change what the head says."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        self._folder, self._dtype, self._device = folder, dtype, device
+        self._folder, self._dtype, self.device = folder, dtype, device
         self._left = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
     def __contains__(self, name: str) -> bool:
@@ -86,7 +86,7 @@ class Tensors:
         found = self.raw(name, *shape)
         if not found.is_floating_point():
             raise unreadable(self._folder, f"{name} of {found.dtype}", "floating-point numbers")
-        return found.to(self._device, self._dtype).contiguous()
+        return found.to(self.device, self._dtype).contiguous()
 
     def raw(self, name: str, *shape: int) -> Tensor:
         """As it lies in the file. Raises UnreadableModel where it is missing or has another shape."""

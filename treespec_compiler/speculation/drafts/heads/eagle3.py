@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import Tensors, read_tensors, unreadable
+from .checkpoint import Tensors, unreadable
 from .rotation import frequencies, rotated
 
 LAYOUTS = ("midlayer", "layers.0")
@@ -113,13 +113,12 @@ class Eagle3:
         config: Mapping[str, Any],
         taps: int,
         target_hidden: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        tensors: Tensors,
     ) -> None:
-        """Of a head that reads so many hidden states of that width. Raises UnreadableModel."""
+        """Of a head that reads so many hidden states of that width; all of `tensors` are taken. Gradients reach them
+        where they want any. Raises UnreadableModel."""
         self.shape = shape = HeadShape.read(folder, config, target_hidden)
         self._taps = taps
-        tensors = Tensors(folder, read_tensors(folder), dtype, device)
         h, fused = shape.hidden, target_hidden * taps
         layer = next((name for name in LAYOUTS if f"{name}.hidden_norm.weight" in tensors), LAYOUTS[0])
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
@@ -141,12 +140,11 @@ class Eagle3:
         self._norm, self._head = tensors.take("norm.weight", h), tensors.take("lm_head.weight", shape.draft_vocab, h)
         self.embedding = tensors.perhaps("embed_tokens.weight", shape.vocab, h)
         """None: the head was trained with the target's."""
-        self.ids = _ids(folder, tensors, shape, device)
+        self.ids = _ids(folder, tensors, shape)
         """The target's id of each of the head's rows [draft vocabulary], int64; None: they are the target's."""
         tensors.finish()
-        self._frequencies = frequencies(folder, config.get("transformer_layer_config", config), shape.head_dim).to(
-            device
-        )
+        layer_config = config.get("transformer_layer_config", config)
+        self._frequencies = frequencies(folder, layer_config, shape.head_dim).to(tensors.device)
 
     def _norms_of_fused(self, tensors: Tensors) -> list[Tensor]:
         shape = self.shape
@@ -208,7 +206,7 @@ def _joined(folder: Path, name: str, parts: list[Tensor | None]) -> Tensor | Non
     return torch.cat(given) if given else None
 
 
-def _ids(folder: Path, tensors: Tensors, shape: HeadShape, device: torch.device) -> Tensor | None:
+def _ids(folder: Path, tensors: Tensors, shape: HeadShape) -> Tensor | None:
     """`d2t` holds the target's id less the row's number; `t2d`, whether a row stands for an id, says it again."""
     if "d2t" not in tensors:
         if shape.draft_vocab != shape.vocab:
@@ -223,4 +221,4 @@ def _ids(folder: Path, tensors: Tensors, shape: HeadShape, device: torch.device)
         stands = tensors.raw("t2d", shape.vocab).bool().nonzero().flatten()
         if not torch.equal(stands, ids.sort().values):
             raise unreadable(folder, "a t2d that contradicts d2t", "the same ids in both")
-    return ids.to(device)
+    return ids.to(tensors.device)

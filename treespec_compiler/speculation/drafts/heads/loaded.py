@@ -13,7 +13,7 @@ from ....ir.verify import LOGITS
 from ....passes.tap import PREFIX
 from ....program.tree_program import TreeProgram
 from ...cost.latency import LatencyTable, Point
-from .checkpoint import read_config, unreadable
+from .checkpoint import Tensors, read_config, read_tensors, unreadable
 from .eagle3 import Eagle3, taps
 from .own_cache import HeadCache
 
@@ -37,7 +37,9 @@ class LoadedHead:
         config = read_config(folder)
         found = taps(folder, config, len(target.sites))
         reads = tuple(f"{PREFIX}{k}" for k in found)
-        head = Eagle3(folder, config, len(found), width_of(target, *reads), target.dtype, target.device)
+        width = width_of(target, *reads)
+        tensors = Tensors(folder, read_tensors(folder), target.dtype, target.device)
+        head = Eagle3(folder, config, len(found), width, tensors)
         if head.shape.vocab != target.vocab_size:
             got, expected = f"a head for {head.shape.vocab} ids", f"this target's {target.vocab_size}"
             raise unreadable(folder, got, expected)
