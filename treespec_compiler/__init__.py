@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .options import Options
     from .passes.framework.registry import register_pass
     from .passes.locality.custom_ops import register_op
+    from .program.folder.loaded import LoadedProgram, load_program
     from .program.tree_program import TreeProgram, tree_program
     from .runtime.engine import Engine
     from .runtime.generate import BatchOutput, GenerationOutput, Step, Stream, generate, stream
@@ -32,6 +33,7 @@ _HOME = {
     "Engine": ".runtime.engine",
     "Forest": ".tree",
     "GenerationOutput": ".runtime.generate",
+    "LoadedProgram": ".program.folder.loaded",
     "Options": ".options",
     "Request": ".runtime.request",
     "StaticExpansion": ".speculation.policies.static",
@@ -44,6 +46,7 @@ _HOME = {
     "generate": ".runtime.generate",
     "grouped_linear": ".ir.grouped_linear",
     "hf_generate": ".serving.hf",
+    "load_program": ".program.folder.loaded",
     "register_draft": ".speculation.drafts.kinds",
     "register_kernel": ".ir.registry",
     "register_mixer": ".capture.mixers",
@@ -58,6 +61,7 @@ __all__ = [
     "Engine",
     "Forest",
     "GenerationOutput",
+    "LoadedProgram",
     "Options",
     "Request",
     "StaticExpansion",
@@ -70,6 +74,7 @@ __all__ = [
     "generate",
     "grouped_linear",
     "hf_generate",
+    "load_program",
     "register_draft",
     "register_kernel",
     "register_mixer",

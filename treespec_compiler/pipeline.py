@@ -61,6 +61,8 @@ class Converted:
     """Values of the tokens that forward sets as attributes."""
     traced: Traced | None = None
     """The code that captures, those of other lengths too, went through; None: it was not captured here."""
+    compared: bool = False
+    """Whether it was compared with its model before, which is not here any more."""
 
 
 @dataclass

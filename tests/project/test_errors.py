@@ -17,6 +17,8 @@ EXAMPLES: list[TreespecError] = [
     ),
     errors.InvalidTree(got="no nodes", expected="at least one"),
     errors.InvalidForest(got="slot 1 twice", expected="every slot at most once"),
+    errors.InvalidFolder(folder="out", got="no manifest.json", expected="one"),
+    errors.UnsavableProgram(got="a call of an op that somebody registered"),
     errors.InvalidPrompt(got="no ids", expected="at least one"),
     errors.TokenOutOfRange(token=70, index=3, vocab_size=64),
     errors.CacheOverflow(slot=0, length=60, new=8, capacity=64),

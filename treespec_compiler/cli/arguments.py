@@ -66,6 +66,11 @@ def positive(text: str) -> int:
 
 def parse_options(pairs: list[str]) -> Options:
     """`["lowering=eager", "prefill_chunk=64"]` as Options."""
+    return Options.parse(named_options(pairs))
+
+
+def named_options(pairs: list[str]) -> dict[str, Any]:
+    """The same by name, those that were given alone."""
     options: dict[str, Any] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
@@ -74,4 +79,4 @@ def parse_options(pairs: list[str]) -> Options:
             raise InvalidOption(name="--option", got=pair, expected="NAME=VALUE, such as lowering=eager", fix=fix)
         words = {"None": None, "True": True, "False": False}
         options[name] = int(value) if value.isdecimal() else words.get(value, value)
-    return Options.parse(options)
+    return options

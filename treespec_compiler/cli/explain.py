@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import Unsupported
-from ..inspection.explain import CutSummary, Explanation, explain, explain_cut
+from ..errors import InvalidFolder, InvalidOption, Unsupported
+from ..inspection.explain import CutSummary, Explanation, explain, explain_cut, explanation_of
 from ..passes.show.snapshot import short_source
+from ..program.folder.manifest import Origin, read_manifest
 from .arguments import add_json, add_model_arguments
 from .inspection import CONVERTED, EXIT_CODES, REFUSED, console, parameter_count, read_subject
+from .models import is_compiled
 
 EPILOG = f"""\
 examples:
   treespec explain demo
   treespec explain hf:mistral --random-weights --tiny
   treespec explain smollm2 --mesh tp=3
+  treespec explain FOLDER                                 (which `treespec compile` wrote)
   treespec explain py:mypackage.models:build --json
 
 {EXIT_CODES}
@@ -36,6 +40,8 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    if is_compiled(arguments.model):
+        return _folder(arguments)
     subject = read_subject(arguments)
     meshed = replace(subject.options, mesh=arguments.mesh)
     cut: CutSummary | None = None
@@ -63,6 +69,33 @@ def run(arguments: Namespace) -> int:
             if cut is not None:
                 show_cut(console(), arguments.mesh, cut)
     return REFUSED if isinstance(found, Unsupported) else CONVERTED
+
+
+def _folder(arguments: Namespace) -> int:
+    """What was proved when a folder was written; its program is not loaded."""
+    if arguments.mesh is not None:
+        fix = "Explain the model that it was compiled from."
+        raise InvalidOption(name="--mesh", got=arguments.mesh, expected="no mesh for a compiled folder", fix=fix)
+    folder = Path(arguments.model).expanduser()
+    manifest = read_manifest(folder)
+    try:
+        found = explanation_of(manifest.proof)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        got = f"a proof that cannot be read ({type(error).__name__}: {error})"
+        raise InvalidFolder(folder=str(folder), got=got, expected="what `treespec compile` wrote") from error
+    origin, model = manifest.origin, manifest.model
+    if arguments.json:
+        made = asdict(origin) | {"elsewhere": Origin.here().differences(origin)}
+        print(json.dumps({"model": arguments.model, "converted": True, "made": made, **found.as_json()}, indent=2))
+        return CONVERTED
+    out = console()
+    title = f"{model.get('type')}, {model.get('parameters', 0) / 1e6:,.1f}M parameters, {model.get('dtype')}, compiled"
+    show_explanation(out, arguments.model, title, found)
+    told = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
+    out.print(f"\n[bold]made with[/] {escape(told)} on {escape(origin.machine)} ({escape(origin.cpu)})")
+    for difference in Origin.here().differences(origin):
+        out.print(f"  {escape(difference)}: the graph is lowered again here", style="yellow")
+    return CONVERTED
 
 
 def refusal_fields(error: Unsupported) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from ..runtime.generate import Step, stream
-from ..speculation.drafts.kinds import is_named
 from ..speculation.policies.named import as_policy
 from ..speculation.policies.static import StaticExpansion
 from .arguments import MODEL, add_json, add_option, add_prompt_arguments, add_reading, parse_options, positive
-from .models import DTYPES, LoadedModel, load
+from .folders import read_models
+from .models import LoadedModel
 from .ranks import is_rank, quiet_followers, start_ranks
 from .text import TextStream, read_prompt
 from .waiting import waiting
@@ -27,20 +27,23 @@ examples:
   treespec generate --target hf:PATH --draft hf:PATH --prompt-file prompt.txt --expansion 1,1,3 --json
   treespec generate --target py:mypackage.models:build --prompt-ids 1,2,3 --option lowering=eager
   treespec generate --target smollm2 --mesh tp=3 --prompt "def main():"
+  treespec generate FOLDER --prompt "def main():"         (which `treespec compile` wrote)
 """
 
 
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
     models = parser.add_argument_group(f"models ({MODEL})")
-    models.add_argument("--target", metavar="MODEL", required=True, help="the model whose output is wanted")
+    wanted = models.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("folder", metavar="FOLDER", nargs="?", help="a compiled folder, which brings its drafts")
+    wanted.add_argument("--target", metavar="MODEL", help="the model whose output is wanted, or a compiled folder")
     models.add_argument(
         "--draft",
         metavar="DRAFT",
         action="append",
         default=[],
         help="what guesses: a smaller model, ngram, early-exit, early-exit:K (layers) or early-exit:FILE.safetensors "
-        "(a trained head); may be repeated; none: no speculation",
+        "(a trained head); may be repeated; left out: no speculation, or what a compiled folder brings; none: without",
     )
     add_reading(models, tiny=False)
     add_prompt_arguments(parser)
@@ -82,17 +85,10 @@ def run(arguments: Namespace) -> int:
             return start_ranks(options.ranks)
         quiet_followers()
     policy = StaticExpansion.parse(arguments.expansion) if arguments.expansion else as_policy(arguments.policy)
-    dtype, random_weights = DTYPES[arguments.dtype], arguments.random_weights
     messages = Console(stderr=True)
     with messages.status("reading models"):
-        target = load(arguments.target, dtype=dtype, random_weights=random_weights)
+        target, drafts = read_models(arguments, arguments.folder or arguments.target)
         prompt = read_prompt(arguments, target)
-        drafts = [
-            LoadedModel(name, name)
-            if is_named(name)
-            else load(name, role="draft", dtype=dtype, random_weights=random_weights)
-            for name in arguments.draft
-        ]
         tokenizers = [draft.tokenizer for draft in drafts if draft.tokenizer is not None]
     with waiting(messages, target.name):
         steps = stream(

@@ -55,6 +55,7 @@ class Command:
 COMMANDS = (
     Command("demo", "see the shipped pair of models speculate, and measure it"),
     Command("generate", "complete a prompt by speculation"),
+    Command("compile", "write a folder that runs without the model's code"),
     Command("serve", "serve a model by OpenAI's HTTP API"),
     Command("bench", "measure a server under load"),
     Command("train-draft", "train a draft for a model that has none", "train_draft"),

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import nn
 
 from .. import demo
 from ..errors import InvalidOption, UnreadableModel
+from ..program.folder.manifest import MANIFEST
 from .gguf import load_gguf, smollm2
 
 Role = Literal["target", "draft"]
@@ -29,9 +31,12 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 @dataclass(frozen=True)
 class LoadedModel:
     name: str
-    model: nn.Module
+    model: Any
+    """An nn.Module, or the program of a compiled folder."""
     tokenizer: Any | None = None
     """With `encode` and `decode`, as Hugging Face's; None if the name does not lead to one."""
+    drafts: Sequence[Any] = ()
+    """What a compiled folder guesses with, as `generate(draft=...)` takes it."""
 
 
 def load(
@@ -48,6 +53,10 @@ def load(
     With `random_weights`, `hf:` takes a model type such as `llama` as well; `tiny` shrinks the configuration.
     """
     kind, _, rest = name.partition(":")
+    if is_compiled(name):
+        problem = "a compiled folder, which holds a program and no model"
+        fix = "`treespec generate`, `serve` and `explain` take such a folder."
+        raise UnreadableModel(name=name, problem=problem, expected="a model", fix=fix)
     if name == "demo" and not (random_weights or tiny):
         folder = demo.paths.target if role == "target" else demo.paths.draft
         if not (folder / "config.json").is_file():
@@ -70,6 +79,11 @@ def load(
     raise UnreadableModel(
         name=name, problem="no known kind of name", expected="`hf:...`, `gguf:...`, `py:...`, `demo` or `smollm2`"
     )
+
+
+def is_compiled(name: str) -> bool:
+    """Whether the name is that of a folder that `treespec compile` wrote."""
+    return (Path(name).expanduser() / MANIFEST).is_file()
 
 
 def _load_hf(name: str, where: str, dtype: torch.dtype) -> LoadedModel:

@@ -9,13 +9,14 @@ from types import FrameType
 from typing import Any
 
 from ..errors import InvalidOption
-from ..speculation.drafts.kinds import is_named
 from .arguments import MODEL, add_option, add_reading, parse_options, positive
-from .models import DTYPES, LoadedModel, load
+from .folders import read_models
+from .models import LoadedModel
 
 EPILOG = """\
 examples:
   treespec serve demo --draft demo --port 8000
+  treespec serve FOLDER --port 8000                       (which `treespec compile` wrote)
   treespec serve hf:PATH --draft ngram --max-requests 32 --max-tokens 65536 --api-key-file KEY
 
   curl localhost:8000/v1/completions -H 'content-type: application/json' \\
@@ -28,7 +29,7 @@ SIGTERM (or Ctrl-C) ends it when all answers under way are given, a second one a
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
     models = parser.add_argument_group(f"models ({MODEL})")
-    models.add_argument("model", metavar="MODEL", help="the model whose output is wanted")
+    models.add_argument("model", metavar="MODEL", help="the model whose output is wanted, or a compiled folder")
     models.add_argument(
         "--draft",
         metavar="DRAFT",
@@ -105,12 +106,8 @@ def _models(arguments: Namespace) -> tuple[LoadedModel, list[LoadedModel], str |
             raise InvalidOption(name="--api-key-file", got=str(error), expected="a readable text file") from error
         if not key:
             raise InvalidOption(name="--api-key-file", got="an empty file", expected="a key in it")
-    reading: dict[str, Any] = {"dtype": DTYPES[arguments.dtype], "random_weights": arguments.random_weights}
-    target = load(arguments.model, **reading)
+    target, drafts = read_models(arguments, arguments.model)
     if target.tokenizer is None:
         fix = "Serve a model of a folder that has its tokenizer."
         raise InvalidOption(name="model", got=arguments.model, expected="a model with a tokenizer", fix=fix)
-    drafts = [
-        LoadedModel(name, name) if is_named(name) else load(name, role="draft", **reading) for name in arguments.draft
-    ]
     return target, drafts, key

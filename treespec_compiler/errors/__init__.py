@@ -10,6 +10,7 @@ from .base import (
     TreespecError,
 )
 from .calls import (
+    InvalidFolder,
     InvalidForest,
     InvalidOption,
     InvalidPath,
@@ -21,6 +22,7 @@ from .calls import (
     UnknownOption,
     UnknownSlot,
     UnreadableModel,
+    UnsavableProgram,
     WrongType,
 )
 from .compiling import (
@@ -60,6 +62,7 @@ __all__ = [
     "CorruptTable",
     "DraftFailed",
     "EngineClosed",
+    "InvalidFolder",
     "InvalidForest",
     "InvalidKernel",
     "InvalidLogits",
@@ -87,6 +90,7 @@ __all__ = [
     "UnknownOption",
     "UnknownSlot",
     "UnreadableModel",
+    "UnsavableProgram",
     "Unsupported",
     "WrongKernel",
     "WrongType",

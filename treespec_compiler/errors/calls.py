@@ -154,3 +154,24 @@ class UnreadableModel(TreespecError, ValueError):
     expected: str = "a folder with config.json and *.safetensors"
     fix: str = "Check the path, or name the model as `hf:PATH_OR_ID`, `py:module:factory` or `demo`."
     template: ClassVar[str] = "Cannot read model {e.name!r}: got {e.problem}, expected {e.expected}. {e.fix}"
+
+
+@dataclass(eq=False, kw_only=True)
+class InvalidFolder(TreespecError, ValueError):
+    """A folder that `treespec compile` did not write, or that was changed since."""
+
+    folder: str
+    got: str
+    expected: str
+    fix: str = "Write the folder again with `treespec compile`."
+    template: ClassVar[str] = "No program is read from {e.folder}: got {e.got}, expected {e.expected}. {e.fix}"
+
+
+@dataclass(eq=False, kw_only=True)
+class UnsavableProgram(TreespecError, ValueError):
+    """A program that holds more than data, so that no file can hold it."""
+
+    got: str
+    expected: str = "a graph of operators of torch's and treespec's own, over tensors of the model"
+    fix: str = "Use the program in the process that converts the model."
+    template: ClassVar[str] = "The program cannot be written down: got {e.got}, expected {e.expected}. {e.fix}"

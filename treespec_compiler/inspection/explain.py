@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..passes.sharding.summary import summary
 from ..passes.show.snapshot import NodeData, Snapshot, short_paths, short_source
 from ..pipeline import Converted, convert
 from ..program.net import Comparison
+from ..program.rounding import Judged
 from ..program.tree_program import TreeProgram
 
 
@@ -69,6 +71,19 @@ class Explanation:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def explanation_of(text: Mapping[str, Any]) -> Explanation:
+    """The inverse of `as_json`. Raises TypeError, KeyError and AttributeError for what is none."""
+    comparison = text["comparison"]
+    own: dict[str, Any] = {
+        "sites": [Site(**site) for site in text["sites"]],
+        "states": [StateSite(**site) for site in text["states"]],
+        "positions": [(formula, reader) for formula, reader in text["positions"]],
+        "signature": [(name, kind, meaning) for name, kind, meaning in text["signature"]],
+        "comparison": Comparison(**(comparison | {"worst": Judged(**comparison["worst"])})),
+    }
+    return Explanation(**(dict(text) | own))
 
 
 def explain(model: nn.Module, call: CallSpec, options: Options) -> Explanation:

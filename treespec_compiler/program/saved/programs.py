@@ -19,13 +19,11 @@ from ...capture.call import CallSpec
 from ...capture.python_state import Undigested
 from ...capture.weight_ref import WeightRef, registered
 from ...errors import TreespecError
-from ...ir.registry import kernel_of
-from ...ir.specs import Limit
 from ...logs import logger
 from ...options import Options
 from ...pipeline import Converted
+from .document import converted_of, document
 from .key import TraceDigest, check_met, outer_key, values_digest
-from .state import history_of, history_text, state_of, state_text
 from .store import Entry, Store
 from .values import CannotLoad, CannotSave
 
@@ -109,22 +107,7 @@ def _fitting(model: nn.Module, call: CallSpec, parts: dict[str, Any], tensors: d
     held = {name: ref.tensor for name, ref in sources.items()}
     if values_digest(held, program["proved_from"]) != program["proved_values"]:
         return None
-    made = state_of(program["state"], tensors, lambda name: sources[name].tensor)
-    for node in made.graph.nodes:
-        kernel = kernel_of(node.target) if node.op == "call_function" else None
-        if kernel is not None and not kernel.available():
-            raise CannotLoad(f"the kernel {kernel.name}, which is not there")
-    return Converted(
-        made,
-        sources,
-        list(program["proved_from"]),
-        history_of(program["history"]),
-        0.0,
-        program["max_context"],
-        [Limit(**limit) for limit in program["limits"]],
-        program["input_vocab"],
-        Unmoved(trace, state.structure),
-    )
+    return converted_of(program, tensors, sources, Unmoved(trace, state.structure))
 
 
 def _sources(model: nn.Module, names: list[str]) -> dict[str, WeightRef]:
@@ -163,20 +146,10 @@ def _written(
     trace = TraceDigest.of(converted.traced)
     state = trace.state(model, call)
     check_met(converted.traced, state)
-    text, tensors = state_text(converted.state)
+    program, tensors = document(converted)
     held = {name: ref.tensor for name, ref in converted.sources.items()}
     proved_values = values_digest(held, converted.proved_from)
-    program = {
-        "state": text,
-        "sources": list(converted.sources),
-        "proved_from": converted.proved_from,
-        "proved_values": proved_values,
-        "sums": sums,
-        "history": history_text(converted.history),
-        "max_context": converted.max_context,
-        "limits": [asdict(limit) for limit in converted.limits],
-        "input_vocab": converted.input_vocab,
-    }
+    program |= {"proved_values": proved_values, "sums": sums}
     about = {"model": type(model).__qualname__, "saved": time.time(), "sites": len(converted.state.sites)}
     about |= {"nodes": len(converted.state.graph.nodes), "options": _told(options)}
     read = asdict(trace) | {"structure": state.structure, "values": state.values}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from ...ir.inputs import input_of
 from ...ir.private_torch import FakeTensorMode
 from ...ir.specs import AttentionSpec, Limit, LogitsSpec, MaskSpec, PositionSpec, StateSpec
 from ...passes.framework.manager import History, PassRecord
@@ -75,8 +76,9 @@ def state_of(text: Mapping[str, Any], tensors: Mapping[str, Tensor], read: Calla
         logits_given=LogitsSpec(**text["logits_given"]),
         **{name: text[name] for name in PLAIN},
     )
-    unknown = {n.name for n in gm.graph.nodes if n.op == "placeholder"} - {state.tokens, *state.inputs, *state.weights}
-    if unknown - {*state.position_inputs}:
+    filled = {state.tokens, *filter(input_of, state.inputs), *state.weights, *state.position_inputs}
+    unknown = {n.name for n in gm.graph.nodes if n.op == "placeholder"} - filled
+    if unknown:
         raise CannotLoad(f"the inputs {', '.join(sorted(unknown))[:80]}, which nothing fills")
     return state
 

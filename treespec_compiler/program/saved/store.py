@@ -71,7 +71,7 @@ class Store:
     def read(self, entry: Entry) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """The parts "about", "trace" and "program" of a file, its tensors; None, with a warning: it is not whole."""
         try:
-            return _read(entry)
+            return read_program(entry.path, of_user=True)
         except CannotLoad as error:
             log.warning("the saved program %s is not used: it holds %s", entry.path, error)
         except Exception as error:  # safetensors has exceptions of its own, without a common base
@@ -81,13 +81,10 @@ class Store:
     def write(self, name: str, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
         """Whether it is there now; where not, a warning says why."""
         path = self.folder / f"{name}{SUFFIX}"
-        texts = {part: json.dumps(parts[part], separators=(",", ":")) for part in _PARTS}
-        held = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-        about = {"schema": SCHEMA, **texts, "checksum": _checksum(texts, held)}
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with replacing(path) as temporary:
-                save_file(held, temporary, about)
+                write_program(temporary, parts, tensors)
         except Exception as error:  # of safetensors, too
             log.warning("no program is saved in %s: %s: %s", self.folder, type(error).__name__, error)
             return False
@@ -128,15 +125,26 @@ class Store:
                     yield path
 
 
-def _read(entry: Entry) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    status = entry.path.lstat()
-    if not entry.path.is_file() or entry.path.is_symlink():
+def write_program(path: Path, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write one file. Raises OSError and what safetensors raises."""
+    texts = {part: json.dumps(parts[part], separators=(",", ":")) for part in _PARTS}
+    held = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    save_file(held, path, {"schema": SCHEMA, **texts, "checksum": _checksum(texts, held)})
+
+
+def read_program(path: Path, of_user: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The parts of a file and its tensors; `of_user`: it must be this user's own.
+
+    Raises CannotLoad, OSError, ValueError and what safetensors raises.
+    """
+    status = path.lstat()
+    if not path.is_file() or path.is_symlink():
         raise CannotLoad("no file of its own")
-    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+    if of_user and hasattr(os, "getuid") and status.st_uid != os.getuid():
         raise CannotLoad("what another user wrote")
     if status.st_size > LARGEST:
         raise CannotLoad(f"{status.st_size} bytes, more than any program")
-    with safe_open(str(entry.path), "pt") as file:
+    with safe_open(str(path), "pt") as file:
         about = file.metadata() or {}
         if about.get("schema") != SCHEMA:
             raise CannotLoad(f"the schema {about.get('schema')!r:.40}, not {SCHEMA!r}")
