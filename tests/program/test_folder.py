@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -56,16 +57,24 @@ def eager_greedy(model: nn.Module, ids: list[int], count: int) -> list[int]:
     return ids
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, nn.Module]:
-    return {name: tiny_model(name, **fields) for name, fields in TYPES.items()}
+@functools.cache
+def model_of(name: str) -> nn.Module:
+    return tiny_model(name, **TYPES[name])
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, models: dict[str, nn.Module]) -> dict[str, tuple[Path, Any]]:
-    """Name -> folder, and what the model's own program says."""
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder, and what the model's own program says."""
+    where = tmp_path_factory.mktemp("llama") / "llama"
+    return where, say(compiled(model_of("llama"), where))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, llama: tuple[Path, Any]) -> dict[str, tuple[Path, Any]]:
+    """The same of all types, by name."""
     root = tmp_path_factory.mktemp("folders")
-    return {name: (root / name, say(compiled(model, root / name))) for name, model in models.items()}
+    others = [name for name in TYPES if name != "llama"]
+    return {"llama": llama} | {name: (root / name, say(compiled(model_of(name), root / name))) for name in others}
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +89,9 @@ def alone(written: dict[str, tuple[Path, Any]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_a_folder_is_the_model(name: str, models: Any, written: Any, alone: dict[str, Any]) -> None:
+def test_a_folder_is_the_model(name: str, written: Any, alone: dict[str, Any]) -> None:
     assert alone[name] == written[name][1]
-    assert alone[name]["greedy"] == eager_greedy(models[name], PROMPT, TOKENS)
+    assert alone[name]["greedy"] == eager_greedy(model_of(name), PROMPT, TOKENS)
 
 
 def test_a_folder_that_inductor_lowered_is_the_model(written: Any, alone: dict[str, Any]) -> None:
@@ -90,8 +99,8 @@ def test_a_folder_that_inductor_lowered_is_the_model(written: Any, alone: dict[s
 
 
 @pytest.fixture
-def folder(tmp_path: Path, written: dict[str, tuple[Path, Any]]) -> Path:
-    shutil.copytree(written["llama"][0], tmp_path / "copy")
+def folder(tmp_path: Path, llama: tuple[Path, Any]) -> Path:
+    shutil.copytree(llama[0], tmp_path / "copy")
     return tmp_path / "copy"
 
 
@@ -125,16 +134,16 @@ def test_weights_are_mapped_and_there_once(folder: Path) -> None:
     assert all(t.data_ptr() in {h.data_ptr() for h in held} for t in program._made.bound.tensors.values())
 
 
-def test_tied_weights_and_views_are_written_once(written: Any, models: Any) -> None:
-    tied = models["gpt2"]
+def test_tied_weights_and_views_are_written_once() -> None:
+    tied = model_of("gpt2")
     state = convert(tied, call_spec(tied), replace(EAGER, kernels="aten")).state
     expressions, tensors = rehoused(state.weights)
     assert len({t.data_ptr() for t in tensors.values()}) == len(tensors)
     assert {source for made in expressions.values() for source in made.sources} == set(tensors)
 
 
-def test_the_models_own_defaults_come_with_it(tmp_path: Path, models: dict[str, nn.Module]) -> None:
-    model = models["llama"]
+def test_the_models_own_defaults_come_with_it(tmp_path: Path) -> None:
+    model = model_of("llama")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.generation_config, "eos_token_id", eager_greedy(model, PROMPT, 3)[-1])
         compiled(model, tmp_path / "out")
@@ -142,8 +151,8 @@ def test_the_models_own_defaults_come_with_it(tmp_path: Path, models: dict[str, 
     assert out.stats.finish_reason == "eos" and len(out.sequences[0]) <= len(PROMPT) + 3
 
 
-def test_drafts_come_with_it(tmp_path: Path, models: dict[str, nn.Module]) -> None:
-    model = models["llama"]
+def test_drafts_come_with_it(tmp_path: Path) -> None:
+    model = model_of("llama")
     where = tmp_path / "out"
     compiled(model, where, drafts=["early-exit:1", lambda inner: compiled(model, inner) and None])
     program = treespec.load_program(where)
@@ -266,8 +275,8 @@ def test_another_graph_is_noticed_by_what_it_says(folder: Path) -> None:
         program.new_cache(64)
 
 
-def test_a_program_that_is_more_than_data_is_not_written(tmp_path: Path, models: dict[str, nn.Module]) -> None:
-    model = models["llama"]
+def test_a_program_that_is_more_than_data_is_not_written(tmp_path: Path) -> None:
+    model = model_of("llama")
     call = call_spec(model)
     converted = convert(model, call, EAGER)
     program = TreeProgram(model, call, EAGER, converted)
@@ -277,8 +286,8 @@ def test_a_program_that_is_more_than_data_is_not_written(tmp_path: Path, models:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_a_folder_of_its_own_is_replaced(folder: Path, models: dict[str, nn.Module], tmp_path: Path) -> None:
-    model = models["llama"]
+def test_only_a_folder_of_its_own_is_replaced(folder: Path, tmp_path: Path) -> None:
+    model = model_of("llama")
     compiled(model, folder)
     assert read_manifest(folder).origin == Origin.here()
     (tmp_path / "other").mkdir()
