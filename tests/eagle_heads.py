@@ -55,6 +55,17 @@ def tensors(
     return found
 
 
+def slots(depth: int, rank: int, rows: int, seed: int = 0) -> dict[str, Tensor]:
+    """What a parallel head has beside these."""
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "slots.embedding": torch.randn(depth - 1, HIDDEN, generator=draw),
+        "slots.state": torch.randn(depth - 1, HIDDEN, generator=draw),
+        "follow.down.weight": torch.randn(rank, HIDDEN, generator=draw) / math.sqrt(HIDDEN),
+        "follow.up.weight": torch.randn(rows, rank, generator=draw),
+    }
+
+
 def configuration(vocab: int, *, draft_vocab: int | None = None, **config: Any) -> dict[str, Any]:
     """A flat config.json."""
     return {
@@ -108,7 +119,8 @@ def reference(
 ) -> Tensor:
     """Logits behind `guessed` tokens: every row computed anew, token by token, in float64.
 
-    `hidden`: the target's states of `tokens` but the last, [n - 1, D] each.
+    `hidden`: the target's states of `tokens` but the last, [n - 1, D] each. Of a head with `slots.*` the guessed tokens
+    are not read, but for what the last one changes behind it.
     """
     w = {name: x.double() if x.is_floating_point() else x for name, x in w.items()}
     eps = config["rms_norm_eps"]
@@ -123,6 +135,8 @@ def reference(
     if config.get("norm_before_fc"):
         joined = rms(joined, w["input_norm.weight"])
     states = list(joined @ w["fc.weight"].T)
+    parallel = "slots.state" in w
+    states += list(w["slots.state"]) if parallel else []
     inputs = [*tokens[1:], *guessed]
     keys: list[Tensor] = []
     values: list[Tensor] = []
@@ -130,7 +144,10 @@ def reference(
     for place, token in enumerate(inputs):
         state = states[place]
         normed = rms(state, w["midlayer.hidden_norm.weight"])
-        both = torch.cat([rms(w["embed_tokens.weight"][token], w["midlayer.input_layernorm.weight"]), normed])
+        slot = place - len(tokens) + 1
+        inner = parallel and slot >= 0
+        embedded = w["slots.embedding"][slot] if inner else w["embed_tokens.weight"][token]
+        both = torch.cat([rms(embedded, w["midlayer.input_layernorm.weight"]), normed])
         q, k, v = (w[f"midlayer.self_attn.{name}_proj.weight"] @ both for name in "qkv")
         q, k, v = (x.view(-1, HEAD_DIM) for x in (q, k, v))
         keys.append(turn(k, place, config["rope_theta"]))
@@ -148,6 +165,8 @@ def reference(
         x = x + w["midlayer.mlp.down_proj.weight"] @ (gate * (w["midlayer.mlp.up_proj.weight"] @ y))
         last = rms(x, w["norm.weight"])
         logits = w["lm_head.weight"] @ last
+        if parallel:
+            logits = logits + w["follow.up.weight"] @ (w["follow.down.weight"] @ w["embed_tokens.weight"][token])
         if place + 1 >= len(states):
             states.append(last if config.get("norm_output") else x)
     return logits

@@ -20,6 +20,7 @@ from treespec_compiler.training.losses import cross_entropy, rows_of
 from treespec_compiler.training.run import DraftPlan, train_draft
 from treespec_compiler.training.students.eagle3 import eagle3
 from treespec_compiler.training.students.heads import HeadPlan, HeadSizes, commonest, default_taps
+from treespec_compiler.training.students.parallel import parallel
 from treespec_compiler.training.students.small import SmallPlan
 from treespec_compiler.training.texts import Shelf
 from treespec_compiler.training.training import TrainingPlan, texts_of
@@ -99,12 +100,12 @@ def test_answers_of_one_token_teach_nothing(program, tmp_path):
     assert len(Shelf(files)) == 0
 
 
-def head(target, program, written, seed=0):
+def head(target, program, written, make=eagle3, seed=0):
     """A student whose every weight says something."""
     plan, embedding = PLAN.head, target.get_input_embeddings().weight
     sizes = HeadSizes.of(program, embedding, plan)
     ids = commonest(Shelf(written).answers(), plan.vocabulary, sizes.vocab)
-    student = eagle3(sizes, embedding, target.get_output_embeddings().weight, ids, plan, seed)
+    student = make(sizes, embedding, target.get_output_embeddings().weight, ids, plan, seed)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in student.weights.values():
@@ -112,9 +113,10 @@ def head(target, program, written, seed=0):
     return student
 
 
-def test_a_head_in_training_computes_what_it_does_in_decoding(target, program, written, monkeypatch):
+@pytest.mark.parametrize("make", [eagle3, parallel], ids=["eagle3", "parallel"])
+def test_a_head_in_training_computes_what_it_does_in_decoding(target, program, written, monkeypatch, make):
     """Each root's row at each depth, against the reference on that root's path alone."""
-    student, text = head(target, program, written), Shelf(written).read(3)
+    student, text = head(target, program, written, make), Shelf(written).read(3)
     config = student._config
     for name in ("HEADS", "KV_HEADS", "HEAD_DIM"):
         key = {"HEADS": "num_attention_heads", "KV_HEADS": "num_key_value_heads", "HEAD_DIM": "head_dim"}[name]
@@ -194,7 +196,7 @@ def killed_at(*events):
     return tell
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "small"])
+@pytest.mark.parametrize("kind", ["eagle3", "parallel", "small"])
 def test_a_run_that_was_ended_goes_on_to_the_same_bits(program, tmp_path, kind):
     plan = replace(PLAN, kind=kind)
     train_draft(program, PROMPTS, tmp_path / "whole", plan)
@@ -211,8 +213,9 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bits(program, tmp_path, kind):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
 
 
-def test_a_head_learns_and_is_read_by_its_name(target, program, tmp_path):
-    plan = replace(PLAN, training=replace(PLAN.training, steps=60, evaluate_every=30, rate=5e-3))
+@pytest.mark.parametrize("kind", ["eagle3", "parallel"])
+def test_a_head_learns_and_is_read_by_its_name(target, program, tmp_path, kind):
+    plan = replace(PLAN, kind=kind, training=replace(PLAN.training, steps=60, evaluate_every=30, rate=5e-3))
     measured = train_draft(program, PROMPTS * 2, tmp_path, plan)
     before, after = measured[0].held_out.tokens_per_step, measured[-1].held_out.tokens_per_step
     assert after > before + 0.8
@@ -225,7 +228,7 @@ def test_a_head_learns_and_is_read_by_its_name(target, program, tmp_path):
     accepted = []
     for prompt in PROMPTS[:6]:
         wanted = treespec.generate(target, prompt, **plain)
-        out = treespec.generate(target, prompt, draft=f"eagle3:{tmp_path}", policy="1,1,1", **plain)
+        out = treespec.generate(target, prompt, draft=f"{kind}:{tmp_path}", policy="1,1,1", **plain)
         assert out.sequences.tolist() == wanted.sequences.tolist()
         accepted.append(out.stats.tokens_per_step)
     assert sum(accepted) / 6 > before + 0.8
@@ -255,7 +258,11 @@ def spoiled(folder, name, content=b"no such thing"):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda f: {"plan": replace(PLAN, kind="large")}, InvalidOption, "'large', expected eagle3 or small"),
+        (
+            lambda f: {"plan": replace(PLAN, kind="large")},
+            InvalidOption,
+            "'large', expected eagle3 or parallel or small",
+        ),
         (lambda f: {"prompts": PROMPTS[:1]}, InvalidOption, "0 held out"),
         (
             lambda f: {"plan": replace(PLAN, training=replace(PLAN.training, memory_mb=0))},

@@ -64,7 +64,7 @@ def configure(parser: ArgumentParser) -> None:
     )
     steps.add_argument("--rate", metavar="X", type=float, default=training.rate, help=f"default: {training.rate}")
     steps.add_argument("--seed", metavar="N", type=int, default=0, help="of everything that is drawn (default: 0)")
-    shape = parser.add_argument_group("eagle3")
+    shape = parser.add_argument_group("eagle3, parallel")
     _numbers(
         shape,
         ("--depth", head.depth, "places it learns to guess"),

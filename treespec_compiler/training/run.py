@@ -18,6 +18,7 @@ from .manifest import claim
 from .progress import Tell, nobody
 from .students.eagle3 import eagle3
 from .students.heads import HeadPlan, HeadSizes, commonest
+from .students.parallel import parallel
 from .students.protocol import Student
 from .students.small import SmallPlan, SmallStudent, small_model
 from .texts import Shelf
@@ -155,6 +156,10 @@ def _eagle3(material: Material) -> Student:
     return eagle3(*_head(material))
 
 
+def _parallel(material: Material) -> Student:
+    return parallel(*_head(material))
+
+
 def _head(material: Material) -> tuple[HeadSizes, Tensor, Tensor | None, Tensor | None, HeadPlan, int]:
     plan, embedding = material.plan, embedding_of(material.target)
     sizes = HeadSizes.of(material.program, embedding, plan.head)
@@ -169,6 +174,6 @@ def _small(material: Material) -> Student:
     return SmallStudent(model, program.device, plan.small.depth, material.tokenizer)
 
 
-KINDS: dict[str, Maker] = {"eagle3": _eagle3, "small": _small}
-HEADS = {"eagle3"}
+KINDS: dict[str, Maker] = {"eagle3": _eagle3, "parallel": _parallel, "small": _small}
+HEADS = {"eagle3", "parallel"}
 """Kinds that read the target's hidden states."""

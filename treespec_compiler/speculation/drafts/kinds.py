@@ -11,11 +11,22 @@ from . import recycle as recycle
 from . import suffix as suffix
 from .heads import draft as eagle3
 from .heads import medusa as medusa
+from .heads import parallel as parallel
 from .model import ModelDraft
 from .protocol import Draft
 from .registry import DraftContext, check_named, draft_of, is_named, kinds, named_draft, register_draft, takes
 
-__all__ = ["DraftContext", "count_drafts", "eagle3", "is_named", "kinds", "make_drafts", "medusa", "register_draft"]
+__all__ = [
+    "DraftContext",
+    "count_drafts",
+    "eagle3",
+    "is_named",
+    "kinds",
+    "make_drafts",
+    "medusa",
+    "parallel",
+    "register_draft",
+]
 
 
 def count_drafts(asked: Any) -> int:

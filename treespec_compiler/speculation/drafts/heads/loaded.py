@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,27 @@ TIMED_CONTEXT = 128
 TIMED_CALLS = 5
 
 
+@dataclass(frozen=True, eq=False)
+class OpenedHead:
+    """A head's folder, looked at for a target."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    reads: tuple[str, ...]
+    """Names of the target's outputs that the head reads."""
+    width: int
+    """Of each of them."""
+    tensors: Tensors
+
+    @classmethod
+    def of(cls, folder: Path, target: TreeProgram) -> OpenedHead:
+        """Raises as `LoadedHead.read`."""
+        config = read_config(folder)
+        reads = tuple(f"{PREFIX}{k}" for k in taps(folder, config, len(target.sites)))
+        tensors = Tensors(folder, read_tensors(folder), target.dtype, target.device)
+        return cls(folder, config, reads, width_of(target, *reads), tensors)
+
+
 @dataclass(eq=False)
 class LoadedHead:
     folder: Path
@@ -34,12 +57,13 @@ class LoadedHead:
     def read(cls, folder: Path, target: TreeProgram) -> LoadedHead:
         """Raises UnreadableModel where the folder holds no head for this target, `Unsupported` where the target has no
         such hidden states."""
-        config = read_config(folder)
-        found = taps(folder, config, len(target.sites))
-        reads = tuple(f"{PREFIX}{k}" for k in found)
-        width = width_of(target, *reads)
-        tensors = Tensors(folder, read_tensors(folder), target.dtype, target.device)
-        head = Eagle3(folder, config, len(found), width, tensors)
+        return cls.of(OpenedHead.of(folder, target), target)
+
+    @classmethod
+    def of(cls, opened: OpenedHead, target: TreeProgram) -> LoadedHead:
+        """Of tensors that nobody else takes; raises as `read`."""
+        folder, reads = opened.folder, opened.reads
+        head = Eagle3(folder, opened.config, len(reads), opened.width, opened.tensors)
         if head.shape.vocab != target.vocab_size:
             got, expected = f"a head for {head.shape.vocab} ids", f"this target's {target.vocab_size}"
             raise unreadable(folder, got, expected)

@@ -36,9 +36,9 @@ class HeadCache:
         total = self.committed + count
         return torch.ones(count, total, dtype=torch.bool, device=self._k.device).tril(self.committed)
 
-    def commit(self) -> None:
-        """The places that were added are committed."""
-        self.committed = self.count
+    def commit(self, count: int | None = None) -> None:
+        """The places that were added are committed, or the first `count` of them; the others are gone."""
+        self.committed = self.count = self.count if count is None else self.committed + count
 
     def grow(self, parents: Sequence[int]) -> Tensor:
         """What new nodes see: committed places, the path to their parent (-1: the last committed place), themselves."""

@@ -77,13 +77,17 @@ class HeadSession:
             plan = ByLevels(policy, limits.nodes, self._widest)
         children.begin(proposal)
         run: dict[int, int] = {0: -1}  # node of the proposal -> node of the places
-        for call in range(limits.depth):
+        for call in range(self._calls(limits)):
             nodes, counts = plan.wanted(call, proposal)
             if not nodes:
                 break
             logits = self._caught_up() if not call else self._level(proposal, nodes, run)
             children.append(proposal, nodes, counts, logits)
         return plan.chosen(proposal)
+
+    def _calls(self, limits: Limits) -> int:
+        """Levels that a tree may have."""
+        return limits.depth
 
     def _caught_up(self) -> Tensor:
         """Logits [1, draft vocabulary] of the root's row, behind those of all accepted tokens that had none."""
