@@ -11,15 +11,19 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
 from .evaluate import TooLarge, Values, cone
+from .form import size_of
 
 # Contexts are looked at up to here, as in `guards`.
 LONGEST = 1 << 20
 # Up to here every place is compared; above it, samples.
 DENSE = 512
+# Up to here each number of tokens is looked at where arithmetic on it might single one out.
+EACH = 4096
 # Numbers written in the graph that samples are taken around, smallest first.
 _MOST_LITERALS = 24
 _ODD_LENGTHS = (1021, 1500, 2049, 3001, 4099, 8191, 16411, 32771, 65537, 100003, 131101, 262147, 524309, LONGEST)
@@ -96,20 +100,41 @@ def proved_up_to(sampled: SampledValues, holds: Callable[[int], bool]) -> int:
     return last
 
 
-def same_everywhere(sampled: SampledValues) -> bool:
-    """Whether a value of fixed shape is the same for every number of tokens, bit for bit."""
+def same_up_to(sampled: SampledValues) -> int:
+    """The largest number of tokens looked at up to which a value of fixed shape is the same for each, bit for bit.
+
+    Where arithmetic on the number itself goes into it, such as `t * t // 4096`, each is looked at, up to EACH.
+    """
+    singled = any(map(_may_single_out, _sizes(sampled.node)))
+    most = min(sampled.ceiling, EACH) if singled else sampled.ceiling
     first: Tensor | None = None
-    for n in (1, *sampled.lengths()):
+    for n in range(1, most + 1) if singled else (1, *sampled.lengths()):
         try:
             value = sampled.values(n).whole(sampled.node)
         except (IndexError, RuntimeError, TooLarge):
             if n == 1:
                 continue
-            return False
+            return n - 1
         if first is not None and not same_bits(first, value):
-            return False
+            return n - 1
         first = value
-    return True
+    return most
+
+
+def _sizes(node: fx.Node) -> Iterator[sympy.Expr]:
+    """Sizes, and numbers made of them, that go into a node."""
+    for current in cone(node):
+        value = current.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            yield size_of(value)
+        elif isinstance(value, Tensor):
+            yield from map(size_of, value.shape)
+
+
+def _may_single_out(size: sympy.Expr) -> bool:
+    """Whether an expression in the number of tokens may be the same for many of them and another for some."""
+    symbols = size.free_symbols
+    return bool(symbols) and not all(size.is_polynomial(s) and sympy.degree(size, s) == 1 for s in symbols)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -18,10 +18,11 @@ from sympy.core.function import AppliedUndef
 from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal
-from treespec_compiler.ir.provenance import op_name
+from treespec_compiler.ir.provenance import op_name, source_line
+from treespec_compiler.ir.specs import Limit
 
 from ..framework.state import GraphState, refuse
-from .by_value import LONGEST, SampledValues, proved_up_to, same_bits, same_everywhere
+from .by_value import EACH, LONGEST, SampledValues, proved_up_to, same_bits, same_up_to
 from .closed_form import ClosedForms, Form, axis, shape_of
 from .evaluate import cone
 
@@ -74,13 +75,18 @@ def _refuse_counted(state: GraphState, forms: ClosedForms, node: fx.Node) -> Non
     counted = node.op == "call_function" and node in forms.counting and node not in forms.tainted
     if not counted or not isinstance(value, Tensor) or any(state.length in s.free_symbols for s in shape_of(node)):
         return
-    if not same_everywhere(_sampled(state, node)):
+    sampled = _sampled(state, node)
+    proved = same_up_to(sampled)
+    if proved < min(sampled.ceiling, EACH):
         raise refuse(
             Refusal.LENGTH,
             f"a value depends on the total number of tokens T = {state.length}, in {value.dtype}",
             node,
             "a tree's nodes lie on paths of different lengths, so the total has no meaning there",
         )
+    limit = Limit(proved, f"arithmetic on the number of tokens is looked at up to here: {source_line(node)}")
+    if proved < sampled.ceiling and limit not in state.limits:
+        state.limits.append(limit)
 
 
 def _sampled(state: GraphState, node: fx.Node) -> SampledValues:

@@ -23,7 +23,7 @@ from lengths import (
     RowsInALoop,
     SettingsLoop,
 )
-from modules import VOCAB
+from modules import DIM, VOCAB, Tiny
 from oracles import EAGER, assert_decodes
 from styles import built
 
@@ -161,3 +161,26 @@ def test_a_file_that_was_edited_since_is_not_the_code(tmp_path: Path, monkeypatc
 def test_the_context_ends_where_the_code_does(style: type[EndsAt]) -> None:
     program = treespec.tree_program(built(style), options=EAGER)
     assert program.max_context == style.end
+
+
+class SingledOut(Tiny):
+    """Another mask at 1777 tokens, which are no number in the code."""
+
+    layers = 1
+
+    def positions(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.arange(ids.shape[1])[:, None] * torch.linspace(-0.1, 0.1, DIM)
+
+    def mask(self, tokens: int) -> torch.Tensor:
+        m = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for i in range(tokens):
+            m[i, i if tokens * tokens % 4093 == 2026 else 0 : i + 1] = True
+        return m
+
+
+def test_where_lengths_may_be_singled_out_the_context_ends_with_those_that_were_looked_at() -> None:
+    try:
+        context = treespec.tree_program(built(SingledOut), options=EAGER).max_context
+    except treespec.Unsupported:
+        return  # a machine that gets so far sees it
+    assert context is not None and 257 < context < 1777

@@ -17,6 +17,7 @@ from zoo import spread
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import Refusal
+from treespec_compiler.passes.forms.by_value import EACH
 
 CONVERT: dict[str, type[nn.Module]] = {}
 REFUSE: dict[str, tuple[type[nn.Module], str]] = {}
@@ -213,6 +214,15 @@ class LengthInInt16(Tiny):
 
 
 @refused("total number of tokens")
+class OneLengthByArithmetic(Tiny):
+    """1 at 1777 tokens, and 0 at others."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        away = (x.shape[1] * x.shape[1] % 4093 - 2026) ** 2
+        return self.head(x * (1 + torch.full((1,), 1 // (1 + away), dtype=torch.int16)))
+
+
+@refused("total number of tokens")
 class LengthThatRounds(Tiny):
     def finish(self, x: Tensor) -> Tensor:
         tokens = torch.full((1,), x.shape[1], dtype=torch.float32)
@@ -348,6 +358,24 @@ def test_a_program_made_under_autocast_is_the_model_itself() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         program = treespec.tree_program(model, options=EAGER)
     assert_decodes(model, program, VOCAB, rounds=1)
+
+
+class EvenByArithmetic(Tiny):
+    """The same number for any number of tokens, which is known by looking at each."""
+
+    def positions(self, ids: Tensor) -> Tensor:
+        return torch.arange(ids.shape[1])[:, None] * self.wpe.weight[0] * 0.01
+
+    def finish(self, x: Tensor) -> Tensor:
+        tokens = x.shape[1]
+        return self.head(x * (1 + torch.full((1,), (tokens * tokens + tokens) % 2, dtype=torch.int16)))
+
+
+def test_a_context_ends_where_arithmetic_on_the_length_is_not_looked_at_any_more() -> None:
+    model = _model(EvenByArithmetic)
+    program = treespec.tree_program(model, options=EAGER)
+    assert program.max_context == EACH
+    assert_decodes(model, program, VOCAB, rounds=1, prompt=17)
 
 
 class Overcome(Tiny):

@@ -2,8 +2,9 @@
 
 `for i in range(t): m[i, : i - 3] = False` would be unrolled by a trace, for one length. What such code makes
 (`regions`) depends on the length alone, so it is run here: at a length that ends the context, and at every small one,
-around every number in the code, and at samples of the others. Where each of them is the corner of the longest, the code
-is traced as a slice of that table. From there on it is a buffer like any other, and what it means is proved by value.
+around every number in the code, and at others. Where each of them is the corner of the longest, the code is traced as a
+slice of that table. From there on it is a buffer like any other, and what it means is proved by value. Where the syntax
+does not show that no length is singled out (`corners`), the table ends with the last length up to which each was run.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..logs import logger
 from .aside import Aside, kept_as, put_aside, same, tensors
+from .corners import is_corner
 from .place_sums import place_sum
 from .reached import Unreadable, is_library
 from .regions import Stretch
 
+log = logger(__name__)
+
 LONGEST = 1 << 14  # NOTE what is made on the way may be a square of it, whatever comes out
 ELEMENTS = 1 << 22  # of a table: a mask of 2048 tokens
-SECONDS = 2.0  # for the longest run of one table; half of it again for lengths that nothing points to
-DENSE = 1024  # up to here there is no gap between those
+SECONDS = 2.0  # for the longest run of one table; as much again for lengths that nothing points to, or half of it
+DENSE = 1024  # up to here there is no gap between those, where no length can be singled out
 _LENGTHS = (*range(1, 20), 31, 64, 97, 130, 257, 511, 1000, 2047, 5000, 20011)
 _PLAIN = (int, float, bool, str, type(None))
 _DESCRIBED = (FunctionType, BuiltinFunctionType, ModuleType)
@@ -274,11 +279,20 @@ def _table(
         required = sorted({m for m in (*_LENGTHS, *numbers, longest - 1, longest) if 2 <= m <= longest})
         for m in required:
             look(m)
-        began = time.perf_counter()
-        for m in _others(required, longest):
-            if 2 * (time.perf_counter() - began) > SECONDS:
+        corner = is_corner(place.region, sizes.at, place.function.__globals__)
+        each, most = _every(required, longest) if not corner else _others(required, longest), SECONDS / (1 + corner)
+        began, reached = time.thread_time(), longest
+        for m in each:
+            if time.thread_time() - began > most:
+                reached = reached if corner else m - 1
                 break
             look(m)
+        if reached < max(first, second):
+            raise NoTable
+        if reached < longest:
+            log.info("%s: each length is looked at up to %d", place.function.__qualname__, reached)
+            sizes_there = [tuple(slice(0, a * reached + b) for a, b in shape) for shape in shapes]
+            whole = tuple(t[cut] for t, cut in zip(whole, sizes_there, strict=True))
     except NoTable:
         raise
     except Exception as error:  # code of the user's, run out of its place
@@ -291,6 +305,12 @@ def _others(looked_at: Sequence[int], longest: int) -> Iterator[int]:
     yield from (m for m in range(2, min(DENSE, longest)) if m not in looked_at)
     if longest > DENSE:
         yield from sorted(random.Random(longest).sample(range(DENSE, longest), min(32, longest - DENSE)))
+
+
+def _every(looked_at: Sequence[int], longest: int) -> Iterator[int]:
+    """Each length that was not looked at."""
+    done = set(looked_at)
+    return (m for m in range(2, longest) if m not in done)
 
 
 def _longest(made: Callable[[int], tuple[Tensor, ...]], first: int) -> tuple[int, tuple[Tensor, ...]]:
