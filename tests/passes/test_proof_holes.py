@@ -271,6 +271,14 @@ class HiddenBesideAKeyBias(Tiny):
         return ((q @ k.transpose(-1, -2)) + bias + hidden).softmax(-1) @ v
 
 
+@refused("something that forward does is not in it")
+class ScoresThatAMaskDoesNotHide(Tiny):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        rows, columns = _indices(q.shape[2])
+        scores = q @ k.transpose(-1, -2) * 1e4
+        return (scores + torch.where(columns <= rows, 0.0, -65504.0)).softmax(-1) @ v
+
+
 @converts
 class RoundedPositions(Tiny):
     """Not i for every i; a function of the position all the same."""

@@ -191,9 +191,10 @@ def lengths_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
     if not known <= 10 * most:
         raise Unsupported(
             Refusal.BRANCH,
-            f"the traced graph gives other logits than the model for the same {traced} tokens: they differ by "
-            f"{known:.2e} of the largest, so the trace does not hold all that forward does",
-            way_out="look for what depends on more than the token ids: surroundings, caches, numbers that round away",
+            f"the graph, as it was proved, gives other logits than the model for the same {traced} tokens: they differ "
+            f"by {known:.2e} of the largest, so something that forward does is not in it",
+            way_out="look for what depends on more than the token ids (surroundings, caches), for numbers that round "
+            "away, and for scores so large that the numbers of a mask do not hide them",
         )
     allowed = min(max(3 * known, most), 10 * most)
     longest = min((limit.tokens for limit in state.limits), default=None)
