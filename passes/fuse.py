@@ -39,7 +39,7 @@ def unfit(state: GraphState, sources: Iterable[str], narrower: bool = False) -> 
     that a narrower form would hold; None: there is none.
     """
     changed = set(sources)
-    for made in state.weights.derived.values():
+    for made in (*state.weights.derived.values(), *state.weights.streamed.values()):
         if isinstance(made, Pack) and not changed.isdisjoint(made.sources) and made.of.dtype is torch.float32:
             if (made.form in FORMS or narrower) and _form(state, made.of) != made.form:
                 return made

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
 from .errors import InvalidOption, UnknownOption
+from .offload_options import Offload
 
 Lowering = Literal["inductor", "eager"]
 OnUnsupported = Literal["raise", "fallback"]
@@ -64,8 +65,11 @@ class Options:
     None: as `TREESPEC_PROGRAM_CACHE` (0, 1 or a folder) says, by default never."""
     mesh: str | None = None
     """Ranks that the program runs on, such as "tp=2": so many share every layer; None: one process runs it alone."""
+    offload: Offload | None = None
+    """Weights that do not stay in memory: "disk", or a mapping of `Offload`'s fields; None: all of them stay."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "offload", Offload.parse(self.offload))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -76,6 +80,9 @@ class Options:
             _check_positive("prefill_chunk", self.prefill_chunk, f"1 to {MAX_CHUNK} or None", MAX_CHUNK)
         if self.mesh is not None:
             _ranks(self.mesh)
+        if self.offload is not None and self.ranks > 1:
+            fix = "Weights of one of several ranks are not streamed yet: leave one of the two out."
+            raise InvalidOption(name="offload", got=f"mesh={self.mesh!r} beside it", expected="one rank", fix=fix)
         if not isinstance(self.cuda_graphs, bool) and self.cuda_graphs != "auto":
             raise InvalidOption(name="cuda_graphs", got=self.cuda_graphs, expected="'auto' or True or False")
         if not isinstance(self.program_cache, (bool, str, type(None))) or self.program_cache == "":

@@ -34,6 +34,7 @@ from .passes.framework.state import GraphState
 from .passes.framework.weights import Weights
 from .passes.sharding.check import problems as placement_problems
 from .passes.sharding.mesh import RankShare
+from .passes.streaming.budget import Budget
 from .stages import stage
 
 log = logger(__name__)
@@ -179,6 +180,7 @@ def _state(captured: Capture, options: Options, sources: dict[str, WeightRef]) -
         portable=options.kernels == "aten",
         cut=_cut(options),
         storage=options.weights,
+        budget=_budget(options),
         written=list(captured.written),
         caches=[captured.weights[name].name for name in captured.written],
         model_logits=captured.logits,
@@ -192,6 +194,11 @@ def _cut(options: Options) -> RankShare | None:
         return None
     joined = dist.is_available() and dist.is_initialized()
     return RankShare(options.ranks, dist.get_rank() % options.ranks if joined else 0)
+
+
+def _budget(options: Options) -> Budget | None:
+    wanted = options.offload
+    return None if wanted is None else Budget(wanted.bytes(), wanted.slots)
 
 
 def check_level(state: GraphState, name: str) -> None:

@@ -15,11 +15,13 @@ from treespec_compiler.ir.arguments import filled
 from treespec_compiler.ir.private_torch import enable_python_dispatcher
 from treespec_compiler.ir.provenance import layer_path, module_class, op_name, source_line
 from treespec_compiler.ir.specs import EVERY_ROW, AttentionSpec, Limit, LogitsSpec, PositionSpec, StateSpec
+from treespec_compiler.ir.streaming import Streaming
 from treespec_compiler.ir.weights import Expression
 
 from ..forms.closed_form import ClosedForms
 from ..forms.evaluate import cone
 from ..sharding.mesh import RankShare
+from ..streaming.budget import Budget
 from .weights import Weights
 
 
@@ -63,6 +65,8 @@ class GraphState:
     logits_given: LogitsSpec = EVERY_ROW  # how the graph does
     cut: RankShare | None = None  # which of several ranks the graph is for; None: there is one
     whole_groups: list[int] = field(default_factory=list)  # KV groups of each site of the whole model, once it is cut
+    budget: Budget | None = None  # memory for weights; None: all of them stay
+    streaming: Streaming | None = None  # which of them come from a stream
     other_length: OtherLength | None = None  # the model analysed for another length
     _forms: ClosedForms | None = field(default=None, init=False, repr=False)  # of the graph as it is
 
@@ -152,6 +156,16 @@ class GraphState:
         self.inputs.append(node.name)
         self.rewritten()
         return node
+
+    def add_fake_input(self, name: str, value: Tensor) -> fx.Node:
+        """Append a placeholder for tensors like a fake one of `fake_mode`."""
+        return self._append(name, value)
+
+    def stream(self, name: str) -> None:
+        """Drop the placeholder of a weight that nothing reads, as it comes in a slot."""
+        self.graph.erase_node(self.node(name))
+        self.weights.stream(name)
+        self.rewritten()
 
     def forget(self, name: str) -> None:
         """Drop a weight that nothing reads."""

@@ -31,6 +31,8 @@ class Weights(Mapping[str, Expression]):
     def __init__(self, read: Read, made: Mapping[str, Expression]) -> None:
         self.read = read
         self._made = dict(made)
+        self.streamed: dict[str, Expression] = {}
+        """What is no input any more: it comes in a slot, see `ir.streaming`."""
         self._built: dict[str, Tensor] = {}
 
     @property
@@ -56,7 +58,8 @@ class Weights(Mapping[str, Expression]):
     @property
     def sources(self) -> set[str]:
         """Names of the model's tensors that anything is made of."""
-        return {source for made in self._made.values() for source in made.sources}
+        everything = (*self._made.values(), *self.streamed.values())
+        return {source for made in everything for source in made.sources}
 
     def label(self, name: str) -> str:
         """The model's name of a tensor that is its own; "" of anything else."""
@@ -73,6 +76,10 @@ class Weights(Mapping[str, Expression]):
             self._built[name] = self._made[name].build(self.read)
         return self._built[name]
 
+    def streamed_tensor(self, name: str) -> Tensor:
+        """As `tensor`, of a streamed one; it is not kept."""
+        return self.streamed[name].build(self.read)
+
     def add(self, name: str, made: Expression) -> None:
         self._made[name] = made
 
@@ -80,16 +87,23 @@ class Weights(Mapping[str, Expression]):
         del self._made[name]
         self._built.pop(name, None)
 
+    def stream(self, name: str) -> None:
+        """From now on it is among the streamed ones."""
+        self.streamed[name] = self._made[name]
+        self.drop(name)
+
     def copy(self) -> Weights:
         """Another table of the same expressions; tensors that were built already are shared."""
         other = Weights(self.read, self._made)
         other._built.update(self._built)
+        other.streamed.update(self.streamed)
         return other
 
     def changed(self, sources: Iterable[str]) -> list[str]:
-        """Forget the tensors made of these sources, and no others; returns the placeholders they are of."""
+        """Forget the tensors made of these sources, and no others; returns the names of all that is made of them."""
         other = set(sources)
-        stale = [name for name, made in self._made.items() if not other.isdisjoint(made.sources)]
+        everything = self._made | self.streamed
+        stale = [name for name, made in everything.items() if not other.isdisjoint(made.sources)]
         for name in stale:
             self._built.pop(name, None)
         return stale

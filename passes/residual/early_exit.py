@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.inputs import ROWS, state_names
+from treespec_compiler.ir.streaming import is_place
 
 from ..forms.closed_form import shape_of
 from ..framework.state import GraphState, refuse
@@ -50,6 +51,9 @@ def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = 
     state.output.args, state.outputs = ((state.logits,),), state.outputs[:1]
     # NOTE attention writes its pools, so it never counts as dead; here the later sites are to go all the same.
     state.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    if state.streaming is not None:
+        _check_resident(state, layers)
+        state.streaming = None
     for node in list(state.graph.nodes):
         if node.op == "placeholder" and not node.users:
             state.graph.erase_node(node)
@@ -60,6 +64,17 @@ def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = 
     state.states = [spec for spec in state.states if left.issuperset(state_names(spec.index))]
     state.gm.recompile()
     return total - layers
+
+
+def _check_resident(state: GraphState, layers: int) -> None:
+    """Refuse where a layer is streamed: the ring reads ahead for whole passes, and its fetches are gone by now."""
+    assert state.streaming is not None
+    if any(is_place(node.name) and node.users for node in state.graph.nodes):
+        first = state.streaming.layers[0].of_model
+        way_out = f"choose 1 to {first}" if first else "let more of it stay in memory: `resident_gb` of option offload"
+        raise refuse(
+            Refusal.EARLY_EXIT, f"an early exit after {layers} layers, some of which are streamed", way_out=way_out
+        )
 
 
 def _trained_head(state: GraphState, x: fx.Node, head: Mapping[str, Any], *, like: fx.Node) -> fx.Node:

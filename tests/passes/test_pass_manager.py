@@ -81,10 +81,11 @@ def test_the_order_of_the_passes() -> None:
         "join-linears",
         "tap",
         "bind-kernels",
+        "offload",
     ]
     # What `default` stands for is placed in the same order.
     assert plan(None, built_in(), wanted=lambda step: True) == list(built_in())
-    assert not {"shard", "fuse-rope", "join-linears", "tap"} & set(NAMES)
+    assert not {"shard", "fuse-rope", "join-linears", "tap", "offload"} & set(NAMES)
 
 
 def test_a_pass_is_put_in_order_by_what_it_needs() -> None:
@@ -101,15 +102,15 @@ def test_a_pass_that_is_not_wanted_can_still_be_named() -> None:
     assert without == [p.slug for p in built_in() if p.slug != "fuse"]
     named = plan("default,fuse", built_in(), wanted=lambda step: step.standard and step.slug != "fuse")
     assert [p.slug for p in named] == NAMES
-    assert slugs("default,shard,fuse-rope,join-linears,tap") == [p.slug for p in built_in()]
+    assert slugs("default,shard,fuse-rope,join-linears,tap,offload") == [p.slug for p in built_in()]
 
 
 @pytest.mark.parametrize(
     ("options", "absent"),
     [
-        ({}, {"shard", "fuse-rope", "join-linears", "tap"}),
-        ({"kernels": "aten"}, {"shard", "fuse", "fuse-rope", "join-linears", "tap"}),
-        ({"kernels": "reference"}, {"shard", "fuse", "fuse-rope", "join-linears", "tap", "bind-kernels"}),
+        ({}, {"shard", "fuse-rope", "join-linears", "tap", "offload"}),
+        ({"kernels": "aten"}, {"shard", "fuse", "fuse-rope", "join-linears", "tap", "offload"}),
+        ({"kernels": "reference"}, {"shard", "fuse", "fuse-rope", "join-linears", "tap", "offload", "bind-kernels"}),
     ],
 )
 def test_what_is_wanted_depends_on_the_options(options: dict[str, str], absent: set[str]) -> None:

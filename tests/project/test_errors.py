@@ -28,6 +28,8 @@ EXAMPLES: list[TreespecError] = [
     errors.InvalidMixer(name="scan", got="a lambda", expected="a function of a module"),
     errors.RanksDiffer(rank=1, names=["options", "input_ids"]),
     errors.RankLost(rank=0, size=2, step=17),
+    errors.WeightsUnreadable(path="layer-0002.bin", offset=8192, problem="the end of the file"),
+    errors.NoRoomForWeights(folder="/tmp/blobs", needed=3_000_000_000, free=1_000_000),
     errors.ContextOverflow(position=64, max_context=64),
     errors.StaleCache(reason="the model moved to another device"),
     errors.InvalidWeight(got="head.weight as float32 [7, 4]", expected="a size that 2 units divide"),

@@ -15,8 +15,10 @@ from imports import PACKAGE, Import, circles, imports, modules, rooms_of
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors", "logs", "versions"),
     ("ir",),
-    ("options", "stages", "tree", "user_cache"),
-    ("capture", "codegen", "passes"),
+    ("user_cache",),
+    ("offload_options",),
+    ("options", "stages", "tree"),
+    ("capture", "codegen", "passes", "offload"),
     ("pipeline",),
     ("program",),
     ("speculation",),

@@ -48,11 +48,13 @@ from .running import (
     EngineClosed,
     InvalidLogits,
     ModelFailed,
+    NoRoomForWeights,
     OutOfPages,
     RankLost,
     RanksDiffer,
     RequestTooLarge,
     StaleCache,
+    WeightsUnreadable,
 )
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "MissingCompiler",
     "MissingPackage",
     "ModelFailed",
+    "NoRoomForWeights",
     "OutOfPages",
     "PassError",
     "RankLost",
@@ -92,6 +95,7 @@ __all__ = [
     "UnreadableModel",
     "UnsavableProgram",
     "Unsupported",
+    "WeightsUnreadable",
     "WrongKernel",
     "WrongType",
 ]

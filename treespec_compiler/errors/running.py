@@ -158,3 +158,29 @@ class RankLost(TreespecError, RuntimeError):
         "A rank was lost: got no answer from another one on rank {e.rank} of {e.size} after {e.step} calls, expected "
         "all of them. Look for what ended it (memory, a signal) in its own output, and start all ranks again."
     )
+
+
+@dataclass(eq=False, kw_only=True)
+class WeightsUnreadable(TreespecError, OSError):
+    """A file of streamed weights that could not be read."""
+
+    path: str
+    offset: int
+    problem: str
+    template: ClassVar[str] = (
+        "Streamed weights cannot be read: got {e.problem} at byte {e.offset} of {e.path}, expected a layer's weights. "
+        "The request was ended. Is the disk still there? A new program writes the files again."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
+class NoRoomForWeights(TreespecError, OSError):
+    """A disk without room for the weights that are to be streamed from it."""
+
+    folder: str
+    needed: int
+    free: int
+    template: ClassVar[str] = (
+        "The weights do not fit on the disk: got {e.free:,} free bytes at {e.folder}, expected {e.needed:,}. "
+        "Name a `dir` of option offload on another disk, or make room; nothing was written."
+    )

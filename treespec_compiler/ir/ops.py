@@ -11,18 +11,21 @@ from .linear import pack_weight, packed_bytes, packed_linear, unpack_weight
 from .recurrence import recurrence, tree_recurrence
 from .sequence_attention import attention, causal_attention
 from .stochastic_accept import stochastic_accept
+from .streaming import fetch, release
 
 __all__ = [
     "attention",
     "causal_attention",
     "causal_convolution",
     "commit_path",
+    "fetch",
     "greedy_accept",
     "grouped_linear",
     "pack_weight",
     "packed_bytes",
     "packed_linear",
     "recurrence",
+    "release",
     "stochastic_accept",
     "tree_attention",
     "tree_convolution",

@@ -17,6 +17,7 @@ from .inputs import ROWS, is_pool, is_state, pool_names, state_names
 from .library import definition
 from .provenance import op_name
 from .states import is_over_trees, kind_over_sequence
+from .streaming import fetch, is_place, release
 
 GraphRule = Callable[[fx.Graph], str | None]
 
@@ -80,9 +81,33 @@ def _is_tree_attention(node: fx.Node) -> bool:
 def _only_state_mutates(graph: fx.Graph) -> str | None:
     for node in _calls(graph):
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable and not _is_tree_attention(node) and not is_over_trees(node):
+        writes = schema is not None and schema.is_mutable and definition(node.target) not in (fetch, release)
+        if writes and not _is_tree_attention(node) and not is_over_trees(node):
             return f"something other than tree attention and states writes in place: {node.format_node()}"
     return None
+
+
+def _streamed_in_order(graph: fx.Graph) -> str | None:
+    """What lies in a slot is read between a fetch and the release of the same layer, each of which there is once."""
+    held: dict[fx.Node, tuple[int, int]] = {}  # what is in a slot now: by input, the stream's handle and layer
+    done: set[tuple[int, int]] = set()
+    for node in _calls(graph):
+        op = definition(node.target)
+        if op is fetch:
+            layer = (node.args[0], node.args[1])
+            if layer in done or any(place in held for place in node.args[2]):
+                return f"a layer is fetched twice, or into a slot that is taken: {node.format_node()}"
+            done.add(layer)
+            held |= dict.fromkeys(node.args[2], layer)
+        elif op is release:
+            layer = (node.args[0], node.args[1])
+            if any(held.pop(place, None) != layer for place in node.args[2]):
+                return f"a layer is released that is not there: {node.format_node()}"
+        else:
+            early = next((s for s in node.all_input_nodes if is_place(s.name) and s not in held), None)
+            if early is not None:
+                return f"{early.name} is read while no layer is there: {node.format_node()}"
+    return f"layer {next(iter(held.values()))[1]} is never released" if held else None
 
 
 def _pools_in_site_order(graph: fx.Graph) -> str | None:
@@ -155,7 +180,7 @@ _ADDED: dict[str, tuple[GraphRule, ...]] = {
     "recognized": (_NO_SDPA,),
     "classified": (_NO_MASKED,),
     "treeified": (_no_counting,),
-    "stateful": (_NO_SEQUENCE, _only_state_mutates, _pools_in_site_order, _states_in_site_order),
+    "stateful": (_NO_SEQUENCE, _only_state_mutates, _pools_in_site_order, _states_in_site_order, _streamed_in_order),
     "rows": (_rows_selected,),
     "bound": (),
 }
