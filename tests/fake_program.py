@@ -56,6 +56,7 @@ class FakeProgram:
         self.caches: list[FakeCache] = []
 
     from_cache = False
+    stream_stats = None
 
     def _model(self) -> None:
         """The module this program was made from: none."""

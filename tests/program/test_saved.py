@@ -82,7 +82,8 @@ def test_every_field_of_a_state_is_saved_or_named_here() -> None:
     of_a_process = {"length", "fake_mode", "other_length", "_forms"}
     refused = {"states"}
     before_the_end = {"guards", "notes", "cut", "whole_groups"}
-    known = {*PLAIN, *by_rule, *of_a_process, *before_the_end, *refused}
+    of_streams = {"budget", "streaming"}  # such a graph is refused
+    known = {*PLAIN, *by_rule, *of_a_process, *before_the_end, *refused, *of_streams}
     assert {f.name for f in dataclasses.fields(GraphState)} == known
 
 

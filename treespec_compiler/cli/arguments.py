@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InvalidOption
+from ..offload_options import Offload
 from ..options import Options
 from .models import DTYPES
 
@@ -43,6 +45,36 @@ def add_reading(group: TakesArguments, tiny: bool = True) -> None:
 def add_option(group: TakesArguments) -> None:
     text = "an option of the compiler; may be repeated"
     group.add_argument("--option", metavar="NAME=VALUE", action="append", default=[], help=text)
+
+
+def add_offload(group: TakesArguments) -> None:
+    """Where weights come from that do not stay in memory (docs/offload.md)."""
+    text = "stream the weights that do not fit into memory from files"
+    group.add_argument("--offload", choices=["disk"], help=text)
+    text = "10^9 bytes of weights that may stay in the device's memory (default: half of what is free)"
+    group.add_argument("--resident-gb", metavar="GB", type=float, help=text)
+    group.add_argument("--ram-gb", metavar="GB", type=float, help="as --resident-gb, of the machine's memory")
+    text = "where the files are written and found again (default: the user's cache directory)"
+    group.add_argument("--offload-dir", metavar="DIR", help=text)
+
+
+def with_offload(options: Options, arguments: Namespace) -> Options:
+    """Options with what the arguments of `add_offload` say."""
+    fields = {"resident_gb": arguments.resident_gb, "ram_gb": arguments.ram_gb, "dir": arguments.offload_dir}
+    said = {name: value for name, value in fields.items() if value is not None}
+    if arguments.offload is None:
+        if said:
+            fix = "Add --offload disk."
+            raise InvalidOption(name="--offload", got=f"{next(iter(said))} alone", expected="--offload", fix=fix)
+        return options
+    return replace(options, offload=Offload(arguments.offload, **said))
+
+
+def refuse_offload(arguments: Namespace) -> None:
+    """Where the model is a folder that `treespec compile` wrote."""
+    if arguments.offload is not None:
+        got, fix = f"{arguments.offload} with a compiled folder", "Name the model that it was compiled from."
+        raise InvalidOption(name="--offload", got=got, expected="a model", fix=fix)
 
 
 def add_json(group: TakesArguments, more: str = "") -> None:

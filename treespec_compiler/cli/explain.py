@@ -14,9 +14,10 @@ from rich.table import Table
 
 from ..errors import InvalidFolder, InvalidOption, Unsupported
 from ..inspection.explain import CutSummary, Explanation, explain, explain_cut, explanation_of
+from ..inspection.offload import OffloadSummary, explain_offload
 from ..passes.show.snapshot import short_source
 from ..program.folder.manifest import Origin, read_manifest
-from .arguments import add_json, add_model_arguments
+from .arguments import add_json, add_model_arguments, add_offload, refuse_offload, with_offload
 from .inspection import CONVERTED, EXIT_CODES, REFUSED, console, parameter_count, read_subject
 from .models import is_compiled
 
@@ -26,6 +27,7 @@ examples:
   treespec explain hf:mistral --random-weights --tiny
   treespec explain smollm2 --mesh tp=3
   treespec explain FOLDER                                 (which `treespec compile` wrote)
+  treespec explain hf:PATH --offload disk --resident-gb 2
   treespec explain py:mypackage.models:build --json
 
 {EXIT_CODES}
@@ -36,6 +38,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_model_arguments(parser)
     parser.add_argument("--mesh", metavar="MESH", help="how it would be cut for these ranks, too: tp=4")
+    add_offload(parser)
     add_json(parser)
 
 
@@ -44,11 +47,15 @@ def run(arguments: Namespace) -> int:
         return _folder(arguments)
     subject = read_subject(arguments)
     meshed = replace(subject.options, mesh=arguments.mesh)
+    offloaded = with_offload(subject.options, arguments)
     cut: CutSummary | None = None
+    streamed: OffloadSummary | None = None
+    model = subject.loaded.model
     found: Explanation | Unsupported
     try:
         with Console(stderr=True).status("converting"):
-            found = explain(subject.loaded.model, subject.call, subject.options)
+            streamed = None if offloaded.offload is None else explain_offload(model, subject.call, offloaded)
+            found = explain(model, subject.call, replace(subject.options, offload=None))
             cut = None if arguments.mesh is None else explain_cut(subject.loaded.model, subject.call, meshed)
     except Unsupported as error:
         found = error
@@ -56,9 +63,9 @@ def run(arguments: Namespace) -> int:
         head = {"model": subject.name, "converted": not isinstance(found, Unsupported)}
         body = refusal_fields(found) if isinstance(found, Unsupported) else found.as_json()
         body |= {"cut": asdict(cut)} if cut is not None else {}
+        body |= {"offload": asdict(streamed) | {"seconds": streamed.seconds}} if streamed is not None else {}
         print(json.dumps(head | body, indent=2))
     else:
-        model = subject.loaded.model
         parameter = next(model.parameters(), None)
         where = f", {arguments.dtype} on {parameter.device}" if parameter is not None else ""
         title = f"{type(model).__name__}, {parameter_count(subject.loaded)} parameters{where}"
@@ -68,6 +75,8 @@ def run(arguments: Namespace) -> int:
             show_explanation(console(), subject.name, title, found)
             if cut is not None:
                 show_cut(console(), arguments.mesh, cut)
+            if streamed is not None:
+                show_offload(console(), streamed)
     return REFUSED if isinstance(found, Unsupported) else CONVERTED
 
 
@@ -76,6 +85,7 @@ def _folder(arguments: Namespace) -> int:
     if arguments.mesh is not None:
         fix = "Explain the model that it was compiled from."
         raise InvalidOption(name="--mesh", got=arguments.mesh, expected="no mesh for a compiled folder", fix=fix)
+    refuse_offload(arguments)
     folder = Path(arguments.model).expanduser()
     manifest = read_manifest(folder)
     try:
@@ -173,6 +183,21 @@ def show_cut(out: Console, mesh: str, cut: CutSummary) -> None:
     out.print(
         f"collectives of a step: {len(reduces)} all_reduce, {len(cut.collectives) - len(reduces)} all_gather; "
         f"{sent:,} bytes of a rank for each token whose logits are wanted"
+    )
+
+
+def show_offload(out: Console, found: OffloadSummary) -> None:
+    out.print("\n[bold]streamed weights[/]")
+    if not found.streamed_layers:
+        out.print(f"  none: all {found.resident_bytes:,} bytes fit")
+        return
+    stay = found.layers - found.streamed_layers
+    out.print(f"  in memory: {found.resident_bytes:,} bytes, the first {stay} of {found.layers} layers among them")
+    out.print(f"  ring: {found.ring_bytes:,} bytes")
+    out.print(f"  read in every step: {found.streamed_bytes:,} bytes of {found.streamed_layers} layers")
+    out.print(
+        f"  a step takes at least {found.seconds:.3f} s: {found.rate / 1e9:.2f} GB/s from {escape(found.files)}",
+        soft_wrap=True,
     )
 
 

@@ -14,7 +14,17 @@ from rich.text import Text
 from ..runtime.generate import Step, stream
 from ..speculation.policies.named import as_policy
 from ..speculation.policies.static import StaticExpansion
-from .arguments import MODEL, add_json, add_option, add_prompt_arguments, add_reading, parse_options, positive
+from .arguments import (
+    MODEL,
+    add_json,
+    add_offload,
+    add_option,
+    add_prompt_arguments,
+    add_reading,
+    parse_options,
+    positive,
+    with_offload,
+)
 from .folders import read_models
 from .models import LoadedModel
 from .ranks import is_rank, quiet_followers, start_ranks
@@ -28,6 +38,7 @@ examples:
   treespec generate --target py:mypackage.models:build --prompt-ids 1,2,3 --option lowering=eager
   treespec generate --target smollm2 --mesh tp=3 --prompt "def main():"
   treespec generate FOLDER --prompt "def main():"         (which `treespec compile` wrote)
+  treespec generate --target hf:PATH --offload disk --resident-gb 2 --draft suffix --prompt-file prompt.txt
 """
 
 
@@ -59,6 +70,7 @@ def configure(parser: ArgumentParser) -> None:
     )
     run_options.add_argument("--ignore-eos", action="store_true", help="do not end at the model's end-of-text token")
     run_options.add_argument("--mesh", metavar="MESH", help="run on several ranks, such as tp=2; they are started here")
+    add_offload(run_options)
     add_option(run_options)
     sampling = parser.add_argument_group("sampling (docs/verification.md)")
     sampling.add_argument(
@@ -77,7 +89,7 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    options = parse_options(arguments.option)
+    options = with_offload(parse_options(arguments.option), arguments)
     if arguments.mesh is not None:
         options = replace(options, mesh=arguments.mesh)
     if options.ranks > 1:

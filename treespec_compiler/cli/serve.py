@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from ..errors import InvalidOption
-from .arguments import MODEL, add_option, add_reading, parse_options, positive
+from .arguments import MODEL, add_offload, add_option, add_reading, parse_options, positive, with_offload
 from .folders import read_models
 from .models import LoadedModel
 
@@ -50,6 +50,7 @@ def configure(parser: ArgumentParser) -> None:
     engine.add_argument("--max-requests", metavar="N", type=positive, default=16, help="run at once (default: 16)")
     engine.add_argument("--max-tokens", metavar="N", type=positive, help="held at once (default: 1024 a request)")
     engine.add_argument("--policy", default="auto", help='shape of trees: "auto" (default), "1,1,3", "chain:4" ...')
+    add_offload(engine)
     add_option(engine)
 
 
@@ -70,7 +71,7 @@ def run(arguments: Namespace) -> int:
         max_requests=arguments.max_requests,
         max_tokens=arguments.max_tokens,
         policy=arguments.policy,
-        options=parse_options(arguments.option),
+        options=with_offload(parse_options(arguments.option), arguments),
         tokenizer=target.tokenizer,
         draft_tokenizer=next((draft.tokenizer for draft in drafts if draft.tokenizer is not None), None),
     )

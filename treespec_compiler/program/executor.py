@@ -19,6 +19,7 @@ from ..capture.surroundings import outside_autocast
 from ..errors import InvalidOption
 from ..ir.device import profile
 from ..ir.inputs import BY_NAME, TOKENS, pool_names, state_names
+from ..ir.streaming import is_place
 from ..options import Options
 from ..passes.framework.state import GraphState
 from ..stages import stage
@@ -103,6 +104,8 @@ class Executor:
         reason = "option cuda_graphs=False" if wanted is False else obstacle(self.state.graph, self.device)
         if self.state.cut is not None and not reason:
             reason = "several ranks run it together"
+        if self.state.streaming is not None and not reason:
+            reason = "weights are streamed"
         if not reason:
             return Graphs(self._inputs_of, self._launch, CudaRecorder(self.device), self.device), ""
         if wanted is True:
@@ -117,8 +120,10 @@ class Executor:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that one pass reads."""
-        return sum(x.numel() * x.element_size() for x in self._fixed() if x is not None)
+        """Bytes of weights that one pass reads, streamed ones included."""
+        fixed = zip(self._placeholders, self._fixed(), strict=True)
+        stays = sum(x.numel() * x.element_size() for n, x in fixed if x is not None and not is_place(n.name))
+        return stays + (self.state.streaming.bytes if self.state.streaming is not None else 0)
 
     def op_by_op(self) -> Executor:
         """The same graph on the same tensors, neither compiled nor recorded."""

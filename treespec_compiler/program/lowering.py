@@ -16,14 +16,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from ..capture.alone import alone
 from ..capture.torch_errors import lacks_compiler
-from ..errors import MissingCompiler
+from ..errors import InvalidOption, MissingCompiler
 from ..ir.collectives import ALL_GATHER, ALL_REDUCE
 from ..ir.device import profile
 from ..ir.inputs import input_of
 from ..ir.library import fingerprint
 from ..logs import logger
 from . import vectors
-from .slabs import Slab, flat, groups, kind, slab, slots, units
+from .slabs import Slab, flat, groups, kind, slab, slots, stream_call, streamed_units, units
 
 log = logger(__name__)
 
@@ -81,7 +81,7 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
     # NOTE a fresh mode and ShapeEnv for every compile: reusing the traced ones silently specialises to their sizes.
     mode = _fresh_mode()
     fakes = [_fake(mode, name, tensor) for name, tensor in zip(names, examples, strict=True)]
-    parts = _parts(gm, fakes, mode) if profile(examples[0].device).repeats else None
+    parts = _parts(gm, fakes, mode, repeats=profile(examples[0].device).repeats)
     if parts is None:
         lowered = _compiled(gm, gm.graph, fakes, mode, examples[0].device)
     else:
@@ -146,11 +146,19 @@ class _Part:
     key: Hashable
 
 
-def _parts(gm: fx.GraphModule, fakes: Sequence[Any], mode: Any) -> list[_Part] | None:
-    """The slabs of a graph whose layers repeat; None: it is one piece."""
-    single = units(gm.graph)
+def _parts(gm: fx.GraphModule, fakes: Sequence[Any], mode: Any, repeats: bool) -> list[_Part] | None:
+    """The slabs of a graph whose layers repeat, or whose weights are streamed; None: it is one piece."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     known = dict(zip(placeholders, fakes, strict=True))
+    streamed = streamed_units(gm.graph)
+    if len(streamed) > 1:
+        parts = _flow([slab(nodes) for nodes in streamed], known, mode)
+        if parts is None:
+            got = "a model that hands other values from layer to layer than contiguous tensors"
+            expected = "such tensors alone: what is compiled is cut between streamed layers"
+            raise InvalidOption(name="offload", got=got, expected=expected, fix="Add lowering='eager'.")
+        return parts
+    single = units(gm.graph) if repeats else []
     found = _flow([slab(nodes) for nodes in single], dict(known), mode)
     if not found or flat(gm.graph.output_node().args[0]) is None:
         return None
@@ -171,6 +179,8 @@ def _flow(slabs: Sequence[Slab], known: dict[fx.Node, Any], mode: Any) -> list[_
         key = (each.structure, tuple(kinds))
         if None in kinds:
             return None
+        if key not in given and stream_call(each) is not None:
+            given[key] = ()
         if key not in given:
             with mode, torch.no_grad():
                 given[key] = fx.Interpreter(fx.GraphModule(nn.Module(), each.graph)).run(*fakes)
@@ -188,6 +198,9 @@ def _joined(gm: fx.GraphModule, parts: Sequence[_Part], names: Sequence[str], ex
     inputs = {node: (name, tensor) for node, name, tensor in zip(placeholders, names, examples, strict=True)}
     made: dict[Hashable, Lowered] = {}
     for part in parts:
+        call = stream_call(part.slab)
+        if call is not None:
+            made[part.key] = _called(call)
         if part.key not in made:
             mode = _fresh_mode()
             fakes = [
@@ -206,6 +219,18 @@ def _joined(gm: fx.GraphModule, parts: Sequence[_Part], names: Sequence[str], ex
             for slot, value in zip(gives, lowered.run([values[i] for i in takes]), strict=True):
                 values[slot] = value
         return [values[i] for i in ends]
+
+    return Lowered(run, 0.0)
+
+
+def _called(call: fx.Node) -> Lowered:
+    """A fetch or a release by itself. The slot's inputs are left out: they only say what comes before and after."""
+    target: Any = call.target
+    stream, layer = call.args[:2]
+
+    def run(values: list[Tensor]) -> Sequence[Tensor]:
+        target(stream, layer, [])
+        return ()
 
     return Lowered(run, 0.0)
 

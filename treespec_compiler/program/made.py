@@ -13,6 +13,8 @@ from ..capture.call import CallSpec
 from ..capture.state_changes import kept_values
 from ..ir import ops
 from ..ir.registry import best_kernel
+from ..offload.opened import OpenStream
+from ..offload.paging import page_out
 from ..options import Options
 from ..passes.framework.state import GraphState
 from ..passes.framework.weights import PackedBytes
@@ -70,6 +72,7 @@ class Made:
         self.input_vocab = self.converted.input_vocab or self.vocab_size
         self.max_context, self.limits = self.converted.max_context, self.converted.limits
         self.bound = Bound({})
+        self.stream = _stream(self.state, options)
         self.packed_bytes = PackedBytes.of({})
         self.bind_weights()
         self.executor = Executor(self.state, self.bound, options, tally=tally)
@@ -94,7 +97,10 @@ class Made:
         weights = self.state.weights
         changes = changes or self.watch.renew()
         weights.changed(changes.any)
-        self.bound.tensors = dict(weights.tensors)
+        tensors = dict(weights.tensors)
+        if self.stream is not None:
+            tensors |= self.stream.bind(list(zip(self.converted.sources, self.watch.sums, strict=True)))
+        self.bound.tensors = tensors
         self.packed_bytes = weights.own_bytes
         return changes
 
@@ -113,6 +119,15 @@ class Made:
         weights = self.state.weights
         weights.changed(weights.sources)
         self.bound.tensors = {}
+        if self.stream is not None:
+            self.stream.rest()
+
+    def page_out(self) -> None:
+        """Give back pages of the module's own tensors that no pass reads: weights that are streamed or packed."""
+        if self.stream is not None:
+            weights = self.state.weights
+            read = {weights.label(name) for name in weights}
+            page_out(weights.read(name) for name in weights.sources - read)
 
     def derived(self, derive: Derive, options: Options | None = None, tally: Tally | None = None) -> Executor:
         """See `TreeProgram.executor`."""
@@ -132,3 +147,9 @@ class Made:
             tally = tally or self._tallies.setdefault(key, Tally())
             found = self.variants[key] = self.derived(derive, options, tally)
         return found
+
+
+def _stream(state: GraphState, options: Options) -> OpenStream | None:
+    if state.streaming is None or options.offload is None:
+        return None
+    return OpenStream(state.streaming, options.offload, state.weights.streamed, state.weights.read)

@@ -20,6 +20,7 @@ from ..errors import PassError, Refusal, TreespecError, Unsupported
 from ..ir import ops
 from ..ir.inputs import TOKENS, is_pool, is_state
 from ..ir.specs import EVERY_ROW, LogitsSpec
+from ..ir.streaming import FromModel, entered
 from ..logs import logger
 from ..passes.framework.manager import Check
 from ..passes.framework.state import GraphState
@@ -105,6 +106,11 @@ def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
     pools = iter(cache.pools)
     states = iter(cache.states.tensors if cache.states is not None else ())
     inputs = []
+    stream: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if state.streaming is not None:
+        layers = FromModel(state.streaming, state.weights.streamed_tensor)
+        stream = entered(state.streaming.handle, layers)
+        dynamic |= layers.places
     for node in state.graph.nodes:
         if node.op != "placeholder":
             continue
@@ -119,7 +125,7 @@ def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
         else:
             rank: int = node.meta["val"].dim()
             inputs.append(batch.meta.positions.view([1] * (rank - 1) + [-1]))  # a positions argument of the model
-    with torch.no_grad():
+    with torch.no_grad(), stream:
         return state.logits_given.rows(state.gm(*inputs)[0])
 
 

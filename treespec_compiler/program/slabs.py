@@ -17,7 +17,9 @@ import sympy
 from torch import SymInt, Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
+from ..ir.library import definition
 from ..ir.private_torch import OpOverload
+from ..ir.streaming import fetch, release
 
 CALL = 0.35
 """What a call of a slab costs a step, in layers compiled once: some 15 us against 0.3 s."""
@@ -52,6 +54,33 @@ def units(graph: fx.Graph) -> list[list[fx.Node]]:
     # NOTE the first of several places: the same one in every layer
     cuts = [min(range(a + 1, b + 1), key=alive.__getitem__) for a, b in itertools.pairwise(sites)]
     return [calls[a:b] for a, b in zip([0, *cuts], [*cuts, len(calls)], strict=True)]
+
+
+def streamed_units(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The calls of a graph that streams weights, cut at its fetches and releases, each of which is alone.
+
+    A compiler must not see those: it would copy what an op writes whose arguments are a list, and a copy is not the
+    slot. Fewer than two lists: it streams nothing.
+    """
+    found: list[list[fx.Node]] = [[]]
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output") or _is_size(node):
+            continue
+        if is_stream_call(node):
+            found += [[node], []]
+        else:
+            found[-1].append(node)
+    return [unit for unit in found if unit]
+
+
+def is_stream_call(node: fx.Node) -> bool:
+    """Whether it is a fetch or a release of streamed weights."""
+    return definition(node.target) in (fetch, release)
+
+
+def stream_call(part: Slab) -> fx.Node | None:
+    """The fetch or release that a slab is; None: it is something else."""
+    return next((n for n in part.graph.nodes if is_stream_call(n)), None)
 
 
 def _is_size(node: fx.Node) -> bool:

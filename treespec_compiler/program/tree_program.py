@@ -17,6 +17,7 @@ from ..errors import InvalidOption, StaleCache
 from ..ir.device import profile
 from ..ir.specs import AttentionSpec, Limit, StateSpec
 from ..logs import logger
+from ..offload.ring import StreamStats
 from ..options import Options
 from ..passes.framework.state import GraphState
 from ..passes.framework.weights import PackedBytes
@@ -143,6 +144,12 @@ class TreeProgram:
         return self._made.packed_bytes
 
     @property
+    def stream_stats(self) -> StreamStats | None:
+        """What bringing streamed weights took; None: all of them stay in memory (option `offload`)."""
+        stream = self._made.stream
+        return None if stream is None else stream.stats
+
+    @property
     def compile_seconds(self) -> float:
         """Spent on capture, passes and compilation so far."""
         return self._tally.seconds
@@ -267,6 +274,7 @@ class TreeProgram:
             return self.check()
         if new:
             self._followed.keep()
+            self._made.page_out()
 
     def _checked_variant(self, executor: Executor) -> Executor:
         """A graph derived from this program's is compared with the program at its first use; the program's own was."""
@@ -413,6 +421,8 @@ class TreeProgram:
         adapters. K/V that other weights made raise StaleCache from then on.
         """
         self._followed.look(contents)
+        if contents:
+            self._made.page_out()
 
     def _ready(self, cache: TreeCache, slots: Sequence[int]) -> Made:
         """What to run, of the weights as they are now."""

@@ -95,6 +95,7 @@ class Generation:
         self.budget: int | None = None
         """Nodes of a step at most, the root included; None: as many as the policy asks for."""
         judge.bind(program)
+        self._streamed = program.stream_stats
         self.ends = ending.eos | ending.stop
         self.eos = ending.eos
         self.remaining = ending.max_new_tokens
@@ -242,6 +243,7 @@ class Generation:
         if self._logprobs is not None:
             found = likelihoods(logits[None], tokens, self._logprobs)
         self._emit(tokens)
+        self._note_streaming()
         self._mark = None
         return Step(tokens, 0, token, None, [], self._new_text(), found, scored)
 
@@ -294,8 +296,16 @@ class Generation:
         stats.verify_seconds += verified - drafted - compiled
         stats.compile_seconds += compiled
         stats.step_seconds += perf_counter() - began - not_draft - compiled
+        self._note_streaming()
         self._policies = self._mark = None
         return Step(tokens, accepted, bonus, tree, path, self._new_text(), found[: len(tokens)])
+
+    def _note_streaming(self) -> None:
+        now, before = self.program.stream_stats, self._streamed
+        if now is not None and before is not None:
+            self.stats.weight_wait_seconds += now.waited - before.waited
+            self.stats.weight_read_bytes += now.bytes - before.bytes
+        self._streamed = now
 
     def _propose(self) -> Working[Proposal]:
         self._draft_side_seconds = 0.0

@@ -45,6 +45,7 @@ class PlainProgram:
 
     compile_seconds = 0.0
     from_cache = False
+    stream_stats = None
     max_context: int | None = None
 
     def __init__(self, module: nn.Module, options: Options) -> None:

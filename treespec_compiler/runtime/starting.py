@@ -73,7 +73,7 @@ def program_of(call: Call, stats: Stats) -> TreeProgram:
 def drafts_of(call: Call, stats: Stats, target: TreeProgram) -> list[Draft]:
     """The call's drafts; seconds of compiling them go to `stats`."""
     began = perf_counter()
-    alone = replace(call.compiler, mesh=None)  # a draft is whole on the rank that asks it
+    alone = replace(call.compiler, mesh=None, offload=None)  # a draft is whole, on the rank that asks it
     drafts = make_drafts(call.draft, DraftContext(target, alone))
     seconds = perf_counter() - began
     made = [one.compile_seconds for one in drafts if one.compile_seconds <= seconds]  # not by an earlier call

@@ -88,6 +88,10 @@ class Stats:
     """All steps, bookkeeping included; compilation and the drafts' prefill are not."""
     compile_seconds: float = 0.0
     """Spent on compilation during this call; in none of the other figures."""
+    weight_wait_seconds: float = 0.0
+    """Of prefill and verification: the cores stood still for streamed weights (option `offload`)."""
+    weight_read_bytes: int = 0
+    """Of weights that were read while this ran, beside computing and drafting, whoever needed them."""
     unusable_draft_rows: int = 0
     """Rows of a draft with NaN or infinite logits: nothing was proposed there."""
     seed: int | None = None
@@ -113,6 +117,11 @@ class Stats:
     def overhead_seconds(self) -> float:
         """Step time outside draft, verification and commit."""
         return max(0.0, self.step_seconds - self.draft_seconds - self.verify_seconds - self.commit_seconds)
+
+    @property
+    def weight_rate(self) -> float:
+        """Bytes a second of weights that were read, over the whole call; what was read ahead before it counts not."""
+        return self.weight_read_bytes / self.seconds if self.weight_read_bytes and self.seconds else 0.0
 
     @property
     def seconds(self) -> float:
@@ -164,7 +173,7 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values, the derived figures too."""
-        derived = ("tokens_per_step", "nodes_per_step", "overhead_seconds", "seconds")
+        derived = ("tokens_per_step", "nodes_per_step", "overhead_seconds", "seconds", "weight_rate")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
     def __str__(self) -> str:
@@ -179,6 +188,11 @@ class Stats:
             f"prefill {self.prefill_seconds:.3f}, draft prefill {self.draft_prefill_seconds:.3f}, "
             f"compile {self.compile_seconds:.3f}",
         ]
+        if self.weight_read_bytes:
+            lines.append(
+                f"streamed weights: waited {self.weight_wait_seconds:.3f} seconds for them, read "
+                f"{self.weight_read_bytes:,} bytes, {self.weight_rate / 1e9:.2f} GB/s"
+            )
         if self.unusable_draft_rows:
             lines.append(f"{self.unusable_draft_rows} nodes without proposals: NaN or infinite logits of the draft")
         if self.near_ties:

@@ -142,6 +142,9 @@ def _options(folder: Path, manifest: Manifest, asked: Mapping[str, Any] | Option
         name = fixed[0]
         expected = f"what it was compiled with, {manifest.options.get(name, getattr(Options(), name))!r}"
         raise InvalidOption(name=name, got=given[name], expected=expected, fix="Compile the model again.")
+    if (given.get("offload") if isinstance(asked, Mapping) else asked and asked.offload) is not None:
+        fix = "Its weights are mapped: leave the option out, or stream the model that it was compiled from."
+        raise InvalidOption(name="offload", got="a compiled folder", expected="a model", fix=fix)
     try:
         own = Options(**manifest.options)
     except (TypeError, InvalidOption) as error:

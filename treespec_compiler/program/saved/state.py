@@ -33,6 +33,8 @@ _EXAMPLE_TOKENS = 11
 
 def state_text(state: GraphState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON, tensors by the names it has for them). Raises CannotSave."""
+    if state.streaming is not None:
+        raise CannotSave("a graph whose weights are streamed")
     if state.cut is not None or state.level != "bound" or state.notes:
         raise CannotSave("a graph of one of several ranks, before its last pass, or with notes of a user's pass")
     if state.states:
