@@ -16,8 +16,10 @@ import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidOption, UnreadableModel
 from treespec_compiler.program.tree_program import tree_program
 from treespec_compiler.training.acceptance import HeldOut, acceptance, shifted
+from treespec_compiler.training.boosted import _whole, covered
 from treespec_compiler.training.losses import cross_entropy, rows_of
-from treespec_compiler.training.run import DraftPlan, train_draft
+from treespec_compiler.training.material import BoostPlan, DraftPlan
+from treespec_compiler.training.run import train_draft
 from treespec_compiler.training.students.eagle3 import eagle3
 from treespec_compiler.training.students.heads import HeadPlan, HeadSizes, commonest, default_taps
 from treespec_compiler.training.students.parallel import parallel
@@ -251,6 +253,61 @@ def test_a_small_model_learns_and_is_one_of_transformers(target, program, tmp_pa
     assert again[0].held_out.tokens_per_step == pytest.approx(measured[-1].held_out.tokens_per_step, abs=0.1)
 
 
+def test_boosted_members_learn_what_those_before_them_do_not_guess(target, program, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    training = replace(PLAN.training, steps=24, evaluate_every=24, rate=1e-2)
+    plan = replace(PLAN, kind="boosted", training=training, boost=BoostPlan(members=2, sample=1))
+    measured = train_draft(program, PROMPTS, tmp_path / "whole", plan, data=tmp_path / "texts")
+    tell = killed_at(("training member 1", 20), ("training member 2", 0), ("training member 2", 13))
+    for _ in range(3):
+        with pytest.raises(Killed):
+            train_draft(program, PROMPTS, tmp_path / "parts", plan, data=tmp_path / "texts", tell=tell)
+    # the record names the folder of texts, which is the same
+    train_draft(program, PROMPTS, tmp_path / "parts", plan, data=tmp_path / "texts", tell=tell)
+    for name in ("member-1/model.safetensors", "member-2/model.safetensors", "members.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+    # what the first one guesses is left out for the second one, and only that
+    first, second = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / f"member-{i}", dtype=torch.float32)
+        for i in (1, 2)
+    )
+    shelf, left = (
+        Shelf(sorted((tmp_path / "texts" / "learned").glob("*.safetensors"))),
+        load_file(tmp_path / "whole" / "member-1" / "left.safetensors"),
+    )
+    same, missed, new = 0, 0, 0
+    for i in range(len(shelf)):
+        text = shelf.read(i)
+        with torch.no_grad():
+            right = [
+                model(text.tokens[None, :-1]).logits[0, text.prompt :].argmax(-1) == text.ids[:, 0]
+                for model in (first, second)
+            ]
+        same += int((left[f"{i}"] == ~right[0]).sum())
+        missed += int((~right[0]).sum())
+        new += int((right[1] & ~right[0]).sum())
+    total = sum(len(left[f"{i}"]) for i in range(len(shelf)))
+    assert same >= 0.95 * total, "the member that was saved is rounded to bfloat16"
+    assert new > 0.1 * missed, "the second one guesses some of it"
+    members = json.loads((tmp_path / "whole" / "members.json").read_text())
+    assert [m["members"] for m in members] == [1, 2]
+    assert members[1]["tokens_per_step"] == round(measured[-1].held_out.tokens_per_step, 3)
+    assert members[1]["tokens_per_step"] >= members[0]["tokens_per_step"]
+    out = treespec.generate(
+        target, PROMPTS[0], draft=[first.eval(), second.eval()], policy="1,1", max_new_tokens=20, options=EAGER
+    )
+    assert out.stats.tokens_per_step > 1.0
+
+
+def test_a_sample_is_what_a_member_guesses_whole():
+    hits = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 0]]).bool()
+    assert _whole(hits).tolist() == [True, False, False, True]  # behind the last root there is one token
+    left = torch.tensor([False, True, False, False, True])
+    assert covered(left, 1).tolist() == left.tolist()
+    assert covered(left, 3).tolist() == [False, True, True, True, True]
+    assert covered(left[:2], 5).tolist() == [False, True]
+
+
 def spoiled(folder, name, content=b"no such thing"):
     (folder / name).write_bytes(content)
 
@@ -261,7 +318,7 @@ def spoiled(folder, name, content=b"no such thing"):
         (
             lambda f: {"plan": replace(PLAN, kind="large")},
             InvalidOption,
-            "'large', expected eagle3 or parallel or small",
+            "'large', expected eagle3 or small or parallel or boosted",
         ),
         (lambda f: {"prompts": PROMPTS[:1]}, InvalidOption, "0 held out"),
         (
@@ -270,10 +327,15 @@ def spoiled(folder, name, content=b"no such thing"):
             "memory: got 0, expected 1 at least",
         ),
         (lambda f: {"plan": replace(PLAN, head=replace(PLAN.head, taps=(1, 9)))}, InvalidOption, "from 0 to 3"),
+        (
+            lambda f: {"plan": replace(PLAN, kind="boosted", boost=BoostPlan(2, 9))},
+            InvalidOption,
+            "sample: got 9, expected 1 to 3",
+        ),
         (lambda f: spoiled(f, "checkpoint.pt"), UnreadableModel, "this run's checkpoint"),
         (lambda f: spoiled(f, "run.json"), UnreadableModel, "what a run was asked for"),
     ],
-    ids=["kind", "too few", "memory", "taps", "checkpoint", "record"],
+    ids=["kind", "too few", "memory", "taps", "sample", "checkpoint", "record"],
 )
 def test_what_is_refused(program, written, tmp_path, change, error, words):
     given = {"prompts": PROMPTS, "plan": PLAN, **(change(tmp_path) or {})}

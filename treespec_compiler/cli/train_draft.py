@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ..program.tree_program import tree_program
+from ..training.material import BoostPlan, DraftPlan
 from ..training.progress import Milestone, Tell
 from ..training.prompts import pieces, read_prompts
-from ..training.run import KINDS, DraftPlan, train_draft
+from ..training.run import KINDS, train_draft
 from ..training.students.heads import HeadPlan
 from ..training.students.small import SmallPlan
 from ..training.training import TrainingPlan, describe
@@ -33,12 +34,12 @@ examples:
 A run that was ended goes on where it was when the same command is given again, and comes to the same bits. Texts that
 the target wrote lie in DIR/data (or --data) and may be deleted afterwards. docs/drafts.md says which kind is for whom.
 """
-DEFAULTS = (WritingPlan(), TrainingPlan(), HeadPlan(), SmallPlan())
+DEFAULTS = (WritingPlan(), TrainingPlan(), HeadPlan(), SmallPlan(), BoostPlan())
 
 
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
-    writing, training, head, small = DEFAULTS
+    writing, training, head, small, boost = DEFAULTS
     parser.add_argument("model", metavar="MODEL", help=f"the target: {MODEL}")
     parser.add_argument("--kind", choices=KINDS, default="eagle3", help="what is trained (default: eagle3)")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the draft is written")
@@ -74,13 +75,15 @@ def configure(parser: ArgumentParser) -> None:
     shape.add_argument(
         "--taps", metavar="K,K,..", type=layers, help="layers after which it reads (default: low, middle, high)"
     )
-    model = parser.add_argument_group("small")
+    model = parser.add_argument_group("small, boosted")
     model.add_argument("--start", metavar="MODEL", help="a model of transformers to begin with")
     _numbers(
         model,
         ("--layers", small.layers, "of a new model"),
         ("--hidden", small.hidden, "its width"),
         ("--heads", small.heads, "its attention heads"),
+        ("--members", boost.members, "boosted: models, each tuned to what those before it miss"),
+        ("--sample", boost.sample, "boosted: tokens of a sample, which is left out once it is guessed"),
     )
     reading = parser.add_argument_group("the target")
     reading.add_argument("--device", default="cpu", help='where all of it runs: "cpu" (default), "cuda"')
@@ -115,6 +118,7 @@ def plan_of(arguments: Namespace) -> DraftPlan:
         ),
         HeadPlan(arguments.depth, arguments.vocabulary, arguments.intermediate, arguments.taps),
         SmallPlan(arguments.layers, arguments.hidden, arguments.heads, arguments.depth),
+        BoostPlan(arguments.members, arguments.sample),
     )
 
 

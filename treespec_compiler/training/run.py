@@ -2,58 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import InvalidOption
-from ..passes.tap import PREFIX
 from ..program.tree_program import TreeProgram
 from ..versions import __version__
+from .boosted import boost
 from .manifest import claim
+from .material import DraftPlan, Material, card, new_eagle3, new_parallel, new_small, taps_of_kind
 from .progress import Tell, nobody
-from .students.eagle3 import eagle3
-from .students.heads import HeadPlan, HeadSizes, commonest
-from .students.parallel import parallel
 from .students.protocol import Student
-from .students.small import SmallPlan, SmallStudent, small_model
 from .texts import Shelf
 from .training import Measured, TrainingPlan, train
-from .writing import WritingPlan, taps_there, write
+from .writing import taps_there, write
 
 RUN = "run.json"
 
-
-@dataclass(frozen=True)
-class DraftPlan:
-    """What is trained, and how."""
-
-    kind: str = "eagle3"
-    writing: WritingPlan = field(default_factory=WritingPlan)
-    training: TrainingPlan = field(default_factory=TrainingPlan)
-    head: HeadPlan = field(default_factory=HeadPlan)
-    small: SmallPlan = field(default_factory=SmallPlan)
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a student is made of and learns from."""
-
-    target: nn.Module
-    program: TreeProgram
-    plan: DraftPlan
-    learned: Shelf
-    held_out: Shelf
-    start: nn.Module | None
-    """A model to begin with, for kinds that may."""
-    tokenizer: Any
-
-
-Maker = Callable[[Material], Student]
+Trainer: TypeAlias = Callable[[Material, Path, Tell], list[Measured]]
+"""(what there is to learn, where the draft is written, who watches) -> what was measured."""
 
 
 def train_draft(
@@ -75,14 +47,14 @@ def train_draft(
     by the seed are held out. Raises InvalidOption, and what `generate` raises.
     """
     plan = plan or DraftPlan()
-    make = KINDS.get(plan.kind)
-    if make is None:
+    trainer = KINDS.get(plan.kind)
+    if trainer is None:
         raise InvalidOption(name="kind", got=plan.kind, expected=" or ".join(KINDS))
     target = program._model()
     if target is None:
         raise InvalidOption(name="model", got="a module that is gone", expected="one that lives as long as its program")
     data = folder / "data" if data is None else data
-    taps = _taps(program, target, plan)
+    taps = taps_of_kind(program, target, plan)
     there = taps_there(data / "learned")
     if there and not taps:
         taps = there  # written for a head, and as good for what reads tokens alone
@@ -96,11 +68,7 @@ def train_draft(
             (held_out, "held-out", "the target writes what is held out"),
         )
     ]
-    material = Material(target, program, plan, shelves[0], shelves[1], start, tokenizer)
-    student = make(material)
-    measured = train(student, shelves[0], shelves[1], plan.training, folder, tell)
-    student.write(folder, about(plan, measured, len(shelves[0])))
-    return measured
+    return trainer(Material(target, program, plan, shelves[0], shelves[1], start, tokenizer), folder, tell)
 
 
 def divided(prompts: Sequence[Sequence[int]], plan: TrainingPlan) -> tuple[list[list[int]], list[list[int]]]:
@@ -113,67 +81,21 @@ def divided(prompts: Sequence[Sequence[int]], plan: TrainingPlan) -> tuple[list[
     return shuffled[: len(shuffled) - count], shuffled[len(shuffled) - count :]
 
 
-def about(plan: DraftPlan, measured: Sequence[Measured], texts: int) -> Mapping[str, Any]:
-    """What a card says of how a draft came to be."""
-    first, last = measured[0].held_out, measured[-1].held_out
-    return {
-        "treespec": __version__,
-        "plan": asdict(plan),
-        "texts": texts,
-        "tokens_per_step_before": round(first.tokens_per_step, 3),
-        "tokens_per_step": round(last.tokens_per_step, 3),
-        "accepted_by_depth": [round(share, 3) for share in last.by_depth],
-        "held_out_places": last.places,
-    }
+def _alone(make: Callable[[Material], Student]) -> Trainer:
+    """One student, in the run's own folder."""
+
+    def trainer(material: Material, folder: Path, tell: Tell) -> list[Measured]:
+        student, plan = make(material), material.plan
+        measured = train(student, material.learned, material.held_out, plan.training, folder, tell)
+        student.write(folder, card(plan, measured, len(material.learned)))
+        return measured
+
+    return trainer
 
 
-def embedding_of(target: nn.Module) -> Tensor:
-    """[ids, h]. Raises InvalidOption where the target does not say which of its weights it is."""
-    find = getattr(target, "get_input_embeddings", None)
-    found = getattr(find() if callable(find) else None, "weight", None)
-    if not isinstance(found, Tensor):
-        got, fix = f"{type(target).__name__} without get_input_embeddings()", "Train a draft of kind small."
-        raise InvalidOption(name="model", got=got, expected="a target that says where its embeddings are", fix=fix)
-    return found.detach()
-
-
-def _output_of(target: nn.Module, sizes: HeadSizes) -> Tensor | None:
-    """[vocab, h] of the target's head, where it says that it has one of this shape."""
-    find = getattr(target, "get_output_embeddings", None)
-    found = getattr(find() if callable(find) else None, "weight", None)
-    shape = (sizes.vocab, sizes.width)
-    return found.detach() if isinstance(found, Tensor) and tuple(found.shape) == shape else None
-
-
-def _taps(program: TreeProgram, target: nn.Module, plan: DraftPlan) -> list[str]:
-    """What the student reads of the target."""
-    if plan.kind not in HEADS:
-        return []
-    return [f"{PREFIX}{k}" for k in HeadSizes.of(program, embedding_of(target), plan.head).taps]
-
-
-def _eagle3(material: Material) -> Student:
-    return eagle3(*_head(material))
-
-
-def _parallel(material: Material) -> Student:
-    return parallel(*_head(material))
-
-
-def _head(material: Material) -> tuple[HeadSizes, Tensor, Tensor | None, Tensor | None, HeadPlan, int]:
-    plan, embedding = material.plan, embedding_of(material.target)
-    sizes = HeadSizes.of(material.program, embedding, plan.head)
-    ids = commonest(material.learned.answers(), plan.head.vocabulary, sizes.vocab)
-    return sizes, embedding, _output_of(material.target, sizes), ids, plan.head, plan.training.seed
-
-
-def _small(material: Material) -> Student:
-    plan, program = material.plan, material.program
-    context = program.max_context or 2048
-    model = material.start or small_model(plan.small, program.vocab_size, context, plan.training.seed)
-    return SmallStudent(model, program.device, plan.small.depth, material.tokenizer)
-
-
-KINDS: dict[str, Maker] = {"eagle3": _eagle3, "parallel": _parallel, "small": _small}
-HEADS = {"eagle3", "parallel"}
-"""Kinds that read the target's hidden states."""
+KINDS: dict[str, Trainer] = {
+    "eagle3": _alone(new_eagle3),
+    "small": _alone(new_small),
+    "parallel": _alone(new_parallel),
+    "boosted": boost,
+}

@@ -60,19 +60,21 @@ class Shelf:
     """Texts of several files, read one at a time. Raises UnreadableModel where a file is none of texts."""
 
     def __init__(self, files: Iterable[Path], device: torch.device | str = "cpu") -> None:
-        self._device = torch.device(device)
+        self._files, self._device = tuple(files), torch.device(device)
+        self._counts: Sequence[Tensor] | None = None
         self._places: list[tuple[Path, int, Tensor]] = []  # file, number in it, sizes of the file's texts
-        for file in files:
+        for file in self._files:
             sizes = _part(file, "sizes")
             self._places += [(file, number, sizes) for number in range(len(sizes))]
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def place(self, index: int) -> tuple[Path, int]:
-        """The file a text lies in, and where its roots begin there."""
-        file, number, sizes = self._places[index]
-        return file, int(_roots(sizes[:number]).sum())
+    def counted(self, counts: Sequence[Tensor]) -> Shelf:
+        """The same texts, whose roots count so much [R] each."""
+        found = Shelf(self._files, self._device)
+        found._counts = counts
+        return found
 
     def longest(self) -> int:
         """Tokens of the longest text."""
@@ -89,6 +91,7 @@ class Shelf:
             _part(file, "hidden", row, length - 1).to(self._device).float(),
             _part(file, "ids", root, roots).to(self._device).long(),
             _part(file, "log_probabilities", root, roots).to(self._device).float(),
+            None if self._counts is None else self._counts[index].to(self._device),
         )
 
     def answers(self) -> Iterator[Tensor]:

@@ -222,4 +222,5 @@ def save_head(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
     }
     with replacing(folder / "model.safetensors") as temporary:
         save_file(kept, str(temporary))
+    (folder / "model.safetensors").chmod(0o644)  # temporary files are their owner's alone
     write_whole(folder / "config.json", json.dumps(config, indent=1) + "\n")
