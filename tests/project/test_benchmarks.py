@@ -251,3 +251,17 @@ def test_bench_batch(pair: SimpleNamespace, tmp_path: Path) -> None:
     assert "auto over plain" in shown and "nobody" in shown
     assert path.with_suffix(".svg").read_text().startswith("<svg")
     assert "| --- | ---: |" in run("bench_batch.py", "--show", path, "--markdown")
+
+
+def test_bench_offload(tmp_path: Path) -> None:
+    """A made-up model over a slow bucket: every step reads all that is streamed, in no less than the floor."""
+    file = tmp_path / "offload.json"
+    made_up = ["--random-gb", 0.0012, "--width", 64, "--tokens", 3, "--lowering", "eager", "--no-peer"]
+    shown = run("bench_offload.py", *made_up, "--rates", 0.02, "--dir", tmp_path, "--output", file)
+    report = json.loads(file.read_text())
+    check_run(report["run"], threads=report["run"]["threads"])
+    [row] = report["rows"]
+    assert row["loop"] == "one token" and row["steps"] == 2 and row["floor"] == report["streamed"]["bytes"] / 2e7
+    assert report["streamed"]["layers"] >= 3 and "of the floor" in shown
+    again = run("bench_offload.py", "--show", file, "--markdown")
+    assert again.count("| one token |") == 1

@@ -182,5 +182,5 @@ class NoRoomForWeights(TreespecError, OSError):
     free: int
     template: ClassVar[str] = (
         "The weights do not fit on the disk: got {e.free:,} free bytes at {e.folder}, expected {e.needed:,}. "
-        "Name a `dir` of option offload on another disk, or make room; nothing was written."
+        "Name a `dir` of option offload on another disk, or make room; no half file is left."
     )

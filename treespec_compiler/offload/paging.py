@@ -1,4 +1,4 @@
-"""Pages of memory-mapped weights, given back to the system once they were read.
+"""Memory given back to the system: pages of mapped weights once they were read, and what is free in the heap.
 
 A module's tensors are often views of a mapped file (safetensors). Summing them up brings the whole file into memory;
 where the program reads copies of its own, it stays there for nothing.
@@ -7,6 +7,7 @@ where the program reads copies of its own, it stays there for nothing.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Iterable
@@ -39,6 +40,12 @@ def page_out(tensors: Iterable[Tensor]) -> None:
         if length > 0 and _madvise(begin, length) != 0:
             log.debug("the system does not take back %d bytes of mapped weights", length)
             return
+
+
+def trim() -> None:
+    """Give back what packing and writing weights left free in the heap, where the C library can (glibc)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def mapped_files() -> tuple[list[int], list[int]]:

@@ -7,12 +7,15 @@ whole or not at all, the manifest last. A blob that is missing, short or damaged
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,38 +74,66 @@ class WeightStore:
         return found
 
     def write(self, layer: int) -> Blob:
-        """Write a layer's blob anew from the model's weights."""
+        """Write a layer's blob anew from the model's weights. Raises `NoRoomForWeights`, OSError."""
         memory = _laid_out(self._layers[layer], self._build)
         made = Blob(self.folder / f"layer-{layer:04d}.bin", memory.numel(), zlib.crc32(memory.numpy().data))
-        with replacing(made.path) as temporary, open(temporary, "wb") as file:
-            file.write(memory.numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with replacing(made.path) as temporary, open(temporary, "wb") as file:
+                file.write(memory.numpy().data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            free = shutil.disk_usage(self.folder).free
+            raise NoRoomForWeights(folder=str(self.folder), needed=made.bytes, free=free) from error
         self.written += made.bytes
         self._blobs[layer] = made
         return made
 
     def rewrite(self, layer: int) -> Blob:
         """As `write`, of a blob that was found to be damaged; the manifest follows."""
-        made = self.write(layer)
-        self._write_manifest()
+        with self._alone():
+            made = self.write(layer)
+            self._write_manifest()
         return made
 
+    def _missing(self) -> list[StreamedLayer]:
+        return [layer for layer in self._layers if self._blobs[layer.number] is None]
+
     def _write_missing(self) -> None:
-        missing = [layer for layer in self._layers if self._blobs[layer.number] is None]
-        if not missing:
+        if not self._missing():
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fix = "Name a folder that can be written: offload={'dir': ...}."
             raise InvalidOption(name="offload", got=str(error), expected="a folder for weights", fix=fix) from error
+        with self._alone():
+            known = self._read_manifest()  # by another process, which wrote while this one waited
+            self._blobs = [known.get(layer.number) for layer in self._layers]
+            for left in self.folder.glob("*.tmp"):  # by a process that was killed
+                left.unlink(missing_ok=True)
+            self._write(self._missing())
+
+    def _write(self, missing: Sequence[StreamedLayer]) -> None:
         needed, free = sum(padded(layer.bytes) for layer in missing), shutil.disk_usage(self.folder).free
         if needed > free:
             raise NoRoomForWeights(folder=str(self.folder), needed=needed, free=free)
         for layer in missing:
             self.write(layer.number)
-        self._write_manifest()
+        if missing:
+            self._write_manifest()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process writes to the folder meanwhile; one that ends, however it does, lets the next one in."""
+        handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
     def _write_manifest(self) -> None:
         blobs = [blob for blob in self._blobs if blob is not None]

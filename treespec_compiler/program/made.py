@@ -14,7 +14,7 @@ from ..capture.state_changes import kept_values
 from ..ir import ops
 from ..ir.registry import best_kernel
 from ..offload.opened import OpenStream
-from ..offload.paging import page_out
+from ..offload.paging import page_out, trim
 from ..options import Options
 from ..passes.framework.state import GraphState
 from ..passes.framework.weights import PackedBytes
@@ -128,6 +128,7 @@ class Made:
             weights = self.state.weights
             read = {weights.label(name) for name in weights}
             page_out(weights.read(name) for name in weights.sources - read)
+            trim()
 
     def derived(self, derive: Derive, options: Options | None = None, tally: Tally | None = None) -> Executor:
         """See `TreeProgram.executor`."""

@@ -35,6 +35,8 @@ def begin(
     """The generation that a call asks for, on slots of its own."""
     sampling = with_model_defaults(call, program.device)
     policy = call.policy_for(sampling)
+    if isinstance(policy, Auto):
+        policy = policy.for_target(program)
     judge, drawing = appoint(sampling, call.verifier, call.sampler, policy, drafts=call.drafts)
     repeatable = not (isinstance(policy, Auto) and policy.remember and call.drafts)
     stats.program_from_cache = program.from_cache

@@ -41,6 +41,8 @@ log = logger(__name__)
 SCHEMA = 2
 QUICK_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 QUICK_CONTEXTS = (128, 1024)
+STREAMED_NODES, STREAMED_CONTEXTS = (1, 16, 64, 256), (512,)
+"""Where weights are streamed: calls take seconds, and hardly more behind longer contexts."""
 FULL_NODES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64)
 FULL_CONTEXTS = (32, 128, 512, 1024, 2048)
 FULL_BATCHES = (1, 4)
@@ -173,6 +175,8 @@ def fingerprint(program: Any) -> str | None:
     shapes = [f"{node.name}:{tuple(node.meta['val'].shape)}:{node.meta['val'].dtype}" for node in inputs]
     options = program.options
     how = [options.lowering, options.kernels, *([options.cuda_graphs] if profile(program.device).records else [])]
+    if options.offload is not None:
+        how += [str(options.offload.path), program.weight_bytes]
     parts = [SCHEMA, gm.code, *shapes, repr(how), *meta(program).values()]
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
 
@@ -296,7 +300,9 @@ def latency(program: Any, thorough: bool = False) -> LatencyTable:
             log.warning("%s It is ignored.", error)
     if table is None:
         settings: dict[str, Any] = {}
-        if thorough:
+        if getattr(program, "stream_stats", None) is not None:
+            settings = {"nodes": STREAMED_NODES, "contexts": STREAMED_CONTEXTS}
+        elif thorough:
             settings = {"nodes": FULL_NODES, "contexts": FULL_CONTEXTS, "batches": FULL_BATCHES, "budget": 0.1}
         table = measure(program, **settings)
         try:

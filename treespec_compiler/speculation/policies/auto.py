@@ -35,6 +35,8 @@ SMOOTHING = 0.05
 ROUNDED = 0.04
 CHECK_STEPS, CHECK_DECAY, CHECK_MARGIN = 16, 0.95, 1.05
 FIRST_CHECK_STEPS, FIRST_CHECK_MARGIN = 4, 1.6
+STREAMED_NODES, STREAMED_DEPTH = 256, 16
+"""Of trees over streamed weights; the measured cost decides how many of these are worth their time."""
 OUTLIER = 4.0
 """Times longer than this many times the predicted ones are cut: the machine did something else meanwhile."""
 
@@ -57,6 +59,12 @@ class Auto:
     @property
     def max_nodes(self) -> int:
         return self.nodes
+
+    def for_target(self, target: Any) -> Auto:
+        """Larger trees, where bringing weights takes so long that nodes cost little (docs/offload.md)."""
+        if getattr(target, "stream_stats", None) is None:
+            return self
+        return replace(self, nodes=max(self.nodes, STREAMED_NODES), depth=max(self.depth, STREAMED_DEPTH))
 
     @property
     def max_depth(self) -> int:
