@@ -19,8 +19,9 @@ from .axes import Axes, Axis, Mixes, operands_of, rank_of
 
 def reinterpret_rule(node: fx.Node, axes: Axes) -> Axis:
     """The bits of each whole number as another type of the same size (`view(dtype)`)."""
-    if node.meta["val"].dtype.itemsize != node.args[0].meta["val"].dtype.itemsize:
-        raise Mixes("it reads the bits of several elements as one")
+    size, before = node.meta["val"].dtype.itemsize, node.args[0].meta["val"].dtype.itemsize
+    if size != before:
+        raise Mixes(f"it reads the bits of {'several elements as one' if size > before else 'one element as several'}")
     return axes.axes[node.args[0]]
 
 

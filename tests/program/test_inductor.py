@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from modules import VOCAB, RopeTril
+from modules import VOCAB, RopeTril, Tiny
 from oracles import TOLERANCE, assert_decodes, assert_rows, eager_row, error, random_tree
 from torch import Tensor, nn
 
@@ -102,6 +102,21 @@ def test_weights_that_change_do_not_compile(llama: nn.Module, program: Any) -> N
 def test_plain_module_with_a_mask_buffer() -> None:
     torch.manual_seed(1)
     model = zoo.spread(RopeTril(layers=1).eval())
+    assert_decodes(model, treespec.tree_program(model), VOCAB, rounds=1)
+
+
+class RoundsOnTheWay(Tiny):
+    """To fewer bits and back, which generated code leaves out where nothing asks it not to."""
+
+    layers = 1
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.head((x * 3.1).to(torch.bfloat16).float() - x * 3)
+
+
+def test_roundings_stay() -> None:
+    torch.manual_seed(0)
+    model = zoo.spread(RoundsOnTheWay()).eval()
     assert_decodes(model, treespec.tree_program(model), VOCAB, rounds=1)
 
 

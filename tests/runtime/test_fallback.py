@@ -10,10 +10,7 @@ from fake_program import FakeProgram, table_row
 from torch import nn
 
 import treespec_compiler as treespec
-from treespec_compiler.errors import (
-    Refusal,
-    Unsupported,
-)
+from treespec_compiler.errors import ModelFailed, Refusal, Unsupported
 from treespec_compiler.runtime import starting
 from treespec_compiler.speculation.drafts import model as model_draft
 
@@ -63,6 +60,35 @@ def test_an_unsupported_target_raises_or_falls_back_with_one_warning(refusing, c
     options = {"on_unsupported": "fallback"}
     out = treespec.generate(model, [1], max_new_tokens=9, options=options, eos_token_id=4)
     assert out.sequences.tolist() == [[1, 2, 3, 4]] and out.stats.finish_reason == "eos"
+
+
+class Wrapped(Counter):
+    """The same, given back in another way."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, ids):
+        return self.wrap(super().forward(ids))
+
+
+WRAPS = {
+    "a dict": lambda logits: {"loss": None, "logits": logits},
+    "behind None": lambda logits: (None, logits),
+    "an object": lambda logits: type("Output", (), {"logits": logits})(),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_outputs_of_the_plain_loop(refusing, wrap):
+    out = treespec.generate(Wrapped(wrap), [1], max_new_tokens=3, on_unsupported="fallback")
+    assert out.sequences.tolist() == [[1, 2, 3, 4]]
+
+
+def test_ids_that_the_plain_loop_cannot_look_up(refusing):
+    with pytest.raises(ModelFailed, match="1 tokens"):
+        treespec.generate(Counter(), [7], max_new_tokens=3, on_unsupported="fallback")
 
 
 def test_an_unsupported_draft_always_raises(refusing):
