@@ -103,7 +103,7 @@ def _counts(state: GraphState, node: fx.Node, at: int, offset: int | None) -> bo
     sampled, dtype = _sampled(state, node), node.meta["val"].dtype
 
     def holds(n: int) -> bool:
-        places = sampled.places(n)
+        places = torch.arange(n) if n == sampled.ceiling else sampled.places(n)  # rounding may spare all but a few
         values = sampled.at(n, [places if i == at else None for i in range(node.meta["val"].dim())]).movedim(at, -1)
         if offset is None:
             return same_bits(values, values[..., :1].expand(values.shape))
