@@ -55,7 +55,7 @@ def library() -> list[Path]:
     return [path for path in sorted(root.glob("*.py")) if path.stem not in held_out]
 
 
-def trained(program: Any, given: argparse.Namespace) -> list[Path]:
+def trained(program: Any, tokenizer: Any, given: argparse.Namespace) -> list[Path]:
     """Folders of the members, trained where they are not there."""
     plan = DraftPlan(
         "boosted",
@@ -64,7 +64,7 @@ def trained(program: Any, given: argparse.Namespace) -> list[Path]:
         small=SmallPlan(layers=given.layers, hidden=given.hidden),
         boost=BoostPlan(given.members, given.sample),
     )
-    prompts = pieces(library(), demo.load_tokenizer(), given.pieces, PIECE_TOKENS, given.seed)
+    prompts = pieces(library(), tokenizer, given.pieces, PIECE_TOKENS, given.seed)
     with progress(0) as say:
 
         def tell(said: Milestone) -> None:
@@ -107,6 +107,9 @@ def notes(report: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/boosted"), help="where members are trained or lie")
+    parser.add_argument(
+        "--target", type=Path, help="a folder of a model; heldout.json lies beside it (default: the demo's)"
+    )
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400, help="of the optimizer, for each member")
     parser.add_argument("--pieces", type=int, default=400, help="texts that the target writes")
@@ -126,12 +129,13 @@ def main() -> None:
         report = read_report(given.show, "entries", "training", benchmark=NAME)
         show(tables(report), notes(report), given.markdown)
         return
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, _, prompts = load_pair(None, None, given.prompts)
+    model, _, prompts = load_pair(given.target, given.target, given.prompts)
+    tokenizer = AutoTokenizer.from_pretrained(given.target or demo.paths.target)
     options = {"lowering": "eager"}
     target = treespec.tree_program(model, options=options)
-    places = trained(target, given)
+    places = trained(target, tokenizer, given)
     loaded = [AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval() for place in places]
     members = [treespec.tree_program(each, options=options) for each in loaded]
     chain = ["1"] * (given.depth - 1)
@@ -143,6 +147,7 @@ def main() -> None:
     report = {
         "benchmark": NAME,
         "meta": describe_run(torch.get_num_threads()),
+        "target": "demo" if given.target is None else given.target.name,
         "training": {key: getattr(given, key) for key in ("members", "steps", "pieces", "text_tokens", "layers")}
         | {key: getattr(given, key) for key in ("hidden", "sample", "seed")},
         "entries": [asdict(entry) for entry in entries],

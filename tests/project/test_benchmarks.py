@@ -265,3 +265,17 @@ def test_bench_offload(tmp_path: Path) -> None:
     assert report["streamed"]["layers"] >= 3 and "of the floor" in shown
     again = run("bench_offload.py", "--show", file, "--markdown")
     assert again.count("| one token |") == 1
+
+
+def test_bench_boosted(pair: SimpleNamespace, tmp_path: Path) -> None:
+    target = shutil.copytree(pair.folder / "target", tmp_path / "target")
+    (tmp_path / "heldout.json").write_text(json.dumps([{"text": "def f(x):\n    return x"}]))
+    path = tmp_path / "boosted.json"
+    arguments = ["--members", 2, "--steps", 2, "--pieces", 6, "--text-tokens", 6, "--layers", 1, "--hidden", 16]
+    arguments += ["--prompts", 1, "--max-new-tokens", 6, "--depth", 2, "--target", target, "--work", tmp_path / "work"]
+    shown = run("bench_boosted.py", *arguments, "--output", path)
+    report = json.loads(path.read_text())
+    check_run(report["meta"], threads=report["meta"]["threads"])
+    assert [(entry["models"], entry["tree"]) for entry in report["entries"]] == [(1, "1,1"), (2, "1,1"), (1, "2,1")]
+    assert all(entry["tokens_per_step"] >= 1 and entry["nodes"] <= 4 for entry in report["entries"])
+    assert "tokens a step" in shown
