@@ -18,6 +18,7 @@ from treespec_compiler.program.tree_program import tree_program
 from treespec_compiler.training.acceptance import HeldOut, acceptance, shifted
 from treespec_compiler.training.boosted import _whole, covered
 from treespec_compiler.training.losses import cross_entropy, rows_of
+from treespec_compiler.training.manifest import claim
 from treespec_compiler.training.material import BoostPlan, DraftPlan
 from treespec_compiler.training.run import train_draft
 from treespec_compiler.training.students.eagle3 import eagle3
@@ -262,7 +263,6 @@ def test_boosted_members_learn_what_those_before_them_do_not_guess(target, progr
     for _ in range(3):
         with pytest.raises(Killed):
             train_draft(program, PROMPTS, tmp_path / "parts", plan, data=tmp_path / "texts", tell=tell)
-    # the record names the folder of texts, which is the same
     train_draft(program, PROMPTS, tmp_path / "parts", plan, data=tmp_path / "texts", tell=tell)
     for name in ("member-1/model.safetensors", "member-2/model.safetensors", "members.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
@@ -306,6 +306,12 @@ def test_a_sample_is_what_a_member_guesses_whole():
     assert covered(left, 1).tolist() == left.tolist()
     assert covered(left, 3).tolist() == [False, True, True, True, True]
     assert covered(left[:2], 5).tolist() == [False, True]
+
+
+def test_a_folder_of_a_run_with_other_prompts_is_refused(program, tmp_path):
+    claim(tmp_path / "run.json", {"prompts": "others"}, "out")
+    with pytest.raises(InvalidOption, match="another run"):
+        train_draft(program, PROMPTS, tmp_path, PLAN)
 
 
 def spoiled(folder, name, content=b"no such thing"):

@@ -20,7 +20,7 @@ from .progress import Tell, nobody
 from .students.protocol import Student
 from .texts import Shelf
 from .training import Measured, TrainingPlan, train
-from .writing import taps_there, write
+from .writing import digest, taps_there, write
 
 RUN = "run.json"
 
@@ -58,7 +58,7 @@ def train_draft(
     there = taps_there(data / "learned")
     if there and not taps:
         taps = there  # written for a head, and as good for what reads tokens alone
-    claim(folder / RUN, {**asdict(plan), "version": __version__, "data": str(data)}, "out")
+    claim(folder / RUN, {**asdict(plan), "version": __version__, "prompts": digest(prompts)}, "out")
     learned, held_out = divided(prompts, plan.training)
     device = program.device
     shelves = [

@@ -25,8 +25,8 @@ from .texts import Shelf, WrittenText
 
 CHECKPOINT = "checkpoint.pt"
 CURVE = "curve.json"
-FIXED_BYTES = 16
-"""Of a weight: itself, its gradient and two moments."""
+FIXED_BYTES = 24
+"""Of a weight: itself, its gradient, two moments, and what a step of the optimizer makes beside them."""
 
 
 @dataclass(frozen=True)

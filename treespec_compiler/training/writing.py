@@ -111,7 +111,7 @@ def write(
     `taps` are names of outputs, as in `TreeProgram.verify`. A folder of the same prompts and plan whose texts have more
     taps is another's. Raises InvalidOption for such a folder, and what `generate` raises.
     """
-    said = {**asdict(plan), "taps": list(taps), "prompts": _digest(prompts), "target": _digest(program.weight_sums)}
+    said = {**asdict(plan), "taps": list(taps), "prompts": digest(prompts), "target": digest(program.weight_sums)}
     claim(folder / MANIFEST, said, "data")
     groups = [prompts[i : i + plan.at_once] for i in range(0, len(prompts), plan.at_once)]
     files = [folder / f"{number:05}{SUFFIX}" for number in range(len(groups))]
@@ -152,5 +152,6 @@ def _written(
     return found
 
 
-def _digest(values: object) -> str:
+def digest(values: object) -> str:
+    """Of what JSON can hold."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
