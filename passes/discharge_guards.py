@@ -75,10 +75,10 @@ def decide_guards(state: GraphState, analyse: Callable[[int], GraphState], max_c
                     f"tokens it cannot be analysed: {str(error).splitlines()[0]}",
                     way_out=_SAME,
                 ) from error
-            what = "stops"
+            what = "there is no graph (a table ends, or the code raises)"
             if isinstance(error, Unsupported) and error.kind not in _ENDS:
-                what = f"cannot be converted ({error.reason})"
-            limits.append(Limit(other - 1, f"from {other} tokens on the model {what}: {guard}"))
+                what = f"the model cannot be converted ({error.reason})"
+            limits.append(Limit(other - 1, f"from {other} tokens on {what}: {guard}"))
             ceiling = other - 1
             continue
         if same_program(there, state, reach(there.guards, there.length)):
