@@ -28,8 +28,9 @@ from typing import Any
 
 DEMO = Path(__file__).parents[1] / "treespec_compiler" / "demo" / "target"
 COLD, WARM, GENERATE, LLAMA = "treespec cold", "treespec warm", "Hugging Face generate", "llama.cpp"
+SAVED, COMPILE, COMPILED = "treespec, saved program", "treespec compile", "treespec, compiled folder"
 PROMPT = "Write a Python function that reverses a list, then explain it."
-AIMS = {COLD: 30.0, WARM: 16.0}
+AIMS = {COLD: 30.0, WARM: 16.0, SAVED: 6.0, COMPILED: 2.5}
 """Seconds of SmolLM2-135M to its 30th token, on two quiet cores."""
 ENDED = "measured: "
 
@@ -70,6 +71,60 @@ def run_treespec(model: Path, _: Path | None, tokens: int, mark: Marks) -> list[
         said += [int(token) for token in step.tokens]
     mark("other tokens")
     return said
+
+
+def run_saved(model: Path, gguf: Path | None, tokens: int, mark: Marks) -> list[int]:
+    """As `run_treespec`, with the program cache on: the first run saves what the others take."""
+    os.environ["TREESPEC_PROGRAM_CACHE"] = "1"
+    return run_treespec(model, gguf, tokens, mark)
+
+
+def run_compile(model: Path, _: Path | None, tokens: int, mark: Marks) -> list[int]:
+    """`treespec compile`, which says nothing; the prompt's ids are kept beside the folder."""
+    import contextlib
+    import io
+
+    from treespec_compiler.cli.main import main as treespec
+
+    mark("imports")
+    with contextlib.redirect_stdout(io.StringIO()):
+        if treespec(["compile", f"hf:{model}", "-o", str(_folder())]):
+            sys.exit("treespec compile failed")
+    mark("compile")
+    return []
+
+
+def run_compiled(model: Path, _: Path | None, tokens: int, mark: Marks) -> list[int]:
+    """What `treespec generate FOLDER` does; nothing of transformers is imported."""
+    import torch
+
+    mark("import of torch")
+    import treespec_compiler as treespec
+    from treespec_compiler.runtime.folder_tokenizer import load_tokenizer
+
+    _ = treespec.stream
+    mark("import of treespec")
+    program = treespec.load_program(_folder())
+    tokenizer = load_tokenizer(program)
+    ids = tokenizer.encode(PROMPT) if tokenizer is not None else [1]
+    if tokenizer is not None and tokenizer.chat_template:
+        asked = [{"role": "user", "content": PROMPT}]
+        ids = list(map(int, tokenizer.apply_chat_template(asked, add_generation_prompt=True)))
+    mark("load")
+    program.check()
+    mark("lowering or kept code, comparison with kept rows")
+    said: list[int] = []
+    for step in treespec.stream(program, torch.tensor([ids]), max_new_tokens=tokens):
+        if not said:
+            mark("first token")
+        said += [int(token) for token in step.tokens]
+    mark("other tokens")
+    return said
+
+
+def _folder() -> Path:
+    """Where a run finds what the one before it compiled: with its caches."""
+    return Path(os.environ["TREESPEC_CACHE_DIR"]).parent / "compiled"
 
 
 def run_generate(model: Path, _: Path | None, tokens: int, mark: Marks) -> list[int]:
@@ -118,6 +173,9 @@ def _loaded(model: Path, mark: Marks) -> tuple[Any, Any]:
 RUNS: dict[str, Callable[[Path, Path | None, int, Marks], list[int]]] = {
     COLD: run_treespec,
     WARM: run_treespec,
+    SAVED: run_saved,
+    COMPILE: run_compile,
+    COMPILED: run_compiled,
     GENERATE: run_generate,
     LLAMA: run_llama,
 }
@@ -185,7 +243,7 @@ def tables(report: dict[str, Any]) -> tuple[list[Any], list[str]]:
             pieces.add(piece["name"], *(f"{statistics.median(total(r, *what) for r in one):.1f}" for what in WHAT))
         found.append(pieces)
     notes = [f"{LLAMA} is left out: {report['left_out']}."] if report["left_out"] else []
-    same = {tuple(run["tokens"]) for run in report["runs"] if run["name"] != LLAMA}
+    same = {tuple(run["tokens"]) for run in report["runs"] if run["name"] not in (LLAMA, COMPILE)}
     notes.append("treespec and Hugging Face said the same." if len(same) == 1 else "treespec said something else.")
     load = report["run"]["load_average"]
     notes.append(f"Load average when it began: {load:.1f} on {report['run']['cores']} cores.")
@@ -222,13 +280,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     why = left_out(options.gguf)
     peers = [GENERATE, *([LLAMA] if why is None else [])]
     about, runs = describe_run(torch.get_num_threads()), list[dict[str, Any]]()
-    with progress(options.cold + options.rounds * (1 + len(peers))) as say:
+    with progress(options.cold + options.rounds * (3 + len(peers)) + 3) as say:
         for i in range(options.cold):
             with tempfile.TemporaryDirectory(prefix="treespec-start-") as caches:
                 names = [COLD, *([WARM, *peers] * options.rounds if i == options.cold - 1 else [])]
+                if i == options.cold - 1:  # a first run of each saves what the others find
+                    names += [SAVED, COMPILE, COMPILED, *([SAVED, COMPILED] * options.rounds)]
+                firsts = {SAVED, COMPILED}
                 for name in names:
                     say(name)
-                    runs.append(measure(name, options, Path(caches)))
+                    found = measure(name, options, Path(caches))
+                    runs += [] if name in firsts else [found]
+                    firsts -= {name}
         say("done")
     settings = {"model": str(options.model.name), "tokens": options.tokens, "prompt": PROMPT, "aims": AIMS}
     report = {"benchmark": "start", "run": about, "settings": settings, "left_out": why, "runs": runs}

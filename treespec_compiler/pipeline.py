@@ -14,9 +14,10 @@ from torch import nn
 
 from .capture.call import CallSpec
 from .capture.capture import Capture, capture
-from .capture.reads import Followable, Reads, Traced
+from .capture.reads import Reads, Traced
 from .capture.weight_ref import WeightRef
 from .codegen import cpu
+from .converted import Converted
 from .errors import InvalidPipeline, PassError, Refusal, Unsupported
 from .ir import verify
 from .ir.device import profile
@@ -26,7 +27,7 @@ from .logs import logger, set_logs_from_environment
 from .options import Options
 from .passes.framework.found import built_in
 from .passes.framework.instruments import always
-from .passes.framework.manager import Check, History, Instrument, Pass, run_passes
+from .passes.framework.manager import Check, Instrument, Pass, run_passes
 from .passes.framework.plan import plan
 from .passes.framework.registry import registered_passes
 from .passes.framework.reproducer import ReproducerWriter
@@ -40,30 +41,6 @@ from .stages import stage
 log = logger(__name__)
 
 set_logs_from_environment()
-
-
-@dataclass
-class Converted:
-    """A tree program before lowering: the graph, what was proved, and its history."""
-
-    state: GraphState
-    sources: dict[str, WeightRef]
-    """The model's tensors that the program depends on, by their names."""
-    proved_from: list[str]
-    """Those of them whose values a proof used."""
-    history: History
-    capture_seconds: float
-    max_context: int | None
-    limits: list[Limit]
-    input_vocab: int | None
-    reads: Followable | None = None
-    """What the capture read besides weights."""
-    kept: int = 0
-    """Values of the tokens that forward sets as attributes."""
-    traced: Traced | None = None
-    """The code that captures, those of other lengths too, went through; None: it was not captured here."""
-    compared: bool = False
-    """Whether it was compared with its model before, which is not here any more."""
 
 
 @dataclass

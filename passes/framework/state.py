@@ -78,6 +78,16 @@ class GraphState:
         return next(n for n in self.graph.nodes if n.name == name)
 
     @property
+    def placeholders(self) -> list[str]:
+        """Names of the inputs, in order."""
+        return [n.name for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the logits."""
+        return int(self.logits.meta["val"].shape[-1])
+
+    @property
     def constants(self) -> Mapping[str, Tensor]:
         """The tensors of weight placeholders, each built when it is asked for."""
         return self.weights.tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
 import shutil
 import struct
@@ -78,24 +79,29 @@ def written(tmp_path_factory: pytest.TempPathFactory, llama: tuple[Path, Any]) -
 
 
 @pytest.fixture(scope="module")
-def alone(written: dict[str, tuple[Path, Any]]) -> dict[str, Any]:
-    """What the folders say without transformers; Llama's once more, lowered by Inductor."""
+def alone(written: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the folders say without transformers; Llama's twice more, lowered by Inductor."""
     named = {name: f"eager={folder}" for name, (folder, _) in written.items()}
-    named["inductor"] = f"inductor={written['llama'][0]}"
+    named |= dict.fromkeys(("inductor", "inductor again"), f"inductor={written['llama'][0]}")
     script = Path(__file__).with_name("without_transformers.py")
-    done = subprocess.run([sys.executable, script, *named.values()], capture_output=True, text=True)
+    own = os.environ | {"TREESPEC_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    done = subprocess.run([sys.executable, script, *named.values()], capture_output=True, text=True, env=own)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(named, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_a_folder_is_the_model(name: str, written: Any, alone: dict[str, Any]) -> None:
-    assert alone[name] == written[name][1]
+    assert alone[name] == {**written[name][1], "compiled": 0}
     assert alone[name]["greedy"] == eager_greedy(model_of(name), PROMPT, TOKENS)
 
 
 def test_a_folder_that_inductor_lowered_is_the_model(written: Any, alone: dict[str, Any]) -> None:
-    assert alone["inductor"]["greedy"] == written["llama"][1]["greedy"]
+    assert alone["inductor"] == {**written["llama"][1], "compiled": 1}
+
+
+def test_what_was_compiled_once_is_kept(alone: dict[str, Any]) -> None:
+    assert alone["inductor again"] == {**alone["inductor"], "compiled": 0}
 
 
 @pytest.fixture
@@ -259,6 +265,16 @@ def a_call(program: dict[str, Any]) -> dict[str, Any]:
 def test_a_graph_calls_ops_alone(folder: Path, target: str) -> None:
     rewritten(folder, lambda program: a_call(program).update(target=target))
     refused(folder, "CannotLoad")
+
+
+def test_a_graph_that_is_none(folder: Path) -> None:
+    """It is read when something asks for it."""
+    rewritten(folder, lambda program: a_call(program).update(name="not a name"))
+    program = treespec.load_program(folder, {"verify": "off"})
+    with pytest.raises(InvalidFolder, match="hold no program"):
+        _ = program.graph_module
+    with pytest.raises(InvalidFolder, match="hold no program"):
+        program.prefill([1, 2], program.new_cache(8))
 
 
 def test_weights_that_are_not_there(folder: Path) -> None:

@@ -23,11 +23,11 @@ from saved_model import module_of
 from torch import Tensor, nn
 
 import treespec_compiler as treespec
+from treespec_compiler import pipeline
 from treespec_compiler.capture.python_state import PythonState, Undigested
 from treespec_compiler.errors import InvalidOption, Unsupported
 from treespec_compiler.ir import ops, registry
 from treespec_compiler.options import Options
-from treespec_compiler.program import made
 from treespec_compiler.program.saved import key, store
 from treespec_compiler.program.tree_program import TreeProgram
 
@@ -98,7 +98,7 @@ def rows(program: TreeProgram) -> Tensor:
 def test_the_second_one_is_found(saved: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     first = saved.program(saved.model())
     cold = saved.program(saved.model(), program_cache=False)
-    monkeypatch.setattr(made, "convert", None)
+    monkeypatch.setattr(pipeline, "convert", None)
     found = saved.right(saved.model())
     assert found.from_cache and first.from_cache and not cold.from_cache
     assert torch.equal(rows(found), rows(cold))

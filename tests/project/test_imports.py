@@ -19,6 +19,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("offload_options",),
     ("options", "stages", "tree"),
     ("capture", "codegen", "passes", "offload"),
+    ("converted",),
     ("pipeline",),
     ("program",),
     ("speculation",),

@@ -8,13 +8,25 @@ another conversion nor a `torch.compile` of the user's runs meanwhile. Programs 
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 from collections.abc import Iterator
+
+_OWN = threading.RLock()
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Hold torch's compile lock; the thread that has it may enter again."""
-    from torch._dynamo.convert_frame import compile_lock
+    """Hold torch's compile lock; the thread that has it may enter again.
 
-    with compile_lock:
-        yield
+    NOTE where Dynamo is not imported nothing of torch's compiles, and its import takes seconds: what imports it, a
+    capture or a lowering, enters again.
+    """
+    with _OWN:
+        if "torch._dynamo" not in sys.modules:
+            yield
+            return
+        from torch._dynamo.convert_frame import compile_lock
+
+        with compile_lock:
+            yield

@@ -12,7 +12,6 @@ from torch import nn
 from ..errors import Refusal, Unsupported
 from .control_flow import where_specialised
 from .placement_hooks import hooked
-from .torch_errors import kind_of
 
 _HERE = os.path.dirname(__file__)
 LOGITS = "return the logits alone, first, or under the name 'logits'"
@@ -30,6 +29,8 @@ def no_graph(model: nn.Module, error: BaseException, mode: Any = None) -> Unsupp
 
     `mode`: the trace's fake mode, which remembers where a size was made a constant.
     """
+    from .torch_errors import kind_of  # NOTE it imports Dynamo
+
     kind = kind_of(error)
     if kind is Refusal.SPECIALISED:
         return specialised(None, where_specialised(mode))

@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._dynamo import mutation_guard, trace_rules
 
 from .code import code_digest, imported_modules, inner_code, names_in
 
@@ -59,6 +58,8 @@ class PythonState:
         self._held: list[Any] = []  # so that no address is given twice
         self._codes: dict[int, str] = {}
         self._storages: dict[int, int] = {}
+        from torch._dynamo import mutation_guard
+
         mutation_guard.install_generation_tagging_init()  # a first trace replaces two methods of every module
         self._allowed = _allowed_in_graphs()
         try:
@@ -349,6 +350,8 @@ _BOOKKEEPING = {"_torchdynamo_wrapper_id", "_torchdynamo_orig_callable", "__torc
 
 
 def _allowed_in_graphs() -> set[int]:
+    from torch._dynamo import trace_rules
+
     ids: Any = trace_rules._allowed_callable_ids
     users: set[int] = set(ids.function_ids or ())
     return users

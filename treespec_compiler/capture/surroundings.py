@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 from unittest import mock
@@ -18,8 +20,19 @@ R = TypeVar("R")
 
 def not_traced(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which Dynamo calls as it is where a compiled function of the user's does: it is no tensor code."""
-    wrapped: Callable[P, R] = torch.compiler.disable(function)
-    return wrapped
+    disabled: Callable[P, R] | None = None
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:  # nothing is traced, and its import takes longer than many a call
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # as `torch.compiler.disable` marks a function
+    return call
 
 
 @contextlib.contextmanager
@@ -45,7 +58,7 @@ def plain_layers() -> Iterator[None]:
     try:
         with (
             mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", _as_told),
-            mock.patch.object(logging, "getLogger", _logger),
+            mock.patch.object(logging, "getLogger", torch.compiler.assume_constant_result(_logger)),
             hooks_that_leave(),
         ):
             yield
@@ -56,7 +69,6 @@ def plain_layers() -> Iterator[None]:
 _find_logger = logging.getLogger
 
 
-@torch.compiler.assume_constant_result
 def _logger(name: str | None = None) -> logging.Logger:
     """A logger, found while tracing: what is said to it is left out."""
     return _find_logger(name)

@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from ..capture.call import CallSpec
+from ..converted import Converted
 from ..ir.inputs import BY_NAME, POOL, POSITIONS, SYMBOLS, TOKENS, Input, is_pool
 from ..options import Options
 from ..passes.framework.instruments import Recorder
 from ..passes.sharding.summary import CutSummary as CutSummary
 from ..passes.sharding.summary import summary
 from ..passes.show.snapshot import NodeData, Snapshot, short_paths, short_source
-from ..pipeline import Converted, convert
+from ..pipeline import convert
 from ..program.net import Comparison
 from ..program.rounding import Judged
 from ..program.tree_program import TreeProgram

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..capture.alone import alone
 from ..capture.surroundings import outside_autocast
@@ -26,7 +26,9 @@ from ..stages import stage
 from .batch import Batch, Buffer, CallSizes, Part, lay_out, pack
 from .cache import TreeCache
 from .cuda_graphs import CudaRecorder, Graphs, GraphStats, obstacle, run_or_explain
+from .kept_code import find
 from .lowering import Lowered, lower_eager, lower_inductor
+from .machine import code_name
 
 # Shapes of calls whose inputs a cache keeps: a loop has a few, and each is a few hundred bytes.
 MAX_PREPARED = 256
@@ -67,17 +69,18 @@ class Executor:
         options: Options,
         own: Mapping[str, Tensor] | None = None,
         tally: Tally | None = None,
+        digest: str | None = None,
     ) -> None:
-        self.state, self.options = state, options
+        """`digest`: tells the graph from all others, where it was read from a disk."""
+        self.state, self.options, self.digest = state, options, digest
         self.tally = tally or Tally()
-        logits: Any = state.logits.meta["val"]
-        self.device: torch.device = logits.device
+        self.device: torch.device = state.device
         self._profile, self._device_type = profile(self.device), self.device.type
         self._weights, self._own = bound, dict(own or {})
-        self._placeholders = [n for n in state.graph.nodes if n.op == "placeholder"]
+        self._placeholders = state.placeholders
         added = {name: name for name in state.inputs} | {state.tokens: TOKENS}
         # NOTE a weight may have the name of an input.
-        self.roles = [added.get(n.name, "") for n in self._placeholders]
+        self.roles = [added.get(name, "") for name in self._placeholders]
         """What each input is, in placeholder order: its name in `ir.inputs`, or another one for weights."""
         places = {role: i for i, role in enumerate(self.roles)}
         self._given = [(place, role) for place, role in enumerate(self.roles) if role in BY_NAME]
@@ -94,6 +97,7 @@ class Executor:
         self.announce: Announce | None = None
         """Told of every call before it runs, where other ranks run it too."""
         self._lowered: Lowered | None = None
+        self._is_kept = False
         self._bound: Mapping[str, Tensor] | None = None
         self._template: list[Any] = []
         self._graphs, self._no_graphs = self._recording()
@@ -101,7 +105,9 @@ class Executor:
     def _recording(self) -> tuple[Graphs | None, str]:
         """What records calls as CUDA graphs, or why nothing does."""
         wanted = self.options.cuda_graphs
-        reason = "option cuda_graphs=False" if wanted is False else obstacle(self.state.graph, self.device)
+        # NOTE the graph of a folder is read when it is asked for
+        graph = self.state.graph if self._profile.records else fx.Graph()
+        reason = "option cuda_graphs=False" if wanted is False else obstacle(graph, self.device)
         if self.state.cut is not None and not reason:
             reason = "several ranks run it together"
         if self.state.streaming is not None and not reason:
@@ -155,7 +161,8 @@ class Executor:
 
     def examples(self) -> list[Tensor]:
         """A tensor for every input, in placeholder order: the weights themselves, and zeros of any size."""
-        pairs = zip(self._placeholders, self._fixed(), strict=True)
+        nodes = [n for n in self.state.graph.nodes if n.op == "placeholder"]
+        pairs = zip(nodes, self._fixed(), strict=True)
         return [_zeros_like(node) if fixed is None else fixed for node, fixed in pairs]
 
     def _fixed(self) -> list[Any]:
@@ -163,7 +170,7 @@ class Executor:
         bound = self._weights.tensors
         if bound is not self._bound:
             self._bound = bound
-            self._template = [self._own.get(n.name, bound.get(n.name)) for n in self._placeholders]
+            self._template = [self._own.get(name, bound.get(name)) for name in self._placeholders]
         return self._template
 
     def _inputs(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None) -> list[Tensor]:
@@ -211,11 +218,21 @@ class Executor:
         if self.options.lowering == "eager":
             self._lowered = lower_eager(self.state.gm)
             return self._lowered
+        kept = find(code_name(self.digest, self.device)) if self.digest is not None else None
+        if kept is not None:
+            self._lowered, self._is_kept = Lowered(kept, 0.0), True
+            return self._lowered
         with stage("compiling"):
             self._lowered = lower_inductor(self.state.gm, self.roles, self.examples())
         self.tally.count += 1
         self.tally.seconds += self._lowered.seconds
         return self._lowered
+
+    def keep_code(self, digest: str | None) -> None:
+        """Keep what was compiled for the graph of this name; it was compared with the model since."""
+        if digest is not None and self._lowered is not None and self.options.lowering != "eager" and not self._is_kept:
+            self._lowered.keep(code_name(digest, self.device))
+            self._is_kept = True
 
 
 def _zeros_like(node: Any) -> Tensor:

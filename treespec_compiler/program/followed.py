@@ -11,10 +11,10 @@ from ..capture.alone import alone
 from ..capture.call import CallSpec
 from ..capture.fills import as_it_was
 from ..capture.surroundings import outside_autocast
+from ..converted import Converted
 from ..errors import Refusal, TreespecError, Unsupported
 from ..logs import logger
 from ..options import Options
-from ..pipeline import Converted
 from .cache import TreeCache
 from .executor import Tally
 from .made import Made
@@ -99,9 +99,11 @@ class Followed:
         model, made = self.model, self.made
         if programs.store_of(self.options) is None:
             return
+        digest = made.converted.digest
         if self._saves and model is not None and made.saved is None and made.otherwise(model) is None:
             with alone(), outside_autocast():
-                programs.save(model, self.call, self.options, made.converted, made.watch.sums)
+                digest = programs.save(model, self.call, self.options, made.converted, made.watch.sums)
+        made.executor.keep_code(digest)
 
     def distrust(self, reason: str) -> None:
         """What was found saved is not the model: it is converted, and saved in its place."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ..capture.alone import alone
-from ..capture.torch_errors import lacks_compiler
 from ..errors import InvalidOption, MissingCompiler
 from ..ir.collectives import ALL_GATHER, ALL_REDUCE
 from ..ir.device import profile
@@ -23,6 +23,7 @@ from ..ir.inputs import input_of
 from ..ir.library import fingerprint
 from ..logs import logger
 from . import vectors
+from .kept_code import Call, Plan, keep, library_of
 from .slabs import Slab, flat, groups, kind, slab, slots, stream_call, streamed_units, units
 
 log = logger(__name__)
@@ -60,6 +61,17 @@ class Lowered:
 
     run: Callable[[list[Tensor]], Sequence[Tensor]]
     seconds: float
+    libraries: Sequence[Path] = ()
+    """What Inductor built for it; none: it is more than libraries."""
+    plan: Plan | None = None
+    """In which order they are called."""
+    shortened: bool = True
+    """Whether the libraries alone give what was lowered."""
+
+    def keep(self, name: str) -> None:
+        """Keep the compiled code under this name, where it is all in libraries."""
+        if self.plan is not None and self.shortened and self.libraries:
+            keep(name, self.plan, self.libraries)
 
 
 def lower_eager(gm: fx.GraphModule) -> Lowered:
@@ -84,6 +96,7 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
     parts = _parts(gm, fakes, mode, repeats=profile(examples[0].device).repeats)
     if parts is None:
         lowered = _compiled(gm, gm.graph, fakes, mode, examples[0].device)
+        _one_piece(lowered, gm.graph)
     else:
         lowered = _joined(gm, parts, names, examples)
     _compile_calls += 1
@@ -122,6 +135,8 @@ def _compiled(root: nn.Module, graph: fx.Graph, fakes: Sequence[Any], mode: Any,
         ):
             compiled = compile_fx(module, fakes)
     except Exception as error:
+        from ..capture.torch_errors import lacks_compiler  # NOTE it imports Dynamo
+
         if lacks_compiler(error):
             names = [config.cpp.cxx] if isinstance(config.cpp.cxx, str) else config.cpp.cxx
             raise MissingCompiler(looked_for=", ".join(name for name in names if name)) from error
@@ -134,6 +149,8 @@ def _compiled(root: nn.Module, graph: fx.Graph, fakes: Sequence[Any], mode: Any,
     found = _compiled_graph(compiled) if profile(device).direct_calls else None
     if found is not None:
         _shorten(lowered, found.current_callable)
+        library = library_of(found.current_callable)
+        lowered.libraries = [library] if library is not None else []
     return lowered
 
 
@@ -209,18 +226,38 @@ def _joined(gm: fx.GraphModule, parts: Sequence[_Part], names: Sequence[str], ex
             ]
             made[part.key] = _compiled(nn.Module(), part.slab.graph, fakes, mode, examples[0].device)
     at = slots([part.slab for part in parts], placeholders, outputs)
-    steps = [(made[part.key], [at[n] for n in part.slab.outer], [at[n] for n in part.slab.results]) for part in parts]
-    room = [None] * (max(at.values()) + 1 - len(placeholders))
-    ends = [at[node] for node in outputs]
+    number = {key: i for i, key in enumerate(made)}
+    steps = [(number[part.key], [at[n] for n in part.slab.outer], [at[n] for n in part.slab.results]) for part in parts]
+    plan = Plan(steps, max(at.values()) + 1 - len(placeholders), [at[node] for node in outputs])
+    pieces = list(made.values())
+    run = plan.run([_later(piece) for piece in pieces])
+    libraries = [path for piece in pieces for path in piece.libraries]
+    return Joined(run, 0.0, libraries if all(piece.libraries for piece in pieces) else (), plan, pieces=pieces)
 
-    def run(values: list[Any]) -> Sequence[Tensor]:
-        values += room
-        for lowered, takes, gives in steps:
-            for slot, value in zip(gives, lowered.run([values[i] for i in takes]), strict=True):
-                values[slot] = value
-        return [values[i] for i in ends]
 
-    return Lowered(run, 0.0)
+def _later(piece: Lowered) -> Call:
+    """Its call, which becomes another one after the first."""
+    return lambda values: piece.run(values)
+
+
+@dataclass
+class Joined(Lowered):
+    """Pieces that are called in turn."""
+
+    pieces: Sequence[Lowered] = ()
+
+    def keep(self, name: str) -> None:
+        self.shortened = all(piece.shortened for piece in self.pieces)
+        super().keep(name)
+
+
+def _one_piece(lowered: Lowered, graph: fx.Graph) -> None:
+    """The plan of a graph that is lowered whole."""
+    outputs = flat(graph.output_node().args[0])
+    if outputs is not None:
+        inputs = sum(n.op == "placeholder" for n in graph.nodes)
+        slots_of = range(inputs, inputs + len(outputs))
+        lowered.plan = Plan([(0, range(inputs), slots_of)], len(outputs), slots_of)
 
 
 def _called(call: fx.Node) -> Lowered:
@@ -268,9 +305,10 @@ def _shorten(lowered: Lowered, call: Callable[[list[Tensor]], Sequence[Tensor]])
             log.debug("the compiled graph cannot be called directly", exc_info=True)
             same = False
         lowered.run = call if same else wrapped
+        lowered.shortened = same
         return outputs
 
-    lowered.run = first
+    lowered.run, lowered.shortened = first, False
 
 
 def _settings(device: torch.device) -> dict[str, Any]:

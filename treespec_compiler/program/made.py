@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..capture.call import CallSpec
 from ..capture.state_changes import kept_values
+from ..converted import Converted
 from ..ir import ops
 from ..ir.registry import best_kernel
 from ..offload.opened import OpenStream
@@ -19,7 +20,6 @@ from ..options import Options
 from ..passes.framework.state import GraphState
 from ..passes.framework.weights import PackedBytes
 from ..passes.fuse import unfit
-from ..pipeline import Converted, convert
 from .executor import Bound, Executor, Tally
 from .saved.store import Entry
 from .semantics import lengths_check, semantic_check
@@ -51,31 +51,23 @@ class Made:
         self.saved: Entry | None = None
         """The saved program that this is; None: it was converted here."""
         self._tally, self._tallies = tally, tallies
-        meaning = [semantic_check(model, call)]
-        self.converted: Converted = converted or convert(
-            model,
-            call,
-            options,
-            checks=meaning if options.verify_each == "semantic" else (),
-            user_checks=meaning if options.verify_each == "spec" else (),
-        )
+        self.converted: Converted = converted or _converted(model, call, options)
         self.state: GraphState = self.converted.state
         self.watch = WeightWatch(model, self.converted.sources, self.converted.proved_from)
         if not self.converted.compared:
             lengths_check(model, call, self.state)
         if self.watch.touched() or (self.converted.kept and self.otherwise(model) is not None):
             raise kept_values()
-        logits: Any = self.state.logits.meta["val"]
-        self.dtype: torch.dtype = logits.dtype
-        self.device: torch.device = logits.device
-        self.vocab_size = int(logits.shape[-1])
+        self.dtype: torch.dtype = self.state.dtype
+        self.device: torch.device = self.state.device
+        self.vocab_size = self.state.vocab_size
         self.input_vocab = self.converted.input_vocab or self.vocab_size
         self.max_context, self.limits = self.converted.max_context, self.converted.limits
         self.bound = Bound({})
         self.stream = _stream(self.state, options)
         self.packed_bytes = PackedBytes.of({})
         self.bind_weights()
-        self.executor = Executor(self.state, self.bound, options, tally=tally)
+        self.executor = Executor(self.state, self.bound, options, tally=tally, digest=self.converted.digest)
         self.variants: dict[Hashable, Executor] = {}
         kernel = best_kernel(ops.commit_path, self.device, self.dtype) if options.kernels == "auto" else None
         self.commit: Any = kernel.target if kernel is not None else ops.commit_path
@@ -154,3 +146,16 @@ def _stream(state: GraphState, options: Options) -> OpenStream | None:
     if state.streaming is None or options.offload is None:
         return None
     return OpenStream(state.streaming, options.offload, state.weights.streamed, state.weights.read)
+
+
+def _converted(model: nn.Module, call: CallSpec, options: Options) -> Converted:
+    from ..pipeline import convert  # NOTE its imports take a second, which a program that is found does not need
+
+    meaning = [semantic_check(model, call)]
+    return convert(
+        model,
+        call,
+        options,
+        checks=meaning if options.verify_each == "semantic" else (),
+        user_checks=meaning if options.verify_each == "spec" else (),
+    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..capture.alone import alone
 from ..capture.call import CallSpec, call_spec, original_module
 from ..capture.surroundings import not_traced
+from ..converted import Converted
 from ..errors import InvalidOption, StaleCache
 from ..ir.device import profile
 from ..ir.specs import AttentionSpec, Limit, StateSpec
@@ -21,7 +22,6 @@ from ..offload.ring import StreamStats
 from ..options import Options
 from ..passes.framework.state import GraphState
 from ..passes.framework.weights import PackedBytes
-from ..pipeline import Converted
 from ..tree import Forest, TokenTree
 from .arguments import check_cache_sizes, check_call, check_context, check_parts, check_tokens, new_part
 from .batch import Part, rows_of

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...capture.call import CallSpec
+from ...converted import Converted
 from ...errors import PassError, Unsupported
 from ...ir.drawing import mask_svg, predicate_mask, tree_mask, tree_svg
 from ...ir.provenance import group_of
@@ -22,7 +23,7 @@ from ...passes.framework.state import GraphState
 from ...passes.show.compare import compare
 from ...passes.show.printing import line
 from ...passes.show.snapshot import NodeData, Snapshot, short_path, short_paths, split_source
-from ...pipeline import Converted, convert
+from ...pipeline import convert
 from ...program.net import Comparison
 from ...program.semantics import run_graph, semantic_check
 from ...tree import TokenTree

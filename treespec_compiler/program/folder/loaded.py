@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -64,7 +65,8 @@ class LoadedProgram(TreeProgram):
         tensors = {name: t.to(device) for name, t in mapped(path).items()}
         parts, held = read_program(check(folder, manifest, PROGRAM))
         self._module = FolderWeights(tensors, manifest.generation)  # which the program itself holds weakly
-        converted = converted_of(parts["program"], held, self._module.sources())
+        sources, broken = self._module.sources(), functools.partial(_no_program, folder)
+        converted = converted_of(parts["program"], held, sources, digest=parts["checksum"], deferred=broken)
         self._expected: list[Expected] | None = expected_of(parts["program"]["expected"], held, device)
         super().__init__(self._module, CallSpec((), {}, {}), options, replace(converted, compared=True))
 
@@ -100,6 +102,7 @@ class LoadedProgram(TreeProgram):
         for one in expected:
             difference = one.difference(self)
             if difference is None:
+                self._executor.keep_code(self._executor.digest)
                 return
             wrong.append(difference)
         self._expected = expected
@@ -127,12 +130,16 @@ def load_program(
     except InvalidFolder:
         raise
     except (CannotLoad, TreespecError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
-        got = f"files that hold no program ({type(error).__name__}: {error})"
-        raise InvalidFolder(folder=str(where), got=got, expected="a graph and its weights") from error
+        raise _no_program(where, error) from error
     except Exception as error:  # safetensors has exceptions of its own, without a common base
         if not type(error).__module__.startswith("safetensors"):
             raise
         raise InvalidFolder(folder=str(where), got=f"a damaged file ({error})", expected="whole files") from error
+
+
+def _no_program(folder: Path, error: Exception) -> InvalidFolder:
+    got = f"files that hold no program ({type(error).__name__}: {error})"
+    return InvalidFolder(folder=str(folder), got=got, expected="a graph and its weights")
 
 
 def _options(folder: Path, manifest: Manifest, asked: Mapping[str, Any] | Options | None) -> Options:

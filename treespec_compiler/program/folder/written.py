@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from ...capture.call import CallSpec
+from ...converted import Converted
 from ...errors import InvalidOption, UnsavableProgram
 from ...options import Options
 from ...passes.framework.weights import Weights
-from ...pipeline import Converted
 from ..saved.document import document
 from ..saved.store import write_program
 from ..saved.values import CannotSave

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ...capture.reads import Followable
 from ...capture.weight_ref import WeightRef
-from ...ir.registry import kernel_of
+from ...converted import Converted
 from ...ir.specs import Limit
-from ...pipeline import Converted
+from ...passes.framework.state import GraphState
+from .deferred import Broken, DeferredState, check_kernels
 from .state import history_of, history_text, state_of, state_text
-from .values import CannotLoad
 
 
 def document(converted: Converted) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -37,13 +37,20 @@ def converted_of(
     tensors: Mapping[str, Tensor],
     sources: dict[str, WeightRef],
     reads: Followable | None = None,
+    digest: str | None = None,
+    deferred: Broken | None = None,
 ) -> Converted:
-    """The inverse, over tensors that are there. Raises CannotLoad, and as `GraphReader.read` does."""
-    made = state_of(found["state"], tensors, lambda name: sources[name].tensor)
-    for node in made.graph.nodes:
-        kernel = kernel_of(node.target) if node.op == "call_function" else None
-        if kernel is not None and not kernel.available():
-            raise CannotLoad(f"the kernel {kernel.name}, which is not there")
+    """The inverse, over tensors that are there; `digest` is that of the file; `deferred`: the graph is read later,
+    and what is raised then where it is none.
+
+    Raises CannotLoad, and as `GraphReader.read` does.
+    """
+    made: GraphState | None = None
+    if deferred is not None:
+        made = DeferredState.of(found["state"], tensors, lambda name: sources[name].tensor, deferred)
+    if made is None:
+        made = state_of(found["state"], tensors, lambda name: sources[name].tensor)
+        check_kernels(node.target for node in made.graph.nodes if node.op == "call_function")
     return Converted(
         made,
         sources,
@@ -54,4 +61,5 @@ def converted_of(
         [Limit(**limit) for limit in found["limits"]],
         found["input_vocab"],
         reads,
+        digest=digest,
     )

@@ -79,6 +79,7 @@ class GraphReader:
 
     def __init__(self, texts: list[Any], tensors: Mapping[str, Tensor], mode: Any, length: torch.SymInt) -> None:
         self.texts, self.tensors, self.mode, self.length = texts, tensors, mode, length
+        self._fakes: dict[str, Any] = {}  # equal values of many nodes are one fake tensor
 
     def read(self, written: Mapping[str, Any]) -> fx.GraphModule:
         """Raises CannotLoad, and what a file of another shape leads to: KeyError, TypeError, ValueError, IndexError.
@@ -117,7 +118,10 @@ class GraphReader:
     def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
         meta: dict[str, Any] = {}
         if "val" in row:
-            meta["val"] = fake_of(row["val"], self.length)
+            key = repr(row["val"])
+            if key not in self._fakes:
+                self._fakes[key] = fake_of(row["val"], self.length)
+            meta["val"] = self._fakes[key]
         if "site" in row:
             meta["site"] = row["site"]
         if "trace" in row:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
-import platform
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,14 +19,11 @@ from ...capture.code import code_digest
 from ...capture.python_state import PythonState, Undigested, tensor_bytes
 from ...capture.reads import Traced
 from ...capture.unguarded import global_hooks
-from ...ir.library import defined, fingerprint
-from ...ir.registry import kernels
 from ...options import Options
-from ...versions import versions
+from ..machine import PACKAGE, around
 
-_PACKAGE = Path(__file__).parents[2]
 # Code that is known by a version: torch's and Python's own, which a trace goes through on ways of its own.
-_KNOWN = (str(Path(torch.__file__).parent), str(Path(os.__file__).parent), "<frozen", str(_PACKAGE))
+_KNOWN = (str(Path(torch.__file__).parent), str(Path(os.__file__).parent), "<frozen", str(PACKAGE))
 
 
 def outer_key(model: nn.Module, options: Options) -> str:
@@ -39,30 +33,10 @@ def outer_key(model: nn.Module, options: Options) -> str:
         for name, t in (*model.named_parameters(), *model.named_buffers())
     ]
     about = [
-        *(_around(), {k: v for k, v in asdict(options).items() if k != "program_cache"}),
+        *(around(), {k: v for k, v in asdict(options).items() if k != "program_cache"}),
         *(f"{type(model).__module__}.{type(model).__qualname__}", tensors, model.training),
     ]
     return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
-
-
-def _around() -> list[Any]:
-    """Versions, machine and kernels. Passes, printers and kernels are treespec's own files."""
-    entered = [[name, k.name, str(k.target), k.priority] for name, op in defined().items() for k in kernels(op)]
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    machine = [platform.machine(), torch.backends.cpu.get_cpu_capability(), devices]
-    packages = versions("torch", "numpy", "sympy", "transformers")
-    return [sys.version, str(torch.version.git_version), packages, _own_source(), fingerprint(), entered, machine]
-
-
-@functools.cache
-def _own_source() -> str:
-    """Of every file of treespec's: a checkout changes without its version."""
-    found = hashlib.sha256()
-    for folder, _, names in sorted(os.walk(_PACKAGE, followlinks=True)):
-        for name in sorted(names):
-            if name.endswith((".py", ".cpp", ".h", ".json", ".jinja")) and "demo" not in Path(folder).parts:
-                found.update(name.encode() + b"\0" + (Path(folder) / name).read_bytes())
-    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ...capture.call import CallSpec
 from ...capture.python_state import Undigested
 from ...capture.weight_ref import WeightRef, registered
+from ...converted import Converted
 from ...errors import TreespecError
 from ...logs import logger
 from ...options import Options
-from ...pipeline import Converted
 from .document import converted_of, document
 from .key import TraceDigest, check_met, outer_key, values_digest
 from .store import Entry, Store
@@ -107,7 +107,7 @@ def _fitting(model: nn.Module, call: CallSpec, parts: dict[str, Any], tensors: d
     held = {name: ref.tensor for name, ref in sources.items()}
     if values_digest(held, program["proved_from"]) != program["proved_values"]:
         return None
-    return converted_of(program, tensors, sources, Unmoved(trace, state.structure))
+    return converted_of(program, tensors, sources, Unmoved(trace, state.structure), parts["checksum"])
 
 
 def _sources(model: nn.Module, names: list[str]) -> dict[str, WeightRef]:
@@ -122,18 +122,23 @@ def distrust(options: Options, entry: Entry) -> None:
         store.remove(entry)
 
 
-def save(model: nn.Module, call: CallSpec, options: Options, converted: Converted, sums: list[int]) -> None:
-    """Save a program that was compared with its model, which is as it was when it was captured. `sums`: of weights."""
+def save(model: nn.Module, call: CallSpec, options: Options, converted: Converted, sums: list[int]) -> str | None:
+    """Save a program that was compared with its model, which is as it was when it was captured. `sums`: of weights.
+
+    The checksum of its file; None: it is not saved.
+    """
     store = store_of(options)
     if store is None or converted.traced is None:
-        return
+        return None
     try:
         name, parts, tensors = _written(model, call, options, converted, sums)
     except (CannotSave, Undigested) as error:
         log.info("the program is not saved: %s", error)
-        return
-    if store.write(name, parts, tensors):
+        return None
+    checksum = store.write(name, parts, tensors)
+    if checksum is not None:
         log.info("the program is saved as %s in %s", name, store.folder)
+    return checksum
 
 
 def _written(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ...ir.inputs import input_of
@@ -57,32 +57,57 @@ def state_text(state: GraphState) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def state_of(text: Mapping[str, Any], tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> GraphState:
     """The inverse; `read` gives the model's tensors by their names. Raises as `GraphReader.read` does."""
+    graphs, length, mode = _reader(text, tensors)
+    gm = graphs.read(text["graph"])
+    weights = Weights(read, {name: read_weight(made, graphs) for name, made in text["weights"].items()})
+    state = GraphState(gm=gm, weights=weights, length=length, fake_mode=mode, **parts_of(text))
+    check_filled(state.placeholders, state)
+    return state
+
+
+def read_graph(text: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[fx.GraphModule, Any, Any]:
+    """The graph alone, the symbol of its length, and the mode of its fake tensors."""
+    graphs, length, mode = _reader(text, tensors)
+    return graphs.read(text["graph"]), length, mode
+
+
+def weights_of(text: Mapping[str, Any], read: Callable[[str], Tensor]) -> Weights | None:
+    """The weights by themselves; None: a table of theirs is a graph."""
+    if any(made[0] == "scores" for made in text["weights"].values()):
+        return None
+    graphs = GraphReader([], {}, None, None)  # type: ignore[arg-type]
+    return Weights(read, {name: read_weight(made, graphs) for name, made in text["weights"].items()})
+
+
+def parts_of(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a state besides its graph and weights."""
+    return {
+        "guards": [],
+        "sites": [_site(site) for site in text["sites"]],
+        "states": [_state_site(site) for site in text["states"]],
+        "positions": [PositionSpec(**position) for position in text["positions"]],
+        "limits": [Limit(**limit) for limit in text["limits"]],
+        "proved_from": set(text["proved_from"]),
+        "model_logits": LogitsSpec(**text["model_logits"]),
+        "logits_given": LogitsSpec(**text["logits_given"]),
+        **{name: text[name] for name in PLAIN},
+    }
+
+
+def check_filled(placeholders: Iterable[str], state: GraphState) -> None:
+    """Raises CannotLoad for inputs that nothing fills."""
+    filled = {state.tokens, *filter(input_of, state.inputs), *state.weights, *state.position_inputs}
+    unknown = set(placeholders) - filled
+    if unknown:
+        raise CannotLoad(f"the inputs {', '.join(sorted(unknown))[:80]}, which nothing fills")
+
+
+def _reader(text: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[GraphReader, Any, Any]:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, DimDynamic.DUCK])  # type: ignore[var-annotated]
     tokens = mode.from_tensor(torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64), symbolic_context=sizes)
     length: Any = tokens.shape[1]
-    graphs = GraphReader(text["texts"], tensors, mode, length)
-    gm = graphs.read(text["graph"])
-    state = GraphState(
-        gm=gm,
-        weights=Weights(read, {name: read_weight(made, graphs) for name, made in text["weights"].items()}),
-        length=length.node.expr,
-        fake_mode=mode,
-        guards=[],
-        sites=[_site(site) for site in text["sites"]],
-        states=[_state_site(site) for site in text["states"]],
-        positions=[PositionSpec(**position) for position in text["positions"]],
-        limits=[Limit(**limit) for limit in text["limits"]],
-        proved_from=set(text["proved_from"]),
-        model_logits=LogitsSpec(**text["model_logits"]),
-        logits_given=LogitsSpec(**text["logits_given"]),
-        **{name: text[name] for name in PLAIN},
-    )
-    filled = {state.tokens, *filter(input_of, state.inputs), *state.weights, *state.position_inputs}
-    unknown = {n.name for n in gm.graph.nodes if n.op == "placeholder"} - filled
-    if unknown:
-        raise CannotLoad(f"the inputs {', '.join(sorted(unknown))[:80]}, which nothing fills")
-    return state
+    return GraphReader(text["texts"], tensors, mode, length), length.node.expr, mode
 
 
 def _site(text: dict[str, Any]) -> AttentionSpec:

@@ -78,18 +78,18 @@ class Store:
             log.warning("the saved program %s is not used: %s: %s", entry.path, type(error).__name__, error)
         return None
 
-    def write(self, name: str, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-        """Whether it is there now; where not, a warning says why."""
+    def write(self, name: str, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+        """The checksum of what is there now; None, with a warning: it could not be written."""
         path = self.folder / f"{name}{SUFFIX}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with replacing(path) as temporary:
-                write_program(temporary, parts, tensors)
+                checksum = write_program(temporary, parts, tensors)
         except Exception as error:  # of safetensors, too
             log.warning("no program is saved in %s: %s: %s", self.folder, type(error).__name__, error)
-            return False
+            return None
         self._evict(path)
-        return True
+        return checksum
 
     def touch(self, entry: Entry) -> None:
         """Note that it was used."""
@@ -125,15 +125,17 @@ class Store:
                     yield path
 
 
-def write_program(path: Path, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write one file. Raises OSError and what safetensors raises."""
+def write_program(path: Path, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Write one file; its checksum. Raises OSError and what safetensors raises."""
     texts = {part: json.dumps(parts[part], separators=(",", ":")) for part in _PARTS}
     held = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    save_file(held, path, {"schema": SCHEMA, **texts, "checksum": _checksum(texts, held)})
+    checksum = _checksum(texts, held)
+    save_file(held, path, {"schema": SCHEMA, **texts, "checksum": checksum})
+    return checksum
 
 
 def read_program(path: Path, of_user: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The parts of a file and its tensors; `of_user`: it must be this user's own.
+    """The parts of a file, "checksum" with them, and its tensors; `of_user`: it must be this user's own.
 
     Raises CannotLoad, OSError, ValueError and what safetensors raises.
     """
@@ -152,7 +154,7 @@ def read_program(path: Path, of_user: bool = False) -> tuple[dict[str, Any], dic
     texts = {part: about[part] for part in _PARTS}
     if about.get("checksum") != _checksum(texts, tensors):
         raise CannotLoad("another checksum than its own: it was changed after it was written")
-    return {part: json.loads(text) for part, text in texts.items()}, tensors
+    return {part: json.loads(text) for part, text in texts.items()} | {"checksum": about["checksum"]}, tensors
 
 
 def _checksum(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,174 @@
+"""Compiled code of programs on disk, kept by the user that compiled it: libraries, and in which order they are called.
+
+Inductor's own cache spares the C++ compiler; its way back through AOTAutograd takes seconds, and its imports more. A
+program that was read from a disk has a name, the checksum of its file, and what was compiled for it is kept under that
+name: the libraries that Inductor built and the slots of the values between them. It lies in the user's cache directory,
+which nobody else may write to, never in a folder that came from elsewhere: a library is code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..logs import logger
+from ..user_cache import cache_dir, replacing, write_whole
+
+log = logger(__name__)
+
+SCHEMA = 1
+MOST = 64
+"""Programs whose code is kept."""
+_ENTRY = "inductor_entry_cpp"
+_POINTERS = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
+# What Inductor's wrapper of a library does besides the call: another one passes constants, which are not in a library.
+_WRAPPER = {
+    *("torch", "Tensor", "tensor", "_C", "_aoti", "unsafe_alloc_void_ptrs_from_tensors", "clear"),
+    *("alloc_tensors_by_stealing_from_void_ptrs", "isinstance"),
+}
+
+Call = Callable[[list[Any]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Calls of libraries in turn: values lie in slots, those of the inputs first."""
+
+    steps: Sequence[tuple[int, Sequence[int], Sequence[int]]]
+    """(which library, slots that it takes, slots that it gives)."""
+    room: int
+    """Slots beside the inputs."""
+    ends: Sequence[int]
+    """Slots of the outputs."""
+
+    def run(self, calls: Sequence[Call]) -> Call:
+        """The plan with these libraries; it may empty the list it is given."""
+        steps = [(calls[which], [*takes], [*gives]) for which, takes, gives in self.steps]
+        room, ends = [None] * self.room, [*self.ends]
+
+        def run(values: list[Any]) -> Sequence[Tensor]:
+            values += room
+            for call, takes, gives in steps:
+                for slot, value in zip(gives, call([values[i] for i in takes]), strict=True):
+                    values[slot] = value
+            return [values[i] for i in ends]
+
+        return run
+
+
+def library_of(call: Any) -> Path | None:
+    """The library behind the code of a graph, where it is all there is to it."""
+    code, cells = getattr(call, "__code__", None), list(getattr(call, "__closure__", None) or ())
+    if code is None or code.co_freevars != ("f",) or not _names(code) <= _WRAPPER:
+        return None
+    (entry,) = (cell.cell_contents for cell in cells)
+    path = getattr(getattr(entry, "__self__", None), "__file__", None)
+    return Path(path) if path and getattr(entry, "__name__", "") == _ENTRY else None
+
+
+def _names(code: Any) -> set[str]:
+    inner = [each for each in code.co_consts if hasattr(each, "co_names")]
+    return {*code.co_names}.union(*map(_names, inner))
+
+
+def keep(name: str, plan: Plan, libraries: Sequence[Path]) -> None:
+    """Keep the code of a program of this name; where it cannot be, a log says why."""
+    folder = _folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in libraries]
+        for path, found in zip(libraries, hashes, strict=True):
+            with replacing(folder / f"{found}.so") as temporary:
+                shutil.copyfile(path, temporary)
+        about: dict[str, Any] = {"schema": SCHEMA, "libraries": hashes, "room": plan.room, "ends": [*plan.ends]}
+        about["steps"] = [(which, [*takes], [*gives]) for which, takes, gives in plan.steps]
+        write_whole(folder / f"{name}.json", json.dumps(about))
+        _evict(folder)
+    except OSError as error:
+        log.warning("compiled code is not kept in %s: %s", folder, error)
+
+
+def find(name: str) -> Call | None:
+    """The code that was kept under this name; None: there is none that can be used."""
+    folder = _folder()
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        about = json.loads(_own(path).read_text(encoding="utf-8"))
+        if about["schema"] != SCHEMA:
+            return None
+        calls = [_loaded(_own(folder / f"{found}.so"), found) for found in about["libraries"]]
+        steps = [(int(which), takes, gives) for which, takes, gives in about["steps"]]
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return Plan(steps, int(about["room"]), about["ends"]).run(calls)
+    except (OSError, ValueError, TypeError, LookupError, ImportError, PermissionError) as error:
+        log.warning("the code kept in %s is not used: %s: %s", path, type(error).__name__, error)
+        return None
+
+
+def _own(path: Path) -> Path:
+    """Raises PermissionError for a file that another user wrote, or may write."""
+    status = path.lstat()
+    foreign = hasattr(os, "getuid") and status.st_uid != os.getuid()
+    if path.is_symlink() or foreign or status.st_mode & 0o022:
+        raise PermissionError(f"{path.name} is a link, or another user may write it")
+    return path
+
+
+def _loaded(path: Path, expected: str) -> Call:
+    """A library's function, called as Inductor's own wrapper does."""
+    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        raise ValueError(f"{path.name} was changed")
+    # NOTE a part of torch's extension module, there without the import of Dynamo
+    guards: Any = torch._C._dynamo.guards
+    os.environ[_POINTERS] = str(guards._torchinductor_pyobject_tensor_data_ptr)
+    name = f"treespec_kept.{expected}.{_ENTRY}"
+    module = sys.modules.get(name)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    entry = getattr(module, _ENTRY)
+    handles, tensors = (
+        torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
+        torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs,
+    )
+
+    def call(inputs: list[Any]) -> Sequence[Tensor]:
+        given = handles(inputs)
+        inputs.clear()
+        found: Sequence[Tensor] = tensors(entry(given))
+        return found
+
+    return call
+
+
+def _folder() -> Path:
+    return cache_dir() / "code"
+
+
+def _evict(folder: Path) -> None:
+    """Keep the last used ones, and the libraries that they name."""
+    plans = sorted(folder.glob("*.json"), key=lambda path: -path.stat().st_mtime)
+    for path in plans[MOST:]:
+        path.unlink(missing_ok=True)
+    named = {found for path in plans[:MOST] for found in json.loads(path.read_text(encoding="utf-8"))["libraries"]}
+    for path in folder.glob("*.so"):
+        if path.stem not in named:
+            path.unlink(missing_ok=True)
