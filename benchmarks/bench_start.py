@@ -260,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3, help="of warm runs and peers; cold is run once a --cold")
     parser.add_argument("--cold", type=int, default=1, help="cold runs, each with caches of its own")
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="NAME", help="of the runs")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--show", type=Path, help="print the tables of a file that this script wrote")
     parser.add_argument("--markdown", action="store_true")
@@ -287,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if i == options.cold - 1:  # a first run of each saves what the others find
                     names += [SAVED, COMPILE, COMPILED, *([SAVED, COMPILED] * options.rounds)]
                 firsts = {SAVED, COMPILED}
-                for name in names:
+                for name in (name for name in names if name in options.only):
                     say(name)
                     found = measure(name, options, Path(caches))
                     runs += [] if name in firsts else [found]
