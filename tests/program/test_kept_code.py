@@ -14,10 +14,10 @@ import torch
 
 from treespec_compiler.ir.device import profile
 from treespec_compiler.program import kept_code
-from treespec_compiler.program.kept_code import Plan, find, keep, library_of
+from treespec_compiler.program.kept_code import CallPlan, find, keep, library_of
 from treespec_compiler.program.machine import code_name
 
-PLAN = Plan([(0, [0, 1], [2]), (1, [2], [3]), (0, [3, 2], [2])], 2, [2, 3])
+PLAN = CallPlan([(0, [0, 1], [2]), (1, [2], [3]), (0, [3, 2], [2])], 2, [2, 3])
 
 
 @pytest.fixture

@@ -39,11 +39,11 @@ _WRAPPER = {
     *("alloc_tensors_by_stealing_from_void_ptrs", "isinstance"),
 }
 
-Call = Callable[[list[Any]], Sequence[Tensor]]
+LibraryCall = Callable[[list[Any]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class CallPlan:
     """Calls of libraries in turn: values lie in slots, those of the inputs first."""
 
     steps: Sequence[tuple[int, Sequence[int], Sequence[int]]]
@@ -53,7 +53,7 @@ class Plan:
     ends: Sequence[int]
     """Slots of the outputs."""
 
-    def run(self, calls: Sequence[Call]) -> Call:
+    def run(self, calls: Sequence[LibraryCall]) -> LibraryCall:
         """The plan with these libraries; it may empty the list it is given."""
         steps = [(calls[which], [*takes], [*gives]) for which, takes, gives in self.steps]
         room, ends = [None] * self.room, [*self.ends]
@@ -83,7 +83,7 @@ def _names(code: Any) -> set[str]:
     return {*code.co_names}.union(*map(_names, inner))
 
 
-def keep(name: str, plan: Plan, libraries: Sequence[Path]) -> None:
+def keep(name: str, plan: CallPlan, libraries: Sequence[Path]) -> None:
     """Keep the code of a program of this name; where it cannot be, a log says why."""
     folder = _folder()
     try:
@@ -100,7 +100,7 @@ def keep(name: str, plan: Plan, libraries: Sequence[Path]) -> None:
         log.warning("compiled code is not kept in %s: %s", folder, error)
 
 
-def find(name: str) -> Call | None:
+def find(name: str) -> LibraryCall | None:
     """The code that was kept under this name; None: there is none that can be used."""
     folder = _folder()
     path = folder / f"{name}.json"
@@ -114,7 +114,7 @@ def find(name: str) -> Call | None:
         steps = [(int(which), takes, gives) for which, takes, gives in about["steps"]]
         with contextlib.suppress(OSError):
             os.utime(path)
-        return Plan(steps, int(about["room"]), about["ends"]).run(calls)
+        return CallPlan(steps, int(about["room"]), about["ends"]).run(calls)
     except (OSError, ValueError, TypeError, LookupError, ImportError, PermissionError) as error:
         log.warning("the code kept in %s is not used: %s: %s", path, type(error).__name__, error)
         return None
@@ -129,7 +129,7 @@ def _own(path: Path) -> Path:
     return path
 
 
-def _loaded(path: Path, expected: str) -> Call:
+def _loaded(path: Path, expected: str) -> LibraryCall:
     """A library's function, called as Inductor's own wrapper does."""
     if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
         raise ValueError(f"{path.name} was changed")

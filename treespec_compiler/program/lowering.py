@@ -23,7 +23,7 @@ from ..ir.inputs import input_of
 from ..ir.library import fingerprint
 from ..logs import logger
 from . import vectors
-from .kept_code import Call, Plan, keep, library_of
+from .kept_code import CallPlan, LibraryCall, keep, library_of
 from .slabs import Slab, flat, groups, kind, slab, slots, stream_call, streamed_units, units
 
 log = logger(__name__)
@@ -63,7 +63,7 @@ class Lowered:
     seconds: float
     libraries: Sequence[Path] = ()
     """What Inductor built for it; none: it is more than libraries."""
-    plan: Plan | None = None
+    plan: CallPlan | None = None
     """In which order they are called."""
     shortened: bool = True
     """Whether the libraries alone give what was lowered."""
@@ -228,14 +228,14 @@ def _joined(gm: fx.GraphModule, parts: Sequence[_Part], names: Sequence[str], ex
     at = slots([part.slab for part in parts], placeholders, outputs)
     number = {key: i for i, key in enumerate(made)}
     steps = [(number[part.key], [at[n] for n in part.slab.outer], [at[n] for n in part.slab.results]) for part in parts]
-    plan = Plan(steps, max(at.values()) + 1 - len(placeholders), [at[node] for node in outputs])
+    plan = CallPlan(steps, max(at.values()) + 1 - len(placeholders), [at[node] for node in outputs])
     pieces = list(made.values())
     run = plan.run([_later(piece) for piece in pieces])
     libraries = [path for piece in pieces for path in piece.libraries]
     return Joined(run, 0.0, libraries if all(piece.libraries for piece in pieces) else (), plan, pieces=pieces)
 
 
-def _later(piece: Lowered) -> Call:
+def _later(piece: Lowered) -> LibraryCall:
     """Its call, which becomes another one after the first."""
     return lambda values: piece.run(values)
 
@@ -257,7 +257,7 @@ def _one_piece(lowered: Lowered, graph: fx.Graph) -> None:
     if outputs is not None:
         inputs = sum(n.op == "placeholder" for n in graph.nodes)
         slots_of = range(inputs, inputs + len(outputs))
-        lowered.plan = Plan([(0, range(inputs), slots_of)], len(outputs), slots_of)
+        lowered.plan = CallPlan([(0, range(inputs), slots_of)], len(outputs), slots_of)
 
 
 def _called(call: fx.Node) -> Lowered:
