@@ -128,7 +128,7 @@ class Executor:
     def weight_bytes(self) -> int:
         """Bytes of weights that one pass reads, streamed ones included."""
         fixed = zip(self._placeholders, self._fixed(), strict=True)
-        stays = sum(x.numel() * x.element_size() for n, x in fixed if x is not None and not is_place(n.name))
+        stays = sum(x.numel() * x.element_size() for name, x in fixed if x is not None and not is_place(name))
         return stays + (self.state.streaming.bytes if self.state.streaming is not None else 0)
 
     def op_by_op(self) -> Executor:
