@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracles import assert_decodes, random_tree
-from torch import nn
+from test_narrow_weights import in_blocks
+from torch import Tensor, nn
 from zoo import VOCAB, make
 
 import treespec_compiler as treespec
+from treespec_compiler.codegen import cpu
 from treespec_compiler.errors import InvalidOption, WeightsUnreadable
 from treespec_compiler.passes.streaming.budget import Budget
 from treespec_compiler.passes.streaming.plan import layers, make_plan
@@ -56,6 +59,19 @@ def test_bit_by_bit_what_the_resident_program_says(name: str, slots: int, tmp_pa
     resident = treespec.tree_program(model, options={"lowering": "eager"})
     assert all(map(torch.equal, said(program), said(resident)))
     assert_decodes(model, program, VOCAB, rounds=1)
+
+
+@pytest.mark.skipif(not cpu.load(), reason="no C++ compiler")
+@pytest.mark.parametrize(("form", "stored"), [("bfloat16", lambda w: w.bfloat16().float()), ("q4_1", in_blocks)])
+def test_files_hold_the_packed_form(form: str, stored: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    model = make("llama", num_hidden_layers=4)
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and parameter.shape[1] % 32 == 0:
+            parameter.data.copy_(stored(parameter.data))
+    program = streamed(model, tmp_path)
+    assert any(f"{form})" in str(made) for made in program.state.weights.streamed.values())
+    resident = treespec.tree_program(model, options={"lowering": "eager"})
+    assert all(map(torch.equal, said(program), said(resident)))
 
 
 def test_compiled(llama: nn.Module, tmp_path: Path) -> None:
