@@ -37,7 +37,8 @@ TASKS = ("chat", "summarization", "rag")
 LOOPS = {
     "one token": ((), "1"),
     "chain": (("suffix",), "chain:6"),
-    "tree": (("ngram", "suffix", "recycle"), "auto"),
+    "tree, auto": (("suffix", "recycle"), "auto"),
+    "tree of 64": (("suffix", "recycle"), "best-first:64"),
 }
 """What guesses, and the shape. All of them stream the same layers."""
 DISK = "disk"
@@ -92,12 +93,17 @@ def drafts_of(names: Sequence[str], vocab: int) -> list[Any]:
 def run_loop(name: str, program: Any, prompts: Sequence[Any], rate: float, disk: bool, tokens: int) -> Row:
     """Every prompt by one loop. Times are those of steps: prompts are not in them."""
     names, policy = LOOPS[name]
-    drafts, found = drafts_of(names, program.vocab_size), []
+    drafts, found, waited = drafts_of(names, program.vocab_size), [], 0.0
     for prompt in prompts:
-        out = treespec.generate(
+        run = treespec.stream(
             program, prompt, draft=drafts or None, policy=policy, max_new_tokens=tokens, eos_token_id=()
         )
-        found.append(out.stats)
+        next(run)  # the token that the prompt gives
+        waited -= run.stats.weight_wait_seconds
+        for _ in run:
+            pass
+        waited += run.stats.weight_wait_seconds
+        found.append(run.stats)
     steps = sum(stats.steps for stats in found)
     return Row(
         name,
@@ -107,7 +113,7 @@ def run_loop(name: str, program: Any, prompts: Sequence[Any], rate: float, disk:
         steps,
         sum(stats.nodes for stats in found) / steps,
         sum(stats.step_seconds for stats in found),
-        sum(stats.weight_wait_seconds for stats in found),
+        waited,
         sum(stats.draft_seconds for stats in found),
         program.state.streaming.bytes / rate,
     )

@@ -1,4 +1,4 @@
-"""Measure a server under load: tokens a second, and how long clients wait."""
+"""Measure a server under load, tokens a second and how long clients wait; or a step whose weights are streamed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from rich.table import Table
 from ..errors import InvalidOption
 from ..serving.clients import PERCENTILES, Endpoint, Measurement, measure
 from ..versions import versions
-from .arguments import MODEL, positive
+from . import bench_offload
+from .arguments import MODEL, add_offload, positive
 
 EPILOG = """\
 examples:
   treespec bench serve demo --draft demo --clients 1,4,16
+  treespec bench offload hf:PATH --offload disk --resident-gb 1 --draft suffix --timeline out.svg
   treespec bench serve --url http://localhost:8000/v1 --clients 1,8,64 --requests 256 --output load.json
 
 Each client sends its next request when the last one is answered. Without --url a server is started for the time of
@@ -35,13 +37,15 @@ exit codes: 0 measured, 1 requests failed, 2 error
 
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("what", metavar="serve", choices=("serve",), help="the only thing that is measured here")
+    parser.add_argument("what", choices=("serve", "offload"), help="a server under load, or steps of streamed weights")
     started = parser.add_argument_group("a server of its own (see `treespec serve`)")
     started.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)
     for name in ("--draft", "--option"):
         started.add_argument(name, metavar=name[2:].upper(), action="append", default=[])
     for name in ("--policy", "--max-requests", "--max-queue", "--dtype"):
         started.add_argument(name, metavar="X")
+    add_offload(started)
+    bench_offload.add_arguments(parser)
     running = parser.add_argument_group("a server that runs already")
     running.add_argument("--url", help="where it is, with the /v1 at the end")
     running.add_argument("--api-key-file", metavar="F", type=Path, help="a file with the key it asks for")
@@ -56,6 +60,8 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    if arguments.what == "offload":
+        return bench_offload.run(arguments)
     if (arguments.url is None) == (arguments.model is None):
         got = "neither" if arguments.url is None else "both"
         fix = "Name a model to be served, or where a server is."
@@ -122,9 +128,9 @@ def _server(arguments: Namespace, screen: Console) -> Iterator[Endpoint]:
         yield Endpoint(arguments.url, None if arguments.api_key_file is None else _text(arguments.api_key_file).strip())
         return
     command = [sys.executable, "-m", "treespec_compiler.cli.main", "serve", arguments.model, "--port", "0"]
-    for name in ("policy", "max_requests", "max_queue", "dtype"):
+    for name in ("policy", "max_requests", "max_queue", "dtype", "offload", "resident_gb", "ram_gb", "offload_dir"):
         if getattr(arguments, name) is not None:
-            command += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
+            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     if arguments.max_queue is None:
         command += ["--max-queue", str(max(arguments.clients))]
     for name in ("draft", "option"):

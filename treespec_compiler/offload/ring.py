@@ -23,6 +23,7 @@ from ..ir.streaming import Streaming, enter, view
 from ..logs import logger
 from .reading import THREADS, read_file
 from .store import WeightStore, padded
+from .timeline import note
 
 log = logger(__name__)
 
@@ -82,6 +83,7 @@ class Ring:
             held[1].result()
         finally:
             self.stats.waited += time.perf_counter() - began
+            note("wait", began)
 
     def release(self, layer: int) -> None:
         """Read what comes into the layer's slot next."""
@@ -123,6 +125,7 @@ class Ring:
         with self._lock:
             self.stats.bytes += blob.bytes
             self.stats.read += time.perf_counter() - began
+        note("read", began, str(self.streaming.layers[layer].of_model))
 
 
 def _fill(ring: weakref.ref[Ring], layer: int) -> None:
