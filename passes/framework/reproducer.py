@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
-from treespec_compiler.errors import Unsupported
+from treespec_compiler.errors import InvalidOption, Unsupported
 from treespec_compiler.logs import logger
 from treespec_compiler.options import Options
 from treespec_compiler.user_cache import cache_dir
@@ -41,7 +41,7 @@ INFO, GRAPH, WEIGHTS, FAILED = "reproducer.json", "graph.json", "weights.safeten
 class ReproducerWriter(Instrument):
     """Keeps a copy of the captured graph and writes the folder if a pass fails.
 
-    A refusal is an answer, not a failure; it is written only with `refusals=True`.
+    A refusal, of the model or of an option, is an answer, not a failure; it is written only with `refusals=True`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ReproducerWriter(Instrument):
         """Nothing: the steps were noted before they ran."""
 
     def failed(self, state: GraphState, step: Pass, error: Exception) -> None:
-        if isinstance(error, Unsupported) and not self.refusals:
+        if isinstance(error, (Unsupported, InvalidOption)) and not self.refusals:
             return
         folder = self.folder or cache_dir() / "reproducers" / f"{time.strftime('%Y%m%d-%H%M%S')}-{step.slug}"
         try:

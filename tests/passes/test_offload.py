@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from treespec_compiler.errors import InvalidOption
 from treespec_compiler.ir.streaming import fetch, release
 from treespec_compiler.ir.verify import problems
 from treespec_compiler.passes.framework.state import GraphState
+from treespec_compiler.passes.offload import offload
 from treespec_compiler.passes.streaming.budget import Budget
 from treespec_compiler.passes.streaming.plan import layers, make_plan
 from treespec_compiler.pipeline import convert
@@ -40,11 +43,14 @@ def sizes() -> tuple[int, int]:
     return make_plan(state, Budget(10**12, 2)).resident - sum(found), max(found)
 
 
-def test_too_small_a_budget_says_what_is_needed() -> None:
+def test_too_small_a_budget_says_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves nothing: a reproducer would hold all weights."""
+    monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path / "cache"))
     fixed, layer = sizes()
     assert fixed > 0 and layer > 0
     with pytest.raises(InvalidOption, match=f"{fixed + 2 * layer:,}"):
         converted(fixed + 2 * layer - 1)
+    assert not (tmp_path / "cache" / "reproducers").exists()
     assert converted(fixed + 2 * layer).streaming is not None
 
 
@@ -94,6 +100,12 @@ def test_a_weight_read_after_its_layer_is_wrong() -> None:
         late = copy.graph.call_function(torch.ops.aten.relu.default, (place,))
     late.meta["val"] = place.meta["val"]
     assert any("no layer is there" in problem for problem in problems(copy.graph, copy.level))
+
+
+def test_other_devices_are_refused() -> None:
+    elsewhere: Any = SimpleNamespace(budget=Budget(0, 2), device=torch.device("cuda"))
+    with pytest.raises(InvalidOption, match="a model on cuda"):
+        offload(elsewhere)
 
 
 def test_shared_weights_stay() -> None:

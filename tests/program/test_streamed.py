@@ -92,6 +92,12 @@ def test_generate_with_a_draft(llama: nn.Module, tmp_path: Path) -> None:
     out = treespec.generate(model, [1, 2, 3], options={"lowering": "eager", "offload": offload}, **settings)
     wanted = treespec.generate(model, [1, 2, 3], options={"lowering": "eager"}, **settings)
     assert out.sequences.tolist() == wanted.sequences.tolist()
+    assert out.stats.weight_read_bytes > 0 and wanted.stats.weight_read_bytes == 0
+    engine = treespec.Engine(model, max_requests=2, options={"lowering": "eager", "offload": offload})
+    requests = [engine.add([1, 2, 3], max_new_tokens=20) for _ in range(2)]
+    engine.run()
+    assert [[[1, 2, 3, *r.output.tokens]] for r in requests] == [wanted.sequences.tolist()] * 2
+    engine.close()
 
 
 def test_weights_that_change_are_written_anew(tmp_path: Path) -> None:
