@@ -53,8 +53,9 @@ def configure(parser: ArgumentParser) -> None:
         metavar="DRAFT",
         action="append",
         default=[],
-        help="what guesses: a smaller model, ngram, early-exit, early-exit:K (layers) or early-exit:FILE.safetensors "
-        "(a trained head); may be repeated; left out: no speculation, or what a compiled folder brings; none: without",
+        help="what guesses: a smaller model, ngram, suffix, recycle, early-exit, early-exit:K (layers), a trained head "
+        "(early-exit:FILE.safetensors, eagle3:DIR, parallel:DIR, medusa:DIR); may be "
+        "repeated; left out: no speculation, or what a compiled folder brings; none: without",
     )
     add_reading(models, tiny=False)
     add_prompt_arguments(parser)
