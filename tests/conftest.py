@@ -11,14 +11,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # starts: seconds of imports each, before anything is compiled.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# Tests run the passes and the proofs, not what an earlier run of them left on disk, and leave nothing in the user's
-# cache: whatever the environment says, programs are saved by those tests alone that name a folder of their own.
-os.environ.pop("TREESPEC_PROGRAM_CACHE", None)
-
 import pytest
 import torch
 from costs import pytest_terminal_summary  # noqa: F401  hook
 from hypothesis import settings
+from shared_programs import pytest_runtest_setup  # noqa: F401  hook
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401  hooks
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores

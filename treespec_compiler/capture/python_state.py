@@ -34,6 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from .code import code_digest, imported_modules, inner_code, names_in
+from .places import HEAP, Places
+from .state_names import ALWAYS, BOOKKEEPING, NOT_READ, TRUSTED
 
 # Objects; a model of 30 layers has some ten thousand.
 MOST_OBJECTS = 400_000
@@ -47,8 +49,12 @@ class Undigested(Exception):
 class PythonState:
     """The digest of `roots`, for a trace that went through code with the digests `traced`, which writes `names`."""
 
-    def __init__(self, roots: Mapping[str, Any], traced: Iterable[str], names: Iterable[str]) -> None:
-        self._traced, self._names = frozenset(traced), frozenset(names) | _ALWAYS
+    def __init__(
+        self, roots: Mapping[str, Any], traced: Iterable[str], names: Iterable[str], places: Places | None = None
+    ) -> None:
+        """`places`: takes down where the walk goes."""
+        self._places = places
+        self._traced, self._names = frozenset(traced), frozenset(names) | ALWAYS
         self.met: set[str] = set()
         """Those of the traced code that the walk came to."""
         self._tokens: list[bytes] = []
@@ -85,11 +91,15 @@ class PythonState:
         known = self._seen.get((id(value), True), self._seen.get(key))
         if known is not None:
             self._token("seen", known)
+            if self._places is not None and known == 0:
+                self._places.back_at_the_model()
             return
         self._seen[key] = len(self._held)
         self._held.append(value)
         if len(self._held) > MOST_OBJECTS:
             raise Undigested(f"more than {MOST_OBJECTS} objects, at {path}")
+        if self._places is not None:
+            self._places.add(value)
         self._token(kind.__module__, kind.__qualname__)
         for types_, visit in _RULES:
             if isinstance(value, types_):
@@ -172,6 +182,9 @@ class PythonState:
         for code in inner_code(function.__code__):
             found |= names_in(code)
             modules |= imported_modules(code, str(around.get("__package__") or ""))
+        if self._places is not None:
+            for mapping, read in ((around, found), (vars(builtins), found), (sys.modules, modules)):
+                self._places.named(mapping, read)
         for name in sorted(found):
             if name in around:
                 self._token("global", name)
@@ -214,7 +227,9 @@ class PythonState:
         if not strict:
             return
         own = vars(value)
-        of_torch = value.__name__.partition(".")[0] in _TRUSTED
+        if self._places is not None:
+            self._places.named(own, self._names)
+        of_torch = value.__name__.partition(".")[0] in TRUSTED
         for name in sorted(self._names & own.keys()):
             each = own[name]
             if not of_torch:
@@ -230,7 +245,7 @@ class PythonState:
 
     def _class(self, value: type, path: str, strict: bool) -> None:
         self._token(value.__module__, value.__qualname__)
-        if not value.__flags__ & _HEAP:
+        if not value.__flags__ & HEAP:
             return
         if not strict:
             return
@@ -240,7 +255,7 @@ class PythonState:
             self._token("base")
             self._visit(base, base.__qualname__, True)
         for name, each in sorted(vars(value).items()):
-            if name in _NOT_READ:
+            if name in NOT_READ:
                 continue
             self._token("in class", name)
             self._visit(each, f"{value.__qualname__}.{name}", self._reads(name))
@@ -250,7 +265,7 @@ class PythonState:
 
     def _object(self, value: Any, path: str, strict: bool) -> None:
         cls = type(value)
-        hidden = next((c for c in cls.__mro__ if not c.__flags__ & _HEAP and c not in _OPEN), None)
+        hidden = next((c for c in cls.__mro__ if not c.__flags__ & HEAP and c not in _OPEN), None)
         if hidden is not None and strict:
             raise Undigested(f"{path}, a {cls.__module__}.{cls.__qualname__}")
         if hidden is not None:
@@ -268,7 +283,7 @@ class PythonState:
     def _attributes(self, own: Mapping[str, Any], path: str, strict: bool) -> None:
         """Of what no traced code names, somebody may have made the name up; what is read of it then is named."""
         for name in sorted(own, key=str):
-            if name in _BOOKKEEPING or not (strict or self._reads(str(name))):
+            if name in BOOKKEEPING or not (strict or self._reads(str(name))):
                 continue
             self._token("attribute", name)
             self._visit(own[name], f"{path}.{name}", strict and self._reads(str(name)))
@@ -326,27 +341,7 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented)}
 
-# Modules of torch, numpy, sympy and Python are known by their versions; a function in them may still be another one.
-_TRUSTED = {"torch", "numpy", "sympy", *sys.stdlib_module_names}
-
-_HEAP = 1 << 9
 _OPEN = (object, list, dict, tuple, set, frozenset, deque, OrderedDict, defaultdict, int, str, float, bytes)
-
-# What a module is called by, whatever its code writes.
-_ALWAYS = {
-    *("forward", "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
-    *("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
-    *("_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-    *("__call__", "__getattr__", "__getattribute__", "__getitem__", "__len__", "__iter__", "__contains__", "__bool__"),
-    *("__init__", "__new__", "__eq__", "__hash__", "__enter__", "__exit__", "__get__", "__set__", "__setattr__"),
-    *("__torch_function__", "__torch_dispatch__", "_call_impl", "_wrapped_call_impl"),
-}
-_NOT_READ = {
-    *("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl", "__slots__"),
-    *("__static_attributes__", "__firstlineno__", "__parameters__", "__orig_bases__", "__match_args__"),
-}
-# Written by Dynamo, by functools and by treespec's own runs.
-_BOOKKEEPING = {"_torchdynamo_wrapper_id", "_torchdynamo_orig_callable", "__torch_dynamo_cache"}
 
 
 def _allowed_in_graphs() -> set[int]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...capture.call import CallSpec
 from ...capture.code import code_digest
+from ...capture.places import Places
 from ...capture.python_state import PythonState, Undigested, tensor_bytes
 from ...capture.reads import Traced
 from ...capture.unguarded import global_hooks
@@ -56,16 +57,18 @@ class TraceDigest:
             raise Undigested("it may read any variable of the environment")
         return cls(*(tuple(sorted(each)) for each in (traced.digests, traced.names, traced.variables)))
 
-    def state(self, model: nn.Module, call: CallSpec) -> PythonState:
+    def state(self, model: nn.Module, call: CallSpec, places: Places | None = None) -> PythonState:
         """What a trace with this code reads of the model as it is. Raises Undigested."""
-        roots = {
-            "model": model,
+        return PythonState({"model": model, **self.around(call)}, self.digests, self.names, places)
+
+    def around(self, call: CallSpec) -> dict[str, Any]:
+        """What it reads besides the model."""
+        return {
             "call": (call.args, call.kwargs, call.roles, call.ids, call.given),
             "hooks": global_hooks(),
             "environment": {name: os.environ.get(name) for name in self.variables},
             "torch": _settings(),
         }
-        return PythonState(roots, self.digests, self.names)
 
 
 def _settings() -> list[Any]:
