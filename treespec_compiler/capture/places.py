@@ -11,6 +11,7 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -89,7 +90,7 @@ class Places:
         read = lambda: (value.__code__, value.__defaults__, value.__kwdefaults__)  # noqa: E731
         self._sequences.append((_Read(read), read()))
         for cell in value.__closure__ or ():
-            self._results.append((lambda cell=cell: _inside(cell), _inside(cell)))
+            self._results.append((partial(_inside, cell), _inside(cell)))
 
     def _attributes(self, value: Any) -> None:
         own = getattr(value, "__dict__", None)
@@ -105,7 +106,7 @@ class Places:
             for name in (slots,) if isinstance(slots, str) else tuple(slots):
                 if name not in ("__dict__", "__weakref__"):
                     self.known &= value is not self._model()  # what reads it would hold it
-                    read = lambda name=name: getattr(value, name, _ABSENT)  # noqa: E731
+                    read = partial(getattr, value, name, _ABSENT)
                     self._results.append((read, read()))
 
     def _mapping(self, value: Any) -> None:
