@@ -8,6 +8,7 @@ is written in it, and at samples up to the longest context, always at the last t
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ LONGEST = 1 << 20
 DENSE = 512
 # Up to here each number of tokens is looked at where arithmetic on it might single one out.
 EACH = 4096
+SECONDS = 8.0  # for that; what is looked at may be a square of it
 # Numbers written in the graph that samples are taken around, smallest first.
 _MOST_LITERALS = 24
 _ODD_LENGTHS = (1021, 1500, 2049, 3001, 4099, 8191, 16411, 32771, 65537, 100003, 131101, 262147, 524309, LONGEST)
@@ -100,24 +102,27 @@ def proved_up_to(sampled: SampledValues, holds: Callable[[int], bool]) -> int:
     return last
 
 
-def same_up_to(sampled: SampledValues) -> int:
-    """The largest number of tokens looked at up to which a value of fixed shape is the same for each, bit for bit.
+def same_up_to(sampled: SampledValues) -> int | None:
+    """The number of tokens up to which a value of fixed shape is the same for each, bit for bit, as far as was looked;
+    None: it is not.
 
     Where arithmetic on the number itself goes into it, such as `t * t // 4096`, each is looked at, up to EACH.
     """
     singled = any(map(_may_single_out, _sizes(sampled.node)))
-    most = min(sampled.ceiling, EACH) if singled else sampled.ceiling
+    most, last, began = min(sampled.ceiling, EACH) if singled else sampled.ceiling, 0, time.thread_time()
     first: Tensor | None = None
     for n in range(1, most + 1) if singled else (1, *sampled.lengths()):
+        if singled and time.thread_time() - began > SECONDS:
+            return last
         try:
             value = sampled.values(n).whole(sampled.node)
         except (IndexError, RuntimeError, TooLarge):
             if n == 1:
                 continue
-            return n - 1
+            return last
         if first is not None and not same_bits(first, value):
-            return n - 1
-        first = value
+            return None
+        first, last = value, n
     return most
 
 

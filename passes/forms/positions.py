@@ -22,7 +22,7 @@ from treespec_compiler.ir.provenance import op_name, source_line
 from treespec_compiler.ir.specs import Limit
 
 from ..framework.state import GraphState, refuse
-from .by_value import EACH, LONGEST, SampledValues, proved_up_to, same_bits, same_up_to
+from .by_value import LONGEST, SampledValues, proved_up_to, same_bits, same_up_to
 from .closed_form import ClosedForms, Form, axis, shape_of
 from .evaluate import cone
 
@@ -77,7 +77,7 @@ def _refuse_counted(state: GraphState, forms: ClosedForms, node: fx.Node) -> Non
         return
     sampled = _sampled(state, node)
     proved = same_up_to(sampled)
-    if proved < min(sampled.ceiling, EACH):
+    if proved is None or proved < 2:
         raise refuse(
             Refusal.LENGTH,
             f"a value depends on the total number of tokens T = {state.length}, in {value.dtype}",
