@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -52,3 +54,18 @@ def test_one_in_the_place_of_a_tensor_that_is_gone() -> None:
         same += id(value) == before
         assert not mark.fits(value)
     assert same, "no id was used again: the test shows nothing"
+
+
+def test_the_tensor_itself_may_be_swapped() -> None:
+    """`swap_tensors` refuses a tensor that something refers to weakly."""
+    value, other = torch.ones(3), torch.zeros(3)
+    mark = ValueMark(value)
+    assert not weakref.getweakrefs(value)
+    torch.utils.swap_tensors(value, other)
+    assert not mark.fits(value) and mark.fits(other)
+
+
+def test_a_tensor_without_memory() -> None:
+    value = torch.eye(3).to_sparse()
+    mark = ValueMark(value)
+    assert mark.fits(value) and not mark.fits(torch.eye(3).to_sparse())
