@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from .code import code_digest, imported_modules, inner_code, names_in
-from .places import HEAP, Places
 from .state_names import ALWAYS, BOOKKEEPING, NOT_READ, TRUSTED
+from .whereabouts import HEAP, Whereabouts
 
 # Objects; a model of 30 layers has some ten thousand.
 MOST_OBJECTS = 400_000
@@ -50,10 +50,14 @@ class PythonState:
     """The digest of `roots`, for a trace that went through code with the digests `traced`, which writes `names`."""
 
     def __init__(
-        self, roots: Mapping[str, Any], traced: Iterable[str], names: Iterable[str], places: Places | None = None
+        self,
+        roots: Mapping[str, Any],
+        traced: Iterable[str],
+        names: Iterable[str],
+        whereabouts: Whereabouts | None = None,
     ) -> None:
-        """`places`: takes down where the walk goes."""
-        self._places = places
+        """`whereabouts`: takes down where the walk goes."""
+        self._whereabouts = whereabouts
         self._traced, self._names = frozenset(traced), frozenset(names) | ALWAYS
         self.met: set[str] = set()
         """Those of the traced code that the walk came to."""
@@ -91,15 +95,15 @@ class PythonState:
         known = self._seen.get((id(value), True), self._seen.get(key))
         if known is not None:
             self._token("seen", known)
-            if self._places is not None and known == 0:
-                self._places.back_at_the_model()
+            if self._whereabouts is not None and known == 0:
+                self._whereabouts.back_at_the_model()
             return
         self._seen[key] = len(self._held)
         self._held.append(value)
         if len(self._held) > MOST_OBJECTS:
             raise Undigested(f"more than {MOST_OBJECTS} objects, at {path}")
-        if self._places is not None:
-            self._places.add(value)
+        if self._whereabouts is not None:
+            self._whereabouts.add(value)
         self._token(kind.__module__, kind.__qualname__)
         for types_, visit in _RULES:
             if isinstance(value, types_):
@@ -182,9 +186,9 @@ class PythonState:
         for code in inner_code(function.__code__):
             found |= names_in(code)
             modules |= imported_modules(code, str(around.get("__package__") or ""))
-        if self._places is not None:
+        if self._whereabouts is not None:
             for mapping, read in ((around, found), (vars(builtins), found), (sys.modules, modules)):
-                self._places.named(mapping, read)
+                self._whereabouts.named(mapping, read)
         for name in sorted(found):
             if name in around:
                 self._token("global", name)
@@ -227,8 +231,8 @@ class PythonState:
         if not strict:
             return
         own = vars(value)
-        if self._places is not None:
-            self._places.named(own, self._names)
+        if self._whereabouts is not None:
+            self._whereabouts.named(own, self._names)
         of_torch = value.__name__.partition(".")[0] in TRUSTED
         for name in sorted(self._names & own.keys()):
             each = own[name]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ...capture.call import CallSpec
 from ...capture.code import code_digest
-from ...capture.places import Places
 from ...capture.python_state import PythonState, Undigested, tensor_bytes
 from ...capture.reads import Traced
 from ...capture.unguarded import global_hooks
+from ...capture.whereabouts import Whereabouts
 from ...options import Options
 from ..machine import PACKAGE, around
 
@@ -57,9 +57,9 @@ class TraceDigest:
             raise Undigested("it may read any variable of the environment")
         return cls(*(tuple(sorted(each)) for each in (traced.digests, traced.names, traced.variables)))
 
-    def state(self, model: nn.Module, call: CallSpec, places: Places | None = None) -> PythonState:
+    def state(self, model: nn.Module, call: CallSpec, whereabouts: Whereabouts | None = None) -> PythonState:
         """What a trace with this code reads of the model as it is. Raises Undigested."""
-        return PythonState({"model": model, **self.around(call)}, self.digests, self.names, places)
+        return PythonState({"model": model, **self.around(call)}, self.digests, self.names, whereabouts)
 
     def around(self, call: CallSpec) -> dict[str, Any]:
         """What it reads besides the model."""

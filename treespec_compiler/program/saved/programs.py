@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...capture.call import CallSpec
-from ...capture.places import Places
 from ...capture.python_state import Undigested
 from ...capture.weight_ref import WeightRef, registered
+from ...capture.whereabouts import Whereabouts
 from ...converted import Converted
 from ...errors import TreespecError
 from ...logs import logger
@@ -49,7 +49,7 @@ class Unmoved:
 
     def __init__(self, trace: TraceDigest, structure: str) -> None:
         self._trace, self._structure = trace, structure
-        self._glance: tuple[Places, dict[str, Any]] | None = None
+        self._glance: tuple[Whereabouts, dict[str, Any]] | None = None
         """Where the last walk found all of it; a walk takes a tenth of a second, and every call asks."""
 
     def changed(self, model: nn.Module, call: CallSpec) -> str | None:
@@ -57,12 +57,12 @@ class Unmoved:
         around = self._trace.around(call)
         if self._glance is not None and _alike(around, self._glance[1]) and self._glance[0].same(model):
             return None
-        places = Places(model)
+        whereabouts = Whereabouts(model)
         try:
-            same = self._trace.state(model, call, places).structure == self._structure
+            same = self._trace.state(model, call, whereabouts).structure == self._structure
         except Undigested as error:
             return f"what its code reads ({error})"
-        self._glance = (places, around) if same else None
+        self._glance = (whereabouts, around) if same else None
         return None if same else "what its code reads, or the code"
 
 

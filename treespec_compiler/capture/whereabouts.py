@@ -24,7 +24,7 @@ HEAP = 1 << 9
 """Flag of a class that Python code made."""
 
 
-class Places:
+class Whereabouts:
     """What was where. Holds what it lists, but not the model itself: whoever keeps this keeps no model alive by it."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from treespec_compiler.capture.code import code_digest
-from treespec_compiler.capture.places import Places
 from treespec_compiler.capture.python_state import PythonState
+from treespec_compiler.capture.whereabouts import Whereabouts
 
 SCALE = 2.0
 NAMES = [
@@ -85,10 +85,10 @@ class Model(nn.Module):
         return x
 
 
-def looked(model: nn.Module) -> tuple[str, Places]:
+def looked(model: nn.Module) -> tuple[str, Whereabouts]:
     traced = [code_digest(f.__code__) for f in (Model.forward, Layer.forward, model.act)]  # type: ignore[attr-defined]
-    places = Places(model)
-    return PythonState({"model": model}, traced, NAMES, places).structure, places
+    whereabouts = Whereabouts(model)
+    return PythonState({"model": model}, traced, NAMES, whereabouts).structure, whereabouts
 
 
 def _set_cell(model: Any) -> None:
@@ -126,10 +126,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_a_walk_sees_is_seen_at_a_glance(name: str) -> None:
     model = Model()
-    before, places = looked(model)
-    assert places.known and places.same(model)
+    before, whereabouts = looked(model)
+    assert whereabouts.known and whereabouts.same(model)
     CHANGES[name](model)
-    assert not places.same(model)
+    assert not whereabouts.same(model)
     try:
         assert looked(model)[0] != before or name == "code"
     except AttributeError:
@@ -138,39 +138,39 @@ def test_what_a_walk_sees_is_seen_at_a_glance(name: str) -> None:
 
 def test_globals_and_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
-    _, places = looked(model)
+    _, whereabouts = looked(model)
     monkeypatch.setitem(globals(), "SCALE", 3.0)
-    assert not places.same(model)
-    _, places = looked(model)
+    assert not whereabouts.same(model)
+    _, whereabouts = looked(model)
     monkeypatch.setattr(Layer, "factor", 1, raising=False)
-    assert not places.same(model)
-    _, places = looked(model)
+    assert not whereabouts.same(model)
+    _, whereabouts = looked(model)
     monkeypatch.setattr(Layer, "forward", nn.Identity.forward)
-    assert not places.same(model)
+    assert not whereabouts.same(model)
 
 
 def test_values_of_tensors_are_no_part_of_it() -> None:
     model = Model()
-    _, places = looked(model)
+    _, whereabouts = looked(model)
     with torch.no_grad():
         model.layers[0].work.weight.zero_()
         model.table.zero_()
-    assert places.same(model)
+    assert whereabouts.same(model)
 
 
 def test_it_is_of_one_model() -> None:
     model, other = Model(), Model()
-    _, places = looked(model)
-    assert not places.same(other)
+    _, whereabouts = looked(model)
+    assert not whereabouts.same(other)
 
 
 def test_no_model_is_kept_alive() -> None:
     model = Model()
-    _, places = looked(model)
+    _, whereabouts = looked(model)
     gone = weakref.ref(model)
     del model
     gc.collect()
-    assert gone() is None and places.known
+    assert gone() is None and whereabouts.known
 
 
 @pytest.mark.parametrize("kind", ["method", "reference", "attribute"])
@@ -182,5 +182,5 @@ def test_a_model_that_refers_to_itself_is_walked_over_each_time(kind: str) -> No
         model.held = weakref.ref(model)  # type: ignore[assignment]
     else:
         model.layers[0].__dict__["held"] = model
-    _, places = looked(model)
-    assert not places.known and not places.same(model)
+    _, whereabouts = looked(model)
+    assert not whereabouts.known and not whereabouts.same(model)
