@@ -19,7 +19,7 @@ from ..framework.state import GraphState
 aten = torch.ops.aten
 
 
-class Places(Protocol):
+class RowCounts(Protocol):
     """How many rows there are: the tokens', and with those beside them."""
 
     @property
@@ -52,7 +52,7 @@ class FrontBlock:
         return emit(aten.masked_fill.Scalar, scores, later, -math.inf)
 
 
-def block_of(state: GraphState, mask: fx.Node, places: Places, *, visible: bool) -> FrontBlock | None:
+def block_of(state: GraphState, mask: fx.Node, places: RowCounts, *, visible: bool) -> FrontBlock | None:
     """What a mask [.., whole, whole] shows of those who come first; None: some of what comes later, or something else.
 
     `visible`: whether true means that a key is seen; of numbers, HIDDEN and less hides. Decided on the mask's values,
