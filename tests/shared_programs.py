@@ -1,8 +1,9 @@
 """One cache of programs for the tests whose subject is what runs them, not how a model becomes one.
 
 Converting a tiny Llama is two to three seconds of tracing, finding its program again is a third of one, and hundreds
-of tests of generation, drafts, serving and the command line start from the same few models. A hit is checked as a
-user's is. Tests of conversion itself (`capture/`, `passes/`, `program/`, `foreign/`, `adversarial/`) convert.
+of tests of programs, generation, drafts, serving and the command line start from the same few models. Each is converted
+once in a run, and a hit is checked as a user's is. Tests of conversion itself (`capture/`, `passes/`, `foreign/`,
+`adversarial/`, and what is marked `converts`) convert.
 """
 
 from __future__ import annotations

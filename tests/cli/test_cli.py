@@ -188,7 +188,7 @@ def test_errors_are_one_sentence(arguments: list[str], text: str, capsys: pytest
     ("arguments", "text"),
     [
         (["explode"], "invalid choice: 'explode'"),
-        (["generate"], "the following arguments are required: --target"),
+        (["generate"], "one of the arguments FOLDER --target is required"),
         (["generate", "--target", "demo"], "one of the arguments --prompt --prompt-file --prompt-ids is required"),
         (["generate", "--target", "demo", "--prompt", "a", "--max-new-tokens", "0"], "expected a positive integer"),
     ],

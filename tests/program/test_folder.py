@@ -172,7 +172,7 @@ def test_drafts_come_with_it(tmp_path: Path) -> None:
 
 
 def test_options_that_are_part_of_it_stay(folder: Path) -> None:
-    assert treespec.load_program(folder, {"prefill_chunk": 7}).options == replace(EAGER, prefill_chunk=7)
+    assert treespec.load_program(folder, {"prefill_chunk": 7}).options == Options.parse(replace(EAGER, prefill_chunk=7))
     with pytest.raises(InvalidOption, match="a compiled folder"):
         treespec.load_program(folder, {"offload": "disk"})
     with pytest.raises(InvalidOption, match="compiled with"):

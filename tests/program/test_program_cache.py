@@ -28,7 +28,8 @@ from treespec_compiler.capture.python_state import PythonState, Undigested
 from treespec_compiler.errors import InvalidOption, Unsupported
 from treespec_compiler.ir import ops, registry
 from treespec_compiler.options import Options
-from treespec_compiler.program.saved import key, store
+from treespec_compiler.program import machine
+from treespec_compiler.program.saved import store
 from treespec_compiler.program.tree_program import TreeProgram
 
 VOCAB = 64
@@ -252,12 +253,12 @@ def test_options_are_part_of_it(saved: Home) -> None:
 
 
 def test_versions_are_part_of_it(saved: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key, "versions", lambda *names: {"torch": "0"})
+    monkeypatch.setattr(machine, "versions", lambda *names: {"torch": "0"})
     assert not saved.right(saved.model()).from_cache
 
 
 def test_treespecs_own_source_is_part_of_it(saved: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key, "_own_source", lambda: "another")
+    monkeypatch.setattr(machine, "_own_source", lambda: "another")
     assert not saved.right(saved.model()).from_cache
 
 

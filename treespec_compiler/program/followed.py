@@ -83,7 +83,7 @@ class Followed:
         try:
             made = self._convert(model, found.converted)
             # Other weights may have a narrower form than those that it was made of.
-            reason = made.unfit_anywhere() if made.watch.sums != found.sums else None
+            reason = made.unfit_anywhere() if made.made_of != found.sums else None
         except TreespecError as error:
             log.warning("the saved program %s is given up: %s", found.entry.path, error)
             programs.distrust(self.options, found.entry)
@@ -102,7 +102,7 @@ class Followed:
         digest = made.converted.digest
         if self._saves and model is not None and made.saved is None and made.otherwise(model) is None:
             with alone(), outside_autocast():
-                digest = programs.save(model, self.call, self.options, made.converted, made.watch.sums)
+                digest = programs.save(model, self.call, self.options, made.converted, made.made_of)
         made.executor.keep_code(digest)
 
     def distrust(self, reason: str) -> None:

@@ -67,6 +67,8 @@ class Made:
         self.stream = _stream(self.state, options)
         self.packed_bytes = PackedBytes.of({})
         self.bind_weights()
+        self.made_of = self.watch.sums
+        """Checksums of the weights that forms were chosen for; those that come later may have narrower ones."""
         self.executor = Executor(self.state, self.bound, options, tally=tally, digest=self.converted.digest)
         self.variants: dict[Hashable, Executor] = {}
         kernel = best_kernel(ops.commit_path, self.device, self.dtype) if options.kernels == "auto" else None
