@@ -16,28 +16,22 @@ from ..capture.surroundings import not_traced
 from ..converted import Converted
 from ..errors import InvalidOption, StaleCache
 from ..ir.device import profile
-from ..ir.specs import AttentionSpec, Limit, StateSpec
 from ..logs import logger
-from ..offload.ring import StreamStats
 from ..options import Options
-from ..passes.framework.state import GraphState
-from ..passes.framework.weights import PackedBytes
 from ..tree import Forest, TokenTree
 from .arguments import check_cache_sizes, check_call, check_context, check_parts, check_tokens, new_part
 from .batch import Part, rows_of
 from .cache import TreeCache
 from .compared import Compared
-from .cuda_graphs import GraphStats
 from .executor import Executor, Tally
+from .facts import ProgramFacts
 from .followed import Followed
 from .keys import example_key
 from .leading import Leader
 from .made import Derive, Made
-from .net import Comparison
 from .outputs import named, tapped, taps_of
 from .prompt import parse_prompt
 from .ranks import joined
-from .shown import as_html, as_text
 
 log = logger(__name__)
 
@@ -77,7 +71,7 @@ def tree_program(
 _PROGRAMS: weakref.WeakKeyDictionary[nn.Module, dict[Any, TreeProgram]] = weakref.WeakKeyDictionary()
 
 
-class TreeProgram:
+class TreeProgram(ProgramFacts):
     """The tree verifier of one module instance. Made by `tree_program`.
 
     Not thread-safe. Logits have the model's dtype and device and are valid until the next call.
@@ -91,18 +85,6 @@ class TreeProgram:
         self._compared = Compared()
         self.leader: Leader | None = None
         """While it is set, other ranks are told of caches and calls, and follow."""
-
-    @property
-    def _made(self) -> Made:
-        """Of the model as it is now."""
-        return self._followed.made
-
-    @property
-    def _executor(self) -> Executor:
-        return self._followed.made.executor
-
-    def _model(self) -> nn.Module | None:
-        return self._followed.model
 
     def executor(self, derive: Derive, options: Options | None = None, tally: Tally | None = None) -> Executor:
         """What runs another graph made of this program's, over the same weights and on the same caches; see `call`.
@@ -123,116 +105,6 @@ class TreeProgram:
             got = "another graph of the target, which the other ranks do not have"
             raise InvalidOption(name="mesh", got=got, expected="the program's own graph alone", fix=fix)
         return self._made.variant(key, derive, options, tally)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of logits."""
-        return self._made.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._made.device
-
-    @property
-    def vocab_size(self) -> int:
-        """Of logits."""
-        return self._made.vocab_size
-
-    @property
-    def packed_bytes(self) -> PackedBytes:
-        """Of weights that the program keeps beside the module's; `.forms` says how many each form takes."""
-        return self._made.packed_bytes
-
-    @property
-    def stream_stats(self) -> StreamStats | None:
-        """What bringing streamed weights took; None: all of them stay in memory (option `offload`)."""
-        stream = self._made.stream
-        return None if stream is None else stream.stats
-
-    @property
-    def compile_seconds(self) -> float:
-        """Spent on capture, passes and compilation so far."""
-        return self._tally.seconds
-
-    @property
-    def from_cache(self) -> bool:
-        """Whether it was saved by another process, or earlier, and found again (option `program_cache`)."""
-        return self._made.saved is not None
-
-    @property
-    def compile_count(self) -> int:
-        """How often a graph was compiled."""
-        return self._tally.count
-
-    @property
-    def verify_seconds(self) -> float:
-        """Spent on comparing the program with the model, its lowering included; part of `compile_seconds`."""
-        return self._compared.seconds
-
-    @property
-    def comparison(self) -> Comparison | None:
-        """What the last comparison with the model found; None before the first one, or where it is off."""
-        return self._compared.last
-
-    @property
-    def state(self) -> GraphState:
-        """The rewritten graph and what was proved about it; not to be changed."""
-        return self._made.state
-
-    @property
-    def input_vocab(self) -> int:
-        """Rows of the table that token ids are looked up in."""
-        return self._made.input_vocab
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights, packed ones included, that one pass reads."""
-        return self._executor.weight_bytes
-
-    @property
-    def sites(self) -> list[AttentionSpec]:
-        """Attention sites in graph order."""
-        return self._made.state.sites
-
-    @property
-    def states(self) -> list[StateSpec]:
-        """Sites whose past is a state and not K/V, in graph order."""
-        return self._made.state.states
-
-    @property
-    def max_context(self) -> int | None:
-        """Largest number of tokens of one sequence that the program is proved for; None: unlimited."""
-        return self._made.max_context
-
-    @property
-    def limits(self) -> list[Limit]:
-        """What bounds the context, tightest first."""
-        return self._made.limits
-
-    @property
-    def history(self) -> Any:
-        """Records of the pipeline's passes."""
-        return self._made.converted.history
-
-    @property
-    def weight_sums(self) -> list[int]:
-        """Checksums of the module's tensors that the program reads, as they were last bound."""
-        return self._made.watch.sums
-
-    @property
-    def notes(self) -> dict[str, Any]:
-        """What passes left in `state.notes`."""
-        return self._made.state.notes
-
-    @property
-    def graph_stats(self) -> GraphStats:
-        """What was recorded as CUDA graphs, or why nothing is."""
-        return self._executor.graph_stats
-
-    @property
-    def graph_module(self) -> torch.fx.GraphModule:
-        """The rewritten graph, before lowering."""
-        return self._made.state.gm
 
     def new_cache(
         self, max_tokens: int = 4096, slots: int = 1, page_size: int | None = None, pages: int | None = None
@@ -434,10 +306,3 @@ class TreeProgram:
         if cache not in followed.caches:
             raise StaleCache(reason="this program (it belongs to another one)")
         return made
-
-    def __repr__(self) -> str:
-        return as_text(self._model(), self.sites, self.states, self.max_context, self.graph_stats)
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return as_html(repr(self), self.sites)
