@@ -218,13 +218,17 @@ print("answer", kernel and kernel.name, op(x, ops.pack_weight(w), None, 5).sum()
 @compiled
 @pytest.mark.slow
 def test_two_processes_build_into_one_cache(tmp_path):
-    both = [in_a_process(USE, TREESPEC_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    quick = tmp_path / "c++"  # who is first is the question here, and not how fast the kernels are
+    quick.write_text(f'#!/bin/sh\nexec {build.compiler()} "$@" -O0\n')
+    quick.chmod(0o755)
+    env = {"TREESPEC_CACHE_DIR": str(tmp_path), "CXX": str(quick)}
+    both = [in_a_process(USE, **env) for _ in range(2)]
     for process in both:
         out, _ = process.communicate(timeout=300)
         assert "answer native C++ 120.0" in out, out
     (library,) = (tmp_path / "cpu").iterdir()  # and nothing temporary
     before = library.stat().st_mtime_ns
-    out, _ = in_a_process(USE, TREESPEC_CACHE_DIR=str(tmp_path)).communicate(timeout=300)
+    out, _ = in_a_process(USE, **env).communicate(timeout=300)
     assert "answer native C++ 120.0" in out
     assert library.stat().st_mtime_ns == before
 

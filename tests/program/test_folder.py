@@ -33,6 +33,7 @@ from treespec_compiler.program.folder.weights import rehoused
 from treespec_compiler.program.folder.written import Extras, write_folder
 from treespec_compiler.program.saved.store import read_program, write_program
 from treespec_compiler.program.tree_program import TreeProgram
+from treespec_compiler.user_cache import cache_dir
 
 EAGER = Options(lowering="eager")
 # One of each kind of program: rotations, tables of positions, windows, softcaps, slopes, parallel layers, joined heads.
@@ -84,7 +85,12 @@ def alone(written: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.TempPat
     named = {name: f"eager={folder}" for name, (folder, _) in written.items()}
     named |= dict.fromkeys(("inductor", "inductor again"), f"inductor={written['llama'][0]}")
     script = Path(__file__).with_name("without_transformers.py")
-    own = os.environ | {"TREESPEC_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    cache = tmp_path_factory.mktemp("cache")
+    built = [path for path in (cache_dir() / "cpu").glob("*.so") if path.stat().st_size]
+    (cache / "cpu").mkdir()
+    for path in built:  # the C++ kernels: half a minute of the compiler
+        shutil.copy2(path, cache / "cpu")
+    own = os.environ | {"TREESPEC_CACHE_DIR": str(cache)}
     done = subprocess.run([sys.executable, script, *named.values()], capture_output=True, text=True, env=own)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(named, map(json.loads, done.stdout.splitlines()), strict=True))

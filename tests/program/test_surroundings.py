@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidWeight, MissingCompiler, Refusal
 
+pytestmark = pytest.mark.converts  # what is around a conversion
+
 PROMPT = [1, 2, 3]
 
 
