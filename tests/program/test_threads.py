@@ -16,6 +16,8 @@ from torch import nn
 import treespec_compiler as treespec
 from treespec_compiler.program.lowering import _compiled_graph
 
+pytestmark = pytest.mark.converts
+
 TOGETHER = 8
 
 
