@@ -19,6 +19,8 @@ from treespec_compiler.program.lowering import compile_calls
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.converts  # what is compiled is counted or stood in for
+
 
 # By its entry point where treespec is installed; a bare checkout has none.
 BACKEND: Any = "treespec" if "treespec" in torch._dynamo.list_backends(()) else treespec_backend

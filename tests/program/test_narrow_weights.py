@@ -16,7 +16,7 @@ from treespec_compiler import TokenTree
 from treespec_compiler.codegen import cpu
 from treespec_compiler.errors import StaleCache
 
-pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ compiler")
+pytestmark = [pytest.mark.converts, pytest.mark.skipif(not cpu.load(), reason="no C++ compiler")]
 
 PROMPT = [3, 1, 4, 1, 5]
 

@@ -21,6 +21,8 @@ from treespec_compiler.program.rounding import Exact, is_rounding, judged, toler
 from treespec_compiler.program.semantics import eager_logits
 from treespec_compiler.program.tree_program import TreeProgram
 
+pytestmark = pytest.mark.converts  # what is compiled is counted or stood in for
+
 
 def _model() -> nn.Module:
     torch.manual_seed(0)

@@ -16,6 +16,8 @@ from treespec_compiler.program.slabs import Slab, groups, kind, slab, slots, uni
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.converts  # what is compiled is counted or stood in for
+
 LAYERS = 12
 
 

@@ -10,6 +10,8 @@ from torch._inductor import config, cpu_vec_isa
 
 from treespec_compiler.program import vectors
 
+pytestmark = pytest.mark.converts  # what is compiled is counted or stood in for
+
 COMPILER = shutil.which("g++") or shutil.which("clang++") or ""
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 
