@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,3 +32,24 @@ def test_what_is_refused(pair: SimpleNamespace, tmp_path, capsys: pytest.Capture
     assert "numbers such as 2,15,27" in capsys.readouterr().err
     assert main(["train-draft", pair.target, "--prompts", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
     assert "a file of prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        ("eagle3", ["--members", "2"], "boosted"),
+        ("small", ["--sample", "7"], "boosted"),
+        ("parallel", ["--layers", "5"], "small or boosted"),
+        ("eagle3", ["--start", "demo"], "small or boosted"),
+        ("small", ["--taps", "1,2,3"], "eagle3 or parallel"),
+        ("boosted", ["--vocabulary", "9"], "eagle3 or parallel"),
+        ("eagle3", ["--no-chat"], "--prompts"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(
+    kind: str, given: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["train-draft", "demo", "--kind", kind, "--text", __file__, "--out", str(tmp_path / "out"), *given]
+    assert main(call) == 2
+    said = capsys.readouterr().err
+    assert given[0] in said and f"expected {expected}" in said and not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ..errors import InvalidOption
 from ..program.tree_program import tree_program
 from ..training.material import BoostPlan, DraftPlan
 from ..training.progress import Milestone, Tell
@@ -34,6 +35,7 @@ examples:
 A run that was ended goes on where it was when the same command is given again, and comes to the same bits. Texts that
 the target wrote lie in DIR/data (or --data) and may be deleted afterwards. docs/drafts.md says which kind is for whom.
 """
+PIECES, PIECE_TOKENS = 512, 64
 DEFAULTS = (WritingPlan(), TrainingPlan(), HeadPlan(), SmallPlan(), BoostPlan())
 
 
@@ -49,8 +51,10 @@ def configure(parser: ArgumentParser) -> None:
     asked.add_argument("--text", metavar="FILE", type=Path, nargs="+", help="files whose pieces are gone on from")
     data = parser.add_argument_group("the target's texts")
     data.add_argument("--no-chat", action="store_true", help="--prompts: leave out the model's chat template")
-    data.add_argument("--pieces", metavar="N", type=positive, default=512, help="--text: how many (default: 512)")
-    data.add_argument("--piece-tokens", metavar="N", type=positive, default=64, help="--text: of each (default: 64)")
+    data.add_argument("--pieces", metavar="N", type=positive, default=PIECES, help="--text: how many (default: 512)")
+    data.add_argument(
+        "--piece-tokens", metavar="N", type=positive, default=PIECE_TOKENS, help="--text: of each (default: 64)"
+    )
     _numbers(data, ("--new-tokens", writing.new_tokens, "of an answer at most"))
     _numbers(data, ("--at-once", writing.at_once, "answers that are written together"))
     data.add_argument("--temperature", metavar="T", type=float, default=0.0, help="of answers (default: 0)")
@@ -103,6 +107,25 @@ def layers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
+def check_uses(arguments: Namespace) -> None:
+    """Raises `InvalidOption` for an option of another kind, or of other prompts: it would be ignored."""
+    _, _, head, small, boost = DEFAULTS
+    of_kinds: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+        (("eagle3", "parallel"), {"vocabulary": head.vocabulary, "intermediate": None, "taps": None}),
+        (("small", "boosted"), {"start": None, "layers": small.layers, "hidden": small.hidden, "heads": small.heads}),
+        (("boosted",), {"members": boost.members, "sample": boost.sample}),
+    ]
+    for kinds, defaults in of_kinds:
+        for name, default in defaults.items():
+            if arguments.kind not in kinds and getattr(arguments, name) != default:
+                raise InvalidOption(name=f"--{name}", got=f"--kind {arguments.kind}", expected=" or ".join(kinds))
+    others = {"no_chat": False} if arguments.prompts is None else {"pieces": PIECES, "piece_tokens": PIECE_TOKENS}
+    for name, usual in others.items():
+        if getattr(arguments, name) != usual:
+            got, expected = ("--text", "--prompts") if arguments.prompts is None else ("--prompts", "--text")
+            raise InvalidOption(name=f"--{name.replace('_', '-')}", got=got, expected=expected)
+
+
 def plan_of(arguments: Namespace) -> DraftPlan:
     return DraftPlan(
         arguments.kind,
@@ -124,6 +147,7 @@ def plan_of(arguments: Namespace) -> DraftPlan:
 
 def run(arguments: Namespace) -> int:
     quiet_torch()
+    check_uses(arguments)
     plan, messages = plan_of(arguments), Console(stderr=True)
     given = {"dtype": DTYPES[arguments.dtype], "random_weights": arguments.random_weights}
     with messages.status("reading models"):
