@@ -281,3 +281,44 @@ def test_what_a_drafts_prompt_takes():
     costs.note(fast, 0, 0, False)
     assert costs.prompt_seconds(0, 1) == pytest.approx(0.01 * MS, rel=0.01)
     assert StepCosts(CostModel(table(4 * MS, 0.0), [None])).prompt_seconds(0, 100) == 0.0
+
+
+def looking_up() -> Load:
+    """Two drafts that run no program."""
+    load = Load()
+    load.prepare(lambda: CostModel(table(4 * MS, 0.3 * MS), [None, None]))
+    return load
+
+
+def free_share() -> Share:
+    found = Share(Auto(), [Acceptance(), Acceptance()])
+    found.remaining = 200
+    return found
+
+
+def test_drafts_without_a_program_are_asked_together_for_every_request():
+    load, shares = looking_up(), [free_share() for _ in range(TRIAL_REQUESTS + 2)]
+    planned(load, shares)
+    assert all(tree is not None for share in shares for tree in share.trees)
+
+
+def test_finding_nothing_is_no_failure():
+    load, shares = looking_up(), [free_share()]
+    planned(load, shares)
+    for _ in range(4 * CHECK_STEPS):  # each costs more than was known: a busy machine
+        load.took(Took(1, 1, (), 0, 1, 6 * MS, 0.0, 0.1 * MS))
+        load.plan(shares)
+        assert shares[0].trees[0] is not None
+    assert load.costs.verify.known == {}  # of trees it says nothing
+
+
+def test_trees_of_such_drafts_that_are_too_slow_end():
+    load, shares = looking_up(), [free_share()]
+    planned(load, shares)
+    for _ in range(2 * CHECK_STEPS):
+        if shares[0].trees[0] is not None:
+            load.took(Took(1, 3, (), 0, 1, 9 * MS, 0.0, 0.1 * MS))
+        else:
+            load.took(Took(1, 1, (), 0, 1, 4 * MS, 0.0, 0.1 * MS))
+        load.plan(shares)
+    assert shares[0].trees == [None, None]

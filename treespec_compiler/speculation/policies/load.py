@@ -154,9 +154,13 @@ class Load:
         if self.costs is None or not took.nodes:
             return
         plain, wait = not self._speculates, self._wait
+        # A draft that looks things up and found nothing cost nothing, and says nothing of the trees it may yet give.
+        silent = not plain and took.plain and not took.prompts
         self._steps += 1
-        self.costs.note(took, self.spent.draft if self.spent is not None else 0, self._context, plain)
-        if plain:
+        self.costs.note(took, self.spent.draft if self.spent is not None else 0, self._context, plain or silent)
+        if silent:
+            wait.steps, wait.plain_at = 0, self._steps
+        elif plain:
             wait.steps, wait.plain_at = wait.steps + 1, self._steps
         elif not took.prompts:  # those are paid once
             wait.steps = 0
@@ -201,7 +205,15 @@ class Load:
     def _use(self, spent: Spent) -> None:
         self.spent = spent
         for share, tree in zip(self._planned, spent.trees, strict=True):
-            share.trees = [tree if i == spent.draft else None for i in range(len(share.pools))]
+            share.trees = [tree if self._beside(spent.draft, i) else None for i in range(len(share.pools))]
+
+    def _beside(self, draft: int, other: int) -> bool:
+        """Drafts that run no program are asked together: one has something to say where another has not, and what both
+        say is one node."""
+        return other == draft or (self._free(other) and self._free(draft))
+
+    def _free(self, draft: int) -> bool:
+        return self.costs is not None and self.costs.tables.drafts[draft] is None
 
     def _restart(self) -> None:
         self._checked, self._seconds, self._tokens = 0, 0.0, 0.0
@@ -264,6 +276,8 @@ class Load:
     def _few(self, best: Spent) -> tuple[Spent, int]:
         """Trees for as few requests as are enough to learn from, those that are ready first."""
         self._interval = INTERVALS[0]
+        if self._free(best.draft):
+            return best, INTERVALS[0]  # the first ones may have nothing to say for long
         order = sorted(
             (i for i, tree in enumerate(best.trees) if tree is not None),
             key=lambda i: self._planned[i].behind[best.draft],
