@@ -12,6 +12,7 @@ from .versions import __version__ as __version__
 
 if TYPE_CHECKING:
     from .capture.mixers import register_mixer
+    from .checkpoints.hf import load
     from .errors import TreespecError, Unsupported
     from .ir.grouped_linear import grouped_linear
     from .ir.registry import register_kernel
@@ -46,6 +47,7 @@ _HOME = {
     "generate": ".runtime.generate",
     "grouped_linear": ".ir.grouped_linear",
     "hf_generate": ".serving.hf",
+    "load": ".checkpoints.hf",
     "load_program": ".program.folder.loaded",
     "register_draft": ".speculation.drafts.kinds",
     "register_kernel": ".ir.registry",
@@ -74,6 +76,7 @@ __all__ = [
     "generate",
     "grouped_linear",
     "hf_generate",
+    "load",
     "load_program",
     "register_draft",
     "register_kernel",

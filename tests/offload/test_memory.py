@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,12 @@ BESIDE = 64_000_000
 """Bytes that converting and running any model of this kind takes beside its weights: graphs, proofs, activations."""
 
 
-@pytest.mark.slow
-def test_resident_set_stays_below_the_budget(tmp_path: Path) -> None:
+LARGEST = 2 * 2816 * 1024 * 4
+"""Bytes of what is packed at once: two joined matrices of float32."""
+
+
+def saved(folder: Path, dtype: torch.dtype) -> int:
+    """A model of eight layers, written; gives the size of its weights' file in bytes."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=256,
@@ -33,18 +38,36 @@ def test_resident_set_stays_below_the_budget(tmp_path: Path) -> None:
         eos_token_id=None,
         tie_word_embeddings=True,
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    file, budget = (tmp_path / "model" / "model.safetensors").stat().st_size, 240_000_000
-    assert file > 1.3 * (budget + BESIDE)
-    script = TESTS / "offload" / "larger_than_memory.py"
-    command = [sys.executable, str(script), str(tmp_path / "model"), str(tmp_path / "blobs"), str(budget)]
+    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    return (folder / "model.safetensors").stat().st_size
+
+
+def ran(script: str, *arguments: object) -> dict[str, Any]:
+    command = [sys.executable, str(TESTS / "offload" / script), *map(str, arguments)]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_resident_set_stays_below_the_budget(tmp_path: Path) -> None:
+    file, budget = saved(tmp_path / "model", torch.float32), 240_000_000
+    assert file > 1.3 * (budget + BESIDE)
+    found = ran("larger_than_memory.py", tmp_path / "model", tmp_path / "blobs", budget)
     assert len(found["steps"]) > 1 and max(found["steps"]) < budget + BESIDE, found
     assert found["streamed"] > file / 2 and found["read"] >= found["streamed"] * len(found["steps"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [None, 120_000_000], ids=["resident", "streamed"])
+def test_opening_a_model_takes_what_is_made_of_it(budget: int | None, tmp_path: Path) -> None:
+    """The file is of bfloat16, which as float32 would take twice its size, and what is packed beside that."""
+    file = saved(tmp_path / "model", torch.bfloat16)
+    found = ran("opened_in_memory.py", tmp_path / "model", tmp_path / "files", budget or "all")
+    assert (found["streamed"] > file / 2) == (budget is not None)
+    assert found["peak"] < (budget or found["held"]) + LARGEST + BESIDE < 2 * file, found
 
 
 def _in_memory(tensor: torch.Tensor) -> int:

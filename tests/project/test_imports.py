@@ -16,7 +16,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors", "logs", "versions"),
     ("ir",),
     ("user_cache",),
-    ("offload_options",),
+    ("offload_options", "checkpoints"),
     ("options", "stages", "tree"),
     ("capture", "codegen", "passes", "offload"),
     ("converted",),

@@ -70,6 +70,11 @@ def with_offload(options: Options, arguments: Namespace) -> Options:
     return replace(options, offload=Offload(arguments.offload, **said))
 
 
+def mapped_under(arguments: Namespace) -> Path | None:
+    """Where a streamed model's weights are written that have another dtype (`checkpoints.hf.load`); None: none is."""
+    return None if arguments.offload is None else Offload(arguments.offload, dir=arguments.offload_dir).path
+
+
 def refuse_offload(arguments: Namespace) -> None:
     """Where the model is a folder that `treespec compile` wrote."""
     if arguments.offload is not None:

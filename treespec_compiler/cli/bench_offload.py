@@ -20,7 +20,7 @@ from ..runtime.generate import stream
 from ..runtime.stats import Stats
 from ..speculation.drafts.kinds import is_named
 from ..versions import versions
-from .arguments import parse_options, with_offload
+from .arguments import mapped_under, parse_options, with_offload
 from .models import DTYPES, load
 from .text import read_prompt
 
@@ -45,7 +45,7 @@ def run(arguments: Namespace) -> int:
     screen = Console(stderr=True)
     with screen.status("reading models"):
         dtype = DTYPES[arguments.dtype or "float32"]
-        target = load(arguments.model, dtype=dtype)
+        target = load(arguments.model, dtype=dtype, mapped=mapped_under(arguments))
         drafts = [name if is_named(name) else load(name, role="draft", dtype=dtype).model for name in arguments.draft]
         said = arguments.prompt or arguments.prompt_ids
         prompt = read_prompt(arguments, target) if said else torch.arange(1, 33)[None]

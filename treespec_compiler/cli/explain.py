@@ -17,7 +17,7 @@ from ..inspection.explain import CutSummary, Explanation, explain, explain_cut, 
 from ..inspection.offload import OffloadSummary, explain_offload
 from ..passes.show.snapshot import short_source
 from ..program.folder.manifest import Origin, read_manifest
-from .arguments import add_json, add_model_arguments, add_offload, refuse_offload, with_offload
+from .arguments import add_json, add_model_arguments, add_offload, mapped_under, refuse_offload, with_offload
 from .inspection import CONVERTED, EXIT_CODES, REFUSED, console, parameter_count, read_subject
 from .models import is_compiled
 
@@ -45,7 +45,7 @@ def configure(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     if is_compiled(arguments.model):
         return _folder(arguments)
-    subject = read_subject(arguments)
+    subject = read_subject(arguments, mapped_under(arguments))
     meshed = replace(subject.options, mesh=arguments.mesh)
     offloaded = with_offload(subject.options, arguments)
     cut: CutSummary | None = None

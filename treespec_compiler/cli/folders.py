@@ -10,7 +10,7 @@ from typing import Any
 from ..program.folder.loaded import LoadedProgram, load_program
 from ..runtime.folder_tokenizer import load_tokenizer
 from ..speculation.drafts.kinds import is_named
-from .arguments import named_options, refuse_offload
+from .arguments import mapped_under, named_options, refuse_offload
 from .models import DTYPES, LoadedModel, is_compiled, load
 
 
@@ -26,10 +26,11 @@ def load_compiled(name: str, options: Mapping[str, Any]) -> LoadedModel:
 def read_models(arguments: Namespace, name: str) -> tuple[LoadedModel, list[LoadedModel]]:
     """The model of this name, or the compiled folder, and what it is to guess with: `--draft none` is nothing."""
     reading: dict[str, Any] = {"dtype": DTYPES[arguments.dtype], "random_weights": arguments.random_weights}
-    compiled = is_compiled(name)
-    if compiled:
+    if is_compiled(name):
         refuse_offload(arguments)
-    target = load_compiled(name, named_options(arguments.option)) if compiled else load(name, **reading)
+        target = load_compiled(name, named_options(arguments.option))
+    else:
+        target = load(name, mapped=mapped_under(arguments), **reading)
     wanted: list[str] = [draft for draft in arguments.draft if draft != "none"]
     drafts = [LoadedModel(n, n) if is_named(n) else load(n, role="draft", **reading) for n in wanted]
     return target, drafts if arguments.draft else [LoadedModel(f"{name} draft", draft) for draft in target.drafts]

@@ -8,6 +8,7 @@ import sys
 import warnings
 from argparse import Namespace
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -40,8 +41,8 @@ class Subject:
         return self.loaded.name
 
 
-def read_subject(arguments: Namespace, **options: Any) -> Subject:
-    """Load the model; keyword arguments lay over `--option`."""
+def read_subject(arguments: Namespace, mapped: Path | None = None, **options: Any) -> Subject:
+    """Load the model, `mapped` as `models.load` takes it; keyword arguments lay over `--option`."""
     parsed = replace(parse_options(arguments.option), **{k: v for k, v in options.items() if v is not None})
     quiet_torch()
     with Console(stderr=True).status("reading the model"):
@@ -50,6 +51,7 @@ def read_subject(arguments: Namespace, **options: Any) -> Subject:
             dtype=DTYPES[arguments.dtype],
             random_weights=arguments.random_weights,
             tiny=arguments.tiny,
+            mapped=mapped,
         )
     return Subject(loaded, call_spec(loaded.model), parsed)
 

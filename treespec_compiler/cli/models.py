@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import torch
 from torch import nn
 
 from .. import demo
+from ..checkpoints.hf import first_sentence, place, read_folder, refused_by_transformers
 from ..errors import InvalidOption, UnreadableModel
 from ..program.folder.manifest import MANIFEST
 from .gguf import load_gguf, smollm2
@@ -25,7 +24,6 @@ Role = Literal["target", "draft"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST_RANDOM = 8 << 30  # bytes
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,12 @@ def load(
     random_weights: bool = False,
     tiny: bool = False,
     seed: int = 0,
+    mapped: Path | None = None,
 ) -> LoadedModel:
     """The model called `name`, in evaluation mode; `random_weights` reads no weights, only `hf:` configurations.
 
-    With `random_weights`, `hf:` takes a model type such as `llama` as well; `tiny` shrinks the configuration.
+    With `random_weights`, `hf:` takes a model type such as `llama` as well; `tiny` shrinks the configuration. `mapped`:
+    where weights of another dtype are written, so that none of them lies in memory (`checkpoints.hf.load`).
     """
     kind, _, rest = name.partition(":")
     if is_compiled(name):
@@ -63,11 +63,11 @@ def load(
             problem = f"no shipped {role} in this installation"
             fix = "Reinstall treespec, or name another model: `hf:PATH_OR_ID` or `py:module:factory`."
             raise UnreadableModel(name=name, problem=problem, expected="the weights of the demo pair", fix=fix)
-        return _load_hf(name, str(folder), dtype)
+        return _load_hf(name, str(folder), dtype, mapped)
     if kind == "hf" and rest:
         if random_weights or tiny:
             return load_random(name, rest, dtype, tiny, seed)
-        return _load_hf(name, rest, dtype)
+        return _load_hf(name, rest, dtype, mapped)
     if random_weights or tiny:
         fix = "Leave --random-weights and --tiny out, or name a Hugging Face configuration."
         raise InvalidOption(name="--random-weights", got=name, expected="a model named hf:PATH_OR_ID", fix=fix)
@@ -86,21 +86,11 @@ def is_compiled(name: str) -> bool:
     return (Path(name).expanduser() / MANIFEST).is_file()
 
 
-def _load_hf(name: str, where: str, dtype: torch.dtype) -> LoadedModel:
+def _load_hf(name: str, where: str, dtype: torch.dtype, mapped: Path | None) -> LoadedModel:
     transformers = quiet_transformers(name)
     where = place(name, where)
-    # NOTE: code that comes with a model is never run, and pickled weights are never read.
-    try:
-        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-        )
-        _check_weights(name, info)
-    except UnreadableModel:
-        raise
-    except Exception as error:
-        raise refused_by_transformers(name, error) from error
-    return LoadedModel(name, model.eval(), _tokenizer(where))
+    model = read_folder(name, where, dtype, transformers, mapped)
+    return LoadedModel(name, model, _tokenizer(where))
 
 
 def load_random(name: str, where: str, dtype: torch.dtype, tiny: bool, seed: int) -> LoadedModel:
@@ -143,17 +133,6 @@ def quiet_transformers(name: str) -> Any:
     return transformers
 
 
-def place(name: str, where: str, random_weights: bool = False) -> str:
-    """The folder that `where` names, checked, or a hub's id."""
-    folder = Path(where).expanduser()
-    if folder.exists():
-        _check_folder(name, folder, random_weights)
-        return str(folder)
-    if not HUB_ID.fullmatch(where):
-        raise UnreadableModel(name=name, problem="no such folder")
-    return where
-
-
 def _tokenizer(where: str) -> Any | None:
     from transformers import AutoTokenizer
 
@@ -161,55 +140,6 @@ def _tokenizer(where: str) -> Any | None:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception:
         return None
-
-
-def refused_by_transformers(name: str, error: Exception) -> UnreadableModel:
-    if "trust_remote_code" in str(error):
-        return UnreadableModel(
-            name=name,
-            problem="a model that comes with code of its own",
-            expected="an architecture that transformers has",
-            fix="Code of a model is never run: import it in a function of yours and name that, `py:module:factory`.",
-        )
-    problem = f"{type(error).__name__} from transformers ({_first_sentence(error)})"
-    return UnreadableModel(
-        name=name, problem=problem, expected="a causal language model with its config.json and weights"
-    )
-
-
-def _check_folder(name: str, folder: Path, random_weights: bool) -> None:
-    if not folder.is_dir():
-        raise UnreadableModel(name=name, problem="a file", fix="Name the folder it lies in.")
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UnreadableModel(name=name, problem="a folder without config.json")
-    try:
-        content = json.loads(config.read_text())
-    except (OSError, ValueError) as error:
-        raise UnreadableModel(name=name, problem=f"a config.json that does not parse ({error})") from error
-    if not isinstance(content, dict) or "model_type" not in content:
-        raise UnreadableModel(name=name, problem="a config.json without model_type")
-    if random_weights or any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt")))
-    if pickled:
-        fix = "Convert the weights: model.save_pretrained(folder) writes safetensors; pickled files are not read."
-        raise UnreadableModel(name=name, problem=f"pickled weights only ({', '.join(pickled[:3])})", fix=fix)
-    fix = "Add the weights, or pass --random-weights to run the configuration with random ones."
-    raise UnreadableModel(name=name, problem="a folder without weights", fix=fix)
-
-
-def _check_weights(name: str, info: dict[str, Any]) -> None:
-    """transformers fills what a checkpoint lacks with random numbers; here that is an error."""
-    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
-        keys = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get(key) or ())
-        if keys:
-            raise UnreadableModel(
-                name=name,
-                problem=f"a checkpoint that {what} {len(keys)} of the model's weights ({', '.join(keys[:3])})",
-                expected="every weight of the configuration",
-                fix="Use the checkpoint that belongs to this config.json.",
-            )
 
 
 def _load_py(name: str, rest: str, dtype: torch.dtype) -> LoadedModel:
@@ -223,7 +153,7 @@ def _load_py(name: str, rest: str, dtype: torch.dtype) -> LoadedModel:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        problem = f"{type(error).__name__} on importing {module_name} ({_first_sentence(error)})"
+        problem = f"{type(error).__name__} on importing {module_name} ({first_sentence(error)})"
         raise UnreadableModel(name=name, problem=problem, expected=expected, fix="Check the module.") from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
@@ -232,7 +162,7 @@ def _load_py(name: str, rest: str, dtype: torch.dtype) -> LoadedModel:
     try:
         made = factory()
     except Exception as error:
-        problem = f"{type(error).__name__} from {factory_name}() ({_first_sentence(error)})"
+        problem = f"{type(error).__name__} from {factory_name}() ({first_sentence(error)})"
         fix = "The factory is called without arguments; --debug shows its traceback."
         raise UnreadableModel(name=name, problem=problem, expected=expected, fix=fix) from error
     model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -240,8 +170,3 @@ def _load_py(name: str, rest: str, dtype: torch.dtype) -> LoadedModel:
         problem = f"{type(model).__name__} from {factory_name}()"
         raise UnreadableModel(name=name, problem=problem, expected=expected, fix="Return the model itself.")
     return LoadedModel(name, model.to(dtype).eval(), tokenizer)
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0].strip().rstrip(".:") if lines else "") or type(error).__name__

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..ir.streaming import Streaming
 from ..ir.weights import Expression, Read
 from ..offload_options import Offload
+from .paging import page_out
 from .ring import Ring, StreamStats
-from .store import WeightStore, store_key
+from .store import Build, WeightStore, store_key
 
 
 class OpenStream:
@@ -32,18 +33,13 @@ class OpenStream:
         needed = {source for name in self._made for source in self._made[name].sources}
         key = store_key(self._streaming, self._made, [(name, total) for name, total in sums if name in needed])
         if self._ring is None or key != self._key:
-            store = WeightStore(
-                self._options.path, self._streaming, key, lambda name: self._made[name].build(self._read)
-            )
+            store = WeightStore(self._options.path, self._streaming, key, _build(self._made, self._read))
             if self._ring is None:
                 self._ring = Ring(self._streaming, store, self._stats)
             else:
                 self._ring.renew(store)
             self._key = key
         return self._ring.places
-
-    def _build(self, name: str) -> Tensor:
-        return self._made[name].build(self._read)
 
     def rest(self) -> None:
         """Give up the ring's memory, until it is bound again."""
@@ -53,3 +49,14 @@ class OpenStream:
     def stats(self) -> StreamStats:
         """What streaming took so far."""
         return replace(self._stats)
+
+
+def _build(made: Mapping[str, Expression], read: Read) -> Build:
+    """Makes weights for files. Pages of mapped tensors go back at once: a model may be larger than memory."""
+
+    def build(name: str) -> Tensor:
+        tensor = made[name].build(read)
+        page_out(read(source) for source in made[name].sources)
+        return tensor
+
+    return build

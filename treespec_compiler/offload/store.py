@@ -7,15 +7,13 @@ whole or not at all, the manifest last. A blob that is missing, short or damaged
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from ..errors import InvalidOption, NoRoomForWeights
 from ..ir.streaming import StreamedLayer, Streaming, view
 from ..ir.weights import Expression
 from ..logs import logger
-from ..user_cache import replacing, write_whole
+from ..user_cache import locked, replacing, write_whole
 from .reading import ALIGNMENT
 
 log = logger(__name__)
@@ -93,7 +91,7 @@ class WeightStore:
 
     def rewrite(self, layer: int) -> Blob:
         """As `write`, of a blob that was found to be damaged; the manifest follows."""
-        with self._alone():
+        with locked(self.folder):
             made = self.write(layer)
             self._write_manifest()
         return made
@@ -109,7 +107,7 @@ class WeightStore:
         except OSError as error:
             fix = "Name a folder that can be written: offload={'dir': ...}."
             raise InvalidOption(name="offload", got=str(error), expected="a folder for weights", fix=fix) from error
-        with self._alone():
+        with locked(self.folder):
             known = self._read_manifest()  # by another process, which wrote while this one waited
             self._blobs = [known.get(layer.number) for layer in self._layers]
             for left in self.folder.glob("*.tmp"):  # by a process that was killed
@@ -124,16 +122,6 @@ class WeightStore:
             self.write(layer.number)
         if missing:
             self._write_manifest()
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other process writes to the folder meanwhile; one that ends, however it does, lets the next one in."""
-        handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
 
     def _write_manifest(self) -> None:
         blobs = [blob for blob in self._blobs if blob is not None]
