@@ -14,6 +14,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 from costs import pytest_terminal_summary  # noqa: F401  hook
+from families import leave_out
 from hypothesis import settings
 from shared_programs import pytest_runtest_setup  # noqa: F401  hook
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401  hooks
@@ -25,7 +26,9 @@ settings.register_profile("treespec", deadline=None, derandomize=True, max_examp
 settings.load_profile("treespec")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # after `-k` and `-m`
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out(config, items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -44,6 +44,7 @@ class Verdicts:
     def tests(self) -> tuple[Callable[[str], None], Callable[[str], None]]:
         """Of all that were registered by now."""
 
+        @pytest.mark.family
         @pytest.mark.parametrize("name", self.exact)
         def converts_exactly(name: str) -> None:
             model: Any = built(self.exact[name])
@@ -53,6 +54,7 @@ class Verdicts:
             alone = program.verify(treespec.TokenTree([5], [-1]), cache)  # a tree of one node, no prefix
             assert alone.shape == (1, VOCAB)
 
+        @pytest.mark.family
         @pytest.mark.parametrize("name", self.refusals)
         def is_refused(name: str) -> None:
             cls, words = self.refusals[name]

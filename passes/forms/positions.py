@@ -22,7 +22,7 @@ from treespec_compiler.ir.provenance import op_name, source_line
 from treespec_compiler.ir.specs import Limit
 
 from ..framework.state import GraphState, refuse
-from .by_value import LONGEST, SampledValues, proved_up_to, same_bits, same_up_to
+from .by_value import LONGEST, SampledValues, proved_up_to, same_bits, same_up_to, signature
 from .closed_form import ClosedForms, Form, axis, shape_of
 from .evaluate import cone
 
@@ -101,10 +101,22 @@ def _counts(state: GraphState, node: fx.Node, at: int, offset: int | None) -> bo
     if offset is not None and _only_moves(node):
         return True
     sampled, dtype = _sampled(state, node), node.meta["val"].dtype
+    # Layers compute the same positions, and two passes ask for them.
+    key = (
+        signature(node),
+        at,
+        offset,
+        *((n.name, state.weights[n.name]) for n in cone(node) if n.name in state.weights),
+    )
+    if key not in state.counted:
+        state.counted[key] = _counted(sampled, dtype, node.meta["val"].dim(), at, offset)
+    return state.counted[key]
 
+
+def _counted(sampled: SampledValues, dtype: torch.dtype, dims: int, at: int, offset: int | None) -> bool:
     def holds(n: int) -> bool:
         places = torch.arange(n) if n == sampled.ceiling else sampled.places(n)  # rounding may spare all but a few
-        values = sampled.at(n, [places if i == at else None for i in range(node.meta["val"].dim())]).movedim(at, -1)
+        values = sampled.at(n, [places if i == at else None for i in range(dims)]).movedim(at, -1)
         if offset is None:
             return same_bits(values, values[..., :1].expand(values.shape))
         return same_bits(values, (places + offset).to(dtype).expand(values.shape))

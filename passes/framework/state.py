@@ -68,6 +68,7 @@ class GraphState:
     budget: Budget | None = None  # memory for weights; None: all of them stay
     streaming: Streaming | None = None  # which of them come from a stream
     other_length: OtherLength | None = None  # the model analysed for another length
+    counted: dict[Any, bool] = field(default_factory=dict, repr=False)  # what was compared by value, as positions are
     _forms: ClosedForms | None = field(default=None, init=False, repr=False)  # of the graph as it is
 
     @property

@@ -133,6 +133,7 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", DECODERS)
 def test_exact_or_refused(name: str) -> None:
     torch.manual_seed(0)

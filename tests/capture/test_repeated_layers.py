@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 # deepseek_v3 fills a new tensor through its views, mixtral divides in place, falcon adds to what a part of its layer
 # gave, gemma2's layers alternate between two masks
+@pytest.mark.family
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gemma2", "mixtral", "deepseek_v3"])
 def test_as_a_trace_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")

@@ -73,6 +73,7 @@ CHANGES: dict[str, Callable[[Reader, pytest.MonkeyPatch], Any]] = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", CHANGES)
 def test_it_is_followed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

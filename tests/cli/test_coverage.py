@@ -49,6 +49,7 @@ def test_configurations_are_shrunk(name: str) -> None:
     assert has_window(config) == (name not in ("mixtral", "deepseek_v2"))
 
 
+@pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_a_sample_is_exact(name: str) -> None:

@@ -215,6 +215,7 @@ print("answer", kernel and kernel.name, op(x, ops.pack_weight(w), None, 5).sum()
 """
 
 
+@pytest.mark.rare
 @compiled
 @pytest.mark.slow
 def test_two_processes_build_into_one_cache(tmp_path):

@@ -1,6 +1,6 @@
 """Runs `tests/codegen/interpreter/check_*.py`: numerics of Triton kernels in Triton's interpreter, without a GPU.
 
-Triton reads TRITON_INTERPRET when a kernel is made, so every file runs in a process of its own. By hand:
+Triton reads TRITON_INTERPRET when a kernel is made, so they run in processes of their own. One file by hand:
 
     TRITON_INTERPRET=1 python -m pytest -n 0 tests/codegen/interpreter/check_append.py
 """
@@ -21,12 +21,13 @@ if triton.__version__.startswith("3.6.") and [int(n) for n in numpy.__version__.
     pytest.skip("triton 3.6's interpreter needs numpy < 2.4", allow_module_level=True)
 
 FILES = sorted(Path(__file__).with_name("interpreter").glob("check_*.py"))
+ATTENTION = [file for file in FILES if file.stem in ("check_tree_attention", "check_tree_programs")]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_interpreter(file: Path) -> None:
+@pytest.mark.parametrize("files", [ATTENTION, [f for f in FILES if f not in ATTENTION]], ids=["attention", "others"])
+def test_interpreter(files: list[Path]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", str(file)],
+        [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *map(str, files)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

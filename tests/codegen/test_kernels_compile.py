@@ -49,6 +49,7 @@ def test_append(target: str, dtype: str) -> None:
         assert done.has("LDG.E.128") and done.has("STG.E.128")
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,6 +85,7 @@ def test_largest_logits(target: str, dtype: str) -> None:
         assert done.has("LDG.E.128")
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("nodes", "splits"), [(64, 4), (512, 1), (4096, 1)])
 def test_greedy_walk(target: str, nodes: int, splits: int) -> None:
@@ -100,6 +102,7 @@ def by_chance(rule: str, nodes: int = 64, ids: int = 128 * 1024) -> list[Launch]
     return chance_launches(*step, rule, 1)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("rule", ["naive", "multi-step", "recursive", "traversal"])
 def test_stochastic_acceptance(target: str, rule: str) -> None:

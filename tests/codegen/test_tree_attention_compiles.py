@@ -46,6 +46,7 @@ def compiled(spec: AttentionKernel, config: Config, target: str, split: bool, **
 
 
 # Of each target, what takes more registers.
+@pytest.mark.family
 @pytest.mark.parametrize(("target", "split"), [("sm_80", False), ("sm_90", True), ("sm_100", True)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_node_of_a_family(family: str, target: str, split: bool) -> None:
@@ -74,6 +75,7 @@ def test_a_few_nodes(family: str, target: str) -> None:
     assert done.resources.fits, done.resources
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_rows_of_a_family(family: str, target: str) -> None:

@@ -14,6 +14,7 @@ import treespec_compiler as treespec
 from treespec_compiler.errors import Refusal
 
 
+@pytest.mark.family
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
 def test_rows_are_the_models_own(style: type[Break]) -> None:

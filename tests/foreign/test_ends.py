@@ -35,6 +35,7 @@ def assert_decodes(model: End, program: treespec.TreeProgram, rounds: int = 2, s
         prefix = prefix + [tree.tokens[i] for i in path]
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
 def test_rows_are_the_models_own(style: type[End]) -> None:
     model = built(style)
@@ -43,6 +44,7 @@ def test_rows_are_the_models_own(style: type[End]) -> None:
     assert_decodes(model, program)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("style", REFUSED, ids=lambda style: style.__name__)
 def test_refused(style: type[End]) -> None:
     model = built(style)

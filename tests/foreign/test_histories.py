@@ -25,6 +25,7 @@ def attributes(model: nn.Module) -> dict[str, Any]:
     return {f"{p}.{k}": id(v) for p, m in model.named_modules() for k, v in (vars(m) | m._buffers).items()}
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("before", [(), (5, 16)], ids=["fresh", "ran"])
 @pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
 def test_rows_are_the_models_own(style: type[History], before: tuple[int, ...]) -> None:
@@ -67,6 +68,7 @@ def test_one_that_somebody_sets_later_makes_another_program() -> None:
     assert_decodes(model, program, VOCAB, rounds=1, size=7)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("before", [(), (5, 16)], ids=["fresh", "ran"])
 @pytest.mark.parametrize("style", REFUSED, ids=lambda style: style.__name__)
 def test_refused(style: type[History], before: tuple[int, ...]) -> None:

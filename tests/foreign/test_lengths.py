@@ -31,6 +31,7 @@ import treespec_compiler as treespec
 from treespec_compiler.errors import Refusal
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
 def test_rows_are_the_models_own(style: type[Length]) -> None:
     model = built(style)
@@ -40,6 +41,7 @@ def test_rows_are_the_models_own(style: type[Length]) -> None:
     assert treespec.tree_program(model, options=EAGER).graph_module is graph
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("style", REFUSED, ids=lambda style: style.__name__)
 def test_refused(style: type[Length]) -> None:
     with pytest.raises(treespec.Unsupported) as refusal:

@@ -23,12 +23,14 @@ class Masked(Tiny):
         return self.written(tokens)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", CONVERTED)
 def test_rows_are_the_models_own(name: str) -> None:
     model = Masked(CONVERTED[name])
     assert_decodes(model, treespec.tree_program(model, options=EAGER), VOCAB, rounds=1, size=9, prompt=11)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     with pytest.raises(treespec.Unsupported) as refusal:

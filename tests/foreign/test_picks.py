@@ -13,6 +13,7 @@ import treespec_compiler as treespec
 from treespec_compiler.errors import Refusal
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
 def test_rows_are_the_models_own(style: type[Style]) -> None:
     model = built(style)
@@ -22,6 +23,7 @@ def test_rows_are_the_models_own(style: type[Style]) -> None:
 KINDS = (Refusal.CONTROL, Refusal.NO_GRAPH, Refusal.MASK, Refusal.BRANCH)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("style", REFUSED, ids=lambda style: style.__name__)
 def test_refused(style: type[Style]) -> None:
     with pytest.raises(treespec.Unsupported) as refusal:

@@ -12,12 +12,14 @@ from torch import nn
 import treespec_compiler as treespec
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
 def test_rows_are_the_models_own(style: type[nn.Module]) -> None:
     model = built(style)
     assert_decodes(model, treespec.tree_program(model, options=EAGER), VOCAB, rounds=2, size=9)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("style", REFUSED, ids=lambda style: style.__name__)
 def test_refused(style: type[nn.Module]) -> None:
     with pytest.raises(treespec.Unsupported) as refusal:

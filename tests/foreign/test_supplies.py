@@ -26,6 +26,7 @@ def test_masks_and_positions_of_an_example(style: type[Tiny], arguments: Callabl
     assert_decodes(Called(model, arguments), program, VOCAB, rounds=1, size=7)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(("style", "arguments"), BY_FUNCTION)
 def test_an_example_that_is_a_function(style: type[Tiny], arguments: Callable[[Tensor], Any]) -> None:
     model = built(style)

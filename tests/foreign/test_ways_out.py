@@ -13,6 +13,7 @@ from ways_out import CONTEXT, VOCAB, WAYS, BranchOnValues, Way
 import treespec_compiler as treespec
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.before.__name__}: {way.words}")
 def test_the_way_out_works(way: Way) -> None:
     torch.manual_seed(0)

@@ -69,6 +69,7 @@ class CutBothWays(Convolved):
         return self.conv1d(F.pad(x, (4, 0)), layer, padding=self.reach)[..., 4 : x.shape[2] + 4]
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     "kind",
     [Convolved, PaddedInFront, JoinedZeros, CutByNegative, AsModule, Dilated, Dense, Grouped, Late, CutBothWays],
@@ -163,6 +164,7 @@ class OverChannels(Convolved):
         return super(Convolved, self).block(x, layer)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [

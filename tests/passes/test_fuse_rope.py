@@ -116,6 +116,7 @@ def fused(model: Any) -> tuple[list[str], list[str], int, Any]:
     return old, ops(state), record.matches, state
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda c: c.__name__)
 def test_rotation_joins_attention(spelling: type[Half]) -> None:
     style, rotary, width = SPELLINGS[spelling]
@@ -137,6 +138,7 @@ def turning(program: Any) -> int:
     return sum(arguments(call)["cos"] is not None for call in calls)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("spelling", [*SPELLINGS, RopeTril], ids=lambda c: c.__name__)
 def test_the_meaning_stays(spelling: Any) -> None:
     """The path oracle on the references, with every pass checked on random trees."""
@@ -221,6 +223,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("model", REFUSED, ids=lambda c: c.__name__)
 def test_what_is_not_proved_is_left(model: Any, caplog: Any) -> None:
     caplog.set_level("INFO", "treespec.passes")

@@ -105,6 +105,7 @@ def test_exact() -> None:
     assert_decodes(model, treespec.tree_program(model, options=EAGER), VOCAB, rounds=2)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("cls", [Unsorted, Descending, OthersCounts, SwappedMatrices, SwappedParts, CountedTwice])
 def test_refused(cls: type[Tiny]) -> None:
     with pytest.raises(treespec.Unsupported) as refusal:

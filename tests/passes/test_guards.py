@@ -42,6 +42,7 @@ CONVERTED = [(8, 7), (EXAMPLE_TOKENS, 12), (24, 24), (12, 11)]
 REFUSED = [(8, 6), (12, 10), (24, 22)]
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("chunked", [False, True], ids=["window", "chunk"])
 @pytest.mark.parametrize("first, reach", CONVERTED)
 def test_a_window_that_hides_nothing_below_its_guard(first: int, reach: int, chunked: bool) -> None:

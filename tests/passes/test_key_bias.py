@@ -151,6 +151,7 @@ def test_exact(attention: Any) -> None:
     assert_decodes(model, program, VOCAB, rounds=2)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     ("attention", "words"),
     [

@@ -49,6 +49,7 @@ WINDOWS: dict[str, tuple[Mask, int]] = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", WINDOWS)
 def test_window(name: str) -> None:
     mask, window = WINDOWS[name]
@@ -91,6 +92,7 @@ REFUSED: dict[str, tuple[Mask, str]] = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", REFUSED)
 def test_no_mask_of_a_decoder(name: str) -> None:
     mask, words = REFUSED[name]

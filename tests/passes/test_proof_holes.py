@@ -347,12 +347,14 @@ def _model(cls: type[nn.Module]) -> Any:
     return model
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", CONVERT)
 def test_exact(name: str) -> None:
     model = _model(CONVERT[name])
     assert_decodes(model, treespec.tree_program(model, options=EAGER), VOCAB, rounds=2, prompt=17)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", REFUSE)
 def test_refused(name: str) -> None:
     cls, words = REFUSE[name]

@@ -128,6 +128,7 @@ WHERE: list[tuple[type[Tiny], str, str]] = [
 ]
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("cls, reason, node", WHERE, ids=[w[0].__name__ for w in WHERE])
 def test_refusal_names_node_line_and_reason(cls: type[Tiny], reason: str, node: str) -> None:
     error = refusal(cls())

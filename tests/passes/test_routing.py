@@ -124,6 +124,7 @@ class Everywhere(Routed):
 CONVERTS = (Routed, AddedUp, WrittenBack, SortedTwice, TopOne, Batched, ChoiceMajor, Everywhere)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("kind", CONVERTS)
 def test_routing_converts_and_decodes(kind: type[Routed]) -> None:
     model = kind()
@@ -282,6 +283,7 @@ REFUSES = [
 ]
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(("kind", "reason"), REFUSES, ids=lambda value: getattr(value, "__name__", ""))
 def test_routing_that_mixes_tokens_is_refused(kind: type[Routed], reason: str) -> None:
     with pytest.raises(treespec.Unsupported) as refusal:

@@ -167,6 +167,7 @@ def test_replaced_scores_that_are_hidden() -> None:
     assert_decodes(model, treespec.tree_program(model, options=EAGER), VOCAB, rounds=1)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     "attention",
     [

@@ -93,6 +93,7 @@ ASSEMBLED = [
 ]
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(("ends", "fires"), ASSEMBLED)
 def test_tensors_that_are_written_part_by_part(ends: tuple[tuple[int, int], ...], fires: bool) -> None:
     decoder = model(assembled(*ends))
@@ -115,6 +116,7 @@ IDS: list[tuple[str, Function, int | None]] = [
 ]
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(("function", "bound"), [i[1:] for i in IDS], ids=[i[0] for i in IDS])
 def test_the_bound_of_ids(function: Function, bound: int | None) -> None:
     _, _, _, state = applied(model(lambda x: x + function(x).sum()), normalize.PASS)

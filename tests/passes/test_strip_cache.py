@@ -72,6 +72,7 @@ CONVERTED = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", CONVERTED)
 def test_path_oracle(name: str) -> None:
     model = built(CONVERTED[name])
@@ -320,6 +321,7 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     cls, words = REFUSED[name]

@@ -81,6 +81,7 @@ def _switched(model: Any, config: Any) -> Tensor:
     return first
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("kind", KINDS)
 def test_exact_at_each_switch(kind: str) -> None:
     torch.manual_seed(0)

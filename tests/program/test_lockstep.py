@@ -27,6 +27,7 @@ SAMPLE = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_ranks_together_say_what_the_model_says(name: str) -> None:

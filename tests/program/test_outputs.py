@@ -53,6 +53,7 @@ def assert_hidden(model, found, tree, prefix, nodes=None) -> None:
             assert error(found[name][row], state[-1]) <= TOLERANCE, f"{name} of node {node}"
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", zoo.TYPES)
 def test_every_layer_of_every_type(name):
     model = zoo.make(name)

@@ -32,6 +32,7 @@ def program_of(name: str) -> Any:
     return treespec.tree_program(model_of(name), options=EAGER)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", zoo.TYPES)
 def test_architecture(name: str) -> None:
     program = program_of(name)

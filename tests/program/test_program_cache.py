@@ -143,6 +143,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", TEXTS)
 def test_other_code_is_another_program(saved: Home, name: str) -> None:
     assert not saved.right(saved.model(TEXTS[name])).from_cache
@@ -200,6 +201,7 @@ def other_norm(model: Any) -> None:
 CHANGES = (hooked, hooked_before, adapted, replaced, scaled, tied, fewer, parametrized, doubled, other_norm)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_another_state_is_another_program(saved: Home, change: Callable[[Any], None]) -> None:
     model = saved.model()
@@ -354,6 +356,7 @@ def folder(path: Path) -> None:
 DAMAGES = (truncated, cut_in_header, empty, other_byte, huge_header, foreign, pickled, link, folder)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_file_is_named_and_not_used(
     saved: Home, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
@@ -365,6 +368,7 @@ def test_a_damaged_file_is_named_and_not_used(
     assert f"{path} is not used" in caplog.text
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     ("before", "after"),
     [

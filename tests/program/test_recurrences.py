@@ -28,6 +28,7 @@ def program_of(name: str) -> Any:
     return treespec.tree_program(model_of(name), options=EAGER)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", NAMES)
 def test_a_convolution_and_a_recurrence_each(name: str) -> None:
     kinds = [s.kind for s in program_of(name).states]
@@ -35,6 +36,7 @@ def test_a_convolution_and_a_recurrence_each(name: str) -> None:
     assert (len(program_of(name).sites) == 0) is (name in ("mamba", "mamba2"))
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     ("name", "prompt", "size"),
     [
@@ -47,6 +49,7 @@ def test_three_rounds(name: str, prompt: int, size: int) -> None:
     assert_decodes(model_of(name), program_of(name), VOCAB, size=size, prompt=prompt)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_in_pieces_and_trees_by_level(name: str) -> None:
     model = model_of(name)

@@ -64,6 +64,7 @@ def lines(state: GraphState) -> list[Any]:
 
 # Of the zoo, one of each kind of program: rotations, tables of positions, windows, softcaps, slopes that are computed,
 # constants, parallel layers.
+@pytest.mark.family
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2", "bloom", "falcon"])
 def test_a_program_comes_back_as_it_was(name: str) -> None:
     program = converted(tiny_model(name) if name in ("gemma2", "bloom") else make(name))
@@ -79,7 +80,7 @@ def test_a_program_comes_back_as_it_was(name: str) -> None:
 
 def test_every_field_of_a_state_is_saved_or_named_here() -> None:
     by_rule = {"gm", "weights", "sites", "states", "positions", "limits", "proved_from", "model_logits", "logits_given"}
-    of_a_process = {"length", "fake_mode", "other_length", "_forms"}
+    of_a_process = {"length", "fake_mode", "other_length", "counted", "_forms"}
     refused = {"states"}
     before_the_end = {"guards", "notes", "cut", "whole_groups"}
     of_streams = {"budget", "streaming"}  # such a graph is refused

@@ -32,6 +32,7 @@ from treespec_compiler.program.batch import Part, pack
 from treespec_compiler.program.cache import TreeCache
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     ("attention", "formula", "bias", "softcap", "sinks", "context"),
     [

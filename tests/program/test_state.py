@@ -99,6 +99,7 @@ def _row(model: Any, program: Any) -> float:
     return error(program.prefill(ids, program.new_cache(16)), eager_row(model, ids))
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_followed(name: str) -> None:
     model = build()
@@ -294,6 +295,7 @@ def test_adapters_are_followed() -> None:
     assert same() == first
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("kind", ["LoHa", "saved head", "mixed"])
 def test_other_adapters_are_followed(kind: str) -> None:
     """Of the product of two low ranks; a head in another's place; two kinds of adapters at once."""

@@ -16,6 +16,7 @@ from treespec_compiler.cli.coverage.models import VARIANTS, VOCAB, _rope, tiny_m
 CASES = [(kind, name) for kind, variants in VARIANTS.items() for name in variants]
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=lambda word: word.replace(" ", "-"))
 def test_variant(kind: str, name: str) -> None:
     fields = VARIANTS[kind][name]

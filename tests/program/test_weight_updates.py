@@ -153,6 +153,7 @@ TAKEN: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_weight_that_is_taken_away(name: str) -> None:
     """Right again, or refused; and a cache that was open says so."""

@@ -46,6 +46,7 @@ def expected(model, prefix, tree):
     return torch.stack(rows)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_logits_are_those_of_the_eager_model_with_fewer_layers(target, program, layers, lowering):

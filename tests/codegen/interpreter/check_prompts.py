@@ -33,6 +33,7 @@ def bare(case: Case, pages: bool) -> tuple:
 FORESTS = {"later chunk": [(37, chain(70), 70)], "two": [(5, chain(20), 12), (0, chain(35), 35)]}
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(("config", "splits"), [(Config(16, 32, 4, 1), 3), (Config(64, 64, 4, 1), 1)], ids=str)
 @pytest.mark.parametrize(("window", "chunk"), [(0, 0), (7, 0), (0, 8), (60, 24)])
 @pytest.mark.parametrize("forest", FORESTS)

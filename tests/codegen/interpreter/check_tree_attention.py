@@ -50,6 +50,7 @@ def test_attention(name):
     compare(run(CASES[name], config=Config(32, 64, 4, 1), splits=1), CASES[name].expected()[0])
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", SMALL)
 def test_attention_in_splits(name):
     compare(run(CASES[name], config=Config(16, 32, 4, 1), splits=3), CASES[name].expected()[0])
@@ -114,6 +115,7 @@ COMBINED = [
 ]
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(("forest", "mask", "score"), COMBINED)
 def test_scores(forest, mask, score):
     window, chunk = MASKS[mask]
@@ -144,6 +146,7 @@ BRAIN_CASES = {
 }
 
 
+@pytest.mark.family
 @exact_bfloat16()
 @pytest.mark.parametrize("name", BRAIN_CASES)
 def test_bfloat16(name):

@@ -28,6 +28,7 @@ def _on_the_cpu(monkeypatch):
     registry.register_kernel(ops.tree_attention, TREE_ATTENTION, name="interpreted", device="cpu", priority=99)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     ("model_type", "window", "changes"),
     [
