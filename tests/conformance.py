@@ -346,13 +346,15 @@ def conforming(interpreted: bool) -> list[tuple[Kernel, str]]:
 
 
 def takes(kernel: Kernel, call: Call) -> bool:
-    names = [a.name for a in kernel.op._schema.arguments]
-    given = library.given(kernel.op, {**dict(zip(names, call.arguments)), **call.changes})
+    given = library.given(kernel.op, values_of(kernel, call))
     return kernel.optional is None or given <= kernel.optional
 
 
 def check(kernel: Kernel, what: str, dtype: torch.dtype) -> None:
-    """The kernel gives what the reference gives and writes what it writes, and both keep the call's promises."""
+    """The kernel gives what the reference gives and writes what it writes, and both keep the call's promises.
+
+    Spelled in numbers (`ir.numbered`) it is the same call.
+    """
     call = CALLS[name_of(kernel.op)][what](dtype)
     (want, wanted), (got, written) = call.run(kernel.op), call.run(kernel.target)
     tolerance = TOLERANCE[dtype]
@@ -362,6 +364,16 @@ def check(kernel: Kernel, what: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance, equal_nan=True)
     for result in (want, got):
         promised(call, result)
+    spelled = library.numbered(kernel.target, values_of(kernel, call))
+    if spelled is not None:
+        again, wrote = Call(spelled[1], written=call.written).run(spelled[0])
+        for mine, theirs in zip((again, *_flat(wrote)), (got, *_flat(written)), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=0, rtol=0, equal_nan=True)
+
+
+def values_of(kernel: Kernel, call: Call) -> dict[str, Any]:
+    names = [a.name for a in kernel.op._schema.arguments]
+    return {**dict(zip(names, call.arguments)), **call.changes}
 
 
 def promised(call: Call, result: Any) -> None:

@@ -87,6 +87,15 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optio
   return out;
 }
 
+// The forms by number, as ir/linear.py has them.
+constexpr c10::string_view NUMBERED_FORMS[] = {"", "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0"};
+
+Tensor packed_linear_numbered(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N,
+                              int64_t form) {
+  TORCH_CHECK(form >= 0 && form < int64_t(std::size(NUMBERED_FORMS)), "packed_linear knows no form number ", form);
+  return packed_linear(input, packed, bias, N, NUMBERED_FORMS[form]);
+}
+
 Tensor int64_input(const Tensor& t, int64_t numel, const char* name) {
   TORCH_CHECK(t.scalar_type() == at::kLong && t.numel() == numel, name, " must be int64 with ", numel, " elements, got ",
               t.scalar_type(), " with ", t.numel());
@@ -221,6 +230,21 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
   return out.transpose(1, 2);
 }
 
+// The style of a rotation, of which there is none here, and the one pattern that has a number: all of a path.
+Tensor tree_attention_numbered(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pool_k,
+                               const Tensor& pool_v, const Tensor& positions, const Tensor& write_index,
+                               const Tensor& node_offsets, const Tensor& page_table, const Tensor& prefix_lens,
+                               const Tensor& tree_lens, const Tensor& ancestors, double scale, int64_t window,
+                               int64_t chunk, double softcap, const std::optional<Tensor>& slopes,
+                               const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks,
+                               const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, int64_t,
+                               int64_t rotary, int64_t pattern) {
+  TORCH_CHECK(pattern == 0, "tree_attention knows no pattern number ", pattern);
+  return tree_attention(q, k, v, pool_k, pool_v, positions, write_index, node_offsets, page_table, prefix_lens,
+                        tree_lens, ancestors, scale, window, chunk, softcap, slopes, bias, sinks, cos, sin, "", rotary,
+                        "");
+}
+
 void commit_path(at::TensorList pools, const Tensor& src_in, const Tensor& dst_in) {
   const Tensor src = int64_input(src_in, src_in.numel(), "src"), dst = int64_input(dst_in, src_in.numel(), "dst");
   const int64_t n = src.numel();
@@ -289,7 +313,9 @@ std::vector<int64_t> checksums(const std::vector<Tensor>& tensors) {
 
 TORCH_LIBRARY_IMPL(treespec_cpu, CPU, m) {
   m.impl("packed_linear", TORCH_FN(treespec::packed_linear));
+  m.impl("packed_linear.numbered", TORCH_FN(treespec::packed_linear_numbered));
   m.impl("tree_attention", TORCH_FN(treespec::tree_attention));
+  m.impl("tree_attention.numbered", TORCH_FN(treespec::tree_attention_numbered));
   m.impl("commit_path", TORCH_FN(treespec::commit_path));
   m.impl("checksums", TORCH_FN(treespec::checksums));
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .library import define
 from .private_torch import OpOverload
-from .rotation import rotate
+from .rotation import STYLES, rotate
 from .scores import changed_scores, softmax_with_sinks
 from .specs import MaskSpec
 
@@ -147,4 +147,11 @@ def fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
     return empty_output(q, v)
 
 
-tree_attention: OpOverload = define("tree_attention", SCHEMA, reference, fake)
+tree_attention: OpOverload = define(
+    # NOTE a pattern is any text: a call with one is compiled slowly
+    "tree_attention",
+    SCHEMA,
+    reference,
+    fake,
+    texts={"style": STYLES, "pattern": ("",)},
+)

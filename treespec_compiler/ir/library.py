@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
+from .numbered import OVERLOAD, Spelling, Texts, numbered_schema
 from .private_torch import OpOverload
 
 NAMESPACE = "treespec"
@@ -32,12 +33,15 @@ class Definition:
     schema: str
     fake: Callable[..., Any]
     tags: tuple[torch.Tag, ...]
+    texts: Texts = field(default_factory=dict)
 
 
 _LIBRARIES: dict[str, torch.library.Library] = {}  # an op lives as long as its library
 _DEFINITIONS: dict[OpOverload, Definition] = {}
 _MEANING: dict[OpOverload, OpOverload] = {}
 """What an op implements; of an op of the tree IR, itself."""
+_NUMBERED: dict[OpOverload, tuple[OpOverload, Spelling]] = {}
+"""Of ops with texts among their arguments, the overload that takes numbers."""
 
 
 def define(
@@ -46,9 +50,13 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     tags: tuple[torch.Tag, ...] = ANY_STRIDES,
+    texts: Texts | None = None,
 ) -> OpOverload:
-    """The op `treespec::name`, for any device. `fake`: the result of fake tensors, from the same arguments."""
-    made = Definition(name, schema, fake, tags)
+    """The op `treespec::name`, for any device. `fake`: the result of fake tensors, from the same arguments.
+
+    `texts`: of every argument that is a string, those that have a number (`ir.numbered`); none: it is never compiled.
+    """
+    made = Definition(name, schema, fake, tags, texts or {})
     op = _enter(NAMESPACE, made, reference)
     _DEFINITIONS[op] = _DEFINITIONS.get(op, made)
     _MEANING[op] = op
@@ -77,7 +85,33 @@ def _enter(namespace: str, made: Definition, run: Callable[..., Any] | None, nam
     if run is not None:
         library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{namespace}::{name}", made.fake, lib=library)
-    return getattr(getattr(torch.ops, namespace), name).default
+    op: OpOverload = getattr(getattr(torch.ops, namespace), name).default
+    if made.texts:
+        _enter_numbered(library, op, made)
+    return op
+
+
+def _enter_numbered(library: torch.library.Library, op: OpOverload, made: Definition) -> None:
+    """The overload of `op` that takes numbers: code in C++ has one of its own, for others this one calls `op`."""
+    spelling = Spelling(tuple(argument.name for argument in op._schema.arguments), made.texts)
+    name = f"{op._schema.name.partition('::')[2]}.{OVERLOAD}"
+    library.define(name + numbered_schema(made.schema), tags=made.tags)
+    library.impl(name, spelling.spelled(op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{library.ns}::{name}", spelling.spelled(made.fake), lib=library)
+    _NUMBERED[op] = getattr(op.overloadpacket, OVERLOAD), spelling
+
+
+def numbered(target: object, values: Mapping[str, Any]) -> tuple[OpOverload, tuple[Any, ...]] | None:
+    """The overload and the arguments of the same call without texts; None: the call has no such spelling.
+
+    `values`: arguments by name, those that are left out as the schema's default.
+    """
+    found = _NUMBERED.get(target) if isinstance(target, OpOverload) else None
+    if found is None:
+        return None
+    overload, spelling = found
+    numbers = spelling.numbers({**optional(target), **values})
+    return None if numbers is None else (overload, numbers)
 
 
 def identifier(text: str) -> str:
@@ -91,8 +125,9 @@ def defined() -> dict[str, OpOverload]:
 
 
 def fingerprint() -> str:
-    """Of the schemas of all ops of the tree IR: what is compiled for some is of no use for others."""
-    return hashlib.sha256("\n".join(sorted(m.name + m.schema for m in _DEFINITIONS.values())).encode()).hexdigest()[:16]
+    """Of the schemas of all ops of the tree IR, and the numbers of their texts: code is compiled for these alone."""
+    every = sorted(f"{m.name}{m.schema} {sorted(m.texts.items())}" for m in _DEFINITIONS.values())
+    return hashlib.sha256("\n".join(every).encode()).hexdigest()[:16]
 
 
 def definition(target: object) -> OpOverload | None:

@@ -19,6 +19,9 @@ from .private_torch import OpOverload
 # NOTE the default is no form's name: graphs name theirs, and AOTAutograd drops an argument that equals its default.
 SCHEMA = '(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, str form="") -> Tensor'
 
+NUMBERED_FORMS = ("", "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0")
+"""As codegen/cpu/ops.cpp numbers them."""
+
 
 def pack_weight(weight: Tensor, form: str = "float32") -> Tensor:
     """[N, K] -> [panels, K, PANEL], or what another form makes of it (`ir.narrow`).
@@ -59,4 +62,4 @@ def fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, form
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-packed_linear: OpOverload = define("packed_linear", SCHEMA, reference, fake)
+packed_linear: OpOverload = define("packed_linear", SCHEMA, reference, fake, texts={"form": NUMBERED_FORMS})

@@ -20,7 +20,8 @@ from ..errors import InvalidOption, MissingCompiler
 from ..ir.collectives import ALL_GATHER, ALL_REDUCE
 from ..ir.device import profile
 from ..ir.inputs import input_of
-from ..ir.library import fingerprint
+from ..ir.library import arguments, fingerprint, numbered
+from ..ir.private_torch import OpOverload
 from ..logs import logger
 from . import vectors
 from .kept_code import CallPlan, LibraryCall, keep, library_of
@@ -125,6 +126,8 @@ def _compiled(root: nn.Module, graph: fx.Graph, fakes: Sequence[Any], mode: Any,
     tag = f"{shared.cache_key_tag} treespec {fingerprint()}"
     if any(node.target in (ALL_REDUCE, ALL_GATHER) for node in graph.nodes):
         settings["cpp_wrapper"] = False  # it does not know how to name a group (torch 2.13)
+    if settings.get("cpp_wrapper"):
+        _spell_in_numbers(module)
     try:
         with (
             alone(),
@@ -330,6 +333,15 @@ def _without_values(graph: fx.Graph) -> fx.Graph:
     for node in new.nodes:
         node.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
     return new
+
+
+def _spell_in_numbers(module: fx.GraphModule) -> None:
+    """Texts among the arguments of treespec's ops become numbers, where they have one: see `ir.numbered`."""
+    for node in module.graph.nodes:
+        found = numbered(node.target, arguments(node)) if isinstance(node.target, OpOverload) else None
+        if found is not None:
+            (node.target, node.args), node.kwargs = found, {}
+    module.recompile()
 
 
 def _fake(mode: Any, name: str, tensor: Tensor) -> Any:
