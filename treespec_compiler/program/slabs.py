@@ -23,8 +23,8 @@ from ..ir.streaming import fetch, release
 
 CALL = 0.35
 """What a call of a slab costs a step, in layers compiled once: some 15 us against 0.3 s."""
-PIECE = 2
-"""What each distinct slab costs beside its layers: its C++ reads torch's headers, which takes some 8 s."""
+PIECE = 1
+"""What each distinct slab costs beside its layers, each of which takes some 2 s: 1.6 s of them headers in C++."""
 WORTH = 0.7
 """Of what a whole graph costs: where more is left it is not cut."""
 
