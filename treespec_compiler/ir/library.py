@@ -106,10 +106,9 @@ def numbered(target: object, values: Mapping[str, Any]) -> tuple[OpOverload, tup
 
     `values`: arguments by name, those that are left out as the schema's default.
     """
-    found = _NUMBERED.get(target) if isinstance(target, OpOverload) else None
-    if found is None:
+    if not isinstance(target, OpOverload) or target not in _NUMBERED:
         return None
-    overload, spelling = found
+    overload, spelling = _NUMBERED[target]
     numbers = spelling.numbers({**optional(target), **values})
     return None if numbers is None else (overload, numbers)
 
