@@ -14,10 +14,10 @@ from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal
 from treespec_compiler.ir.inputs import ROWS, state_names
-from treespec_compiler.ir.streaming import is_place
 
 from ..forms.closed_form import shape_of
 from ..framework.state import GraphState, refuse
+from ..streaming.resident import make_resident
 from .stream import after_layer, cuts
 
 aten = torch.ops.aten
@@ -26,19 +26,21 @@ HEAD_NORM, HEAD_PROJECTION = "exit_norm", "exit_projection"
 
 
 def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = None) -> int:
-    """Cut the graph after `layers` attention sites, in place; returns the number of sites dropped.
+    """Cut the graph after `layers` attention sites, in place; returns the number of sites dropped. Nothing of it is
+    streamed: the ring reads ahead for whole passes.
 
     `head`: {"norm": weight, "projection": weight, "eps": number} of a trained exit that replaces the final norm by
     projection @ (norm * rmsnorm(h)). Raises Unsupported where the graph has no such place.
     """
     total = len(state.sites)
-    groups = cuts(state)
     if not 0 < layers < total:
         raise refuse(
             Refusal.EARLY_EXIT,
             f"an early exit after {layers} of {total} attention layers",
             way_out=f"choose 1 to {total - 1}",
         )
+    make_resident(state, layers)
+    groups = cuts(state)
     exit_value, final = after_layer(state, layers, groups), after_layer(state, total, groups)
     rows = state.node(ROWS)
     if shape_of(final)[1] != shape_of(exit_value)[1]:
@@ -51,9 +53,7 @@ def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = 
     state.output.args, state.outputs = ((state.logits,),), state.outputs[:1]
     # NOTE attention writes its pools, so it never counts as dead; here the later sites are to go all the same.
     state.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    if state.streaming is not None:
-        _check_resident(state, layers)
-        state.streaming = None
+    state.streaming = None  # what is left reads no slot
     for node in list(state.graph.nodes):
         if node.op == "placeholder" and not node.users:
             state.graph.erase_node(node)
@@ -64,17 +64,6 @@ def early_exit(state: GraphState, layers: int, head: Mapping[str, Any] | None = 
     state.states = [spec for spec in state.states if left.issuperset(state_names(spec.index))]
     state.gm.recompile()
     return total - layers
-
-
-def _check_resident(state: GraphState, layers: int) -> None:
-    """Refuse where a layer is streamed: the ring reads ahead for whole passes, and its fetches are gone by now."""
-    assert state.streaming is not None
-    if any(is_place(node.name) and node.users for node in state.graph.nodes):
-        first = state.streaming.layers[0].of_model
-        way_out = f"choose 1 to {first}" if first else "let more of it stay in memory: `resident_gb` of option offload"
-        raise refuse(
-            Refusal.EARLY_EXIT, f"an early exit after {layers} layers, some of which are streamed", way_out=way_out
-        )
 
 
 def _trained_head(state: GraphState, x: fx.Node, head: Mapping[str, Any], *, like: fx.Node) -> fx.Node:

@@ -18,7 +18,7 @@ from ..offload.opened import OpenStream
 from ..offload.paging import page_out, trim
 from ..options import Options
 from ..passes.framework.state import GraphState
-from ..passes.framework.weights import PackedBytes
+from ..passes.framework.weights import PackedBytes, Weights
 from ..passes.fuse import unfit
 from .executor import Bound, Executor, Tally
 from .saved.store import Entry
@@ -66,6 +66,8 @@ class Made:
         self.bound = Bound({})
         self.stream = _stream(self.state, options)
         self.packed_bytes = PackedBytes.of({})
+        self._beside = Weights(self.state.weights.read, {})
+        """Of graphs derived from this one: weights that it streams, and they hold."""
         self.bind_weights()
         self.made_of = self.watch.sums
         """Checksums of the weights that forms were chosen for; those that come later may have narrower ones."""
@@ -91,7 +93,8 @@ class Made:
         weights = self.state.weights
         changes = changes or self.watch.renew()
         weights.changed(changes.any)
-        tensors = dict(weights.tensors)
+        self._beside.changed(changes.any)
+        tensors = {**weights.tensors, **self._beside.tensors}
         if self.stream is not None:
             tensors |= self.stream.bind(list(zip(self.converted.sources, self.watch.sums, strict=True)))
         self.bound.tensors = tensors
@@ -112,6 +115,7 @@ class Made:
         """Give up packed weights, which are made again when it is needed."""
         weights = self.state.weights
         weights.changed(weights.sources)
+        self._beside.changed(weights.sources)
         self.bound.tensors = {}
         if self.stream is not None:
             self.stream.rest()
@@ -129,6 +133,11 @@ class Made:
         began = time.perf_counter()
         tally = tally or Tally()
         state, own = derive(self.state)
+        more = {name: state.weights[name] for name in state.weights if name not in self.state.weights}
+        if more:
+            for name, each in more.items():
+                self._beside.add(name, each)
+            self.bound.tensors = {**self.bound.tensors, **self._beside.tensors}
         made = Executor(state, self.bound, options or self.options, own, tally)
         tally.seconds += time.perf_counter() - began
         return made
