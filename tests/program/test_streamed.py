@@ -102,6 +102,9 @@ def test_generate_with_a_draft(llama: nn.Module, tmp_path: Path) -> None:
     engine = treespec.Engine(model, max_requests=2, options={"lowering": "eager", "offload": offload})
     requests = [engine.add([1, 2, 3], max_new_tokens=20) for _ in range(2)]
     engine.run()
+    stats = engine.stats
+    assert 0 < stats.weight_wait_seconds < stats.target_seconds and stats.draft_seconds > 0
+    assert stats.weight_read_bytes > 0 and stats.compute_seconds > 0 and stats.weight_rate > 0
     assert [[[1, 2, 3, *r.output.tokens]] for r in requests] == [wanted.sequences.tolist()] * 2
     engine.close()
 

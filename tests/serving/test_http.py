@@ -289,7 +289,7 @@ def test_what_a_monitor_asks(running):
     assert httpx.get(running.url + "/ready").status_code == 200
     running.client.completions.create(model="demo", prompt=TEXT, max_tokens=5, temperature=0)
     text = httpx.get(running.url + "/metrics").text
-    for name in ("requests_waiting", "pages_held", "accepted_tokens_total", "first_token_seconds_count"):
+    for name in ("requests_waiting", "pages_held", "weight_wait_seconds_total", "first_token_seconds_count"):
         assert f"\ntreespec_{name}" in text
     assert httpx.get(running.url + "/nothing").json()["error"]["message"]
 

@@ -76,6 +76,17 @@ def test_trees_narrow_to_nothing_as_load_rises():
     assert min(nodes(shares)) > 3
 
 
+def test_a_lone_request_gets_a_wide_tree_where_nodes_cost_little():
+    """As over streamed weights, for which the policy's largest tree is larger (`Auto.for_target`)."""
+    wide = {"nodes": 256, "depth": 16}
+    load, one = load_of(node=0.002 * MS, draft=0.01 * MS), share((0.6, 0.2, 0.1), **wide)
+    planned(load, [one])
+    assert sum(nodes([one])) > 64
+    load, many = load_of(node=0.002 * MS, draft=0.01 * MS), [share((0.6, 0.2, 0.1), **wide) for _ in range(8)]
+    planned(load, many)
+    assert max(nodes(many)) <= 32
+
+
 def test_nodes_go_where_they_earn_most():
     load, shares = load_of(), [share((0.9, 0.05)), share((0.5, 0.1)), share((0.05, 0.02)), share((0.9, 0.05), 2)]
     planned(load, shares)

@@ -12,6 +12,7 @@ import torch
 from ..errors import EngineClosed, InvalidOption, RequestTooLarge
 from ..ir.device import profile
 from ..logs import logger
+from ..offload.ring import StreamStats
 from ..options import Options
 from ..program.prompt import PromptLike
 from ..program.tree_program import TreeProgram
@@ -97,6 +98,8 @@ class Engine:
             fix = "Give `generate` several prompts, on every rank."
             got = f"{self.program.options.mesh!r} in an engine"
             raise InvalidOption(name="mesh", got=got, expected="no mesh there", fix=fix)
+        if isinstance(shape, Auto):
+            self.policy = shape = shape.for_target(self.program)
         self._drafts = drafts_of(first, made, self.program)
         self.compile_seconds = made.compile_seconds
         """Spent on making the programs now, where they were not there before."""
@@ -115,7 +118,7 @@ class Engine:
         self._iteration = Iteration(self.program, slots, self._scheduler, self.prompt_tokens, self._over, load)
         self._new: list[Job] = []  # added, and not seen by a step yet
         self._jobs: dict[Request, Job] = {}
-        self._counts = EngineCounts()
+        self._counts, self._streamed = EngineCounts(), self.program.stream_stats
         self._requests = self._steps = 0
         self._lock = threading.Lock()  # of whoever steps
         self._changed = threading.Condition()
@@ -215,7 +218,8 @@ class Engine:
         counts, now = replace(self._counts), list(self._jobs)
         for request in now:
             counts.add(request.stats)
-        running = len(self._scheduler.running)
+        running, took = len(self._scheduler.running), self._iteration.seconds
+        streamed, before = self.program.stream_stats or StreamStats(), self._streamed or StreamStats()
         return EngineStats(
             waiting=len(now) - running,
             running=running,
@@ -231,6 +235,10 @@ class Engine:
             tokens=counts.tokens,
             accepted=counts.accepted,
             nodes=counts.nodes,
+            draft_seconds=took.draft,
+            target_seconds=took.target,
+            weight_wait_seconds=streamed.waited - before.waited,
+            weight_read_bytes=streamed.bytes - before.bytes,
         )
 
     # -- driving -----------------------------------------------------------------------------------------------------

@@ -30,6 +30,33 @@ class EngineStats:
     """Of the new tokens, those that a draft had guessed."""
     nodes: int
     """Tree nodes verified."""
+    draft_seconds: float
+    """Drafts ran, prompts of theirs included."""
+    target_seconds: float
+    """The model's calls took: computing, and waiting for streamed weights."""
+    weight_wait_seconds: float
+    """Of these, the cores stood still for weights (option `offload`)."""
+    weight_read_bytes: int
+    """Of streamed weights, read since the engine was made."""
+
+    @property
+    def compute_seconds(self) -> float:
+        """Of the model's calls, without waiting."""
+        return max(0.0, self.target_seconds - self.weight_wait_seconds)
+
+    @property
+    def weight_rate(self) -> float:
+        """Bytes a second of streamed weights, over the time in which the model or a draft ran."""
+        seconds = self.draft_seconds + self.target_seconds
+        return self.weight_read_bytes / seconds if seconds else 0.0
+
+
+@dataclass
+class StepSeconds:
+    """What the steps of an engine took so far: drafts, and the model's calls."""
+
+    draft: float = 0.0
+    target: float = 0.0
 
 
 @dataclass

@@ -15,6 +15,7 @@ from ..speculation.policies.share import Share
 from ..speculation.policies.step_costs import Took
 from ..speculation.slots import PagedSlots
 from ..speculation.work import Nodes, Prompt, Work, WorkResult, perform
+from .engine_stats import StepSeconds
 from .generation import Generation, Step
 from .request import Request, Status
 from .scheduler import Job, Scheduler
@@ -38,6 +39,7 @@ class Iteration:
         self._over, self._load = over, load
         load.prompt_tokens = prompt_tokens
         self._steps: list[tuple[Request, Step]] = []
+        self.seconds = StepSeconds()
 
     def step(self, new: Iterable[Job]) -> list[tuple[Request, Step]]:
         """With jobs that were added since the last one; what it gave to whom."""
@@ -56,6 +58,8 @@ class Iteration:
         rows, prompts = self._run_drafts()
         drafted = perf_counter()
         requests, nodes, seconds = self._run_target()
+        self.seconds.draft += drafted - began
+        self.seconds.target += seconds
         if nodes:
             tokens, rest = sum(len(step.tokens) for _, step in self._steps), perf_counter() - drafted - seconds
             self._load.took(Took(requests, nodes, rows, prompts, tokens, seconds, drafted - began, planned + rest))

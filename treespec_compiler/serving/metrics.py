@@ -24,14 +24,14 @@ class _OfEngine(Collector):
     def collect(self) -> Iterable[Metric]:
         stats = self._engine.stats
         pages = stats.pages
-        gauges = {
+        gauges: dict[str, tuple[str, float]] = {
             "requests_waiting": ("Requests that wait for their first step, or for pages.", stats.waiting),
             "requests_running": ("Requests that take part in steps.", stats.running),
             "pages": ("Pages of K/V there are.", pages.total),
             "pages_held": ("Pages of K/V that requests hold.", pages.held),
             "pages_shared": ("Pages of K/V that several requests hold.", pages.shared),
         }
-        counters = {
+        counters: dict[str, tuple[str, float]] = {
             "steps": ("Calls of the model.", stats.steps),
             "preemptions": ("Requests that gave their pages back, to be computed again.", stats.preemptions),
             "prompt_tokens": ("Tokens of prompts.", stats.prompt_tokens),
@@ -39,6 +39,10 @@ class _OfEngine(Collector):
             "tokens": ("New tokens.", stats.tokens),
             "accepted_tokens": ("Of these, tokens that a draft had guessed.", stats.accepted),
             "nodes": ("Tree nodes that the model verified.", stats.nodes),
+            "draft_seconds": ("Seconds in which drafts ran.", stats.draft_seconds),
+            "target_seconds": ("Seconds of the model's calls.", stats.target_seconds),
+            "weight_wait_seconds": ("Of these, the cores stood still for weights.", stats.weight_wait_seconds),
+            "weight_read_bytes": ("Bytes of streamed weights that were read.", stats.weight_read_bytes),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"treespec_{name}", text, value)

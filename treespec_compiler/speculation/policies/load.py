@@ -37,7 +37,8 @@ MARGIN = 1.03
 TRIAL_LEVELS, TRIAL_REQUESTS = 2, 4
 FIRST_PATIENCE = 16
 MOST = 96
-"""Nodes of all requests that are looked at: planning must stay short beside a step."""
+"""Nodes of all requests that are looked at: planning must stay short beside a step. Those of the policy's largest tree
+where that is larger, as over streamed weights, whose steps are long."""
 PLAIN_EVERY, PLAIN_STEPS = 64, 2
 """So many plain steps are made at first for each power of two of requests, and one again after so many steps: what they
 take cannot be told from steps with trees, and a machine is not always as busy."""
@@ -310,6 +311,8 @@ class Load:
         assert self.costs is not None
         shares, count, context = self._planned, len(self._planned), self._context
         grain = max(1, count // 2)
+        # A deep tree of few nodes is slow, and may get fast with more: worth a look where there may be so many.
+        wide = any(share.policy.max_nodes > MOST for share in shares)
         rates = {i: self._rates(shares[i], draft, fresh) for i in who}
         best: tuple[float, int, list[tuple[float, int, int, int]], int, float, float] | None = None
         for levels in range(1, (TRIAL_LEVELS if fresh else max(s.policy.max_depth for s in shares)) + 1):
@@ -319,7 +322,7 @@ class Load:
                 for i in who
                 for k, (_, _, level, value) in enumerate(_order(rates[i], *self._size(shares[i], levels)))
             )
-            rows, tokens = [0] * (levels + 1), float(count)
+            rows, tokens, top = [0] * (levels + 1), float(count), 0.0
             for n, (negative, _, k, level) in enumerate(merged, 1):
                 rows[0] += k == 0
                 rows[level] += 1
@@ -329,8 +332,9 @@ class Load:
                 seconds = self.costs.tree_seconds(count, draft, count + n, rows[:levels], context)
                 if best is None or tokens / seconds > best[0]:
                     best = tokens / seconds, levels, merged, n, tokens, seconds
-                elif tokens / seconds < FAR * best[0]:
+                elif tokens / seconds < (min(FAR * best[0], top) if wide else FAR * best[0]):
                     break
+                top = max(top, tokens / seconds)
             if best is before and levels > 2:
                 break
         if best is None:
@@ -352,7 +356,8 @@ class Load:
 
     def _size(self, share: Share, levels: int) -> tuple[int, int]:
         """Nodes and levels of a request's largest tree."""
-        nodes = min(share.policy.max_nodes, 1 + max(2, MOST // len(self._planned)))
+        largest = share.policy.max_nodes
+        nodes = min(largest, 1 + max(2, max(MOST, largest) // len(self._planned)))
         return nodes, min(levels, max(0, share.remaining - 1))
 
 
