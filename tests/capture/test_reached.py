@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
 
-from treespec_compiler.capture import reached
+from treespec_compiler.capture import installed, reached
 from treespec_compiler.capture.reached import Reached, Unreadable, watched
 
 HEAD = """
@@ -182,7 +184,7 @@ def test_the_default_dtype_is_read() -> None:
 
 @pytest.mark.parametrize("package", ["mine", "theirs"])
 def test_of_an_installed_package_the_models_own_is_read(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reached, "_LIBRARIES", ("<string>",))
+    monkeypatch.setattr(reached, "LIBRARIES", ("<string>",))
     names: dict[str, Any] = {"__name__": "mine.model"}
     helper: dict[str, Any] = {"__name__": f"{package}.helper"}
     exec("W = 4\ndef A(): return W", helper)
@@ -191,3 +193,14 @@ def test_of_an_installed_package_the_models_own_is_read(package: str, monkeypatc
     changed = watched(names["fill"].__code__, names, [], ())
     helper["W"] = 9
     assert changed() == (package == "mine")
+
+
+def test_packages_of_another_environment_on_the_path_are_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an environment that is made over another one: what lies there is taken on trust, and not gone through."""
+    there = tmp_path / "other" / "site-packages"
+    beside = tmp_path / "beside"
+    monkeypatch.setattr(sys, "path", [*sys.path, str(there), str(beside)])
+    found = installed.packages()
+    assert str(there) in found and str(beside) not in found

@@ -15,7 +15,6 @@ import functools
 import logging
 import operator
 import sys
-import sysconfig
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,6 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .installed import INSTALLED, LIBRARIES, STDLIB
 
 MOST_OBJECTS = 5000  # that one description goes through
 MOST_NUMBERS = 1 << 20  # of a tensor or an array that a table is made of
@@ -50,10 +51,6 @@ _GETTERS = (operator.attrgetter, operator.itemgetter, operator.methodcaller)
 _MADE_BY_PYTHON = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__static_attributes__",
                    "__firstlineno__", "__abstractmethods__", "_abc_impl", "__dataclass_fields__",
                    "__dataclass_params__", "__match_args__"}  # fmt: skip
-
-_STDLIB = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
-_INSTALLED = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
-_LIBRARIES = (*_STDLIB, *_INSTALLED)
 
 
 class Unreadable(Exception):
@@ -227,7 +224,7 @@ class Reached:
         """Whether it is nothing of the model's own: what libraries do is taken on trust, that of its package is not."""
         if _of_python(module) or _root(module) in ("torch", "numpy") or _is_python(file):
             return True
-        return file.startswith(_LIBRARIES) and _root(module) != self._package
+        return file.startswith(LIBRARIES) and _root(module) != self._package
 
     def _owner(self, value: Any, code: CodeType) -> Any:
         owner = getattr(value, "__self__", None)
@@ -279,7 +276,7 @@ def _of_python(module: str) -> bool:
 
 
 def _is_python(file: str) -> bool:
-    return file.startswith(_STDLIB) and not file.startswith(_INSTALLED)  # which may lie inside
+    return file.startswith(STDLIB) and not file.startswith(INSTALLED)  # which may lie inside
 
 
 def _root(module: str | None) -> str:

@@ -5,7 +5,6 @@ attributes that a class finds by itself, and the order of ordered dictionaries.
 from __future__ import annotations
 
 import os
-import sysconfig
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .fills import begins
+from .installed import LIBRARIES
 
 GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -87,7 +87,6 @@ def _below(base: type) -> set[type]:
 
 
 _WORDS = {"environ", "environb", "getenv", "getenvb"}
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 def _variables(traced: Iterable[CodeType]) -> frozenset[str] | None:
@@ -100,7 +99,7 @@ def _variables(traced: Iterable[CodeType]) -> frozenset[str] | None:
     asking = [code for code in traced if code.co_filename != os.__file__ and _WORDS & {*code.co_names}]
     if not asking:  # yet somebody called what lies in `os`
         return None if any(code.co_filename == os.__file__ for code in traced) else frozenset()
-    if not all(code.co_filename.startswith(_LIBRARIES) for code in asking):
+    if not all(code.co_filename.startswith(LIBRARIES) for code in asking):
         return None
     found = (const for code in asking for const in code.co_consts)
     return frozenset(os.fsdecode(const) for const in found if isinstance(const, (str, bytes)))
