@@ -16,6 +16,7 @@ from treespec_compiler.ir.specs import AttentionSpec, Limit, MaskSpec
 from treespec_compiler.ir.weights import Table
 
 from .attention.key_bias import BIASED
+from .attention.padding import check_padding
 from .attention.score_pack import score_table
 from .forms.biases import NotAMask
 from .forms.by_value import SampledValues, signature
@@ -41,6 +42,7 @@ def classify_masks(state: GraphState) -> int:
             scorings[key] = _scoring(state, forms, node, mask, bool(is_causal), sinks is not None, checks)
         scoring, values = scorings[key]
         spec = scoring.mask
+        check_padding(state, node, spec.window, spec.chunk, spec.pattern)
         changes = {
             "chunk": spec.chunk,
             "pattern": spec.pattern,

@@ -16,6 +16,7 @@ from treespec_compiler.ir.provenance import op_name
 
 from .attention.extra_keys import spell_extra_keys
 from .attention.key_bias import BIASED, Splitter, with_key_bias, with_row_shift
+from .attention.padding import PADDED, bias_of
 from .attention.plain_layout import plain_layouts
 from .attention.shared_heads import with_equal_heads
 from .attention.spelled_out import SOFTMAXES, EagerSite, Reader, Scores
@@ -55,10 +56,12 @@ def _rewrite(state: GraphState, forms: ClosedForms, node: fx.Node) -> None:
     if not isinstance(scale, (int, float)):
         raise refuse(Refusal.ATTENTION, f"the attention scale is computed in the graph: {scale}", node)
     mask: Any = argument(node, "attn_mask")
-    found = Splitter(state, forms, node, _repeated).split(mask) if isinstance(mask, fx.Node) else None
-    mask, bias = (mask, None) if found is None else (found.mask, found.bias)
+    splitter = Splitter(state, forms, node, _repeated)
+    split = splitter.seen if isinstance(mask, fx.Node) and mask.meta["val"].dtype is torch.bool else splitter.split
+    found = split(mask) if isinstance(mask, fx.Node) else None
+    mask, bias, keys = (mask, None, None) if found is None else (found.mask, found.bias, found.padding)
     rest = (mask, bool(argument(node, "is_causal")), float(scale))
-    site = make_site(state, node, q, k, v, rest, bias)
+    site = make_site(state, node, q, k, v, rest, bias, padding=keys)
     node.replace_all_uses_with(site)
     state.graph.erase_node(node)
 
@@ -72,6 +75,7 @@ def make_site(
     rest: tuple[Any, ...],
     key_bias: fx.Node | None = None,
     shift: fx.Node | None = None,
+    padding: fx.Node | None = None,
 ) -> fx.Node:
     """Insert `treespec::attention(q, k, v, *rest)` before `at`, with K/V heads unrepeated; rest[2] is the scale."""
     _check_axes(state, at, q, k, v)
@@ -79,6 +83,10 @@ def make_site(
     k, v = _unrepeat(k, v)
     if all(shape_of(x)[1].is_Integer for x in (q, k, v)):
         q, k, v = with_equal_heads(state, at, q, k, v)
+    biased = key_bias is not None
+    if padding is not None:
+        low = bias_of(state, at, padding, k.meta["val"].dtype)
+        key_bias = low if key_bias is None else state.call(aten.add.Tensor, (key_bias, low), like=at)
     if key_bias is not None:
         q, k = with_key_bias(state, at, q, k, key_bias, rest[2])
     if shift is not None:
@@ -89,7 +97,7 @@ def make_site(
             Refusal.ATTENTION, f"got {heads} query heads, {kv_heads} key heads and {shape_of(v)[1]} value heads", at
         )
     site = state.call(torch.ops.treespec.attention.default, (q, k, v, *rest), like=at)
-    site.meta[BIASED] = key_bias is not None
+    site.meta[BIASED], site.meta[PADDED] = biased, padding is not None
     return site
 
 
@@ -116,7 +124,7 @@ def recognize_eager(state: GraphState) -> int:
         if scores.softcap or scores.sinks is not None:
             rest += (scores.softcap, _sink_vector(state, output, scores.sinks))
         shift = scores.shift if scores.sinks is not None else None  # a softmax without sinks does not see it
-        site = make_site(state, output, q, k, v, rest, scores.key_bias, shift)
+        site = make_site(state, output, q, k, v, rest, scores.key_bias, shift, scores.padding)
         if len(shape_of(output)) == 3:
             site = state.call(aten.squeeze.dim, (site, 0), like=output)
         output.replace_all_uses_with(site)

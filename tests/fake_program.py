@@ -52,6 +52,7 @@ class FakeProgram:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.compile_seconds, self.compile_count, self.packed_bytes = 0.0, 0, 0
         self.checks = 0
+        self.padding: list[int] = []
         self.calls: list[tuple[str, int]] = []
         self.caches: list[FakeCache] = []
 

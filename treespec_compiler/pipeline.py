@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +32,7 @@ from .passes.framework.registry import registered_passes
 from .passes.framework.reproducer import ReproducerWriter
 from .passes.framework.state import GraphState
 from .passes.framework.weights import Weights
+from .passes.locality.ids import input_vocab
 from .passes.sharding.check import problems as placement_problems
 from .passes.sharding.mesh import RankShare
 from .passes.streaming.budget import Budget
@@ -117,7 +117,7 @@ def convert(
         prepared.capture_seconds,
         max_context,
         limits,
-        _input_vocab(state),
+        input_vocab(state),
         prepared.reads,
         prepared.kept,
         Traced.of(reads.traced for reads in prepared.captures),
@@ -217,29 +217,3 @@ def _context(limits: list[Limit], asked: int | None) -> tuple[int | None, list[L
     if asked is not None:
         unique = sorted([*unique, Limit(asked, "option max_context")], key=lambda limit: limit.tokens)
     return (unique[0].tokens if unique else None), unique
-
-
-def _input_vocab(state: GraphState) -> int | None:
-    """Rows of the table that the token ids are looked up in."""
-    sizes = [
-        int(node.args[0].meta["val"].shape[0])
-        for node in state.graph.nodes
-        if node.target is torch.ops.aten.embedding.default and _reads_tokens(state, node.args[1])
-    ]
-    return min(sizes) if sizes else None
-
-
-def _reads_tokens(state: GraphState, node: Any) -> bool:
-    while node.op == "call_function" and node.target in _SAME_IDS:
-        node = node.args[0]
-    return node.name == state.tokens
-
-
-_SAME_IDS = {
-    torch.ops.aten.reshape.default,
-    torch.ops.aten.select.int,
-    torch.ops.aten.transpose.int,
-    torch.ops.aten.t.default,
-    torch.ops.aten.unsqueeze.default,
-    torch.ops.aten.squeeze.dims,
-}

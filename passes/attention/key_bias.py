@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from treespec_compiler.ir.provenance import op_name
 from ..forms.closed_form import ClosedForms, axis, shape_of
 from ..forms.masks import BURIED, HIDDEN
 from ..framework.state import GraphState, refuse
+from .padding import Conditions
 
 aten = torch.ops.aten
 
@@ -31,10 +32,12 @@ BIASED = "key_bias"
 
 @dataclass(frozen=True)
 class SplitMask:
-    """mask + bias: a mask that does not depend on content (or None), and a bias [.., heads, 1, T]."""
+    """mask + bias: a mask that does not depend on content (or None), and a bias [.., heads, 1, T]; keys where `padding`
+    [.., 1, T] holds are hidden by their token."""
 
     mask: fx.Node | None
-    bias: fx.Node
+    bias: fx.Node | None
+    padding: fx.Node | None = None
 
 
 class Splitter:
@@ -44,6 +47,7 @@ class Splitter:
         self, state: GraphState, forms: ClosedForms, at: fx.Node, repeated: Callable[[fx.Node], fx.Node | None]
     ) -> None:
         self.state, self.forms, self.at, self.repeated = state, forms, at, repeated
+        self.conditions = Conditions(state, forms, self.emit)
 
     def split(self, node: Any) -> SplitMask | None:
         """The parts of a mask [.., H, T, T] that depends on token content, or None where it is not of this form."""
@@ -55,10 +59,27 @@ class Splitter:
             return found if found is not None and _one_head(found.mask) else None
         if self._a_row(node):
             if _hides(node, self.forms):
-                return None
+                return self._hidden(node)
             return SplitMask(None, node if len(shape_of(node)) > 1 else self.emit(aten.unsqueeze.default, node, 0))
         rule = _RULES.get(op_name(node))
-        return rule(self, node) if rule is not None else None
+        found = rule(self, node) if rule is not None else None
+        return self._hidden(node) if found is None else found
+
+    def seen(self, node: fx.Node) -> SplitMask | None:
+        """The parts of a condition on token content that shows keys."""
+        parts = self.conditions.parts(node, holds=False) if self._depends(node) else None
+        if parts is None or parts.keys is None:
+            return None
+        mask = None if parts.places is None else self.emit(aten.logical_not.default, parts.places)
+        return SplitMask(mask, None, parts.keys)
+
+    def _hidden(self, node: fx.Node) -> SplitMask | None:
+        """Of zeros, and numbers that hide keys."""
+        parts = self.conditions.hiding(node)
+        if parts is None or parts.keys is None:
+            return None
+        found = SplitMask(None, None, parts.keys)
+        return found if parts.places is None else self._hide(found, parts.places, -math.inf, when=True)
 
     def _a_row(self, node: fx.Node) -> bool:
         shape = shape_of(node)
@@ -88,18 +109,40 @@ class Splitter:
         form = self.forms.of(value) if isinstance(value, fx.Node) and not self._depends(value) else None
         return form is not None and bool(form.expr.is_number) and not form.is_bool and bool(form.expr <= BURIED)
 
+    def base(self, node: Any) -> SplitMask | None:
+        """The parts of any additive mask, one of places alone too."""
+        if not isinstance(node, fx.Node) or not node.meta["val"].is_floating_point():
+            return None
+        return self.split(node) if self._depends(node) else SplitMask(node, None)
+
     def hide(self, inner: SplitMask | None, condition: Any, value: Any, *, when: bool) -> SplitMask | None:
         """The mask hides a key where `condition == when`."""
-        if inner is None or self._depends(condition) or not self._buried(value):
+        if inner is None or not (self._buried(value) if inner.bias is not None else self._hides(value)):
             return None
-        like = inner.bias.meta["val"]
+        if self._depends(condition):
+            parts = self.conditions.parts(condition, when)
+            if parts is None:
+                return None
+            inner = replace(inner, padding=self.conditions.either(inner.padding, parts.keys))
+            return inner if parts.places is None else self._hide(inner, parts.places, value, when=True)
+        return self._hide(inner, condition, value, when=when)
+
+    def _hides(self, value: Any) -> bool:
+        if isinstance(value, (int, float)):
+            return value <= HIDDEN
+        form = self.forms.of(value) if isinstance(value, fx.Node) and not self._depends(value) else None
+        return form is not None and bool(form.expr.is_number) and not form.is_bool and bool(form.expr <= HIDDEN)
+
+    def _hide(self, inner: SplitMask, condition: fx.Node, value: Any, *, when: bool) -> SplitMask:
+        known = inner.mask if inner.bias is None else inner.bias
+        like = self.at.meta["val"] if known is None or not known.meta["val"].is_floating_point() else known.meta["val"]
         if isinstance(value, (int, float)):
             value = self.emit(aten.full.default, [], value, dtype=like.dtype, device=like.device)
         kept = inner.mask
         if kept is None:
             kept = self.emit(aten.full.default, [], 0.0, dtype=like.dtype, device=like.device)
         pair = (value, kept) if when else (kept, value)
-        return SplitMask(self.emit(aten.where.self, condition, *pair), inner.bias)
+        return replace(inner, mask=self.emit(aten.where.self, condition, *pair))
 
     def emit(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.state.call(op, args, kwargs, like=self.at)
@@ -144,33 +187,50 @@ def _expand(splitter: Splitter, node: fx.Node) -> SplitMask | None:
 
 
 def _masked_fill(splitter: Splitter, node: fx.Node) -> SplitMask | None:
-    return splitter.hide(splitter.split(node.args[0]), node.args[1], node.args[2], when=True)
+    return splitter.hide(splitter.base(node.args[0]), node.args[1], node.args[2], when=True)
 
 
 def _where(splitter: Splitter, node: fx.Node) -> SplitMask | None:
     if node.target is aten.where.default:
         return None
     condition, yes, no = node.args
-    if splitter._depends(yes):
-        return splitter.hide(splitter.split(yes), condition, no, when=False)
-    return splitter.hide(splitter.split(no), condition, yes, when=True)
+    if splitter._depends(yes) or splitter._hides(no):
+        return splitter.hide(splitter.base(yes), condition, no, when=False)
+    return splitter.hide(splitter.base(no), condition, yes, when=True)
 
 
 def _add(splitter: Splitter, node: fx.Node) -> SplitMask | None:
     a, b = node.args[:2]
     if argument(node, "alpha") != 1 or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return None
-    if splitter._depends(a) == splitter._depends(b):
+    first, second = splitter.base(a), splitter.base(b)
+    if first is None or second is None or (first.bias is not None and second.bias is not None):
         return None
-    inner, mask = (splitter.split(a), b) if splitter._depends(a) else (splitter.split(b), a)
-    if inner is None:
-        return None
-    both = mask if inner.mask is None else splitter.emit(aten.add.Tensor, inner.mask, mask)
-    return SplitMask(both, inner.bias)
+    both = second.mask if first.mask is None else first.mask
+    if first.mask is not None and second.mask is not None:
+        both = splitter.emit(aten.add.Tensor, first.mask, second.mask)
+    keys = splitter.conditions.either(first.padding, second.padding)
+    return SplitMask(both, second.bias if first.bias is None else first.bias, keys)
 
 
 def _cast(splitter: Splitter, node: fx.Node) -> SplitMask | None:
     return splitter.split(node.args[0])
+
+
+def _reshape(splitter: Splitter, node: fx.Node) -> SplitMask | None:
+    """[H, T, T] <-> [1, H, T, T]: dimensions of one in front, which a mask may do without."""
+    before: Any = node.args[0]
+    a, b = (list(shape_of(n)) for n in (before, node))
+    same = a[-2:] == b[-2:] and [s for s in a if s != 1] == [s for s in b if s != 1]
+    found = splitter.split(before) if same else None
+    if found is None or found.bias is not None:
+        return None
+    mask = found.mask
+    while mask is not None and len(shape_of(mask)) > len(b):
+        if shape_of(mask)[0] != 1:
+            return None
+        mask = splitter.emit(aten.squeeze.dim, mask, 0)
+    return replace(found, mask=mask)
 
 
 _RULES: dict[str, Callable[[Splitter, fx.Node], SplitMask | None]] = {
@@ -179,6 +239,8 @@ _RULES: dict[str, Callable[[Splitter, fx.Node], SplitMask | None]] = {
     "aten.where": _where,
     "aten.add": _add,
     "aten._to_copy": _cast,
+    "aten.reshape": _reshape,
+    "aten.unsqueeze": _reshape,
 }
 
 

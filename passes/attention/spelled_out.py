@@ -23,6 +23,7 @@ from ..forms.closed_form import ClosedForms, shape_of
 from ..forms.masks import HIDDEN
 from ..framework.state import GraphState
 from .key_bias import Splitter
+from .padding import Conditions
 from .sink_gate import sink_gate
 from .weight_path import PRODUCTS, follow, zeros_and_ones
 
@@ -51,6 +52,8 @@ class Scores:
     """Where scores were replaced by a value that hides nothing by itself: the mask must hide it there."""
     key_bias: fx.Node | None = None
     """[.., heads, 1, T], computed from the keys' tokens."""
+    padding: fx.Node | None = None
+    """[.., 1, T]: keys that are hidden by their token."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,10 @@ class Reader:
             return self.shift(scores, extra, sign)
         if self._depends(extra):
             found = Splitter(self.state, self.forms, self.at, self.repeated).split(extra)
-            if found is None or scores.key_bias is not None or sign < 0:
+            if found is None or sign < 0 or (found.bias is not None and scores.key_bias is not None):
                 return None
-            scores = replace(scores, key_bias=found.bias)
+            bias = scores.key_bias if found.bias is None else found.bias
+            scores = self.padded(replace(scores, key_bias=bias), found.padding)
             if found.mask is None:
                 return scores
             extra = found.mask
@@ -160,9 +164,15 @@ class Reader:
 
     def override(self, scores: Scores, condition: Any, value: Any, *, when: bool) -> Scores | None:
         """Scores replaced by `value` where `condition == when`."""
-        if scores.inner is not None or scores.sinks is not None or self._depends(condition) or self._depends(value):
+        if scores.inner is not None or scores.sinks is not None or self._depends(value):
             return None
         fixed = self.number(value)
+        if self._depends(condition):
+            parts = self.conditions.parts(condition, when) if fixed is not None and fixed <= HIDDEN else None
+            if parts is None:
+                return None
+            scores = self.padded(scores, parts.keys)
+            return scores if parts.places is None else self.override(scores, parts.places, value, when=True)
         if fixed is None or fixed > HIDDEN:
             where = condition if when else self.emit(aten.logical_not.default, condition)
             scores = replace(scores, replaced=(*scores.replaced, where))
@@ -173,6 +183,14 @@ class Reader:
             kept = self.emit(aten.full.default, [], 0.0, dtype=value.meta["val"].dtype, device=self._device)
         pair = (value, kept) if when else (kept, value)
         return replace(scores, mask=self.emit(aten.where.self, condition, *pair))
+
+    def padded(self, scores: Scores, keys: fx.Node | None) -> Scores:
+        """Those keys are hidden as well."""
+        return replace(scores, padding=self.conditions.either(scores.padding, keys))
+
+    @property
+    def conditions(self) -> Conditions:
+        return Conditions(self.state, self.forms, self.emit)
 
     @property
     def _device(self) -> torch.device:
@@ -203,7 +221,7 @@ def _scaled(reader: Reader, node: fx.Node, factor: Callable[[float], float]) -> 
     by = factor(number)
     if scores.inner is not None:  # c * tanh(inner * q k): a softcap of c
         return replace(scores, inner=None, softcap=by, scale=scores.inner * by)
-    if scores.softcap or scores.key_bias is not None:
+    if scores.softcap or scores.key_bias is not None or (scores.padding is not None and by < 0):
         return None
     mask = None if scores.mask is None else reader.emit(aten.mul.Tensor, scores.mask, by)
     shift = None if scores.shift is None else reader.emit(aten.mul.Tensor, scores.shift, by)
@@ -225,7 +243,7 @@ def _tanh(reader: Reader, node: fx.Node) -> Scores | None:
     scores = reader.read(node.args[0])
     if scores is None or scores.mask is not None or scores.softcap or scores.inner is not None or scores.shifted:
         return None
-    if scores.key_bias is not None or scores.shift is not None:
+    if scores.key_bias is not None or scores.shift is not None or scores.padding is not None:
         return None
     return replace(scores, inner=scores.scale)
 
@@ -320,7 +338,7 @@ def _reshape(reader: Reader, node: fx.Node) -> Scores | None:
 def _baddbmm(reader: Reader, node: fx.Node) -> Scores | None:
     extra, a, b = node.args[:3]
     alpha, beta = argument(node, "alpha"), argument(node, "beta")
-    if reader._depends(extra) or not (reader._depends(a) and reader._depends(b)):
+    if not (reader._depends(a) and reader._depends(b)):
         return None
     if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
         return None

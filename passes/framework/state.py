@@ -60,6 +60,7 @@ class GraphState:
     max_context: int | None = None  # the context that was asked for
     portable: bool = False  # whether ops are bound to kernels for any device (ATen) only
     storage: str = "exact"  # of packed weights: option `weights`
+    padding: list[int] = field(default_factory=list)  # tokens that no other sees, with which no text begins
     outputs: list[str] = field(default_factory=lambda: ["logits"])  # names of the graph's, but for `written`
     model_logits: LogitsSpec = EVERY_ROW  # how the model itself returns them
     logits_given: LogitsSpec = EVERY_ROW  # how the graph does

@@ -12,6 +12,7 @@ from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
+from ..framework.state import GraphState
 
 # Ops whose values are values of their first argument.
 _PICKS = {
@@ -78,3 +79,29 @@ def same_ids(node: fx.Node) -> fx.Node:
             node = source.args[0]
         else:
             return node
+
+
+def input_vocab(state: GraphState) -> int | None:
+    """Rows of the table that the token ids are looked up in."""
+    sizes = [
+        int(node.args[0].meta["val"].shape[0])
+        for node in state.graph.nodes
+        if node.target is torch.ops.aten.embedding.default and _reads_tokens(state, node.args[1])
+    ]
+    return min(sizes) if sizes else None
+
+
+def _reads_tokens(state: GraphState, node: Any) -> bool:
+    while node.op == "call_function" and node.target in _SAME_IDS:
+        node = node.args[0]
+    return node.name == state.tokens
+
+
+_SAME_IDS = {
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.select.int,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.t.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.squeeze.dims,
+}

@@ -144,10 +144,10 @@ class PrefixLM(Tiny):
 
 
 @refused("content of the tokens")
-class Padding(Tiny):
+class HiddenByContent(Tiny):
     def forward(self, ids: Tensor) -> Tensor:
         self_mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-        seen = self_mask & (ids != 0)[:, None, :]
+        seen = self_mask & (self.embed(ids)[..., 0] > 0)[:, None, :]
         x = self.start(ids)
         q, k, v = (self.split(p) for p in self.qkv[0](x).chunk(3, -1))
         return self.finish(x + self.join(scaled_dot_product_attention(q, k, v, seen[:, None])))

@@ -75,11 +75,11 @@ class Bidirectional(Small):
         return torch.ones(tokens, tokens, dtype=torch.bool)
 
 
-class Padded(Small):
-    """Keys of one token are hidden from all."""
+class HiddenByContent(Small):
+    """Keys are hidden by what their embedding holds."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        self.seen = ids != 0
+        self.seen = self.embed(ids)[..., 0] > 0
         return super().forward(ids)
 
     def mask(self, tokens: int) -> Tensor:
@@ -189,7 +189,7 @@ DECODERS: dict[Refusal, Case] = {
     Refusal.LENGTH: (Counts, _converted),
     Refusal.POSITIONS: (Clamped, _converted),
     Refusal.MASK: (Bidirectional, _converted),
-    Refusal.CONTENT: (Padded, _converted),
+    Refusal.CONTENT: (HiddenByContent, _converted),
     Refusal.ATTENTION: (Replaced, _converted),
     Refusal.NO_ATTENTION: (Rows, _converted),
     Refusal.MIXER: (Sums, _converted),

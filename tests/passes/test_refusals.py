@@ -185,7 +185,7 @@ def test_mask_of_token_content() -> None:
     class Padding(Tiny):
         def forward(self, ids: Tensor) -> Tensor:
             steps = torch.arange(ids.shape[1])
-            seen = (steps[None, :] <= steps[:, None])[None, None] & (ids != 0)[:, None, None, :]
+            seen = (steps[None, :] <= steps[:, None])[None, None] & (self.embed(ids)[..., 0] > 0)[:, None, None, :]
             q, k, v = (self.split(p) for p in self.qkv[0](self.start(ids)).chunk(3, -1))
             return self.finish(self.join(scaled_dot_product_attention(q, k, v, seen)))
 

@@ -31,6 +31,7 @@ EXAMPLES: list[TreespecError] = [
     errors.WeightsUnreadable(path="layer-0002.bin", offset=8192, problem="the end of the file"),
     errors.NoRoomForWeights(folder="/tmp/blobs", needed=3_000_000_000, free=1_000_000),
     errors.ContextOverflow(position=64, max_context=64),
+    errors.HiddenStart(token=0, where="the prompt"),
     errors.StaleCache(reason="the model moved to another device"),
     errors.InvalidWeight(got="head.weight as float32 [7, 4]", expected="a size that 2 units divide"),
     errors.InvalidPath(got="[0, 2]", expected="every parent to be its predecessor"),

@@ -80,6 +80,18 @@ class ContextOverflow(TreespecError, ValueError):
 
 
 @dataclass(eq=False, kw_only=True)
+class HiddenStart(TreespecError, ValueError):
+    """A text begins with a token that the model hides from all others: padding in front."""
+
+    token: int
+    where: str
+    template: ClassVar[str] = (
+        "The text begins with padding: got token {e.token} at the start of {e.where}, which the model hides from every "
+        "token, expected one that is seen. Leave the padding out; requests of other lengths need none."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
 class StaleCache(TreespecError, RuntimeError):
     """A cache of a program that was rebuilt or of another program."""
 

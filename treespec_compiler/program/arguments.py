@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
-from ..errors import ContextOverflow, InvalidOption, InvalidTree, InvalidWeight, TokenOutOfRange
+from ..errors import ContextOverflow, HiddenStart, InvalidOption, InvalidTree, InvalidWeight, TokenOutOfRange
 from ..ir.specs import Limit
 from ..tree import TokenTree
 from .batch import Part
@@ -24,17 +24,35 @@ def check_tokens(tokens: Sequence[int], vocab: int, slot: int | None = None) -> 
         raise TokenOutOfRange(token=tokens[index], index=index, vocab_size=vocab, where=where)
 
 
+def check_start(tokens: Sequence[int], hidden: Collection[int], slot: int | None = None) -> None:
+    """Raises `HiddenStart` where a text would begin with one of these tokens, which the model hides from all others.
+
+    `tokens`: those that may be its first.
+    """
+    if hidden and (found := next((t for t in tokens if t in hidden), None)) is not None:
+        raise HiddenStart(token=found, where="the prompt" if slot is None else f"the tree of slot {slot}")
+
+
 def check_context(length: int, most: int | None, limits: Sequence[Limit]) -> None:
     """Raises `ContextOverflow` for a sequence of more tokens than there may be; `limits` as a program's."""
     if most is not None and length > most:
         raise ContextOverflow(position=length - 1, max_context=most, why=limits[0].reason)
 
 
-def check_parts(parts: Sequence[Part], cache: TreeCache, vocab: int, most: int | None, limits: Sequence[Limit]) -> None:
-    """Their tokens are the model's, and there is room for them."""
+def check_parts(
+    parts: Sequence[Part],
+    cache: TreeCache,
+    vocab: int,
+    most: int | None,
+    limits: Sequence[Limit],
+    hidden: Collection[int] = (),
+) -> None:
+    """Their tokens are the model's, none of those in `hidden` begins a text, and there is room for them."""
     for part in parts:
         slot, tree = part.slot, part.tree
         check_tokens(tree.tokens, vocab, slot)
+        if hidden and not cache._lengths[slot]:
+            check_start([t for t, parent in zip(tree.tokens, tree.parents, strict=True) if parent < 0], hidden, slot)
         check_context(cache._lengths[slot] + max(tree.depths) + 1, most, limits)
         cache._reserve(slot, len(tree.tokens))
 

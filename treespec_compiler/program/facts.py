@@ -105,6 +105,11 @@ class ProgramFacts:
         return self._executor.weight_bytes
 
     @property
+    def padding(self) -> list[int]:
+        """Token ids that the model hides from all others: no text may begin with them."""
+        return self._made.state.padding
+
+    @property
     def sites(self) -> list[AttentionSpec]:
         """Attention sites in graph order."""
         return self._made.state.sites

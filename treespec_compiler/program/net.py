@@ -32,7 +32,7 @@ from .batch import Part
 from .cache import TreeCache
 from .executor import Executor
 from .rounding import DRAWS, Exact, Judged, judged, relative_error, tolerance
-from .semantics import eager_rows, kept
+from .semantics import eager_rows, kept, seen_first
 
 log = logger(__name__)
 
@@ -166,7 +166,7 @@ def _paths(program: Runs, seed: int) -> Iterator[_Path]:
         return [rng.randrange(vocab) for _ in range(count)]
 
     cache = program.unchecked_cache(long + 2 * nodes, len(lengths))
-    prefixes = [draw(n) for n in lengths]
+    prefixes = [seen_first(draw(n), program.state.padding) for n in lengths]
     committed = [_Path(ids, {}) for ids in prefixes]
     for slot, path in enumerate(committed):
         path.rows[len(path.ids) - 1] = program.prefill(path.ids, cache, slot).clone()
@@ -215,6 +215,7 @@ def _variant_difference(program: Runs, main: Executor, variant: Executor, seed: 
         return None
     rng = random.Random(seed)
     draw = [rng.randrange(min(program.input_vocab, program.vocab_size)) for _ in range(length + len(parents))]
+    draw = seen_first(draw, program.state.padding)
     prefix, tree = draw[:length], TokenTree(draw[length:], parents)
     cache, other = (program.unchecked_cache(len(draw), 1) for _ in range(2))
     program.prefill(prefix, cache)

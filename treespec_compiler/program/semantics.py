@@ -6,8 +6,9 @@ The reference is the eager model itself, on each root path of a random tree.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +130,12 @@ def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
         return state.logits_given.rows(state.gm(*inputs)[0])
 
 
+def seen_first(ids: list[int], hidden: Collection[int]) -> list[int]:
+    """The text, which begins with none of these tokens."""
+    first = next((t for t in itertools.count(ids[0]) if t not in hidden), 0) if hidden and ids else None
+    return ids if first is None else [first, *ids[1:]]
+
+
 def random_tree(size: int, vocab: int, seed: int) -> TokenTree:
     """A random tree of `size` nodes."""
     rng = random.Random(seed)
@@ -163,8 +170,9 @@ def path_check(reference: Reference, rounding: Rounding = lambda ids, got, expec
             return
         vocab = int(value.shape[state.logits_given.vocabulary])
         stateful = state.level in STATEFUL
-        tree = random_tree(9, vocab, 1) if stateful else TokenTree.chain([i % vocab for i in range(2, 11)])
-        prefix = [i % vocab for i in range(1, 8)] if stateful else []
+        chain = seen_first([i % vocab for i in range(2, 11)], state.padding)
+        tree = random_tree(9, vocab, 1) if stateful else TokenTree.chain(chain)
+        prefix = seen_first([i % vocab for i in range(1, 8)] if stateful else [], state.padding)
         got = run_graph(state, tree, prefix)
         for node in range(len(tree) - len(got), len(tree)):  # the last one alone, where a model gives no more
             path = prefix + tree.path_tokens(node)
@@ -246,7 +254,7 @@ def _lone_error(model: nn.Module, call: CallSpec, state: GraphState, length: int
 def _length_error(model: nn.Module, call: CallSpec, state: GraphState, length: int) -> float:
     """How far the graph is from the model on a prompt of this many tokens, where the model says something itself."""
     value: Any = state.logits.meta["val"]
-    ids = [(7 * i + 1) % int(value.shape[-1]) for i in range(length)]
+    ids = seen_first([(7 * i + 1) % int(value.shape[-1]) for i in range(length)], state.padding)
     with kept(model, state.caches):
         expected = _run(model, call, ids, value.device, state.model_logits)
     numbers = ~expected.isnan().any(-1)

@@ -19,7 +19,7 @@ from ..ir.device import profile
 from ..logs import logger
 from ..options import Options
 from ..tree import Forest, TokenTree
-from .arguments import check_cache_sizes, check_call, check_context, check_parts, check_tokens, new_part
+from .arguments import check_cache_sizes, check_call, check_context, check_parts, check_start, check_tokens, new_part
 from .batch import Part, rows_of
 from .cache import TreeCache
 from .compared import Compared
@@ -173,6 +173,7 @@ class TreeProgram(ProgramFacts):
         self._ready(cache, [slot])
         cache._check_slot(slot)
         check_tokens(ids, self.input_vocab)
+        check_start([] if cache.length(slot) else ids[:1], self.padding)
         check_context(cache.length(slot) + len(ids), self.max_context, self.limits)
         executor = self._executor if outputs is None else self._checked_variant(self.returning(outputs))
         cache._reserve(slot, len(ids))
@@ -252,7 +253,7 @@ class TreeProgram(ProgramFacts):
         made = self._ready(cache, [s for s, _ in items])
         starts = start if isinstance(start, (dict, Mapping)) else dict.fromkeys([s for s, _ in items], start)
         parts = [new_part(cache, slot, each, starts.get(slot, 0)) for slot, each in items]
-        check_parts(parts, cache, made.input_vocab, made.max_context, made.limits)
+        check_parts(parts, cache, made.input_vocab, made.max_context, made.limits, made.state.padding)
         chosen = made.executor if executor is None else self._checked_variant(executor())
         outputs = chosen.run(parts, cache)
         for part in parts:
@@ -273,7 +274,7 @@ class TreeProgram(ProgramFacts):
         made = self._ready(cache, [*(slot for slot, _, _ in trees), *(slot for slot, _ in prompts)])
         parts = [replace(new_part(cache, s, t, start), chain=t.is_chain) for s, t, start in trees]
         parts += [Part.prompt(s, ids) for s, ids in prompts]
-        check_parts(parts, cache, made.input_vocab, made.max_context, made.limits)
+        check_parts(parts, cache, made.input_vocab, made.max_context, made.limits, made.state.padding)
         sizes, rows = rows_of(parts, len(trees))
         outputs = self._executor.run(parts, cache, rows=rows if prompts else None)[0]
         for part in parts[: len(trees)]:

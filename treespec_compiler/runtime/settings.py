@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..capture.call import original_module
 from ..errors import ContextOverflow, InvalidOption, InvalidPrompt
 from ..options import OnUnsupported, Options
-from ..program.arguments import check_tokens
+from ..program.arguments import check_start, check_tokens
 from ..program.prompt import PromptLike, parse_prompt
 from ..program.tree_program import TreeProgram
 from ..speculation.drafts.kinds import count_drafts
@@ -148,8 +148,9 @@ class Call(Settings):
         self._set(prompt=prompt, device=device, module=_module(self.model))
 
     def check_fits(self, program: TreeProgram) -> None:
-        """Raises `TokenOutOfRange` and `ContextOverflow`."""
+        """Raises `TokenOutOfRange`, `HiddenStart` and `ContextOverflow`."""
         check_tokens(self.prompt, program.input_vocab)
+        check_start(self.prompt[:1], program.padding)
         limit = program.max_context
         if limit is not None and len(self.prompt) > limit:
             why = program.limits[0].reason

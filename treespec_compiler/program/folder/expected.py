@@ -19,7 +19,7 @@ from ...tree import TokenTree
 from ..net import Runs
 from ..rounding import DRAWS, relative_error, tolerance
 from ..saved.values import CannotLoad
-from ..semantics import eager_rows, kept
+from ..semantics import eager_rows, kept, seen_first
 
 PROMPT = 12
 PARENTS = [-1, 0, 0, 2, 1, 3]
@@ -77,7 +77,7 @@ def _drawn(program: Runs, seed: int) -> tuple[list[int], TokenTree]:
     room = program.max_context
     count = len(PARENTS) if room is None else max(1, min(len(PARENTS), room - 1))
     length = PROMPT if room is None else max(1, min(PROMPT, room - count))
-    ids = [rng.randrange(vocab) for _ in range(length + count)]
+    ids = seen_first([rng.randrange(vocab) for _ in range(length + count)], program.state.padding)
     return ids[:length], TokenTree(ids[length:], PARENTS[:count])
 
 

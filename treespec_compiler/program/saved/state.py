@@ -24,7 +24,7 @@ from .weights import written as weight_text
 # Of a state, what is written as it is. `tests/program/test_saved.py` knows the rest by name.
 PLAIN = (
     *("tokens", "position_inputs", "level", "inputs", "lone_lengths", "written", "caches", "max_context"),
-    *("portable", "storage", "outputs"),
+    *("portable", "storage", "outputs", "padding"),
 )
 
 # Any number above 1: the dimension is symbolic.
