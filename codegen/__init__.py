@@ -40,11 +40,12 @@ for _op, _target, _optional in (
     )
 # Any further predicate over positions is ATen's: no kernel is printed for it.
 _PRINTED = frozenset(library.optional(ops.tree_attention)) - {"pattern"}
-for _op, _target, _dtypes, _optional, _capturable in (
-    (ops.tree_attention, tree_attention.TREE_ATTENTION, frozenset(tree_attention_spec.DTYPES), _PRINTED, True),
-    (ops.commit_path, commit.COMMIT_PATH, None, None, False),
-    (ops.greedy_accept, accept.GREEDY_ACCEPT, accept.DTYPES, None, False),
-    (ops.stochastic_accept, stochastic_accept.STOCHASTIC_ACCEPT, frozenset({torch.float64}), None, False),
+_FLOATS = frozenset(tree_attention_spec.DTYPES)
+for _op, _target, _dtypes, _optional, _capturable, _condition in (
+    (ops.tree_attention, tree_attention.TREE_ATTENTION, _FLOATS, _PRINTED, True, tree_attention_spec.takes),
+    (ops.commit_path, commit.COMMIT_PATH, None, None, False, None),
+    (ops.greedy_accept, accept.GREEDY_ACCEPT, accept.DTYPES, None, False, None),
+    (ops.stochastic_accept, stochastic_accept.STOCHASTIC_ACCEPT, frozenset({torch.float64}), None, False, None),
 ):
     register_kernel(
         _op,
@@ -56,6 +57,7 @@ for _op, _target, _dtypes, _optional, _capturable in (
         priority=30,
         available=triton_installed,
         capturable=_capturable,
+        condition=_condition,
     )
 # NOTE the reference is fit to run: a product a group on a CPU, and elsewhere nothing that waits for the device.
 register_kernel(ops.grouped_linear, ops.grouped_linear, name="aten mm", priority=10, capturable=True)

@@ -70,7 +70,8 @@ def tree_attention(
         else:
             distance = positions[rows].unsqueeze(1) - key_positions(ancestors[rows], prefix, nodes)
             s = _scores(q[0, :, rows], keys, scale)
-            s = changed_scores(s, distance, softcap, slopes, bias)
+            own = bias[rows] if bias is not None and bias.dim() == 3 else bias
+            s = changed_scores(s, distance, softcap, slopes, own)
             out[0, :, rows] = _weighted(s, values, seen, sinks).to(q.dtype)
     return out
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal
@@ -29,6 +31,8 @@ from .framework.manager import Pass
 from .framework.state import GraphState, refuse
 from .locality.mixers import content_mask
 
+aten = torch.ops.aten
+
 
 def classify_masks(state: GraphState) -> int:
     forms = state.closed_forms()
@@ -36,13 +40,19 @@ def classify_masks(state: GraphState) -> int:
     scorings: dict[Any, tuple[Scoring, fx.Node | None]] = {}
     sites = [n for n in state.graph.nodes if n.target is ops.attention]
     for node in sites:
-        q, k, v, mask, is_causal, scale, softcap, sinks = arguments(node).values()
+        q, k, v, mask, is_causal, scale, softcap, sinks, relative, pairs = arguments(node).values()
         key = (mask, is_causal, shape_of(q)[1], sinks is not None, node.meta.get(BIASED))
         if key not in scorings:
-            scorings[key] = _scoring(state, forms, node, mask, bool(is_causal), sinks is not None, checks)
+            scorings[key] = _scoring(
+                state, forms, node, mask, bool(is_causal), sinks is not None, checks, (sympy.Integer(1), shape_of(q)[1])
+            )
         scoring, values = scorings[key]
         spec = scoring.mask
         check_padding(state, node, spec.window, spec.chunk, spec.pattern)
+        if relative is not None:
+            if pairs not in scorings:
+                scorings[pairs] = _scoring(state, forms, node, pairs, False, False, checks, shape_of(pairs)[:2])
+            bias, own_limit = _relative_bias(state, node, relative, scorings[pairs], scoring)
         changes = {
             "chunk": spec.chunk,
             "pattern": spec.pattern,
@@ -50,12 +60,15 @@ def classify_masks(state: GraphState) -> int:
             "slopes": values if scoring.bias == "slopes" else None,
             "bias": values if scoring.bias == "distance" else None,
             "sinks": sinks,
-        }
+        } | ({} if relative is None else {"bias": bias})
         changes = {name: value for name, value in changes.items() if value}
         site = state.call(ops.causal_attention, (q, k, v, scale, spec.window), changes, like=node)
         node.replace_all_uses_with(site)
         state.graph.erase_node(node)
         state.sites.append(_attention_spec(len(state.sites), site, scoring, softcap, sinks is not None))
+        if relative is not None:
+            state.sites[-1] = replace(state.sites[-1], bias=" + ".join(filter(None, (state.sites[-1].bias, RELATIVE))))
+            state.limits.append(own_limit)
         site.meta["site"] = state.sites[-1].index
         if spec.limit is not None:
             state.limits.append(Limit(spec.limit, f"mask or bias table at {state.sites[-1].source}"))
@@ -68,9 +81,16 @@ Checks = dict[Any, int | None]
 
 
 def _scoring(
-    state: GraphState, forms: ClosedForms, node: fx.Node, mask: Any, is_causal: bool, sinks: bool, checks: Checks
+    state: GraphState,
+    forms: ClosedForms,
+    node: fx.Node,
+    mask: Any,
+    is_causal: bool,
+    sinks: bool,
+    checks: Checks,
+    heads: tuple[sympy.Expr, ...],
 ) -> tuple[Scoring, fx.Node | None]:
-    """What the mask is, and the input that holds its slopes or biases."""
+    """What the mask [*heads, T, T] is, and the input that holds its slopes or biases."""
     if mask is None:
         if not is_causal:
             raise refuse(Refusal.MASK, BIDIRECTIONAL, node)
@@ -78,8 +98,7 @@ def _scoring(
     form = forms.of(mask)
     if form is None:
         raise _unknown(forms, mask, node)
-    heads = shape_of(node.args[0])[1]
-    form = broadcast(form, (sympy.Integer(1), heads, state.length, state.length))
+    form = broadcast(form, (*heads, state.length, state.length))
     if is_causal:
         raise refuse(Refusal.MASK, "attention has both a mask and is_causal=True", node)
 
@@ -93,12 +112,35 @@ def _scoring(
     try:
         scoring = classify(form, state.length, evaluate, forms.tables, sinks)
         sampled = SampledValues(mask, state.gm, state.tokens, state.constants, _ceiling(state))
-        scoring, table = _tabulated(state, scoring, sampled, int(heads))
+        scoring, table = _tabulated(state, scoring, sampled, math.prod(map(int, heads)))
         hides = BURIED if node.meta.get(BIASED) else HIDDEN
         scoring = _checked(checks, scoring, table, state, sampled, sinks, hides)
     except NotAMask as error:
         raise refuse(Refusal.MASK, str(error), node) from None
     return scoring, None if table is None else state.add_weight("score", table)
+
+
+RELATIVE = "q_h . r[q - k]"
+
+
+def _relative_bias(
+    state: GraphState, site: fx.Node, queries: fx.Node, found: tuple[Scoring, fx.Node | None], own: Scoring
+) -> tuple[fx.Node, Limit]:
+    """[T, Hq, distances], each query's products with the vectors of all distances, and the context that they reach."""
+    scoring, vectors = found
+    mask = scoring.mask
+    if scoring.bias != "distance" or vectors is None or mask.limit is None or own.bias == "distance":
+        raise refuse(Refusal.MASK, "a query's product with vectors that are none of its distance to the key", site)
+    if mask.window or mask.chunk or mask.pattern:
+        raise refuse(Refusal.MASK, "a query's product with vectors of some distances only", site)
+    table = vectors
+    if table.meta["val"].dtype != queries.meta["val"].dtype:
+        table = state.call(aten._to_copy.default, (table,), {"dtype": queries.meta["val"].dtype}, like=site)
+    dim, count = int(shape_of(queries)[3]), int(shape_of(table)[1])
+    table = state.call(aten.reshape.default, (table, [int(shape_of(table)[0]) // dim, dim, count]), like=site)
+    products = state.call(aten.matmul.default, (queries, table), like=site)
+    rows = state.call(aten.transpose.int, (state.call(aten.squeeze.dim, (products, 0), like=site), 0, 1), like=site)
+    return rows, Limit(mask.limit, f"vectors of distances at {source_line(site) or 'attention'}")
 
 
 def _ceiling(state: GraphState) -> int | None:

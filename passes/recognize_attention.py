@@ -18,6 +18,7 @@ from .attention.extra_keys import spell_extra_keys
 from .attention.key_bias import BIASED, Splitter, with_key_bias, with_row_shift
 from .attention.padding import PADDED, bias_of
 from .attention.plain_layout import plain_layouts
+from .attention.relative import RelativeTerm
 from .attention.shared_heads import with_equal_heads
 from .attention.spelled_out import SOFTMAXES, EagerSite, Reader, Scores
 from .attention.written_out import write_out
@@ -76,6 +77,7 @@ def make_site(
     key_bias: fx.Node | None = None,
     shift: fx.Node | None = None,
     padding: fx.Node | None = None,
+    relative: RelativeTerm | None = None,
 ) -> fx.Node:
     """Insert `treespec::attention(q, k, v, *rest)` before `at`, with K/V heads unrepeated; rest[2] is the scale."""
     _check_axes(state, at, q, k, v)
@@ -96,7 +98,8 @@ def make_site(
         raise refuse(
             Refusal.ATTENTION, f"got {heads} query heads, {kv_heads} key heads and {shape_of(v)[1]} value heads", at
         )
-    site = state.call(torch.ops.treespec.attention.default, (q, k, v, *rest), like=at)
+    more = {} if relative is None else {"relative": relative.queries, "pairs": relative.pairs}
+    site = state.call(torch.ops.treespec.attention.default, (q, k, v, *rest), more, like=at)
     site.meta[BIASED], site.meta[PADDED] = biased, padding is not None
     return site
 
@@ -124,7 +127,7 @@ def recognize_eager(state: GraphState) -> int:
         if scores.softcap or scores.sinks is not None:
             rest += (scores.softcap, _sink_vector(state, output, scores.sinks))
         shift = scores.shift if scores.sinks is not None else None  # a softmax without sinks does not see it
-        site = make_site(state, output, q, k, v, rest, scores.key_bias, shift, scores.padding)
+        site = make_site(state, output, q, k, v, rest, scores.key_bias, shift, scores.padding, scores.relative)
         if len(shape_of(output)) == 3:
             site = state.call(aten.squeeze.dim, (site, 0), like=output)
         output.replace_all_uses_with(site)

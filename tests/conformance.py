@@ -170,6 +170,12 @@ def scores(dtype: torch.dtype, **names: Any) -> Call:
     return attention(Case(FOREST, dtype=dtype), **{**names, **tensors})
 
 
+def own_biases(dtype: torch.dtype) -> Call:
+    case = Case(FOREST, dtype=dtype)
+    random = torch.Generator().manual_seed(4)
+    return attention(case, bias=torch.rand(case.q.shape[2], 4, 9, generator=random), window=6)
+
+
 def turned(dtype: torch.dtype, style: str, rotary: int) -> Call:
     case = Case(FOREST, dtype=dtype)
     cos, sin = (torch.randn(case.q.shape[2], rotary // 2).to(dtype) for _ in range(2))
@@ -199,6 +205,7 @@ TREE_ATTENTION: dict[str, Callable[[torch.dtype], Call]] = {
     "softcap": lambda dtype: scores(dtype, softcap=1.5),
     "slopes": lambda dtype: scores(dtype, slopes=True),
     "bias": lambda dtype: scores(dtype, bias=True),
+    "a bias of each node": own_biases,
     "sinks": lambda dtype: scores(dtype, sinks=True),
     "every change": lambda dtype: scores(dtype, window=6, chunk=9, softcap=2.0, slopes=True, bias=True, sinks=True),
     "turned by halves": lambda dtype: turned(dtype, "half", 32),
@@ -346,8 +353,10 @@ def conforming(interpreted: bool) -> list[tuple[Kernel, str]]:
 
 
 def takes(kernel: Kernel, call: Call) -> bool:
-    given = library.given(kernel.op, values_of(kernel, call))
-    return kernel.optional is None or given <= kernel.optional
+    values = values_of(kernel, call)
+    if kernel.condition is not None and not kernel.condition(values):
+        return False
+    return kernel.optional is None or library.given(kernel.op, values) <= kernel.optional
 
 
 def check(kernel: Kernel, what: str, dtype: torch.dtype) -> None:
@@ -373,7 +382,7 @@ def check(kernel: Kernel, what: str, dtype: torch.dtype) -> None:
 
 def values_of(kernel: Kernel, call: Call) -> dict[str, Any]:
     names = [a.name for a in kernel.op._schema.arguments]
-    return {**dict(zip(names, call.arguments)), **call.changes}
+    return {**library.optional(kernel.op), **dict(zip(names, call.arguments)), **call.changes}
 
 
 def promised(call: Call, result: Any) -> None:

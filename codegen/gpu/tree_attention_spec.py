@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -15,6 +16,11 @@ from .sizes import power_of_two
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """The dtypes there are kernels for, as Triton spells them."""
+
+
+def takes(call: Mapping[str, Any]) -> bool:
+    """Whether there is a kernel for a call of tree attention: for none whose nodes have a bias of their own each."""
+    return call["bias"] is None or call["bias"].dim() == 2
 
 
 _CAUSAL = MaskSpec()

@@ -24,6 +24,7 @@ from ..forms.masks import HIDDEN
 from ..framework.state import GraphState
 from .key_bias import Splitter
 from .padding import Conditions
+from .relative import RelativeTerm, relative_term
 from .sink_gate import sink_gate
 from .weight_path import PRODUCTS, follow, zeros_and_ones
 
@@ -54,6 +55,7 @@ class Scores:
     """[.., heads, 1, T], computed from the keys' tokens."""
     padding: fx.Node | None = None
     """[.., 1, T]: keys that are hidden by their token."""
+    relative: RelativeTerm | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,9 @@ class Reader:
             return self.shift(scores, extra, sign)
         if self._depends(extra):
             found = Splitter(self.state, self.forms, self.at, self.repeated).split(extra)
-            if found is None or sign < 0 or (found.bias is not None and scores.key_bias is not None):
+            if found is None:
+                return self.relative(scores, extra, sign)
+            if sign < 0 or (found.bias is not None and scores.key_bias is not None):
                 return None
             bias = scores.key_bias if found.bias is None else found.bias
             scores = self.padded(replace(scores, key_bias=bias), found.padding)
@@ -148,6 +152,19 @@ class Reader:
             extra = self.emit(aten.neg.default, extra)
         mask = extra if scores.mask is None else self.emit(aten.add.Tensor, scores.mask, extra)
         return replace(scores, mask=mask)
+
+    def relative(self, scores: Scores, extra: Any, sign: int) -> Scores | None:
+        """scores + sign * extra, for a query's product with a vector of the distance, and what is added to it."""
+        if op_name(extra) == "aten.neg":
+            return self.add(scores, extra.args[0], -sign)
+        if op_name(extra) == "aten.add" and argument(extra, "alpha") == 1:
+            first = self.add(scores, extra.args[0], sign)
+            return None if first is None else self.add(first, extra.args[1], sign)
+        term = relative_term(self.state, self.forms, extra, self.at) if scores.relative is None else None
+        if term is None:
+            return None
+        made = replace(scores, relative=term)
+        return made if sign > 0 else _relative_scaled(self, made, -1.0)
 
     def shifts(self, scores: Scores, extra: Any) -> bool:
         """Whether an addend is one number for each query, computed from tokens: a softmax does not see it."""
@@ -225,7 +242,14 @@ def _scaled(reader: Reader, node: fx.Node, factor: Callable[[float], float]) -> 
         return None
     mask = None if scores.mask is None else reader.emit(aten.mul.Tensor, scores.mask, by)
     shift = None if scores.shift is None else reader.emit(aten.mul.Tensor, scores.shift, by)
-    return replace(scores, scale=scores.scale * by, mask=mask, shift=shift)
+    return _relative_scaled(reader, replace(scores, scale=scores.scale * by, mask=mask, shift=shift), by)
+
+
+def _relative_scaled(reader: Reader, scores: Scores, by: float) -> Scores:
+    term = scores.relative
+    if term is None:
+        return scores
+    return replace(scores, relative=replace(term, queries=reader.emit(aten.mul.Tensor, term.queries, by)))
 
 
 def _zeroed(reader: Reader, a: Any, b: Any) -> Scores | None:
@@ -243,7 +267,7 @@ def _tanh(reader: Reader, node: fx.Node) -> Scores | None:
     scores = reader.read(node.args[0])
     if scores is None or scores.mask is not None or scores.softcap or scores.inner is not None or scores.shifted:
         return None
-    if scores.key_bias is not None or scores.shift is not None or scores.padding is not None:
+    if any(x is not None for x in (scores.key_bias, scores.shift, scores.padding, scores.relative)):
         return None
     return replace(scores, inner=scores.scale)
 
@@ -275,7 +299,7 @@ def _sub(reader: Reader, node: fx.Node) -> Scores | None:
         return scores if scores.sinks is not None else replace(scores, shifted=True)
     if reader.shifts(scores, b):
         return reader.shift(scores, b, -1)
-    return None if reader._depends(b) or argument(node, "alpha") != 1 else reader.add(scores, b, -1)
+    return None if argument(node, "alpha") != 1 else reader.add(scores, b, -1)
 
 
 def _is_row_maximum(node: Any, of: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import sympy
 
 from .call import OpCall
-from .form import Form, axis
+from .form import Form, axis, rename
 from .rules import choose, dimension
 
 
@@ -152,6 +152,15 @@ def _written(call: OpCall) -> Form | None:
 # Slices to the end are written with the largest int64.
 _END = 2**62
 
+
+def _flip(call: OpCall) -> Form | None:
+    form = call.form(call.node.args[0])
+    if form is None:
+        return None
+    dims = [dimension(call, d, len(form.shape)) for d in call.node.args[1]]
+    return call.result(rename(form, {d: form.shape[d] - 1 - axis(d) for d in dims}))
+
+
 SEQUENCE_RULES: dict[str, Callable[[OpCall], Form | None]] = {
     "aten.cumsum": _cumsum,
     "aten.diff": _diff,
@@ -159,6 +168,7 @@ SEQUENCE_RULES: dict[str, Callable[[OpCall], Form | None]] = {
     "aten.constant_pad_nd": _pad,
     "aten.cat": _cat,
     "aten.fill": _fill,
+    "aten.flip": _flip,
     "aten.slice_scatter": _written,
     "aten.select_scatter": _written,
     "aten.tril": _triangle(lower=True),

@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from treespec_compiler.ir.arguments import argument
+from treespec_compiler.ir.library import arguments
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
@@ -220,6 +221,9 @@ def _attention(node: fx.Node, axes: Axes) -> Axis:
     for operand in node.args[:3]:
         if axes.axes[operand] != 2:
             raise Mixes("its queries, keys or values do not carry the tokens in dimension 2")
+    bias = arguments(node)["bias"]
+    if bias is not None and len(bias.meta["val"].shape) == 3 and axes.axes[bias] != 0:
+        raise Mixes("biases of each query do not carry the tokens in dimension 0")
     return 2
 
 

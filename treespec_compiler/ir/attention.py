@@ -100,7 +100,7 @@ def reference(
     chunk: int = 0,
     softcap: float = 0.0,
     slopes: Tensor | None = None,  # [Hq]
-    bias: Tensor | None = None,  # [Hq, distances]
+    bias: Tensor | None = None,  # [Hq, distances], or [T, Hq, distances]: each node has its own
     sinks: Tensor | None = None,  # [Hq]
     cos: Tensor | None = None,  # [T, rotary] or [T, rotary / 2], and so is sin
     sin: Tensor | None = None,
@@ -133,7 +133,8 @@ def reference(
             keys = pool_k[page, :, offset].repeat_interleave(group, 1).to(wide)  # [seen, Hq, Dk]
             values = pool_v[page, :, offset].repeat_interleave(group, 1).to(wide)  # [seen, Hq, Dv]
             scores = torch.einsum("hd,shd->hs", q[0, :, i].to(wide), keys) * scale
-            weights = softmax_with_sinks(changed_scores(scores, distance, softcap, slopes, bias), sinks)
+            own = bias[i] if bias is not None and bias.dim() == 3 else bias
+            weights = softmax_with_sinks(changed_scores(scores, distance, softcap, slopes, own), sinks)
             out[0, :, i] = torch.einsum("hs,shd->hd", weights, values).to(q.dtype)
     return out
 

@@ -3,7 +3,7 @@
 For query position i and key position j of one path, with s = scale * q.k:
 
     s <- softcap * tanh(s / softcap)          (softcap > 0)
-    s <- s + slopes[h] * (j - i) + bias[h, i - j]
+    s <- s + slopes[h] * (j - i) + bias[h, i - j]        (or bias[i, h, i - j]: each query has its own)
     weights = exp(s) / (sum exp(s) + exp(sinks[h]))
 
 Positions along a path are consecutive, so i - j is a difference of depths inside the tree.
@@ -22,7 +22,10 @@ def changed_scores(s: Tensor, distance: Tensor, softcap: float, slopes: Tensor |
     shape = (-1,) + (1,) * distance.dim()
     if slopes is not None:
         s = s - slopes.to(s.dtype).view(shape) * distance
-    if bias is not None:
+    if bias is not None and bias.dim() == 3:  # [T, H, distances] for distances [T, S]
+        rows = bias.to(s.dtype).transpose(0, 1)
+        s = s + rows.gather(-1, distance.clamp(0, bias.shape[2] - 1).expand(len(rows), *distance.shape))
+    elif bias is not None:
         s = s + bias.to(s.dtype)[:, distance.clamp(0, bias.shape[1] - 1)]
     return s
 

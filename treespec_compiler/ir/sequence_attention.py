@@ -3,7 +3,7 @@
 `treespec::attention` is what was found (any mask), `treespec::causal_attention` what was proved (a MaskSpec). Two ops
 and not one with every argument: a graph says by their names which of its masks are understood.
 Both take q [1, Hq, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv] with Hq a multiple of Hkv and return [1, Hq, T, Dv],
-and change and weight scores as in `scores`: slopes [Hq], bias [Hq, distances], sinks [Hq].
+and change and weight scores as in `scores`: slopes [Hq], bias [Hq, distances] or [T, Hq, distances], sinks [Hq].
 They exist to be analysed and checked; the tree program never runs them.
 """
 
@@ -20,7 +20,7 @@ from .specs import MaskSpec
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, float softcap=0.0, "
-    "Tensor? sinks=None) -> Tensor"
+    "Tensor? sinks=None, Tensor? relative=None, Tensor? pairs=None) -> Tensor"
 )
 CAUSAL_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, float scale, SymInt window=0, SymInt chunk=0, float softcap=0.0, "
@@ -37,12 +37,20 @@ def reference(
     scale: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    relative: Tensor | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale * q k^T + mask) v, as torch's scaled_dot_product_attention defines it."""
+    """softmax(scale * q k^T + mask) v, as torch's scaled_dot_product_attention defines it.
+
+    With `relative` [1, Hq, T, D'] and `pairs` [1 or Hq, D', T, T] their product over D' is added for j <= i.
+    """
     k, v = _for_every_head(q, k, v)
-    if not softcap and sinks is None:
+    if not softcap and sinks is None and relative is None:
         return scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale).contiguous()
     s = changed_scores((q @ k.transpose(2, 3) * scale)[0], _distances(q), softcap, None, None)
+    if relative is not None and pairs is not None:
+        vectors = pairs.masked_fill(_distances(q) < 0, 0.0)
+        s = s + torch.einsum("hid,hdij->hij", relative[0], vectors.expand(q.shape[1], -1, -1, -1))
     if is_causal:
         s = s.masked_fill(_distances(q) < 0, -torch.inf)
     if mask is not None:

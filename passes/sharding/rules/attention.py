@@ -30,7 +30,8 @@ def _fits(op: Op, given: Given) -> Fit | None:
         return None
     queries, keys = cuts
     table: dict[str, Placement] = {"q": queries, "k": keys, "v": keys, "pool_k": keys, "pool_v": keys}
-    table |= {name: queries.moved(dim) for name, dim in BY_HEAD.items()}
+    by_head = BY_HEAD | ({"bias": 1} if len(shapes.get("bias", ())) == 3 else {})  # [T, Hq, distances]
+    table |= {name: queries.moved(dim) for name, dim in by_head.items()}
     if not isinstance(keys, Sharded) or all(s.repeat == op.ranks for s in keys.segments):
         table = {name: place for name, place in table.items() if place != keys}  # one group: every rank holds it
     return Fit(op.needs(table), queries)

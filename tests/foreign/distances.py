@@ -1,0 +1,163 @@
+"""Decoders whose scores hold a query's product with a vector of its distance to the key. Each returns [1, T, V] logits
+of token ids [1, T]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from modules import CONTEXT, DIM, HEADS, Tiny
+from torch import Tensor, nn
+from torch.nn import functional
+
+SIZE = DIM // HEADS
+
+
+class Clipped(Tiny):
+    """A table read at clipped distances, by einsum; the scale is applied to all of it."""
+
+    layers = 1
+
+    def positions(self, ids: Tensor) -> Tensor:
+        return torch.zeros(DIM)
+
+    def setup(self) -> None:
+        self.near = nn.Embedding(9, SIZE)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        t = q.shape[2]
+        steps = torch.arange(t)
+        return self.weighted((q @ k.mT + self.term(q, steps)) / 2) @ v
+
+    def term(self, q: Tensor, steps: Tensor) -> Tensor:
+        away = (steps[:, None] - steps[None]).clamp(-4, 4) + 4
+        return torch.einsum("bhid,ijd->bhij", q, self.near(away))
+
+    def weighted(self, scores: Tensor) -> Tensor:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return scores.masked_fill(future, -math.inf).softmax(-1)
+
+
+class ClippedRows(Clipped):
+    """The same as products of each query's rows, less ALiBi."""
+
+    def term(self, q: Tensor, steps: Tensor) -> Tensor:
+        b, h, t, d = q.shape
+        vectors = self.near((steps[None] - steps[:, None]).clamp(-4, 4) + 4)
+        rows = q.permute(2, 0, 1, 3).reshape(t, b * h, d) @ vectors.transpose(1, 2)
+        slopes = 2.0 ** -torch.arange(1, h + 1)[:, None, None]
+        return rows.transpose(0, 1).reshape(b, h, t, t) + slopes * (steps[None] - steps[:, None])
+
+
+class Shifted(Clipped):
+    """One vector a distance, brought into place by a column in front, in two layers."""
+
+    layers = 2
+
+    def setup(self) -> None:
+        self.far = nn.Parameter(torch.empty(CONTEXT, SIZE))
+
+    def term(self, q: Tensor, steps: Tensor) -> Tensor:
+        return self.shifted(q @ self.vectors(len(steps)).transpose(-2, -1))
+
+    def vectors(self, t: int) -> Tensor:
+        return self.far[CONTEXT - t :]
+
+    def shifted(self, s: Tensor) -> Tensor:
+        b, h, t, _ = s.shape
+        return functional.pad(s, (1, 0)).reshape(b, h, t + 1, t)[:, :, 1:]
+
+
+class ShiftedHeads(Shifted):
+    """Vectors of each head; queries with a bias; a column that is joined; taken from the scores."""
+
+    layers = 1
+
+    def setup(self) -> None:
+        self.far = nn.Parameter(torch.empty(HEADS, CONTEXT, SIZE))
+        self.bias = nn.Parameter(torch.empty(HEADS, 1, SIZE))
+
+    def term(self, q: Tensor, steps: Tensor) -> Tensor:
+        vectors = self.far[:, CONTEXT - len(steps) :]
+        s = (q + self.bias) @ vectors.transpose(1, 2)
+        b, h, t, _ = s.shape
+        return -torch.cat([torch.zeros(b, h, t, 1), s], -1).view(b, h, t + 1, t)[:, :, 1:].view_as(s)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return self.weighted(q @ k.mT / 2 - self.term(q, torch.arange(q.shape[2]))) @ v
+
+
+CONVERTED: tuple[type[Clipped], ...] = (Clipped, ClippedRows, Shifted, ShiftedHeads)
+
+
+class ReadAtTheQuery(Clipped):
+    """By the query's place, not by the distance."""
+
+    def term(self, q: Tensor, steps: Tensor) -> Tensor:
+        away = (steps[:, None] + 0 * steps[None]).clamp(0, 8)
+        return torch.einsum("bhid,ijd->bhij", q, self.near(away))
+
+
+class ReadAtTwice(Clipped):
+    """i - 2 j, which is no distance."""
+
+    def term(self, q: Tensor, steps: Tensor) -> Tensor:
+        away = (steps[:, None] - 2 * steps[None]).clamp(-4, 4) + 4
+        return torch.einsum("bhid,ijd->bhij", q, self.near(away))
+
+
+class OfTheKeys(Clipped):
+    """Keys are multiplied, not queries."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        steps = torch.arange(q.shape[2])
+        away = (steps[:, None] - steps[None]).clamp(-4, 4) + 4
+        return self.weighted((q @ k.mT + torch.einsum("bhjd,ijd->bhij", k, self.near(away))) / 2) @ v
+
+
+class FromTheFront(Shifted):
+    """The vectors of a longer text are others."""
+
+    def vectors(self, t: int) -> Tensor:
+        return self.far[:t]
+
+
+class ShiftedByOneMore(Shifted):
+    """Laid out so that a row begins with what the one before it is about."""
+
+    def shifted(self, s: Tensor) -> Tensor:
+        b, h, t, _ = s.shape
+        return functional.pad(s, (1, 0)).reshape(b, h, t + 1, t)[:, :, :-1]
+
+
+class ColumnBehind(Shifted):
+    def shifted(self, s: Tensor) -> Tensor:
+        b, h, t, _ = s.shape
+        return functional.pad(s, (0, 1)).reshape(b, h, t + 1, t)[:, :, 1:]
+
+
+class NotShifted(Shifted):
+    """Columns are places, counted from the end of the text."""
+
+    def shifted(self, s: Tensor) -> Tensor:
+        return s
+
+
+class SeesOneMore(Shifted):
+    """A look ahead by one, where the term is something of the next query's."""
+
+    def weighted(self, scores: Tensor) -> Tensor:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(2)
+        return scores.masked_fill(future, -math.inf).softmax(-1)
+
+
+REFUSED: tuple[type[Clipped], ...] = (
+    ReadAtTheQuery,
+    ReadAtTwice,
+    OfTheKeys,
+    FromTheFront,
+    ShiftedByOneMore,
+    ColumnBehind,
+    NotShifted,
+    SeesOneMore,
+)
