@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from treespec_compiler.errors import CacheOverflow, ContextOverflow, InvalidPath, TokenOutOfRange
 from treespec_compiler.ir.specs import Limit
+from treespec_compiler.program.memory import Memory
 from treespec_compiler.tree import Forest, TokenTree
 
 Row = Callable[[tuple[int, ...]], Tensor]  # tokens so far -> next-token logits [V]
@@ -57,6 +58,7 @@ class FakeProgram:
         self.caches: list[FakeCache] = []
 
     from_cache = False
+    memory = Memory()
     stream_stats = None
 
     def _model(self) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from ..passes.framework.instruments import Recorder
 from ..pipeline import convert
 from ..program.folder.manifest import WEIGHTS, Manifest
 from ..program.folder.written import Extras, write_folder
+from ..program.memory import peak_bytes
 from ..program.net import Comparison
 from ..program.tree_program import TreeProgram
 from ..runtime.folder_tokenizer import tokenizer_texts
@@ -129,12 +128,6 @@ def _check_drafts(drafts: list[str]) -> None:
         if is_named(name) and file and not file.isdecimal():
             fix = f"Give it to `treespec generate`: --draft {kind}:FILE."
             raise InvalidOption(name="--draft", got=name, expected="a model, or a name without a file", fix=fix)
-
-
-def peak_bytes() -> int:
-    """The most memory that this process had at once."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def _tell(arguments: Namespace, target: LoadedModel, written: Written) -> None:

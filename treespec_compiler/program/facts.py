@@ -16,6 +16,7 @@ from .cuda_graphs import GraphStats
 from .executor import Executor, Tally
 from .followed import Followed
 from .made import Made
+from .memory import Memory
 from .net import Comparison
 from .shown import as_html, as_text
 
@@ -26,6 +27,7 @@ class ProgramFacts:
     _followed: Followed
     _tally: Tally
     _compared: Compared
+    _memory: Memory
 
     @property
     def _made(self) -> Made:
@@ -57,6 +59,11 @@ class ProgramFacts:
     def packed_bytes(self) -> PackedBytes:
         """Of weights that the program keeps beside the module's; `.forms` says how many each form takes."""
         return self._made.packed_bytes
+
+    @property
+    def memory(self) -> Memory:
+        """What converting took at most, beside the model and what the program keeps of its own; of the last build."""
+        return self._memory
 
     @property
     def stream_stats(self) -> StreamStats | None:

@@ -29,6 +29,7 @@ from .followed import Followed
 from .keys import example_key
 from .leading import Leader
 from .made import Derive, Made
+from .memory import Memory
 from .outputs import named, tapped, taps_of
 from .prompt import parse_prompt
 from .ranks import joined
@@ -83,6 +84,7 @@ class TreeProgram(ProgramFacts):
         self._tally = Tally()
         self._followed = Followed(model, call, options, self._tally, converted)
         self._compared = Compared()
+        self._memory = Memory.of(model, self.packed_bytes)
         self.leader: Leader | None = None
         """While it is set, other ranks are told of caches and calls, and follow."""
 
@@ -147,6 +149,7 @@ class TreeProgram(ProgramFacts):
         if new:
             self._followed.keep()
             self._made.page_out()
+            self._memory = Memory.of(model, self.packed_bytes)
 
     def _checked_variant(self, executor: Executor) -> Executor:
         """A graph derived from this program's is compared with the program at its first use; the program's own was."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..capture.call import logits_of
 from ..errors import ModelFailed
 from ..options import Options
+from ..program.memory import Memory
 from ..tree import Forest, TokenTree
 
 
@@ -45,6 +46,7 @@ class PlainProgram:
 
     compile_seconds = 0.0
     from_cache = False
+    memory = Memory()
     stream_stats = None
     max_context: int | None = None
 

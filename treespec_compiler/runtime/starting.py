@@ -39,7 +39,8 @@ def begin(
         policy = policy.for_target(program)
     judge, drawing = appoint(sampling, call.verifier, call.sampler, policy, drafts=call.drafts)
     repeatable = not (isinstance(policy, Auto) and policy.remember and call.drafts)
-    stats.program_from_cache = program.from_cache
+    stats.program_from_cache, memory = program.from_cache, program.memory
+    stats.peak_bytes, stats.model_bytes, stats.packed_bytes = memory.peak, memory.model, memory.packed
     stats.seed = drawing.sampling.seed if drawing and repeatable else None
     ending = Ending(call.max_new_tokens, *call.end_ids(call.module))
     return Generation(

@@ -103,6 +103,12 @@ class Stats:
     """Why the plain loop ran instead of a tree program, if it did."""
     program_from_cache: bool = False
     """Whether the target's program was found saved on disk (option `program_cache`)."""
+    peak_bytes: int = 0
+    """The most memory that the process had held at once when the target's program was ready; 0: nobody knows."""
+    model_bytes: int = 0
+    """Of the target's parameters and buffers."""
+    packed_bytes: int = 0
+    """Of weights that the target's program keeps beside them."""
 
     @property
     def tokens_per_step(self) -> float:
@@ -195,6 +201,11 @@ class Stats:
             )
         if self.unusable_draft_rows:
             lines.append(f"{self.unusable_draft_rows} nodes without proposals: NaN or infinite logits of the draft")
+        if self.peak_bytes:
+            lines.append(
+                f"memory: {self.peak_bytes / 1e6:,.0f} MB at most until the program was ready, the model is "
+                f"{self.model_bytes / 1e6:,.0f} MB of it and its packed form {self.packed_bytes / 1e6:,.0f} MB"
+            )
         if self.near_ties:
             lines.append(f"near ties: {self.near_ties} steps")
         if self.fallback:

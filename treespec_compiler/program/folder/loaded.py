@@ -17,6 +17,7 @@ from ...capture.weight_ref import WeightRef
 from ...errors import InvalidFolder, InvalidOption, TreespecError
 from ...logs import logger
 from ...options import Options
+from ..memory import Memory
 from ..saved.document import converted_of
 from ..saved.store import read_program
 from ..saved.values import CannotLoad
@@ -103,6 +104,7 @@ class LoadedProgram(TreeProgram):
             difference = one.difference(self)
             if difference is None:
                 self._executor.keep_code(self._executor.digest)
+                self._memory = Memory.of(self._module, self.packed_bytes)
                 return
             wrong.append(difference)
         self._expected = expected
