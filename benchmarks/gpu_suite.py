@@ -239,6 +239,7 @@ def environment(arguments: argparse.Namespace, section: Section, folder: Path, t
             "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
             "TRITON_CACHE_DIR": str(compiled / "triton"),
             "TREESPEC_SUITE_CACHES": "new",
+            "TREESPEC_PROGRAM_CACHE": "0",  # what a section compiles is measured
         }
     )
 

@@ -62,7 +62,7 @@ class Options:
 
     program_cache: bool | str | None = None
     """Whether programs are saved on disk and found again: in the user's cache directory (True), in this folder, never;
-    None: as `TREESPEC_PROGRAM_CACHE` (0, 1 or a folder) says, by default never."""
+    None: as `TREESPEC_PROGRAM_CACHE` (0, 1 or a folder) says, by default True."""
     mesh: str | None = None
     """Ranks that the program runs on, such as "tp=2": so many share every layer; None: one process runs it alone."""
     offload: Offload | None = None
@@ -93,11 +93,17 @@ class Options:
         """How many ranks share every layer."""
         return 1 if self.mesh is None else _ranks(self.mesh)
 
+    @property
+    def saved_where(self) -> bool | str:
+        """`program_cache`, the environment asked where it is None; read anew each time."""
+        if self.program_cache is not None:
+            return self.program_cache
+        where = os.environ.get(PROGRAM_CACHE_VARIABLE, "")
+        return {"": True, "0": False, "1": True}.get(where, where)
+
     @classmethod
     def parse(cls, options: Mapping[str, Any] | Options | None = None) -> Options:
-        """Options from a mapping, from nothing, or as they are; `TREESPEC_LOWERING` overrides `lowering`, and
-        `TREESPEC_PROGRAM_CACHE` (0, 1 or a folder) a `program_cache` that is None.
-        """
+        """Options from a mapping, from nothing, or as they are; `TREESPEC_LOWERING` overrides `lowering`."""
         if isinstance(options, Options):
             parsed = options
         elif options is None:
@@ -110,13 +116,7 @@ class Options:
             parsed = cls(**options)
         else:
             raise InvalidOption(name="options", got=options, expected="a mapping, an Options or None")
-        return parsed._with_environment()
-
-    def _with_environment(self) -> Options:
-        where = os.environ.get(PROGRAM_CACHE_VARIABLE)
-        if where and self.program_cache is None:
-            return replace(self, program_cache={"0": False, "1": True}.get(where, where))._with_lowering()
-        return self._with_lowering()
+        return parsed._with_lowering()
 
     def _with_lowering(self) -> Options:
         lowering = os.environ.get(LOWERING_VARIABLE)

@@ -29,7 +29,7 @@ from treespec_compiler.errors import InvalidOption, Unsupported
 from treespec_compiler.ir import ops, registry
 from treespec_compiler.options import Options
 from treespec_compiler.program import machine
-from treespec_compiler.program.saved import store
+from treespec_compiler.program.saved import programs, store
 from treespec_compiler.program.tree_program import TreeProgram
 
 VOCAB = 64
@@ -538,11 +538,45 @@ def test_a_wrong_option(value: Any) -> None:
 
 
 def test_the_environment_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text, expected in (("0", False), ("1", True), ("/some/folder", "/some/folder")):
+    for text, expected in (("0", False), ("1", True), ("", True), ("/some/folder", "/some/folder")):
         monkeypatch.setenv("TREESPEC_PROGRAM_CACHE", text)
-        assert Options.parse(None).program_cache == expected
-        assert Options.parse({"program_cache": "/mine"}).program_cache == "/mine"
-        assert Options.parse({"program_cache": False}).program_cache is False
+        assert Options.parse(None).saved_where == expected
+        assert Options.parse({"program_cache": "/mine"}).saved_where == "/mine"
+        assert Options.parse({"program_cache": False}).saved_where is False
+
+
+def test_programs_are_saved_by_default(home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TREESPEC_PROGRAM_CACHE", raising=False)
+    monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path / "cache"))
+    models = [home.model(), home.model(seed=1)]
+    found = [treespec.tree_program(model, options={"lowering": "eager"}) for model in models[:1]]
+    found[0].check()
+    found.append(treespec.tree_program(models[1], options={"lowering": "eager"}))
+    assert [each.from_cache for each in found] == [False, True]
+    assert len([*(tmp_path / "cache" / "programs").glob("*.program")]) == 1
+
+
+def test_a_home_that_cannot_be_written_to_is_named_once(
+    home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (home.programs.parent / "file").write_text("no folder")
+    monkeypatch.delenv("TREESPEC_PROGRAM_CACHE", raising=False)
+    monkeypatch.setenv("TREESPEC_CACHE_DIR", str(home.programs.parent / "file"))
+    with caplog.at_level(logging.WARNING, LOGGER):
+        for seed in (0, 1):
+            program = treespec.tree_program(home.model(seed=seed), options={"lowering": "eager"})
+            program.check()
+            assert not program.from_cache
+    assert len([r for r in caplog.records if "no program is saved" in r.getMessage()]) == 1
+
+
+def test_large_constants_are_not_saved(
+    home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(programs, "LARGEST", -2)
+    with caplog.at_level(logging.INFO, LOGGER):
+        assert not home.right(home.model()).from_cache
+    assert "bytes of folded constants" in caplog.text and not home.files
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.markup import escape
 
 from ..errors import InvalidOption
+from ..program import kept_code
 from ..program.saved.store import Entry, Store
 from .arguments import add_json
 from .inspection import console
@@ -37,6 +38,8 @@ def run(arguments: Namespace) -> int:
         return 0
     if arguments.action == "clear":
         count = store.clear()
+        if arguments.dir is None:
+            kept_code.clear()
         print(json.dumps({"removed": count}) if arguments.json else f"Removed {count} programs from {store.folder}.")
         return 0
     if arguments.action == "show":

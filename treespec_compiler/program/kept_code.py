@@ -12,9 +12,11 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,9 @@ log = logger(__name__)
 SCHEMA = 1
 MOST = 64
 """Programs whose code is kept."""
+_FORGOTTEN_SECONDS = 3600.0  # after which nobody is about to name a library that no plan names
+_NAMED: set[str] = set()
+"""Folders that could not be written to, of which a warning was given."""
 _ENTRY = "inductor_entry_cpp"
 _POINTERS = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 # What Inductor's wrapper of a library does besides the call: another one passes constants, which are not in a library.
@@ -95,9 +100,13 @@ def keep(name: str, plan: CallPlan, libraries: Sequence[Path]) -> None:
         about: dict[str, Any] = {"schema": SCHEMA, "libraries": hashes, "room": plan.room, "ends": [*plan.ends]}
         about["steps"] = [(which, [*takes], [*gives]) for which, takes, gives in plan.steps]
         write_whole(folder / f"{name}.json", json.dumps(about))
-        _evict(folder)
     except OSError as error:
-        log.warning("compiled code is not kept in %s: %s", folder, error)
+        level = logging.INFO if str(folder) in _NAMED else logging.WARNING  # once, as of saved programs
+        _NAMED.add(str(folder))
+        log.log(level, "compiled code is not kept in %s: %s", folder, error)
+        return
+    with contextlib.suppress(OSError):
+        _evict(folder)
 
 
 def find(name: str) -> LibraryCall | None:
@@ -163,12 +172,37 @@ def _folder() -> Path:
     return cache_dir() / "code"
 
 
+def clear() -> int:
+    """Remove what is kept; returns of how many programs it was."""
+    plans = [*_folder().glob("*.json")]
+    for path in (*plans, *_folder().glob("*.so")):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    return len(plans)
+
+
 def _evict(folder: Path) -> None:
-    """Keep the last used ones, and the libraries that they name."""
-    plans = sorted(folder.glob("*.json"), key=lambda path: -path.stat().st_mtime)
+    """Keep the last used ones, and the libraries that they name. Other processes may do so at the same time."""
+    used: dict[Path, float] = {}
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError):
+            used[path] = path.stat().st_mtime
+    plans = sorted(used, key=lambda path: -used[path])
+    named, given_up = (_named(some) for some in (plans[:MOST], plans[MOST:]))
     for path in plans[MOST:]:
         path.unlink(missing_ok=True)
-    named = {found for path in plans[:MOST] for found in json.loads(path.read_text(encoding="utf-8"))["libraries"]}
     for path in folder.glob("*.so"):
-        if path.stem not in named:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            # NOTE a library comes before the plan that names it: another process may be about to write that
+            forgotten = path.stem in given_up or time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS
+            if path.stem not in named and forgotten:
+                path.unlink(missing_ok=True)
+
+
+def _named(plans: Sequence[Path]) -> set[str]:
+    """Libraries of these plans, those that can be read."""
+    found: set[str] = set()
+    for path in plans:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            found.update(json.loads(path.read_text(encoding="utf-8"))["libraries"])
+    return found

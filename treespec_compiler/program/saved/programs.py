@@ -26,7 +26,7 @@ from ...logs import logger
 from ...options import Options
 from .document import converted_of, document
 from .key import TraceDigest, check_met, outer_key, values_digest
-from .store import Entry, Store
+from .store import LARGEST, Entry, Store
 from .values import CannotLoad, CannotSave
 
 log = logger(__name__)
@@ -80,7 +80,7 @@ def store_of(options: Options) -> Store | None:
     than a key knows of, and a check of every pass is asked for to see them run.
     """
     others = options.pipeline is not None or options.ranks > 1 or options.verify_each == "semantic"
-    where = options.program_cache
+    where = options.saved_where
     if not where or options.verify == "off" or others:
         return None
     return Store(None if where is True else where)
@@ -168,6 +168,9 @@ def _written(
     state = trace.state(model, call)
     check_met(converted.traced, state)
     program, tensors = document(converted)
+    constants = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if constants > LARGEST // 2:
+        raise CannotSave(f"{constants:,} bytes of folded constants")
     held = {name: ref.tensor for name, ref in converted.sources.items()}
     proved_values = values_digest(held, converted.proved_from)
     program |= {"proved_values": proved_values, "sums": sums}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,8 @@ MOST_FILES = 256
 LARGEST = 128 << 20
 _FORGOTTEN_SECONDS = 3600.0  # after which a half-written file has no writer any more
 
+_NAMED: set[str] = set()
+"""Folders that could not be written to, of which a warning was given."""
 _PARTS = ("about", "trace", "program")
 
 
@@ -86,7 +89,10 @@ class Store:
             with replacing(path) as temporary:
                 checksum = write_program(temporary, parts, tensors)
         except Exception as error:  # of safetensors, too
-            log.warning("no program is saved in %s: %s: %s", self.folder, type(error).__name__, error)
+            # NOTE once: where a home cannot be written to, every model of every call would say so
+            level = logging.INFO if str(self.folder) in _NAMED else logging.WARNING
+            _NAMED.add(str(self.folder))
+            log.log(level, "no program is saved in %s: %s: %s", self.folder, type(error).__name__, error)
             return None
         self._evict(path)
         return checksum
