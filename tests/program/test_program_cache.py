@@ -107,6 +107,8 @@ def test_the_second_one_is_found(saved: Home, monkeypatch: pytest.MonkeyPatch) -
         assert getattr(found, name) == getattr(cold, name), name
     assert [r.name for r in found.history] == [r.name for r in cold.history]
     assert found.graph_module.code == cold.graph_module.code
+    assert found.comparison is not None and cold.comparison is not None
+    assert 33 < found.comparison.tokens < cold.comparison.tokens and found.comparison.rows == cold.comparison.rows
 
 
 def test_stats_say_where_the_program_came_from(saved: Home) -> None:

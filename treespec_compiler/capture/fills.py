@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dis
+import functools
 import inspect
 import textwrap
 import weakref
@@ -114,14 +115,26 @@ def _initial_methods(classes: Sequence[type]) -> dict[tuple[type, str], ast.AST]
         method = vars(cls).get(name)
         if not isinstance(method, FunctionType) or (cls, name) in found:
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, TypeError, SyntaxError):
+        tree = _tree(method)
+        if tree is None:
             continue
         found[cls, name] = tree
         called = {n.func.attr for n in ast.walk(tree) if isinstance(n, ast.Call) and _of_self(n.func)}
         pending += [(other, attr) for other in classes for attr in sorted(called)]
     return found
+
+
+def _tree(method: FunctionType) -> ast.AST | None:
+    """Of its source, parsed once: classes of a model have bases in common. None: there is no source."""
+    if method not in _TREES:
+        try:
+            _TREES[method] = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        except (OSError, TypeError, SyntaxError):
+            _TREES[method] = None
+    return _TREES[method]
+
+
+_TREES: weakref.WeakKeyDictionary[FunctionType, ast.AST | None] = weakref.WeakKeyDictionary()
 
 
 def _of_self(value: ast.expr) -> TypeGuard[ast.Attribute]:
@@ -174,15 +187,30 @@ def _set_elsewhere(classes: Sequence[type], first: set[str]) -> tuple[set[str], 
             code = getattr(inspect.unwrap(inner) if callable(inner) else inner, "__code__", None)
             if name in first or code is None:
                 continue
-            for part in _codes(code):
-                texts = {c for c in part.co_consts if isinstance(c, str)}
-                set_ |= {i.argval for i in dis.get_instructions(part) if i.opname == "STORE_ATTR"}
-                if "register_buffer" in part.co_names:
-                    set_ |= texts
-                used |= set(part.co_names)
-                if "hasattr" in part.co_names or "getattr" in part.co_names:
-                    written |= texts
+            for whole, more in zip((set_, used, written), _names_of(code), strict=True):
+                whole |= more
     return set_, used, written
+
+
+@functools.lru_cache(1 << 14)  # base classes have some thousand methods, and every class of a model has them
+def _names_of(code: CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """What `_set_elsewhere` looks for, of one function."""
+    set_: set[str] = set()
+    used: set[str] = set()
+    written: set[str] = set()
+    for part in _codes(code):
+        texts = {c for c in part.co_consts if isinstance(c, str)}
+        if _STORE in part.co_code[::2]:  # NOTE or a number that is the same: taking code apart is slow
+            set_ |= {i.argval for i in dis.get_instructions(part) if i.opname == "STORE_ATTR"}
+        if "register_buffer" in part.co_names:
+            set_ |= texts
+        used |= set(part.co_names)
+        if "hasattr" in part.co_names or "getattr" in part.co_names:
+            written |= texts
+    return frozenset(set_), frozenset(used), frozenset(written)
+
+
+_STORE = dis.opmap["STORE_ATTR"]
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -58,6 +58,13 @@ def _same_bits(a: Tensor, b: Tensor) -> Tensor:
     return a.view(torch.int32) == b.view(torch.int32)
 
 
+def _all_same_bits(made: Tensor, values: Tensor) -> Tensor:
+    """[G] of groups [G, 32]. NOTE a look at all of them first: where the form is the right one, all are the same."""
+    if torch.equal(made.view(torch.int32), values.view(torch.int32)):
+        return torch.ones(len(made), dtype=torch.bool, device=made.device)
+    return _same_bits(made, values).all(1)
+
+
 # -- 16 bits ----------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +143,7 @@ def _steps(groups: Tensor, levels: Sequence[int], least: int, most: int) -> tupl
 
     The value furthest from zero has one of the `levels`, likeliest first: its step follows by a division that is exact.
     """
-    low, high = groups.aminmax(dim=1, keepdim=True)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)  # NOTE each is vectorised, aminmax is not
     if not (low.isfinite() & high.isfinite()).all():
         return None
     fit = _Fit(groups)
@@ -144,7 +151,7 @@ def _steps(groups: Tensor, levels: Sequence[int], least: int, most: int) -> tupl
         values, bottom, top = fit.of(groups), fit.of(low), fit.of(high)
         d = (torch.where(-bottom > top, bottom, top) / level).half().float()
         q = _rounded(values / _divisor(d), least, most)
-        if fit.take(_same_bits(q * d, values).all(1) & d.isfinite().view(-1), d, torch.zeros_like(d), q):
+        if fit.take(_all_same_bits(q * d, values) & d.isfinite().view(-1), d, torch.zeros_like(d), q):
             return fit.step, fit.levels
         if tries == SOON and fit.none():
             return None
@@ -157,7 +164,7 @@ def _affine(groups: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     The least value has q = 0 and the largest q = 15 where a quantizer has taken both from the weights; further pairs of
     levels are tried for groups in which it has not.
     """
-    low, high = groups.aminmax(dim=1, keepdim=True)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)  # NOTE each is vectorised, aminmax is not
     if not (low.isfinite() & high.isfinite()).all():
         return None
     fit = _Fit(groups)
@@ -167,7 +174,7 @@ def _affine(groups: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         m = (bottom - below * d).half().float()
         q = _rounded((values - m).div_(_divisor(d)), 0, 15)
         # NOTE the product is exact (11 and 4 bits), so that a fused multiplication and addition gives the same
-        holds = _same_bits((q * d).add_(m), values).all(1) & (d.isfinite() & m.isfinite()).view(-1)
+        holds = _all_same_bits((q * d).add_(m), values) & (d.isfinite() & m.isfinite()).view(-1)
         if fit.take(holds, d, m, q):
             return fit.step, fit.least, fit.levels
         if tries == SOON and fit.none():

@@ -11,7 +11,7 @@ from ..capture.call import CallSpec
 from ..capture.surroundings import outside_autocast
 from ..stages import stage
 from .executor import Executor, Tally
-from .net import Comparison, Runs, check_program, check_variant
+from .net import FOUND_PREFIX, PREFIX, Comparison, Runs, check_program, check_variant
 
 
 class Compared:
@@ -23,16 +23,16 @@ class Compared:
         self.last: Comparison | None = None
         """With the model; None before the first one."""
 
-    def own(self, program: Runs, executor: Executor, model: nn.Module, call: CallSpec) -> bool:
+    def own(self, program: Runs, executor: Executor, model: nn.Module, call: CallSpec, found: bool = False) -> bool:
         """The program's graph, with the model as it runs eagerly; raises `Unsupported` where they differ.
 
-        False: it was compared before.
+        False: it was compared before. `found`: it was saved, after a comparison of its own.
         """
         if executor in self._done:
             return False
         with alone(), outside_autocast(), stage("comparing with the model"):
             compiled = executor.tally.seconds
-            self.last = check_program(program, model, call)
+            self.last = check_program(program, model, call, FOUND_PREFIX if found else PREFIX)
             self._took(self.last.seconds, executor.tally, compiled)
         self._done.add(executor)
         return True

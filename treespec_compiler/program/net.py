@@ -37,6 +37,7 @@ from .semantics import eager_rows, kept, seen_first
 log = logger(__name__)
 
 PREFIX = 257  # past one chunk of a prompt, and past the windows and buckets of most models
+FOUND_PREFIX = 33  # of a program that another process saved, which was compared behind more tokens then
 MOST = 600  # longer literals are left to the proofs: the eager model's time grows with them
 SHORT = 5  # tokens before the other request's trees
 # Parents of the trees of both requests, in two rounds; the path to the last node is committed. It has siblings that it
@@ -107,17 +108,20 @@ class _Path:
     rows: dict[int, Tensor]
 
 
-def check_program(program: Runs, model: nn.Module, call: CallSpec) -> Comparison:
-    """What it found; raises `Unsupported` where a row is not the model's, on two prompts of two."""
+def check_program(program: Runs, model: nn.Module, call: CallSpec, prefix: int = PREFIX) -> Comparison:
+    """What it found; raises `Unsupported` where a row is not the model's, on two prompts of two.
+
+    `prefix`: tokens before the longer request's trees, more where numbers in the graph are larger.
+    """
     began, found = time.perf_counter(), Comparison()
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         log.info("weights on meta: the program cannot be compared with the model")
         return found
     exact = Exact(model, call, program.state.model_logits)
     with kept(model, program.state.caches):
-        wrong = _difference(program, model, call, exact, found, seed=0)
+        wrong = _difference(program, model, call, exact, found, prefix, seed=0)
         # NOTE routing may flip where two experts are as good, on one prompt; a wrong program is so on both.
-        if wrong is not None and _difference(program, model, call, exact, found, seed=1) is not None:
+        if wrong is not None and _difference(program, model, call, exact, found, prefix, seed=1) is not None:
             raise _refusal(f"the program does not compute what the model does: {wrong}")
     found.seconds = time.perf_counter() - began
     log.info("compared with the model: %s", found)
@@ -130,9 +134,9 @@ def _refusal(what: str) -> Unsupported:
 
 
 def _difference(
-    program: Runs, model: nn.Module, call: CallSpec, exact: Exact, found: Comparison, seed: int
+    program: Runs, model: nn.Module, call: CallSpec, exact: Exact, found: Comparison, prefix: int, seed: int
 ) -> str | None:
-    for path in _paths(program, seed):
+    for path in _paths(program, prefix, seed):
         spec = program.state.model_logits
         # A model that gives the last token's logits alone runs anew for each row.
         wanted = path.rows if not spec.last else {at: path.rows[at] for at in (min(path.rows), max(path.rows))}
@@ -151,11 +155,11 @@ def _nearness(result: Judged) -> tuple[float, float]:
     return result.error / result.allowed if result.allowed else 0.0, result.allowed
 
 
-def _paths(program: Runs, seed: int) -> Iterator[_Path]:
+def _paths(program: Runs, prefix: int, seed: int) -> Iterator[_Path]:
     """What the program says on paths of two requests: the committed one of the long request, all of the short one."""
     nodes = sum(map(len, TREES))
     room = (program.max_context or MOST + nodes) - nodes
-    long = min(max(PREFIX, _literal(program) + 2), MOST, room)
+    long = min(max(prefix, _literal(program) + 2), MOST, room)
     lengths = [n for n in (long, min(SHORT, room)) if n > 0]
     if not lengths:
         return

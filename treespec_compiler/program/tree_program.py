@@ -140,7 +140,7 @@ class TreeProgram(ProgramFacts):
         if model is None or self.options.verify == "off":
             return
         try:
-            new = self._compared.own(self, self._executor, model, self._followed.call)
+            new = self._compared.own(self, self._executor, model, self._followed.call, found=self.from_cache)
         except Exception as error:
             if not self.from_cache:
                 raise

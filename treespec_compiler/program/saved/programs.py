@@ -47,10 +47,11 @@ class Found:
 class Unmoved:
     """The state that a saved program holds for; the `Followable` of a program that was not captured here."""
 
-    def __init__(self, trace: TraceDigest, structure: str) -> None:
+    def __init__(self, trace: TraceDigest, structure: str, glance: tuple[Whereabouts, dict[str, Any]]) -> None:
+        """`glance`: where a walk found all of it, and what was around."""
         self._trace, self._structure = trace, structure
-        self._glance: tuple[Whereabouts, dict[str, Any]] | None = None
-        """Where the last walk found all of it; a walk takes a tenth of a second, and every call asks."""
+        self._glance: tuple[Whereabouts, dict[str, Any]] | None = glance
+        """Of the last walk; one takes tenths of a second, and every call asks."""
 
     def changed(self, model: nn.Module, call: CallSpec) -> str | None:
         """What is another now, in words for a log; None: nothing."""
@@ -111,8 +112,9 @@ def find(model: nn.Module, call: CallSpec, options: Options) -> Found | None:
 
 def _fitting(model: nn.Module, call: CallSpec, parts: dict[str, Any], tensors: dict[str, Tensor]) -> Converted | None:
     trace = TraceDigest(*(tuple(parts["trace"][name]) for name in ("digests", "names", "variables")))
+    around, whereabouts = trace.around(call), Whereabouts(model)
     try:
-        state = trace.state(model, call)
+        state = trace.state(model, call, whereabouts)
     except Undigested as error:
         log.info("saved programs cannot be told apart: %s", error)
         return None
@@ -123,7 +125,9 @@ def _fitting(model: nn.Module, call: CallSpec, parts: dict[str, Any], tensors: d
     held = {name: ref.tensor for name, ref in sources.items()}
     if values_digest(held, program["proved_from"]) != program["proved_values"]:
         return None
-    return converted_of(program, tensors, sources, Unmoved(trace, state.structure), parts["checksum"])
+    return converted_of(
+        program, tensors, sources, Unmoved(trace, state.structure, (whereabouts, around)), parts["checksum"]
+    )
 
 
 def _sources(model: nn.Module, names: list[str]) -> dict[str, WeightRef]:
