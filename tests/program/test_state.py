@@ -265,7 +265,7 @@ def test_adapters_are_followed() -> None:
     peft = pytest.importorskip("peft")
     zoo = pytest.importorskip("zoo")
     adapter = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(zoo.make("llama"), adapter).eval()
+    model = peft.get_peft_model(zoo.make("llama", num_hidden_layers=1), adapter).eval()
     model.add_adapter("second", adapter)
     ids = torch.tensor([[5, 17, 3, 9, 4]])
 

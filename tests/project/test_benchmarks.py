@@ -142,6 +142,7 @@ def folders(pair: SimpleNamespace) -> list[object]:
     return [*models, "--prompts", 2, "--max-new-tokens", 8]
 
 
+@pytest.mark.rare
 def test_bench_policies(folders: list[object], tmp_path: Path) -> None:
     path = tmp_path / "policies.json"
     few = ["--quick", "--repeats", 1, "--temperatures", 0, "--lowering", "eager"]
@@ -153,6 +154,7 @@ def test_bench_policies(folders: list[object], tmp_path: Path) -> None:
     assert path.with_suffix(".svg").read_text().startswith("<svg") and "x plain" in said
 
 
+@pytest.mark.rare
 def test_bench_verifiers(folders: list[object], tmp_path: Path) -> None:
     path = tmp_path / "verifiers.json"
     said = run("bench_verifiers.py", *folders, "--seeds", 1, "--verifiers", "naive", "--output", path)
@@ -190,6 +192,7 @@ def test_bench_real_names_what_it_cannot_read(tmp_path: Path) -> None:
     assert "expected Spec-Bench's question.jsonl" in start("bench_real.py").stderr
 
 
+@pytest.mark.rare
 def test_bench_linear(tmp_path: Path) -> None:
     if not cpu.load():
         pytest.skip("no C++ compiler")
@@ -224,6 +227,7 @@ def test_bench_start_takes_no_zeros() -> None:
     assert done.returncode == 2 and "at least one of --tokens, --rounds and --cold" in done.stderr
 
 
+@pytest.mark.rare
 def test_bench_pages(tmp_path: Path) -> None:
     path = tmp_path / "pages.json"
     few = ("--sizes", 16, 64, "--requests", 2, "--prompt-tokens", 40, "--shared", 20, "--new-tokens", 4, "--rounds", 1)
@@ -287,6 +291,7 @@ def test_bench_offload(tmp_path: Path) -> None:
     assert again.count("| one token |") == 1
 
 
+@pytest.mark.rare
 def test_bench_boosted(pair: SimpleNamespace, tmp_path: Path) -> None:
     target = shutil.copytree(pair.folder / "target", tmp_path / "target")
     (tmp_path / "heldout.json").write_text(json.dumps([{"text": "def f(x):\n    return x"}]))

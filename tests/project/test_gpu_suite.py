@@ -38,6 +38,7 @@ def sections(tmp_path_factory):
     return found
 
 
+@pytest.mark.rare
 def test_every_section_measures_something(sections):
     models, kernels = ([r for s in sections.values() for r in s.get(key, [])] for key in ("models", "kernels"))
     assert all(row["ok"] for row in kernels + models)

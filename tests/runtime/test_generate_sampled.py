@@ -367,6 +367,7 @@ def test_chi_square_with_tiny_models(verifier):
     check_law(target, draft, [1, 2, 3], arguments | {"policy": policy}, tokens=4, total=400)
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_chi_square_with_the_demo_pair():
     demo = pytest.importorskip("treespec_compiler.demo")
