@@ -1,7 +1,7 @@
 """Of a long family of cases a run takes every sixth: each converts a decoder, and neighbours in a list are of a kind.
 
-A test is marked `family` where its cases are many and each costs seconds, and `rare` where it costs a quarter of a minute
-or more and seldom fails. `TREESPEC_EVERY_CASE=1` runs them all, as whoever changes what they are about does. The first
+A test is marked `family` where its cases are many and each costs seconds, and `rare` where it costs a quarter of a
+minute and seldom fails. `TREESPEC_EVERY_CASE=1` runs them all, as whoever changes what they are about does. The first
 case of a family always runs, and so does one that is asked for by its name.
 """
 
