@@ -1,7 +1,7 @@
 """What one process saved is found by another: a sample of the types that `found_again` runs on demand.
 
-Of each kind one: plain and eager attention, learned positions, ALiBi, windows, softcaps, tied heads, several kinds of
-layers, latent attention; and what is not saved, layers with a state.
+Of each kind one: plain and eager attention, learned positions, ALiBi, windows, softcaps, tied heads, experts, several
+kinds of layers; and what is not saved, layers with a state.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from families import some_of
 
 pytest.importorskip("transformers")
 
-FOUND = ("llama", "gpt2", "gpt_neo", "bloom", "falcon", "gemma3_text", "phi3", "cohere2")
+FOUND = ("llama", "gpt2", "gpt_neo", "bloom", "mixtral", "falcon", "gemma3_text", "phi3", "cohere2")
 NOT_SAVED = ("lfm2",)
 
 

@@ -17,6 +17,7 @@ from treespec_compiler.passes.framework.state import GraphState
 from treespec_compiler.program.saved.graph import GraphReader, GraphWriter
 from treespec_compiler.program.saved.state import PLAIN, history_of, history_text, state_of, state_text
 from treespec_compiler.program.saved.values import (
+    TRANSFORMERS,
     CannotLoad,
     CannotSave,
     SizeTexts,
@@ -185,6 +186,14 @@ def test_an_op_of_a_user_is_not_saved() -> None:
         target_text(user_op)
     with pytest.raises(CannotLoad):
         target_of("saved_test.more.default")
+
+
+def test_an_op_of_transformers_is_saved_where_its_version_is_known() -> None:
+    pytest.importorskip("transformers.integrations.moe")
+    op = torch.ops.transformers.grouped_mm_fallback.default
+    with pytest.raises(CannotSave, match="somebody registered"):
+        target_text(op)  # as a compiled folder writes it, which runs without transformers
+    assert target_of(target_text(op, TRANSFORMERS)) is op
 
 
 def test_a_constant_that_is_no_tensor_is_not_saved() -> None:

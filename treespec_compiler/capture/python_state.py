@@ -154,6 +154,8 @@ class PythonState:
         traced = digest in self._traced
         if not traced and not strict:
             return
+        if (value.__module__, value.__qualname__) in _OF_VERSIONS:
+            return
         if id(value) in self._allowed or "_dynamo_marked_constant" in vars(value):
             raise Undigested(f"{path}, a function that a trace calls without reading it")
         self._visit(value.__defaults__, f"{path} defaults", True)
@@ -346,6 +348,12 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented)}
 
 _OPEN = (object, list, dict, tuple, set, frozenset, deque, OrderedDict, defaultdict, int, str, float, bytes)
+
+
+_OF_VERSIONS = {
+    ("transformers.utils.import_utils", name) for name in ("is_torch_greater_or_equal", "is_torch_less_or_equal")
+}
+"""Functions whose results a trace takes for constants, and which tell of torch's version alone: a key has that."""
 
 
 def _allowed_in_graphs() -> set[int]:

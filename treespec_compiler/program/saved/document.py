@@ -17,9 +17,9 @@ from .deferred import Broken, DeferredState, check_kernels
 from .state import history_of, history_text, state_of, state_text
 
 
-def document(converted: Converted) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(JSON, tensors by the names it has for them). Raises CannotSave."""
-    text, tensors = state_text(converted.state)
+def document(converted: Converted, others: frozenset[str] = frozenset()) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(JSON, tensors by the names it has for them); `others`: as of `target_text`. Raises CannotSave."""
+    text, tensors = state_text(converted.state, others)
     found = {
         "state": text,
         "sources": list(converted.sources),

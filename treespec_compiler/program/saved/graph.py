@@ -15,8 +15,9 @@ from .values import CannotLoad, CannotSave, SizeTexts, argument, argument_of, fa
 class GraphWriter:
     """Writes graphs of one program, which share long texts and tensors."""
 
-    def __init__(self, sizes: SizeTexts) -> None:
-        self.sizes = sizes
+    def __init__(self, sizes: SizeTexts, others: frozenset[str] = frozenset()) -> None:
+        """`others`: as of `target_text`."""
+        self.sizes, self.others = sizes, others
         self.texts: list[Any] = []
         """Stack traces and module paths; many nodes have the same."""
         self.tensors: dict[str, Tensor] = {}
@@ -29,7 +30,7 @@ class GraphWriter:
     def _node(self, gm: fx.GraphModule, node: fx.Node) -> dict[str, Any]:
         row: dict[str, Any] = {"name": node.name, "op": node.op}
         if node.op == "call_function":
-            row["target"] = target_text(node.target)
+            row["target"] = target_text(node.target, self.others)
         elif node.op == "get_attr":
             row |= {"target": str(node.target), "constant": self._constant(gm, str(node.target))}
         elif node.op not in ("placeholder", "output"):

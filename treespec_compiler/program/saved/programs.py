@@ -27,7 +27,7 @@ from ...options import Options
 from .document import converted_of, document
 from .key import TraceDigest, check_met, outer_key, values_digest
 from .store import LARGEST, Entry, Store
-from .values import CannotLoad, CannotSave
+from .values import TRANSFORMERS, CannotLoad, CannotSave
 
 log = logger(__name__)
 
@@ -171,7 +171,7 @@ def _written(
     trace = TraceDigest.of(converted.traced)
     state = trace.state(model, call)
     check_met(converted.traced, state)
-    program, tensors = document(converted)
+    program, tensors = document(converted, TRANSFORMERS)
     constants = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if constants > LARGEST // 2:
         raise CannotSave(f"{constants:,} bytes of folded constants")

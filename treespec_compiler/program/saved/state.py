@@ -31,15 +31,15 @@ PLAIN = (
 _EXAMPLE_TOKENS = 11
 
 
-def state_text(state: GraphState) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(JSON, tensors by the names it has for them). Raises CannotSave."""
+def state_text(state: GraphState, others: frozenset[str] = frozenset()) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(JSON, tensors by the names it has for them); `others`: as of `target_text`. Raises CannotSave."""
     if state.streaming is not None:
         raise CannotSave("a graph whose weights are streamed")
     if state.cut is not None or state.level != "bound" or state.notes:
         raise CannotSave("a graph of one of several ranks, before its last pass, or with notes of a user's pass")
     if state.states:
         raise CannotSave("layers that keep a state beside attention")
-    graphs = GraphWriter(SizeTexts(state.length))
+    graphs = GraphWriter(SizeTexts(state.length), others)
     found: dict[str, Any] = {name: getattr(state, name) for name in PLAIN}
     found |= {
         "graph": graphs.write(state.gm),

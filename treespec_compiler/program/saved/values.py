@@ -45,12 +45,15 @@ _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 
 # Ops that mean the same in every process of these versions; those of users' own are code that no key knows.
 _TORCHS = {"aten", "prims", "_c10d_functional"}
+TRANSFORMERS = frozenset({"transformers"})
+"""Namespaces of ops that come with transformers: its version is in the key of a saved program."""
 
 
-def target_text(target: Any) -> str:
-    """`aten.add.Tensor`, `operator.getitem`."""
+def target_text(target: Any, others: frozenset[str] = frozenset()) -> str:
+    """`aten.add.Tensor`, `operator.getitem`. `others`: namespaces whose ops may be written, too."""
     if isinstance(target, OpOverload):
-        if target.namespace in _TORCHS or (definition(target) is not None and target.namespace != USERS_NAMESPACE):
+        own = definition(target) is not None and target.namespace != USERS_NAMESPACE
+        if own or target.namespace in _TORCHS | others:
             return str(target)
         raise CannotSave(f"the op {target}, which somebody registered")
     name = _FUNCTION_NAMES.get(target) if callable(target) else None
@@ -71,7 +74,7 @@ def target_of(text: str) -> Any:
     if not isinstance(found, OpOverload):
         raise CannotLoad(f"the op {text[:80]}, which is not there")
     try:
-        target_text(found)
+        target_text(found, TRANSFORMERS)
     except CannotSave as error:
         raise CannotLoad(str(error)) from None
     return found
