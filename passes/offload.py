@@ -30,7 +30,7 @@ def offload(state: GraphState) -> int:
     plan = make_plan(state, state.budget)
     if not plan.streamed:
         return 0
-    handle, slots = new_handle(), min(state.budget.slots, len(plan.streamed))
+    handle, slots = new_handle(), plan.slots
     inputs = _Inputs(state)
     made = []
     for number, layer in enumerate(plan.streamed):

@@ -29,8 +29,9 @@ class Offload:
     is free now."""
     dir: str | None = None
     """A folder where their files are written, and found again; None: `offload` in the user's cache directory."""
-    slots: int = 2
-    """Layers that the ring has room for: one that computes, the others on their way."""
+    slots: int | None = None
+    """Layers that the ring has room for: one that computes, the others on their way. None: two, and up to four of small
+    layers where the budget has room."""
 
     def __post_init__(self) -> None:
         if self.to != "disk":
@@ -40,8 +41,8 @@ class Offload:
             number = isinstance(size, (int, float)) and not isinstance(size, bool)
             if size is not None and not (number and 0 <= size < math.inf):
                 raise InvalidOption(name="offload", got=f"{name}={size!r}", expected="0 or more, of 10^9 bytes")
-        if type(self.slots) is not int or not 2 <= self.slots <= MOST_SLOTS:
-            expected = f"2 to {MOST_SLOTS}: one layer that computes, and one on its way"
+        if self.slots is not None and (type(self.slots) is not int or not 2 <= self.slots <= MOST_SLOTS):
+            expected = f"2 to {MOST_SLOTS}, or None: one layer that computes, and one on its way"
             raise InvalidOption(name="offload", got=f"slots={self.slots!r}", expected=expected)
         if self.dir is not None and not isinstance(self.dir, (str, Path)):
             raise InvalidOption(name="offload", got=f"dir={self.dir!r}", expected="a path or None")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """What is allowed: `bytes` of weights in memory, the ring's included, of which `slots` layers."""
+    """What is allowed: `bytes` of weights in memory, the ring's included, of which `slots` layers; None: as many as
+    their size asks for (`plan.ring_slots`)."""
 
     bytes: int
-    slots: int
+    slots: int | None = None

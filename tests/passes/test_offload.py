@@ -20,7 +20,7 @@ from treespec_compiler.ir.verify import problems
 from treespec_compiler.passes.framework.state import GraphState
 from treespec_compiler.passes.offload import offload
 from treespec_compiler.passes.streaming.budget import Budget
-from treespec_compiler.passes.streaming.plan import layers, make_plan
+from treespec_compiler.passes.streaming.plan import layers, make_plan, ring_slots
 from treespec_compiler.pipeline import convert
 
 pytest.importorskip("transformers")
@@ -52,6 +52,21 @@ def test_too_small_a_budget_says_what_is_needed(tmp_path: Path, monkeypatch: pyt
         converted(fixed + 2 * layer - 1)
     assert not (tmp_path / "cache" / "reproducers").exists()
     assert converted(fixed + 2 * layer).streaming is not None
+
+
+@pytest.mark.parametrize(
+    ("layer", "count", "room", "slots"),
+    [
+        (2_200_000, 30, 10**7, 4),
+        (2_200_000, 30, 2 * 2_200_000, 2),  # no room
+        (3 << 20, 30, 10**8, 2),  # all but one fit
+        (3 << 20, 30, 10**7, 3),
+        (10**8, 30, 10**9, 2),
+        (1000, 14, 4000, 2),  # few are streamed
+    ],
+)
+def test_small_layers_get_more_slots(layer: int, count: int, room: int, slots: int) -> None:
+    assert ring_slots(layer, count, room) == slots
 
 
 def test_layers_that_fit_stay_the_first_ones() -> None:

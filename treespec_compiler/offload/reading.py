@@ -22,31 +22,38 @@ ATTEMPTS = 3
 def read_file(path: Path, length: int, memory: Tensor, pool: ThreadPoolExecutor) -> None:
     """Fill the beginning of `memory`, uint8 at an aligned address, with so many bytes of a file.
 
-    Raises `WeightsUnreadable`.
+    The calling thread reads the first piece itself: a layer of one piece waits for no other thread to wake up. Raises
+    `WeightsUnreadable`.
     """
     try:
-        file = _open(path)
+        file, cached = _open(path)
     except OSError as error:
         raise WeightsUnreadable(path=str(path), offset=0, problem=str(error)) from error
     try:
         data = memory.numpy().data
         pieces = [(start, min(PIECE, length - start)) for start in range(0, length, PIECE)]
-        reads = [pool.submit(_read_piece, file, path, data, *piece) for piece in pieces]
-        for read in reads:
-            read.exception()  # all of them end before the file is closed
+        reads = [pool.submit(_read_piece, file, path, data, *piece) for piece in pieces[1:]]
+        try:
+            _read_piece(file, path, data, *pieces[0])
+        finally:
+            for read in reads:
+                read.exception()  # all of them end before the file is closed
         for read in reads:
             read.result()
-        os.posix_fadvise(file, 0, length, os.POSIX_FADV_DONTNEED)
+        if cached:
+            os.posix_fadvise(file, 0, length, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
 
 
-def _open(path: Path) -> int:
-    """Past the page cache where the file system can: cached copies of weights would take the memory that is spared."""
+def _open(path: Path) -> tuple[int, bool]:
+    """The file, and whether what is read of it goes through the page cache: where the file system can, it does not, as
+    cached copies of weights would take the memory that is spared.
+    """
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+        return os.open(path, os.O_RDONLY | os.O_DIRECT), False
     except OSError:
-        return os.open(path, os.O_RDONLY)
+        return os.open(path, os.O_RDONLY), True
 
 
 def _read_piece(file: int, path: Path, memory: memoryview, start: int, length: int) -> None:
