@@ -1,18 +1,22 @@
-"""Weights that come from a disk: one token a step, chains and trees at equal residency, and accelerate's disk offload.
+"""Weights that come from a disk: one token a step, chains and trees at equal residency, and what others do.
 
-    python benchmarks/bench_offload.py --model DIR --questions question.jsonl   # benchmarks/results/cpu/offload.json
+    python benchmarks/bench_offload.py --model DIR --questions question.jsonl --dir /dev/shm
     python benchmarks/bench_offload.py --random-gb 3 --resident-gb 1            # a made-up model, larger than memory
     python benchmarks/bench_offload.py --show FILE --markdown
 
 Reading is held to stated rates by a token bucket behind the real reads, so that a step has a floor: the bytes that it
-streams by the rate. `disk` is the disk as it is. Questions are those of Spec-Bench (docs/benchmarks.md); what a draft
-remembers is its own in every run. Weights that are made up accept nothing: of them only the time of a step is said.
+streams by the rate. `disk` is the folder's disk as it is; rates above what it gives need files in memory
+(`--dir /dev/shm`), whose own rate is said, too. Questions are those of Spec-Bench (docs/benchmarks.md); what a draft
+remembers is its own in every run. Others: accelerate's disk offload, and a model whose file is mapped, of which all but
+the budget is given back to the system before each token. Weights that are made up accept nothing: of them only the time
+of a step is said.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import tempfile
 import threading
@@ -29,18 +33,22 @@ from common import RESULTS, Table, describe_run, progress, read_report, show, wr
 import treespec_compiler as treespec
 from treespec_compiler.cli.models import load
 from treespec_compiler.offload import ring
+from treespec_compiler.offload.paging import page_out
 from treespec_compiler.offload.rate import reading_rate
 from treespec_compiler.speculation.drafts.recycle import Followers, RecycleDraft
 from treespec_compiler.speculation.drafts.suffix import SuffixDraft
 
 TASKS = ("chat", "summarization", "rag")
+MERGED = ("ngram", "suffix", "recycle")
 LOOPS = {
     "one token": ((), "1"),
-    "chain": (("suffix",), "chain:6"),
-    "tree, auto": (("suffix", "recycle"), "auto"),
-    "tree of 64": (("suffix", "recycle"), "best-first:64"),
+    "chain of 6": (MERGED, "chain:6"),
+    "tree of 32": (MERGED, "best-first:32"),
+    "auto": (MERGED, "auto"),
 }
 """What guesses, and the shape. All of them stream the same layers."""
+HEAD = "head"
+OF_HEAD = {"head, chain of 4": ((HEAD,), "chain:4"), "head, tree of 32": ((HEAD,), "best-first:32")}
 DISK = "disk"
 
 
@@ -85,15 +93,18 @@ class Row:
         return f"{self.rate / 1e9:.2g} GB/s" + (" (disk)" if self.disk else "")
 
 
-def drafts_of(names: Sequence[str], vocab: int) -> list[Any]:
+def drafts_of(names: Sequence[str], vocab: int, head: Path | None) -> list[Any]:
     made: dict[str, Callable[[], Any]] = {"suffix": SuffixDraft, "recycle": lambda: RecycleDraft(Followers(vocab))}
+    made[HEAD] = lambda: f"eagle3:{head}"
     return [made[name]() if name in made else name for name in names]
 
 
-def run_loop(name: str, program: Any, prompts: Sequence[Any], rate: float, disk: bool, tokens: int) -> Row:
+def run_loop(
+    name: str, program: Any, prompts: Sequence[Any], rate: float, disk: bool, tokens: int, head: Path | None
+) -> Row:
     """Every prompt by one loop. Times are those of steps: prompts are not in them."""
-    names, policy = LOOPS[name]
-    drafts, found, waited = drafts_of(names, program.vocab_size), [], 0.0
+    names, policy = (LOOPS | OF_HEAD)[name]
+    drafts, found, waited = drafts_of(names, program.vocab_size, head), [], 0.0
     for prompt in prompts:
         run = treespec.stream(
             program, prompt, draft=drafts or None, policy=policy, max_new_tokens=tokens, eos_token_id=()
@@ -142,6 +153,30 @@ def hugging_face(folder: Path, prompt: Any, tokens: int, resident: float, blobs:
         seconds.append(time.perf_counter() - began)
     on_disk = sum(place == "disk" for place in places.values())
     return {"seconds_per_token": (seconds[1] - seconds[0]) / tokens, "tokens": tokens, "modules_on_disk": on_disk}
+
+
+def mapped(folder: Path, prompt: Any, tokens: int, resident: float) -> dict[str, Any]:
+    """transformers alone on mapped weights, a token a step: what a machine does whose memory holds the budget."""
+    model = transformers_model(folder)
+    held, given_back = 0.0, []
+    for parameter in dict.fromkeys(model.parameters()):
+        held += parameter.numel() * parameter.element_size()
+        if held > resident:
+            given_back.append(parameter)
+    ids, past, seconds = torch.as_tensor(prompt).view(1, -1), None, []
+    os.sync()  # pages that are not written yet would stay
+    with torch.no_grad():
+        for _ in range(1 + tokens):
+            page_out(given_back)
+            for file in folder.glob("*.safetensors"):
+                handle = os.open(file, os.O_RDONLY)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(handle)
+            began = time.perf_counter()
+            out = model(ids, past_key_values=past, use_cache=True)
+            seconds.append(time.perf_counter() - began)
+            ids, past = out.logits[:, -1:].argmax(-1), out.past_key_values
+    return {"seconds_per_token": sum(seconds[1:]) / tokens, "tokens": tokens, "bytes_given_back": int(held - resident)}
 
 
 def made_up(folder: Path, gigabytes: float, width: int) -> None:
@@ -195,7 +230,10 @@ def tables(report: dict[str, Any]) -> tuple[list[Table], list[str]]:
         f"{streamed['layers']} layers streamed, {streamed['resident'] / 1e6:,.0f} MB resident; {settings['tokens']} "
         f"tokens for each of {settings['prompts']} prompts; of the floor: what reading alone takes, of a step."
     ]
-    peer = report["hugging_face"]
+    notes.append(f"The folder itself gives {report['folder_rate'] / 1e9:.2f} GB/s; no rate above that was reached.")
+    peer, of_file = report["hugging_face"], report["mapped"]
+    if of_file:
+        notes.append(f"transformers on a mapped file, same budget: {of_file['seconds_per_token']:.3f} s a token.")
     if peer:
         notes.append(
             f"Hugging Face with accelerate's disk offload, same budget, files in the page cache: "
@@ -211,6 +249,9 @@ def main() -> None:
     parser.add_argument("--random-gb", type=float, help="a made-up model of this size instead")
     parser.add_argument("--width", type=int, default=2048, help="of its layers")
     parser.add_argument("--resident-gb", type=float, help="default: what cannot be streamed, and the ring")
+    parser.add_argument("--slots", type=int, default=4, help="of the ring (default: 4)")
+    parser.add_argument("--head", type=Path, help="folder of an EAGLE-3 head for the model")
+    parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--rates", default="1,disk", help='GB/s, and "disk" (default: 1,disk)')
     parser.add_argument("--each", type=int, default=1, help="questions a task")
     parser.add_argument("--tasks", default=",".join(TASKS))
@@ -248,7 +289,12 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         prompts = [question.ids for question in asked if question.task in tasks]
     if not prompts:
         sys.exit(f"got no question of {options.tasks} with {options.prompt} tokens or fewer")
-    offload = {"dir": str(folder / "blobs"), "resident_gb": options.resident_gb or least(model)}
+    if options.head is not None:
+        loops += OF_HEAD
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    resident = options.resident_gb or least(model, options.slots)
+    offload = {"dir": str(folder / "blobs"), "resident_gb": resident, "slots": options.slots}
     program = treespec.tree_program(model, options={"lowering": options.lowering, "offload": offload})
     streaming = program.state.streaming
     if streaming is None:
@@ -261,18 +307,20 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             ring.read_file = read if disk else Bucket(rate).behind(read)
             for name in loops:
                 say(f"{rate / 1e9:.2f} GB/s, {name}")
-                rows.append(run_loop(name, program, prompts, rate, disk, options.tokens))
+                rows.append(run_loop(name, program, prompts, rate, disk, options.tokens, options.head))
         ring.read_file = read
         say("Hugging Face")
-        peer = None
+        peer = of_file = None
         if not options.no_peer:
-            peer = hugging_face(where, prompts[0], 4, streaming.resident, folder / "peer")
+            peer = hugging_face(where, prompts[0], 4, resident * 1e9, folder / "peer")
+            of_file = mapped(where, prompts[0], 4, resident * 1e9)
     settings = {
         "model": options.model.name if options.model else f"random, {options.random_gb} GB",
         "tokens": options.tokens,
         "prompts": len(prompts),
         "lowering": options.lowering,
-        "loops": {name: {"draft": draft, "policy": policy} for name, (draft, policy) in LOOPS.items()},
+        "slots": options.slots,
+        "loops": {name: dict(zip(("draft", "policy"), (LOOPS | OF_HEAD)[name], strict=True)) for name in loops},
     }
     held = {"bytes": streaming.bytes, "layers": len(streaming.layers), "resident": streaming.resident}
     about = describe_run(torch.get_num_threads())
@@ -281,12 +329,14 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "run": about,
         "settings": settings,
         "streamed": held,
+        "folder_rate": reading_rate(folder),
         "hugging_face": peer,
+        "mapped": of_file,
         "rows": [asdict(row) for row in rows],
     }
 
 
-def least(model: Any) -> float:
+def least(model: Any, slots: int = 2) -> float:
     """10^9 bytes: what a refusal says that is needed."""
     from treespec_compiler.capture.call import call_spec
     from treespec_compiler.passes.streaming.plan import layers
@@ -297,7 +347,7 @@ def least(model: Any) -> float:
     sizes = [layer.bytes for layer in layers(state)]
     weights = [state.weights[node.name] for node in state.graph.nodes if node.name in state.weights and node.users]
     whole = sum(torch.Size(made.shape).numel() * made.dtype.itemsize for made in weights)
-    return (whole - sum(sizes) + 2 * max(sizes)) / 1e9
+    return (whole - sum(sizes) + slots * max(sizes)) / 1e9
 
 
 if __name__ == "__main__":
