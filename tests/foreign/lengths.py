@@ -1,17 +1,13 @@
-"""Decoders whose Python code runs over the number of tokens: loops that fill a mask, lists, caches."""
+"""Decoders whose Python code runs over the number of tokens: loops that fill a mask, lists, arrays."""
 
 from __future__ import annotations
 
-import functools
 import math
-import time
-from typing import Any
 
 import numpy as np
 import torch
 from modules import DIM, HEADS, Tiny
 from torch import Tensor
-from torch.nn import functional
 
 
 class Length(Tiny):
@@ -106,111 +102,6 @@ class NumpySinusoid(Length):
         return torch.FloatTensor(angle)
 
 
-class KeptByLength(Length):
-    def setup(self) -> None:
-        self.masks: dict[Any, Tensor] = {}
-
-    def mask(self, tokens: int) -> Tensor:
-        key = f"{tokens}-causal"
-        if key not in self.masks:
-            self.masks[key] = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-        return self.masks[key]
-
-
-KEPT: dict[int, Tensor] = {}
-
-
-class KeptInAGlobal(Length):
-    def mask(self, tokens: int) -> Tensor:
-        m = KEPT.get(tokens)
-        if m is None:
-            m = torch.full((tokens, tokens), float("-inf")).triu(1)
-            KEPT[tokens] = m
-        return m
-
-
-class Raises:
-    """An object of the module's that raises another error than `AttributeError`."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise KeyError(name)
-
-
-RAISES = Raises()
-REACH = 5
-
-
-@functools.cache
-def looped(tokens: int) -> Tensor:
-    m = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for i in range(tokens):
-        m[i, max(0, i - REACH) : i + 1] = True
-    return m
-
-
-class CachedLoop(Length):
-    def mask(self, tokens: int) -> Tensor:
-        return looped(tokens)
-
-
-REACHES = [4]
-
-
-def listed(tokens: int) -> Tensor:
-    m = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for i in range(tokens):
-        m[i, max(0, i - REACHES[0]) : i + 1] = True
-    return m
-
-
-class ListedLoop(Length):
-    def mask(self, tokens: int) -> Tensor:
-        return listed(tokens)
-
-
-class Settings:
-    reach = 4
-
-
-SETTINGS = Settings()
-
-
-class SettingsLoop(Length):
-    def mask(self, tokens: int) -> Tensor:
-        m = torch.zeros(tokens, tokens, dtype=torch.bool)
-        for i in range(tokens):
-            m[i, max(0, i - SETTINGS.reach) : i + 1] = True
-        return m
-
-
-class FunctionInAnAttribute(Length):
-    def setup(self) -> None:
-        self.reach = lambda: 3
-
-    def mask(self, tokens: int) -> Tensor:
-        reach = self.reach
-        m = torch.zeros(tokens, tokens, dtype=torch.bool)
-        for i in range(tokens):
-            m[i, max(0, i - reach()) : i + 1] = True
-        return m
-
-
-class OtherInEachLayer(Tiny):
-    """The same lines with other functions."""
-
-    layers = 2
-
-    def setup(self) -> None:
-        self.reaches = [lambda: 3, lambda: 6]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        reach, t = self.reaches[layer], q.shape[2]
-        m = torch.zeros(t, t, dtype=torch.bool)
-        for i in range(t):
-            m[i, max(0, i - reach()) : i + 1] = True
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=m)
-
-
 class UnderAnotherName(Length):
     def mask(self, tokens: int) -> Tensor:
         t = torch
@@ -277,176 +168,9 @@ CONVERTED: tuple[type[Length], ...] = (
     RowsAreViews,
     PositionsOfAList,
     NumpySinusoid,
-    KeptByLength,
-    KeptInAGlobal,
-    CachedLoop,
     UnderAnotherName,
     DistancesTimesSlopes,
     DifferencesInPairs,
     EndsAt,
     EndsSoon,
-)
-
-
-class DividedByLength(Length):
-    """Another table for each length."""
-
-    def mask(self, tokens: int) -> Tensor:
-        m = torch.full((tokens, tokens), -math.inf)
-        for i in range(tokens):
-            m[i, : i + 1] = torch.arange(i + 1) / tokens
-        return m
-
-
-class OtherAt300(Length):
-    """Far beyond the lengths that a trace sees."""
-
-    def mask(self, tokens: int) -> Tensor:
-        m = torch.zeros(tokens, tokens, dtype=torch.bool)
-        for i in range(tokens):
-            m[i, 0 if tokens < 300 else i : i + 1] = True
-        return m
-
-
-class Drawn(Length):
-    def positions(self, ids: Tensor) -> Tensor:
-        return torch.stack([torch.rand(DIM) for _ in range(ids.shape[1])])
-
-
-class FromWeights(Length):
-    def positions(self, ids: Tensor) -> Tensor:
-        return torch.stack([self.wpe.weight[i] * 2 for i in range(ids.shape[1])])
-
-
-class FromTokens(Length):
-    """What a row of the loop makes depends on the token."""
-
-    def start(self, ids: Tensor) -> Tensor:
-        x = super().start(ids)
-        rows = torch.zeros_like(x)
-        for i in range(ids.shape[1]):
-            rows[:, i] = x[:, : i + 1].mean(1)
-        return rows
-
-
-class OneToken(Length):
-    """A token sees the one before it only."""
-
-    def mask(self, tokens: int) -> Tensor:
-        m = torch.zeros(tokens, tokens, dtype=torch.bool)
-        for i in range(tokens):
-            m[i, max(0, i - 1)] = True
-        return m
-
-
-class SeesTheFuture(Length):
-    def mask(self, tokens: int) -> Tensor:
-        m = torch.zeros(tokens, tokens, dtype=torch.bool)
-        for i in range(tokens):
-            m[i, : i + 2] = True
-        return m
-
-
-class OtherAtSevenBits(Length):
-    """At 127 tokens, to which no number in the code points."""
-
-    def mask(self, tokens: int) -> Tensor:
-        m = torch.zeros(tokens, tokens, dtype=torch.bool)
-        for i in range(tokens):
-            m[i, 0 if bin(tokens).count("1") < 7 else i : i + 1] = True
-        return m
-
-
-def reach_at(tokens: int) -> int:
-    return 4 if tokens != 1501 else 9
-
-
-class OtherInAFunction(Length):
-    """At a number in another function."""
-
-    def mask(self, tokens: int) -> Tensor:
-        m = torch.zeros(tokens, tokens, dtype=torch.bool)
-        m[0, 0] = True
-        for i in range(1, tokens):
-            m[i] = torch.arange(tokens) > i - reach_at(tokens)
-        return m.tril()
-
-
-class OtherLater(Length):
-    """The clock is asked."""
-
-    def mask(self, tokens: int) -> Tensor:
-        m = torch.zeros(tokens, tokens, dtype=torch.bool)
-        for i in range(tokens):
-            m[i, 0 if time.time() < 1e12 else i : i + 1] = True
-        return m
-
-
-class CountsElsewhere(Length):
-    """In an object of the module's, for many calls to come."""
-
-    def mask(self, tokens: int) -> Tensor:
-        m = torch.zeros(tokens, tokens, dtype=torch.bool)
-        for i in range(tokens):
-            m[i, 0 if counted() < 100_000 else i : i + 1] = True
-        return m
-
-
-CALLS = Settings()
-
-
-def counted() -> int:
-    CALLS.reach += 1
-    return CALLS.reach
-
-
-class Counts(Length):
-    """The loop counts calls besides."""
-
-    def setup(self) -> None:
-        self.calls = 0
-
-    def mask(self, tokens: int) -> Tensor:
-        m = torch.zeros(tokens, tokens, dtype=torch.bool)
-        for i in range(tokens):
-            m[i, : i + 1] = True
-            self.calls += 1
-        return m if self.calls < 10_000 else ~m
-
-
-class DifferencesButOne(DifferencesInPairs):
-    """One pair of places, far away, is something else."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        t = q.shape[2]
-        away = torch.tensor([[i - j if (i, j) != (50, 7) else -5 for j in range(t)] for i in range(t)])
-        return self.scored(q @ k.mT / 2, away).softmax(-1) @ v
-
-
-class DistancesTurned(DistancesTimesSlopes):
-    """Behind the query the bias is that of its own place."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        t = q.shape[2]
-        bias = -torch.tensor([[[abs(i - 2 * j) for j in range(t)] for i in range(t)]])
-        bias = bias * self.slopes
-        scores = q @ k.mT / 2 + bias
-        return scores.softmax(-1) @ v
-
-
-REFUSED: tuple[type[Length], ...] = (
-    DividedByLength,
-    OtherAt300,
-    Drawn,
-    FromWeights,
-    FromTokens,
-    OneToken,
-    SeesTheFuture,
-    OtherAtSevenBits,
-    OtherInAFunction,
-    OtherLater,
-    CountsElsewhere,
-    Counts,
-    DifferencesButOne,
-    DistancesTurned,
 )

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
-import lengths
+import lengths_read
 import pytest
 import torch
-from lengths import (
-    CONVERTED,
-    REFUSED,
+from lengths import CONVERTED, EndsAt, EndsSoon, Length, RowsInALoop
+from lengths_read import (
     CachedLoop,
-    EndsAt,
-    EndsSoon,
     FunctionInAnAttribute,
     KeptByLength,
     KeptInAGlobal,
-    Length,
     ListedLoop,
     OtherInEachLayer,
-    RowsInALoop,
     SettingsLoop,
+    held_in_a_closure,
 )
+from lengths_refused import REFUSED
 from modules import DIM, VOCAB, Tiny
 from oracles import EAGER, assert_decodes
 from styles import built
@@ -32,7 +30,7 @@ from treespec_compiler.errors import Refusal
 
 
 @pytest.mark.family
-@pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
+@pytest.mark.parametrize("style", [*CONVERTED, *lengths_read.CONVERTED], ids=lambda style: style.__name__)
 def test_rows_are_the_models_own(style: type[Length]) -> None:
     model = built(style)
     program = treespec.tree_program(model, options=EAGER)
@@ -62,8 +60,8 @@ def test_a_setting_of_the_loop_is_followed() -> None:
 def test_a_global_that_the_loop_reads_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built(CachedLoop)
     assert treespec.tree_program(model, options=EAGER).sites[0].mask.window == 6
-    monkeypatch.setattr(lengths, "REACH", 2)
-    lengths.looped.cache_clear()
+    monkeypatch.setattr(lengths_read, "REACH", 2)
+    lengths_read.looped.cache_clear()
     again = treespec.tree_program(model, options=EAGER)
     assert again.sites[0].mask.window == 3
     assert_decodes(model, again, VOCAB, rounds=1, size=7)
@@ -72,13 +70,13 @@ def test_a_global_that_the_loop_reads_is_followed(monkeypatch: pytest.MonkeyPatc
 def test_a_list_that_the_loop_reads_is_followed() -> None:
     model = built(ListedLoop)
     assert treespec.tree_program(model, options=EAGER).sites[0].mask.window == 5
-    lengths.REACHES[0] = 2
+    lengths_read.REACHES[0] = 2
     try:
         again = treespec.tree_program(model, options=EAGER)
         assert again.sites[0].mask.window == 3
         assert_decodes(model, again, VOCAB, rounds=1, size=7)
     finally:
-        lengths.REACHES[0] = 4
+        lengths_read.REACHES[0] = 4
 
 
 def test_what_was_kept_before_is_the_same() -> None:
@@ -88,7 +86,7 @@ def test_what_was_kept_before_is_the_same() -> None:
 
 
 def test_what_its_user_put_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lengths.KEPT, 11, torch.zeros(11, 11))
+    monkeypatch.setitem(lengths_read.KEPT, 11, torch.zeros(11, 11))
     with pytest.raises(treespec.Unsupported):
         treespec.tree_program(built(KeptInAGlobal), options=EAGER)
 
@@ -96,7 +94,7 @@ def test_what_its_user_put_there_is_no_table(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_the_loop_reads_of_an_object_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built(SettingsLoop)
     assert treespec.tree_program(model, options=EAGER).sites[0].mask.window == 5
-    monkeypatch.setattr(lengths.SETTINGS, "reach", 2)
+    monkeypatch.setattr(lengths_read.SETTINGS, "reach", 2)
     again = treespec.tree_program(model, options=EAGER)
     assert again.sites[0].mask.window == 3
     assert_decodes(model, again, VOCAB, rounds=1, size=7)
@@ -119,18 +117,28 @@ def test_layers_have_tables_of_their_own() -> None:
 
 
 def test_what_its_user_keeps_there_later_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lengths, "KEPT", {})
+    monkeypatch.setattr(lengths_read, "KEPT", {})
     model = built(KeptInAGlobal)
     treespec.tree_program(model, options=EAGER)
-    lengths.KEPT[40] = torch.zeros(40, 40)
+    lengths_read.KEPT[40] = torch.zeros(40, 40)
     with pytest.raises(treespec.Unsupported):
         treespec.tree_program(model, options=EAGER)
 
 
 def test_what_an_earlier_call_kept_at_any_length_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lengths.KEPT, 101, torch.zeros(101, 101))
+    monkeypatch.setitem(lengths_read.KEPT, 101, torch.zeros(101, 101))
     with pytest.raises(treespec.Unsupported):
         treespec.tree_program(built(KeptInAGlobal), options=EAGER)
+
+
+def test_functions_of_functions_are_found() -> None:
+    model: Any = held_in_a_closure()
+    program = treespec.tree_program(model, options=EAGER)
+    assert program.sites[0].mask.window == 4
+    assert_decodes(model, program, VOCAB, rounds=1, size=7)
+    model.kept[40] = torch.zeros(40)
+    with pytest.raises(treespec.Unsupported):
+        treespec.tree_program(model, options=EAGER)
 
 
 LOOP = """

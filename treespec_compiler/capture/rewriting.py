@@ -210,9 +210,10 @@ def _function_at(filename: str, line: int) -> FunctionType | None:
         for value in list(vars(module).values()):
             for each in (value, *(vars(value).values() if isinstance(value, type) else ())):
                 function = _inner(each)
-                if function is not None and _holds(function.__code__, filename, line):
+                if function is not None and _is_at(function.__code__, filename, line):
                     return function
-    inner = [f for f in gc.get_objects() if isinstance(f, FunctionType) and _holds(f.__code__, filename, line)]
+    # NOTE of a reference whose object is gone, `isinstance` asks that object.
+    inner = [f for f in gc.get_objects() if type(f) is FunctionType and _is_at(f.__code__, filename, line)]
     codes = {f.__code__ for f in inner}
     smallest = min(codes, key=lambda c: len(list(c.co_lines())), default=None)
     alike = [f for f in inner if f.__code__ is smallest]
@@ -226,6 +227,19 @@ def _inner(value: Any) -> FunctionType | None:
     except Exception:  # an object may raise anything when it is asked
         return None
     return found if isinstance(found, FunctionType) else None
+
+
+def _is_at(code: CodeType, filename: str, line: int) -> bool:
+    """Whether the line is of this code, and not of a function that is defined in it."""
+    return _holds(code, filename, line) and not any(_holds(c, filename, line) for c in _defined(code))
+
+
+def _defined(code: CodeType) -> Iterator[CodeType]:
+    """The functions and classes that are defined in it, in those as well."""
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from () if each.co_name.startswith("<") else (each,)
+            yield from _defined(each)
 
 
 def _holds(code: CodeType, filename: str, line: int) -> bool:

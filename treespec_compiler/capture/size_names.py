@@ -39,7 +39,8 @@ class SizeNames:
 
     def __post_init__(self) -> None:
         code = self.function.__code__
-        self.locals = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+        self.own = {*code.co_varnames, *code.co_cellvars}
+        self.locals = {*self.own, *code.co_freevars}
         parameters = {a.arg for a in (*self.body.args.posonlyargs, *self.body.args.args, *self.body.args.kwonlyargs)}
         self.self = self.body.args.args[0].arg if self.body.args.args and "self" in parameters else ""
         for node in ast.walk(self.body):
@@ -150,7 +151,7 @@ class SizeNames:
             if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
                 chain = self._chain(node.value)
                 found |= {chain} if chain else set()
-                if isinstance(node.value, ast.Name) and node.value.id not in self.locals:
+                if isinstance(node.value, ast.Name) and node.value.id not in self.own:
                     found.add(node.value.id)
         return found
 

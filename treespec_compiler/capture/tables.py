@@ -110,7 +110,8 @@ def _function(region: Stretch, function: FunctionType) -> FunctionType:
     definition.body = [*body, ast.Return(results)]
     scope: dict[str, Any] = dict(function.__globals__)
     scope.setdefault("__builtins__", builtins)
-    exec(compile(ast.fix_missing_locations(tree), function.__code__.co_filename, "exec"), scope)
+    # NOTE it has lines of the file, whose functions are looked for by line (`rewriting`): it is none of them.
+    exec(compile(ast.fix_missing_locations(tree), f"{function.__code__.co_filename} (a table)", "exec"), scope)
     fill: FunctionType = scope["fill"]
     return fill
 
