@@ -102,8 +102,14 @@ def _set_to(kept: dict[Any, Any], contents: dict[Any, Any]) -> None:
     kept.update(contents)
 
 
-def kept_as(kept: Sequence[dict[Any, Any]], tables: Sequence[tuple[Tensor, ...]]) -> Callable[[], bool]:
-    """A question: do containers that are filled by calls hold something else than what was there, and tables?"""
+def kept_as(
+    kept: Sequence[dict[Any, Any]],
+    tables: Sequence[tuple[Tensor, ...]],
+    filled: Callable[[int], Sequence[dict[Any, Any]]],
+) -> Callable[[], bool]:
+    """A question: do containers that are filled by calls hold something else than what was there, tables, and what the
+    code puts there? `filled(n)`: the contents of containers that were empty, after the code ran for n tokens.
+    """
     known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
     made = [t for each in tables for t in each]
 
@@ -115,10 +121,15 @@ def kept_as(kept: Sequence[dict[Any, Any]], tables: Sequence[tuple[Tensor, ...]]
         dims = [t for t in made if t.dim() == value.dim() and t.dtype == value.dtype]
         alike = [t for t in dims if all(a <= b for a, b in zip(value.shape, t.shape, strict=True))]
         corners = (t[tuple(slice(0, s) for s in value.shape)] for t in alike)
-        if alike and not any(same(value, corner) for corner in corners):
+        if not any(same(value, corner) for corner in corners) and not is_filled_in(value):
             return False
         known[id(value)] = weakref.ref(value), version
         return True
+
+    def is_filled_in(value: Tensor) -> bool:
+        return any(
+            same(value, made) for n in {*value.shape} for each in filled(n) for made in tensors([*each.values()])
+        )
 
     def changed() -> bool:
         return not all(is_known(t) for each in kept for t in tensors([*each.values()]))

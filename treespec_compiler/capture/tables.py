@@ -95,6 +95,15 @@ class TablePlace:
         )
         return made
 
+    def filled(self, given: Sequence[Any]) -> list[dict[Any, Any]]:
+        """What containers that are given hold then."""
+        own = [type(g)() if n in self.region.caches else g for n, g in zip(self.region.inputs, given, strict=True)]
+        try:
+            self.fill(*own)
+        except Exception:  # it was never run for this number
+            return []
+        return [g for g in own if isinstance(g, dict)]
+
 
 def place_of(region: Stretch, function: FunctionType) -> TablePlace:
     return TablePlace(region, _function(region, function), function)
@@ -162,6 +171,13 @@ class Sizes:
     slopes: tuple[int, ...]
     offsets: tuple[int, ...]
 
+    def of(self, given: Sequence[Any], m: int) -> list[Any]:
+        """What was given, for m instead."""
+        found = list(given)
+        for i, slope, offset in zip(self.at, self.slopes, self.offsets, strict=True):
+            found[i] = slope * m + offset
+        return found
+
 
 def tabulated(place: TablePlace, short: Sequence[Noted], long: Sequence[Noted], literals: Sequence[int]) -> Tabulated:
     """Code that reads what the place makes from tables. `short`, `long`: what was seen in two runs of the model.
@@ -202,7 +218,10 @@ def tabulated(place: TablePlace, short: Sequence[Noted], long: Sequence[Noted], 
     TABLES.append({names[key]: made for key, made in found.items()})
     NAMES.append(names)
     kept = {id(d): d for one in (*short, *long) for d in (*one.kept, *aside.kept)}
-    changed = (*aside.changed, kept_as(list(kept.values()), list(found.values())))
+    changed = (
+        *aside.changed,
+        kept_as(list(kept.values()), list(found.values()), lambda n: place.filled(sizes.of(short[0].given, n))),
+    )
     return Tabulated(_reading(place.region, number, sizes, settings, shapes, [*found.values()]), changed)
 
 
@@ -241,15 +260,9 @@ def _table(
 ) -> tuple[tuple[Tensor, ...], list[list[tuple[int, int]]]]:
     """The longest tables, and the sizes of each of their dimensions, `slope * m + offset`, for m tokens."""
 
-    def given(m: int) -> list[Any]:
-        found = list(seen.given)
-        for i, slope, offset in zip(sizes.at, sizes.slopes, sizes.offsets, strict=True):
-            found[i] = slope * m + offset
-        return found
-
     def made(m: int) -> tuple[Tensor, ...]:
         aside.forget()
-        results = place.fresh(given(m))
+        results = place.fresh(sizes.of(seen.given, m))
         if not all(isinstance(r, Tensor) and type(r) is Tensor and not r.requires_grad and r.dim() for r in results):
             raise NoTable
         return results
@@ -263,7 +276,7 @@ def _table(
                 raise NoTable
         if holds and (m <= 64 or not aside.cached):
             with aside.as_it_is():
-                there = place.fill(*(dict(g) if isinstance(g, dict) else g for g in given(m)))
+                there = place.fill(*(dict(g) if isinstance(g, dict) else g for g in sizes.of(seen.given, m)))
             if not all(same(a, b) for a, b in zip(there, results, strict=True)):
                 raise NoTable  # an earlier call, or the user, left something else there
 

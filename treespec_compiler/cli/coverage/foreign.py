@@ -74,6 +74,8 @@ PACKAGES: dict[str, tuple[str, dict[str, Callable[[], nn.Module]]]] = {
             "memory keys": lambda: _x_transformers(attn_num_mem_kv=4),
             "flash": lambda: _x_transformers(attn_flash=True, rotary_pos_emb=True),
             "normed queries and keys": lambda: _x_transformers(attn_qk_norm=True),
+            "talking heads": lambda: _x_transformers(attn_pre_talking_heads=True, attn_post_talking_heads=True),
+            "sigmoid for softmax": lambda: _x_transformers(attn_sigmoid=True),
         },
     ),
     "litgpt": (
@@ -81,6 +83,9 @@ PACKAGES: dict[str, tuple[str, dict[str, Callable[[], nn.Module]]]] = {
         {
             "GPT-NeoX": _litgpt,
             "Llama": lambda: _litgpt(**_LLAMA, n_query_groups=2, rotary_percentage=1.0, parallel_residual=False),
+            "mixture of experts": lambda: _litgpt(
+                **_LLAMA | {"mlp_class_name": "LLaMAMoE"}, n_expert=4, n_expert_per_token=2, rotary_percentage=1.0
+            ),
         },
     ),
     "torchtune": (
