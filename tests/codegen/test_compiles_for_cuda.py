@@ -251,6 +251,7 @@ def step_of(steps: dict[str, Step], name: str) -> Step:
     return steps[name] if name in steps else pytest.skip("needs transformers")
 
 
+@pytest.mark.rare
 def test_launches_of_a_layer(steps: dict[str, Step]) -> None:
     """Llama: 7 products (q, k, v, o, gate, up, down), attention with its rotation, and 3 fused kernels (two norms with
     the residual sum, silu and product); besides the layers the head's product, the last norm, cos and sin."""

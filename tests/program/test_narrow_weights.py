@@ -132,6 +132,7 @@ def test_a_kernel_that_knows_no_forms_is_given_float32() -> None:
     assert program.packed_bytes == 0 and repr(program.packed_bytes) == "0 bytes"
 
 
+@pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["exact", "float32"])
 def test_inductor_calls_the_product_with_its_form(weights: str) -> None:

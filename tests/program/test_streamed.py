@@ -61,6 +61,7 @@ def test_bit_by_bit_what_the_resident_program_says(name: str, slots: int, tmp_pa
     assert_decodes(model, program, VOCAB, rounds=1)
 
 
+@pytest.mark.family
 @pytest.mark.skipif(not cpu.load(), reason="no C++ compiler")
 @pytest.mark.parametrize(("form", "stored"), [("bfloat16", lambda w: w.bfloat16().float()), ("q4_1", in_blocks)])
 def test_files_hold_the_packed_form(form: str, stored: Callable[[Tensor], Tensor], tmp_path: Path) -> None:

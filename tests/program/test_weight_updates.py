@@ -87,6 +87,7 @@ def test_tensors_that_no_module_registers() -> None:
     assert error(program.prefill(PROMPT, cache), eager_row(model, PROMPT)) <= TOLERANCE
 
 
+@pytest.mark.rare
 def test_weights_laid_out_anew_under_inductor() -> None:
     """Compiled code reads weights by the strides it was compiled for."""
     model = tiny()

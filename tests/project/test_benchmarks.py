@@ -121,6 +121,7 @@ def test_bench_verify(pair: SimpleNamespace, tmp_path: Path) -> None:
     assert "verify(N) / decode" in shown("bench_verify.py", path)
 
 
+@pytest.mark.rare
 def test_bench_compile(tmp_path: Path) -> None:
     path = tmp_path / "compile.json"
     said = run("bench_compile.py", "--layers", 1, 2, "--output", path)

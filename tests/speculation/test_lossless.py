@@ -128,6 +128,7 @@ def test_top_down_rules_at_vocabulary_4_width_3_depth_3(sampler, rule, seed):
     assert tree_error(sampler, rule, p, q, (3, 2, 1), 4, lazily=True) < EXACT
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["iid", "without-replacement"])
 def test_traversal_exhaustively_at_vocabulary_3_two_children_depth_3(sampler):
