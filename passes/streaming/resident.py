@@ -17,9 +17,7 @@ def make_resident(state: GraphState, layers: int) -> int:
     """
     streaming = state.streaming
     wanted = {} if streaming is None else {each.number: each for each in streaming.layers if each.of_model < layers}
-    inside: list[
-        tuple[StreamedLayer, dict[fx.Node, fx.Node]]
-    ] = []  # fetched and not released, with its inputs by place
+    inside: list[tuple[StreamedLayer, dict[fx.Node, fx.Node]]] = []  # fetched, not released; its inputs by place
     for node in list(state.graph.nodes):
         if node.target in (fetch, release):
             layer = wanted.get(node.args[1])
