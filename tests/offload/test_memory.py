@@ -22,6 +22,10 @@ BESIDE = 64_000_000
 """Bytes that converting and running any model of this kind takes beside its weights: graphs, proofs, activations."""
 
 
+COMPARED = 2 * 280 * 8 * 2 * 1024 * 4
+"""Bytes of keys and values of the two requests by which a program is compared with its model before its first use."""
+
+
 LARGEST = 2 * 2816 * 1024 * 4
 """Bytes of what is packed at once: two joined matrices of float32."""
 
@@ -45,7 +49,8 @@ def saved(folder: Path, dtype: torch.dtype) -> int:
 def ran(script: str, *arguments: object) -> dict[str, Any]:
     command = [sys.executable, str(TESTS / "offload" / script), *map(str, arguments)]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    # A program that an earlier run saved would be found, and less would be taken.
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TREESPEC_PROGRAM_CACHE": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -67,7 +72,7 @@ def test_opening_a_model_takes_what_is_made_of_it(budget: int | None, tmp_path: 
     file = saved(tmp_path / "model", torch.bfloat16)
     found = ran("opened_in_memory.py", tmp_path / "model", tmp_path / "files", budget or "all")
     assert (found["streamed"] > file / 2) == (budget is not None)
-    assert found["peak"] < (budget or found["held"]) + LARGEST + BESIDE < 2 * file, found
+    assert found["peak"] < (budget or found["held"]) + LARGEST + COMPARED + BESIDE < 2 * file, found
 
 
 def _in_memory(tensor: torch.Tensor) -> int:
