@@ -136,10 +136,15 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
     assert outputs.size <= 40
 
 
-@given(st.integers(1, 700), st.integers(1, 8), st.integers(0, 2**31))
-def test_largest_are_those_of_topk(width, k, seed):
+@given(
+    st.integers(1, 700) | st.integers(2000, 5000),
+    st.integers(1, 8),
+    st.integers(0, 2**31),
+    st.sampled_from([torch.float32, torch.float64]),  # by numpy, and as on a GPU
+)
+def test_largest_are_those_of_topk(width, k, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randperm(3 * width, generator=generator)[:width].float().repeat(2, 1)
+    logits = torch.randperm(3 * width, generator=generator)[:width].to(dtype).repeat(2, 1)
     logits[1] = logits[1].flip(0)
     k = min(k, width)
     ids, finite = largest(logits, k)
