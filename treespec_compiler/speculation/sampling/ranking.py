@@ -97,7 +97,7 @@ def _largest_on_host(logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.in
         values = row[places]
         top = np.argpartition(values, len(values) - k)[len(values) - k :]
         out[:] = places[top[np.argsort(values[top])[::-1]]]
-    return ids, np.isfinite(np.take_along_axis(logits, ids, 1)).all(1)
+    return ids, np.logical_and.reduce(np.isfinite(np.take_along_axis(logits, ids, 1)), axis=1)
 
 
 def _unusable(rows: NDArray[np.float32], best: list[int], bad: list[int]) -> None:
