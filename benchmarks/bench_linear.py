@@ -32,9 +32,12 @@ from torch._inductor import select_algorithm
 
 from treespec_compiler.codegen import cpu
 from treespec_compiler.ir import ops
-from treespec_compiler.ir.narrow import FORMS, GROUP
+from treespec_compiler.ir.narrow import FORMS
+from treespec_compiler.ir.panels import GROUP
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+BY_VALUE = [form.name for form in FORMS.values() if not form.header]
+"""Forms of which a weight can be drawn without a file."""
 GROUPS = ((1024, 1024, 24), (1280, 512, 8), (512, 1280, 8), (1024, 512, 8), (512, 1024, 8))  # N, K, layers
 
 
@@ -91,7 +94,7 @@ def measure(threads: int, inductor_groups: int, repeats: int, forms: bool) -> li
     for group, (n, k, layers) in enumerate(GROUPS):
         weights = [torch.randn(n, k) for _ in range(layers)]
         packed = [ops.pack_weight(w) for w in weights]
-        narrow = {f: [ops.pack_weight(held_by(f, n, k), f) for _ in weights] for f in (FORMS if forms else ())}
+        narrow = {f: [ops.pack_weight(held_by(f, n, k), f) for _ in weights] for f in (BY_VALUE if forms else ())}
         for rows in ROWS:
             x = torch.randn(rows, k)
             run: dict[str, Callable[[], object]] = {

@@ -2,7 +2,8 @@
 
 Decoding multiplies few rows by large matrices, so the weight is read once, in the order the kernel wants it, and
 q/k/v or gate/up projections are one product whose result is split. It is stored in the narrowest form that holds its
-every value (`ir.narrow`), which is found from the values; those of one input that differ in form are products apart.
+every value (`ir.narrow`), which is found from the values and from what is known of their file; those of one input that
+differ in form are products apart.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.device import profile
 from treespec_compiler.ir.narrow import FORMS, narrowest
 from treespec_compiler.ir.registry import best_kernel
-from treespec_compiler.ir.weights import Expression, Pack
+from treespec_compiler.ir.weights import Expression, Pack, headers_of
 from treespec_compiler.options import Options
 
 from .framework.manager import Pass
@@ -50,7 +51,8 @@ def _form(state: GraphState, made: Expression) -> str:
     kernel = best_kernel(ops.packed_linear, state.device, state.dtype, given=("form",))
     if state.storage != "exact" or kernel is None or made.dtype is not torch.float32:
         return "float32"
-    return narrowest(made.build(state.weights.read))
+    headers = headers_of(made, state.weights.read)
+    return narrowest(made.build(state.weights.read), None if headers is None else (headers.form, headers.bytes))
 
 
 def _pack(state: GraphState, members: Sequence[Product], form: str) -> None:

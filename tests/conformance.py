@@ -10,6 +10,7 @@ import numpy as np
 import state_calls
 import torch
 from draws import as_tensors, distribution, levels, random_proposal
+from superblock_cases import superblocks
 from torch import Tensor
 from tree_cases import Case, chain, random_tree
 
@@ -236,8 +237,9 @@ def narrow(dtype: torch.dtype, form: str, rows: int) -> Call:
     if form == "q8_0":
         weight = torch.randint(-127, 128, (45, 64), generator=random).float() / 64
         weight[:, ::32] = 127 / 64
-    x, b = torch.randn(rows, 64, generator=random).to(dtype), torch.randn(45, generator=random).to(dtype)
-    return Call((x, ops.pack_weight(weight, form), b, 45, form))
+    weight, headers = superblocks(form, 45, 512) if FORMS[form].header else (weight, None)
+    x, b = torch.randn(rows, weight.shape[1], generator=random).to(dtype), torch.randn(45, generator=random).to(dtype)
+    return Call((x, ops.pack_weight(weight, form, headers), b, 45, form))
 
 
 def grouped(dtype: torch.dtype, ends: list[int], spoil: bool = False) -> Call:

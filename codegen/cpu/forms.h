@@ -67,6 +67,10 @@ TS_INLINE vf load_bytes(const char* p) {
 #endif
 }
 
+// Runs of K_BLOCK values of k that share a header.
+template <class Form>
+constexpr int RUNS = 1;
+
 // Where vector c of strip s begins within a panel: strips are runs of outputs, unless a form says otherwise.
 constexpr int in_order(int s, int c) { return s * STRIP + c * VW; }
 
@@ -188,5 +192,90 @@ struct Bytes {  // 32 values of k in eight bits each, after a step in float16 fo
     }
   };
 };
+
+// GGUF's Q4_K: 256 values of k share float16 d and dmin and three words an output, of eight scales and eight minima in
+// six bits each; then words of eight k. Both products are exact in float32, so that every value is rounded once.
+struct FourBitsK {
+  static constexpr int K_BLOCK = 32, BYTES = 576, HEADER = 512, ROWS = MAX_ROWS, DIRECT = ROWS, READING = 6;
+  static constexpr int column(int s, int c) { return in_order(s, c); }
+  struct Reader {
+    const char *p, *header;
+    int first, run = 0;
+    vf step[COLS], least[COLS];
+    vu words[COLS];
+    TS_INLINE Reader(const char* panel, int s) : p(panel), header(panel), first(column(s, 0)) {}
+    TS_INLINE static vf number(vu six_bits) { return __builtin_convertvector(reinterpret_cast<vi>(six_bits), vf); }
+    TS_INLINE void begin() {
+      if (run == 0) header = p, p += HEADER;
+      const int shift = 8 * (run % 4);
+#pragma GCC unroll 4
+      for (int c = 0; c < COLS; ++c) {
+        const int at = first + c * VW;
+        vu scale = load_words(header + 128 + 4 * at) >> shift, minimum = load_words(header + 256 + 4 * at) >> shift;
+        if (run >= 4) {  // four bits lie in the third word, two on top of the first four scales and minima
+          const vu low = load_words(header + 384 + 4 * at) >> shift;
+          scale = (low & 15) | (scale >> 2 & 48), minimum = (low >> 4 & 15) | (minimum >> 2 & 48);
+        }
+        step[c] = load_half(header + 2 * at) * number(scale & 63);
+        least[c] = load_half(header + 64 + 2 * at) * number(minimum & 63);
+      }
+      run = (run + 1) % 8;
+    }
+    TS_INLINE void eight() {
+#pragma GCC unroll 4
+      for (int c = 0; c < COLS; ++c) words[c] = load_words(p + 4 * (first + c * VW));
+      p += PANEL * 4;
+    }
+    TS_INLINE void next(vf* w) {
+#pragma GCC unroll 4
+      for (int c = 0; c < COLS; ++c) {
+        w[c] = low_nibble<0>(words[c]) * step[c] - least[c];
+        words[c] >>= 4;
+      }
+    }
+  };
+};
+template <>
+inline constexpr int RUNS<FourBitsK> = 8;
+
+// GGUF's Q6_K: 256 values of k share a float16 d and sixteen scales in eight bits; then, for every 32 k, four words of low
+// nibbles of eight k and two words of the high bits of 16 k.
+struct SixBitsK {
+  static constexpr int K_BLOCK = 32, BYTES = 840, HEADER = 576, ROWS = MAX_ROWS, DIRECT = ROWS, READING = 7;
+  static constexpr int column(int s, int c) { return in_order(s, c); }
+  struct Reader {
+    const char *p, *header;
+    int first, run = 0, eighth = 0;
+    vf step[COLS];
+    vu low[COLS], high[COLS];
+    TS_INLINE Reader(const char* panel, int s) : p(panel), header(panel), first(column(s, 0)) {}
+    TS_INLINE void begin() {
+      if (run == 0) header = p, p += HEADER;
+    }
+    TS_INLINE void eight() {
+      const int half = eighth / 2;
+#pragma GCC unroll 4
+      for (int c = 0; c < COLS; ++c) {
+        const int at = first + c * VW;
+        if (eighth % 2 == 0) {
+          step[c] = load_half(header + 2 * at) * load_bytes(header + 64 + (2 * run + half) * PANEL + at);
+          high[c] = load_words(p + 512 + 4 * (half * PANEL + at));
+        }
+        low[c] = load_words(p + 4 * (eighth * PANEL + at));
+      }
+      if (++eighth == 4) p += 768, eighth = 0, run = (run + 1) % 8;
+    }
+    TS_INLINE void next(vf* w) {
+#pragma GCC unroll 4
+      for (int c = 0; c < COLS; ++c) {
+        const vu level = (low[c] & 15) | (high[c] & 3) << 4;
+        w[c] = __builtin_convertvector(reinterpret_cast<vi>(level) - 32, vf) * step[c];
+        low[c] >>= 4, high[c] >>= 2;
+      }
+    }
+  };
+};
+template <>
+inline constexpr int RUNS<SixBitsK> = 8;
 
 }  // namespace treespec

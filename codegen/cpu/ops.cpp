@@ -38,6 +38,8 @@ void with_form(c10::string_view form, const F& f) {
   if (form == "q4_0") return f(Nibbles<false>{}, at::kByte);
   if (form == "q4_1") return f(Nibbles<true>{}, at::kByte);
   if (form == "q8_0") return f(Bytes{}, at::kByte);
+  if (form == "q4_k") return f(FourBitsK{}, at::kByte);
+  if (form == "q6_k") return f(SixBitsK{}, at::kByte);
   TORCH_CHECK(false, "packed_linear knows no form ", form);
 }
 
@@ -64,9 +66,9 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optio
   with_form(form, [&](auto kind, at::ScalarType dtype) {
     using Form = decltype(kind);
     const int64_t bytes = packed.size(2) * packed.element_size();
-    TORCH_CHECK(packed.scalar_type() == dtype && bytes == Form::BYTES, "packed must come from pack_weight(weight, \"",
+    TORCH_CHECK(packed.scalar_type() == dtype && bytes == Form::BYTES * RUNS<Form>, "packed must come from pack_weight(weight, \"",
                 form, "\"), got ", packed.scalar_type(), " ", packed.sizes());
-    K = packed.size(1) * Form::K_BLOCK;
+    K = packed.size(1) * Form::K_BLOCK * RUNS<Form>;
   });
   TORCH_CHECK(input.scalar_type() == at::kFloat, "packed_linear takes float32");
   TORCH_CHECK(input.dim() > 0 && input.size(-1) == K, "x has ", input.size(-1), " features, the packed weight ", K);
@@ -88,7 +90,8 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optio
 }
 
 // The forms by number, as ir/linear.py has them.
-constexpr c10::string_view NUMBERED_FORMS[] = {"", "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0"};
+constexpr c10::string_view NUMBERED_FORMS[] = {"", "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0",
+                                                "q4_k", "q6_k"};
 
 Tensor packed_linear_numbered(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N,
                               int64_t form) {

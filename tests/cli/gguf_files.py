@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from superblock_cases import KINDS, raw_blocks
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -33,7 +34,7 @@ def rotated(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write(file: Path, model: Any, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32) -> None:
-    """Matrices in `kind`, everything else in float32."""
+    """Matrices in `kind`, everything else in float32. Blocks of 256, which gguf does not make, are drawn."""
     config = model.config
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -62,7 +63,11 @@ def write(file: Path, model: Any, kind: gguf.GGMLQuantizationType = gguf.GGMLQua
             values = rotated(values, config.num_key_value_heads)
         for theirs, ours in NAMES.items():
             key = key.replace(theirs, ours)
-        if values.ndim == 2 and kind is not gguf.GGMLQuantizationType.F32:
+        form = next((form for form, known in KINDS.items() if known is kind), None)
+        if values.ndim == 2 and form is not None:
+            blocks = raw_blocks(form, *values.shape, seed=len(key))
+            writer.add_tensor(key, blocks.reshape(len(values), -1), raw_dtype=kind)
+        elif values.ndim == 2 and kind is not gguf.GGMLQuantizationType.F32:
             writer.add_tensor(key, gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(key, np.ascontiguousarray(values))

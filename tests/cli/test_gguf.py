@@ -47,6 +47,54 @@ def test_quantized_blocks_become_the_numbers_they_stand_for(tmp_path, kind):
     assert_decodes(loaded, treespec.tree_program(loaded, options=EAGER), 96, rounds=1)
 
 
+def in_large_blocks(path: Path, kind: str) -> Path:
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    write(path, llama(**sizes), gguf.GGMLQuantizationType[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_large_blocks_are_packed_as_they_are(tmp_path, kind):
+    """Rotated heads' rows included, which transformers reorders."""
+    loaded = models.load(f"gguf:{in_large_blocks(tmp_path / 'q.gguf', kind)}").model
+    program = treespec.tree_program(loaded, options=EAGER)
+    matrices = sum(p.numel() for p in loaded.parameters() if p.dim() == 2) - loaded.model.embed_tokens.weight.numel()
+    assert dict(program.packed_bytes.forms) == {kind.lower(): matrices * {"Q4_K": 4.5, "Q6_K": 6.5625}[kind] / 8}
+    wide = treespec.tree_program(loaded, options={**EAGER, "weights": "float32"})
+    rows = [each.prefill([5, 9, 3], each.new_cache(16)) for each in (program, wide)]
+    assert torch.equal(*rows)
+    assert_decodes(loaded, program, 96, rounds=1)
+
+
+def overwritten(path: Path, tensor: bytes, what: str, value: bytes) -> None:
+    """A field of the file's line about a tensor: its name, dimensions (32 bits), sizes (64 bits), type (32 bits)."""
+    whole = bytearray(path.read_bytes())
+    at = whole.index(tensor) + len(tensor) + {"size": 4, "type": 20}[what]
+    whole[at : at + len(value)] = value
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("how", ["type", "size", "cut", "step", "width"])
+def test_spoiled_blocks_are_named(tmp_path, how):
+    """A type of no known number, rows that blocks do not divide, data cut short, an infinite step, other sizes."""
+    path = in_large_blocks(tmp_path / "q.gguf", "Q4_K")
+    if how == "type":
+        overwritten(path, b"blk.0.ffn_down.weight", "type", b"\x63\0\0\0")
+    elif how == "size":
+        overwritten(path, b"blk.0.ffn_down.weight", "size", b"\x40\x01")
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-3000])
+    elif how == "step":
+        whole = path.read_bytes()
+        (tensor,) = (t for t in gguf.GGUFReader(str(path)).tensors if t.name == "blk.0.ffn_down.weight")
+        path.write_bytes(whole[: tensor.data_offset] + b"\0\x7c" + whole[tensor.data_offset + 2 :])
+    else:
+        overwritten(path, b"blk.0.ffn_down.weight", "size", b"\0\x02")
+    with pytest.raises(UnreadableModel, match="expected") as caught:
+        models.load(f"gguf:{path}")
+    assert str(path) in str(caught.value)
+
+
 def test_generate_by_name_and_smollm2(file, monkeypatch, capsys):
     monkeypatch.setenv("SMOLLM2", str(file))
     monkeypatch.setenv("TREESPEC_LOWERING", "eager")

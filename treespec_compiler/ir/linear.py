@@ -13,25 +13,27 @@ from torch import Tensor
 
 from ..errors import InvalidWeight
 from .library import define
-from .narrow import FORMS, PANEL, encode
+from .narrow import FORMS, encode
+from .panels import PANEL
 from .private_torch import OpOverload
 
 # NOTE the default is no form's name: graphs name theirs, and AOTAutograd drops an argument that equals its default.
 SCHEMA = '(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, str form="") -> Tensor'
 
-NUMBERED_FORMS = ("", "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0")
+NUMBERED_FORMS = ("", "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
 """As codegen/cpu/ops.cpp numbers them."""
 
 
-def pack_weight(weight: Tensor, form: str = "float32") -> Tensor:
+def pack_weight(weight: Tensor, form: str = "float32", headers: Tensor | None = None) -> Tensor:
     """[N, K] -> [panels, K, PANEL], or what another form makes of it (`ir.narrow`).
 
-    Weights that share an input may be concatenated along N before. Raises InvalidWeight where the form does not hold
-    every value exactly.
+    Weights that share an input may be concatenated along N before. `headers`: of the blocks, where the form has them.
+    Raises InvalidWeight where the form does not hold every value exactly.
     """
     if form != "float32":
         narrow = FORMS[form]
-        packed = encode(weight, narrow) if weight.dtype is torch.float32 and narrow.takes(weight.shape[1]) else None
+        fits = weight.dtype is torch.float32 and narrow.takes(weight.shape[1])
+        packed = encode(weight, narrow, headers) if fits else None
         if packed is None:
             raise InvalidWeight(got="other numbers", expected=f"a float32 matrix that {form} holds exactly")
         return packed

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidWeight
+from .kept_blocks import Headers, kept
 from .linear import pack_weight
-from .narrow import FORMS, PANEL
+from .narrow import FORMS
+from .panels import PANEL
 
 Read = Callable[[str], Tensor]
 """The tensor of a source, by the source's name."""
@@ -277,7 +279,8 @@ class Pack(_OfOne):
         return self.of.dtype if narrow is None else narrow.dtype
 
     def build(self, read: Read) -> Tensor:
-        return pack_weight(self.of.build(read), self.form)
+        headers = headers_of(self.of, read) if self.form in FORMS and FORMS[self.form].header else None
+        return pack_weight(self.of.build(read), self.form, None if headers is None else headers.bytes)
 
     def __str__(self) -> str:
         return f"pack({_name(self.of)})" if self.form == "float32" else f"pack({_name(self.of)}, {self.form})"
@@ -333,6 +336,23 @@ class Arange(_Made):
 
     def __str__(self) -> str:
         return f"count({self.size})"
+
+
+def headers_of(made: Expression, read: Read) -> Headers | None:
+    """Those of the blocks of a matrix, where its sources have them, of one form (`ir.kept_blocks`)."""
+    if isinstance(made, Source):
+        return kept(read(made.name))
+    if isinstance(made, Join) and made.dim == 0:
+        parts = [headers_of(piece, read) for piece in made.pieces]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts) or len({part.form for part in known}) > 1:
+            return None
+        return Headers(known[0].form, torch.cat([part.bytes for part in known]))
+    if not isinstance(made, (Slice, Shard)) or made.dim > 1 or (headers := headers_of(made.of, read)) is None:
+        return None
+    size = made.shape[made.dim]
+    start = made.start if isinstance(made, Slice) else made.index * size
+    return headers.narrowed(made.dim, start, start + size)
 
 
 def _need(holds: bool, part: Expression, expected: str) -> None:
