@@ -38,8 +38,8 @@ for _op, _target, _optional in (
         priority=20,
         available=cpu.load,
     )
-# Any further predicate over positions is ATen's: no kernel is printed for it.
-_PRINTED = frozenset(library.optional(ops.tree_attention)) - {"pattern"}
+# Any further predicate over positions, and weights of each score alone, are ATen's: no kernel is printed for them.
+_PRINTED = frozenset(library.optional(ops.tree_attention)) - {"pattern", "activation"}
 _FLOATS = frozenset(tree_attention_spec.DTYPES)
 for _op, _target, _dtypes, _optional, _capturable, _condition in (
     (ops.tree_attention, tree_attention.TREE_ATTENTION, _FLOATS, _PRINTED, True, tree_attention_spec.takes),

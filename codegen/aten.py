@@ -14,10 +14,10 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.attention import append, empty_output, stored
 from treespec_compiler.ir.library import implement
 from treespec_compiler.ir.private_torch import OpOverload
-from treespec_compiler.ir.scores import changed_scores, softmax_with_sinks
+from treespec_compiler.ir.scores import SOFTMAX, attention_weights, changed_scores
 from treespec_compiler.ir.specs import MaskSpec
 
-OPTIONAL = frozenset({"window", "chunk", "softcap", "slopes", "bias", "sinks", "pattern"})
+OPTIONAL = frozenset({"window", "chunk", "softcap", "slopes", "bias", "sinks", "pattern", "activation"})
 """The optional arguments of the op that it takes: q and k come rotated."""
 
 
@@ -46,11 +46,13 @@ def tree_attention(
     style: str = "half",
     rotary: int = 0,
     pattern: str = "",
+    activation: str = SOFTMAX,
 ) -> Tensor:
     append(k, v, pool_k, pool_v, write_index)
     pool_k, pool_v, page_table = stored(pool_k, pool_v, page_table, write_index)
     page_size = pool_k.shape[2]
-    plain = not chunk and not softcap and slopes is None and bias is None and sinks is None
+    changed = chunk or softcap or slopes is not None or bias is not None or sinks is not None
+    plain = not changed and activation == SOFTMAX
 
     out = empty_output(q, v)
     bounds, pages = node_offsets.tolist(), page_table.tolist()
@@ -72,7 +74,7 @@ def tree_attention(
             s = _scores(q[0, :, rows], keys, scale)
             own = bias[rows] if bias is not None and bias.dim() == 3 else bias
             s = changed_scores(s, distance, softcap, slopes, own)
-            out[0, :, rows] = _weighted(s, values, seen, sinks).to(q.dtype)
+            out[0, :, rows] = _weighted(s, values, seen, sinks, activation).to(q.dtype)
     return out
 
 
@@ -96,11 +98,9 @@ def _scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     return (grouped @ keys.to(wide).transpose(1, 2) * scale).reshape(*q.shape[:2], -1)
 
 
-def _weighted(s: Tensor, values: Tensor, seen: Tensor | None, sinks: Tensor | None) -> Tensor:
+def _weighted(s: Tensor, values: Tensor, seen: Tensor | None, sinks: Tensor | None, activation: str) -> Tensor:
     """s [Hq, T, S], values [Hkv, S, Dv] -> [Hq, T, Dv]."""
-    if seen is not None:
-        s = s.masked_fill(~seen, -torch.inf)
-    weights = softmax_with_sinks(s, sinks).reshape(values.shape[0], -1, s.shape[2])
+    weights = attention_weights(s, seen, sinks, activation).reshape(values.shape[0], -1, s.shape[2])
     return (weights @ values.to(s.dtype)).reshape(*s.shape[:2], -1)
 
 

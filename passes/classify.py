@@ -14,6 +14,7 @@ from treespec_compiler.errors import Refusal
 from treespec_compiler.ir import ops
 from treespec_compiler.ir.library import arguments
 from treespec_compiler.ir.provenance import layer_path, source_line
+from treespec_compiler.ir.scores import SOFTMAX
 from treespec_compiler.ir.specs import AttentionSpec, Limit, MaskSpec
 from treespec_compiler.ir.weights import Table
 
@@ -40,11 +41,12 @@ def classify_masks(state: GraphState) -> int:
     scorings: dict[Any, tuple[Scoring, fx.Node | None]] = {}
     sites = [n for n in state.graph.nodes if n.target is ops.attention]
     for node in sites:
-        q, k, v, mask, is_causal, scale, softcap, sinks, relative, pairs = arguments(node).values()
-        key = (mask, is_causal, shape_of(q)[1], sinks is not None, node.meta.get(BIASED))
+        q, k, v, mask, is_causal, scale, softcap, sinks, relative, pairs, activation = arguments(node).values()
+        whole = sinks is not None or activation != SOFTMAX  # what is constant along a row counts
+        key = (mask, is_causal, shape_of(q)[1], whole, node.meta.get(BIASED))
         if key not in scorings:
             scorings[key] = _scoring(
-                state, forms, node, mask, bool(is_causal), sinks is not None, checks, (sympy.Integer(1), shape_of(q)[1])
+                state, forms, node, mask, bool(is_causal), whole, checks, (sympy.Integer(1), shape_of(q)[1])
             )
         scoring, values = scorings[key]
         spec = scoring.mask
@@ -60,12 +62,13 @@ def classify_masks(state: GraphState) -> int:
             "slopes": values if scoring.bias == "slopes" else None,
             "bias": values if scoring.bias == "distance" else None,
             "sinks": sinks,
+            "activation": "" if activation == SOFTMAX else activation,
         } | ({} if relative is None else {"bias": bias})
         changes = {name: value for name, value in changes.items() if value}
         site = state.call(ops.causal_attention, (q, k, v, scale, spec.window), changes, like=node)
         node.replace_all_uses_with(site)
         state.graph.erase_node(node)
-        state.sites.append(_attention_spec(len(state.sites), site, scoring, softcap, sinks is not None))
+        state.sites.append(_attention_spec(len(state.sites), site, scoring, softcap, sinks is not None, activation))
         if relative is not None:
             state.sites[-1] = replace(state.sites[-1], bias=" + ".join(filter(None, (state.sites[-1].bias, RELATIVE))))
             state.limits.append(own_limit)
@@ -192,7 +195,9 @@ def _unknown(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Exception:
         current = blocked[0]
 
 
-def _attention_spec(index: int, site: fx.Node, scoring: Scoring, softcap: float, sinks: bool) -> AttentionSpec:
+def _attention_spec(
+    index: int, site: fx.Node, scoring: Scoring, softcap: float, sinks: bool, activation: str
+) -> AttentionSpec:
     q, k, v = (shape_of(a) for a in site.args[:3])
     layer = layer_path(site) or ""
     return AttentionSpec(
@@ -210,6 +215,7 @@ def _attention_spec(index: int, site: fx.Node, scoring: Scoring, softcap: float,
         softcap=softcap,
         bias={"": "", "slopes": "slope_h * (k - q)", "distance": "bias_h[q - k]"}[scoring.bias],
         sinks=sinks,
+        activation=activation,
     )
 
 

@@ -49,8 +49,8 @@ def fuse_rope(state: GraphState) -> int:
 
 def _obstacle(node: fx.Node, q: Rotation | None, k: Rotation | None) -> str:
     """Why q and k of an attention are not rotated by its kernel; empty: they can be."""
-    if "pattern" in given(node.target, node.kwargs):
-        return "its mask has no kernel that rotates"
+    if not given(node.target, node.kwargs).isdisjoint(("pattern", "activation")):
+        return "its mask, or its activation, has no kernel that rotates"
     for name, found, operand in (("q", q, node.args[0]), ("k", k, node.args[1])):
         if found is None:
             return f"{name} is no rotation of a known style"

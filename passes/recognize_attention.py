@@ -13,11 +13,13 @@ from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.ir import ops  # noqa: F401  (defines them)
 from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
+from treespec_compiler.ir.scores import SOFTMAX
 
 from .attention.extra_keys import spell_extra_keys
 from .attention.key_bias import BIASED, Splitter, with_key_bias, with_row_shift
 from .attention.padding import PADDED, bias_of
 from .attention.plain_layout import plain_layouts
+from .attention.pointwise import PointwiseReader, PointwiseSite, candidates, pointwise_site, scaled_output
 from .attention.relative import RelativeTerm
 from .attention.shared_heads import with_equal_heads
 from .attention.spelled_out import SOFTMAXES, EagerSite, Reader, Scores
@@ -40,7 +42,7 @@ def recognize_attention(state: GraphState) -> int:
         if op_name(node) == "aten.scaled_dot_product_attention" and not write_out(state, node):
             _rewrite(state, forms, node)
             matches += 1
-    matches += recognize_eager(state)
+    matches += recognize_eager(state) + recognize_pointwise(state)
     if not matches and not state.states:
         raise no_attention(state)
     return matches
@@ -78,6 +80,7 @@ def make_site(
     shift: fx.Node | None = None,
     padding: fx.Node | None = None,
     relative: RelativeTerm | None = None,
+    activation: str = SOFTMAX,
 ) -> fx.Node:
     """Insert `treespec::attention(q, k, v, *rest)` before `at`, with K/V heads unrepeated; rest[2] is the scale."""
     _check_axes(state, at, q, k, v)
@@ -98,7 +101,8 @@ def make_site(
         raise refuse(
             Refusal.ATTENTION, f"got {heads} query heads, {kv_heads} key heads and {shape_of(v)[1]} value heads", at
         )
-    more = {} if relative is None else {"relative": relative.queries, "pairs": relative.pairs}
+    more: dict[str, Any] = {} if relative is None else {"relative": relative.queries, "pairs": relative.pairs}
+    more |= {} if activation == SOFTMAX else {"activation": activation}
     site = state.call(torch.ops.treespec.attention.default, (q, k, v, *rest), more, like=at)
     site.meta[BIASED], site.meta[PADDED] = biased, padding is not None
     return site
@@ -121,8 +125,7 @@ def recognize_eager(state: GraphState) -> int:
             continue
         scores, output = found.scores, found.output
         _check_replaced(state, output, scores)
-        q, v = _four_dimensional(state, output, scores.q), _four_dimensional(state, output, found.values)
-        k = _four_dimensional(state, output, _untransposed(state, output, scores.k_transposed))
+        q, k, v = _operands(state, output, scores, found.values)
         rest: tuple[Any, ...] = (scores.mask, False, scores.scale)
         if scores.softcap or scores.sinks is not None:
             rest += (scores.softcap, _sink_vector(state, output, scores.sinks))
@@ -134,6 +137,40 @@ def recognize_eager(state: GraphState) -> int:
         state.graph.erase_node(output)
         matches += 1
     return matches
+
+
+def recognize_pointwise(state: GraphState) -> int:
+    """Attention without a softmax: each weight is made of its own score alone."""
+    matches = 0
+    for node in candidates(state):
+        reader = PointwiseReader(state, state.closed_forms(), _repeated)
+        found = pointwise_site(state, node, reader)
+        if found is None and reader.rounded is not None:
+            raise _rounding(reader.rounded)
+        if found is not None:
+            _write_pointwise(state, node, found)
+            matches += 1
+    return matches
+
+
+def _write_pointwise(state: GraphState, output: fx.Node, found: PointwiseSite) -> None:
+    scores = found.scores
+    _check_replaced(state, output, scores)
+    q, k, v = _operands(state, output, scores, found.values)
+    rest: tuple[Any, ...] = (scores.mask, False, scores.scale) + ((scores.softcap,) if scores.softcap else ())
+    extra = (scores.key_bias, scores.shift, scores.padding, scores.relative, found.activation)
+    site = make_site(state, output, q, k, v, rest, *extra)
+    if len(shape_of(output)) == 3:
+        site = state.call(aten.squeeze.dim, (site, 0), like=output)
+    result = scaled_output(state, output, site, found)
+    output.replace_all_uses_with(result)
+    state.graph.erase_node(output)
+
+
+def _operands(state: GraphState, at: fx.Node, scores: Scores, values: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """q, k, v [1, H, T, D]."""
+    q, v = _four_dimensional(state, at, scores.q), _four_dimensional(state, at, values)
+    return q, _four_dimensional(state, at, _untransposed(state, at, scores.k_transposed)), v
 
 
 def _rounding(node: fx.Node) -> Unsupported:

@@ -17,6 +17,7 @@ from tree_cases import Case, chain, random_tree
 from treespec_compiler.ir import library, ops
 from treespec_compiler.ir.narrow import FORMS
 from treespec_compiler.ir.registry import Kernel, kernels
+from treespec_compiler.ir.scores import POINTWISE
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -209,6 +210,8 @@ TREE_ATTENTION: dict[str, Callable[[torch.dtype], Call]] = {
     "a bias of each node": own_biases,
     "sinks": lambda dtype: scores(dtype, sinks=True),
     "every change": lambda dtype: scores(dtype, window=6, chunk=9, softcap=2.0, slopes=True, bias=True, sinks=True),
+    **{f"weights by {name}": lambda dtype, name=name: scores(dtype, bias=True, activation=name) for name in POINTWISE},
+    "NaN under weights of each score": lambda dtype: spoilt(dtype, "NaN in all of it", activation="relu"),
     "turned by halves": lambda dtype: turned(dtype, "half", 32),
     "turned by pairs, in part": lambda dtype: turned(dtype, "interleaved", 8),
     **{spoil: lambda dtype, spoil=spoil: spoilt(dtype, spoil) for spoil in SPOILS},

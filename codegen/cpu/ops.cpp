@@ -114,8 +114,9 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
                       int64_t chunk, double softcap, const std::optional<Tensor>& slopes,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks,
                       const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, c10::string_view,
-                      int64_t rotary, c10::string_view pattern) {
-  TORCH_CHECK(!chunk && softcap == 0 && !slopes && !bias && !sinks && !cos && !sin && !rotary && pattern.empty(),
+                      int64_t rotary, c10::string_view pattern, c10::string_view activation) {
+  TORCH_CHECK(!chunk && softcap == 0 && !slopes && !bias && !sinks && !cos && !sin && !rotary && pattern.empty() &&
+                  activation == "softmax",
               "this tree_attention takes a window and no other optional argument");
   for (const Tensor* t : {&q_in, &k_in, &v_in, &pool_k, &pool_v})
     TORCH_CHECK(t->dim() == 4 && t->scalar_type() == at::kFloat, "tree_attention takes float32 tensors of 4 dimensions");
@@ -233,7 +234,7 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
   return out.transpose(1, 2);
 }
 
-// The style of a rotation, of which there is none here, and the one pattern that has a number: all of a path.
+// The style of a rotation, of which there is none here, the one pattern that has a number: all of a path, and softmax.
 Tensor tree_attention_numbered(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pool_k,
                                const Tensor& pool_v, const Tensor& positions, const Tensor& write_index,
                                const Tensor& node_offsets, const Tensor& page_table, const Tensor& prefix_lens,
@@ -241,11 +242,12 @@ Tensor tree_attention_numbered(const Tensor& q, const Tensor& k, const Tensor& v
                                int64_t chunk, double softcap, const std::optional<Tensor>& slopes,
                                const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks,
                                const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, int64_t,
-                               int64_t rotary, int64_t pattern) {
+                               int64_t rotary, int64_t pattern, int64_t activation) {
   TORCH_CHECK(pattern == 0, "tree_attention knows no pattern number ", pattern);
+  TORCH_CHECK(activation == 0, "this tree_attention knows no activation number ", activation);
   return tree_attention(q, k, v, pool_k, pool_v, positions, write_index, node_offsets, page_table, prefix_lens,
                         tree_lens, ancestors, scale, window, chunk, softcap, slopes, bias, sinks, cos, sin, "", rotary,
-                        "");
+                        "", "softmax");
 }
 
 void commit_path(at::TensorList pools, const Tensor& src_in, const Tensor& dst_in) {

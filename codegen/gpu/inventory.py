@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from treespec_compiler.ir import accept, ops, stochastic_accept
 from treespec_compiler.ir.library import arguments, definition
+from treespec_compiler.ir.scores import SOFTMAX
 from treespec_compiler.ir.specs import AttentionSpec, MaskSpec
 
 from .. import tables
@@ -98,7 +99,7 @@ def attention_kernels(sites: Sequence[AttentionSpec]) -> dict[AttentionKernel, l
     """Each distinct kernel, and the sites that launch it."""
     found: dict[AttentionKernel, list[int]] = {}
     for site in sites:
-        if not site.mask.pattern:  # that is ATen's
+        if not site.mask.pattern and site.activation == SOFTMAX:  # those are ATen's
             found.setdefault(attention_kernel(site), []).append(site.index)
     return found
 

@@ -55,6 +55,8 @@ class Scores:
     """[.., heads, 1, T], computed from the keys' tokens."""
     padding: fx.Node | None = None
     """[.., 1, T]: keys that are hidden by their token."""
+    nulled: bool = False
+    """Whether the mask hides where a score was set to 0, of which an activation makes 0 (`pointwise`)."""
     relative: RelativeTerm | None = None
 
 

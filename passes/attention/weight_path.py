@@ -62,9 +62,14 @@ def _step(state: GraphState, forms: ClosedForms, node: fx.Node, user: fx.Node, p
         return path if shape_of(node)[-2:] == shape_of(user)[-2:] else None
     if name == "aten.nan_to_num":
         return path if user.args[0] is node else None
-    rule = _ZEROING.get(name)
-    where = rule(state, forms, node, user) if rule is not None and shape_of(node) == shape_of(user) else None
+    where = zeroing(state, forms, node, user)
     return None if where is None else replace(path, zeroed=(*path.zeroed, where))
+
+
+def zeroing(state: GraphState, forms: ClosedForms, node: fx.Node, user: fx.Node) -> fx.Node | None:
+    """Where `user` sets the weights of `node` to 0; None: it does something else."""
+    rule = _ZEROING.get(op_name(user))
+    return rule(state, forms, node, user) if rule is not None and shape_of(node) == shape_of(user) else None
 
 
 def _drops_last(node: fx.Node) -> bool:

@@ -53,7 +53,8 @@ def meaning(state: GraphState, reach: int | None = None) -> tuple[Any, ...]:
             args, kwargs = _attention_args(node, reach), {}
         rows.append((node.op, what, key(args), key(kwargs)))
     masks = tuple(
-        (_within(s.mask, reach), s.scale, s.heads, s.kv_heads, s.softcap, s.bias, s.sinks) for s in state.sites
+        (_within(s.mask, reach), s.scale, s.heads, s.kv_heads, s.softcap, s.bias, s.sinks, s.activation)
+        for s in state.sites
     )
     return masks, tuple(rows), tuple(_contents(state.constants[name]) for name in state.weights.derived)
 

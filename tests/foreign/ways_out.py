@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from decoders import HEAD, Style, future
 from modules import CONTEXT, DIM, HEADS, VOCAB, Tiny
+from pointwise import ByLength, BySeenKeys
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.testing._internal.two_tensor import TwoTensor
@@ -345,6 +346,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 WAYS: tuple[Way, ...] = (
+    Way(ByLength, "torch.arange(1, T + 1)[:, None]", becomes(BySeenKeys)),
     Way(TwoOfMapping, "under the name 'logits'", becomes(NamedInMapping)),
     Way(BranchOnValues, "compute it with tensors alone", becomes(ChoiceOfTensors)),
     Way(PositionsInALoop, "use torch ops on x.shape[1]", becomes(PositionsOfTensors)),

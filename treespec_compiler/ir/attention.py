@@ -5,6 +5,7 @@ One op for every decoder: what a model does besides comes in optional arguments,
     window, chunk, pattern     which keys of a path are seen, as in `MaskSpec`; 0 and "": all of them
     softcap, slopes, bias,     how scores are changed and weighted, as in `scores`
     sinks
+    activation                 what makes weights of scores, as in `scores`: "softmax"
     cos, sin, style, rotary    q and k come before their rotation and are turned as in `rotation`; k is stored turned
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from .library import define
 from .private_torch import OpOverload
 from .rotation import STYLES, rotate
-from .scores import changed_scores, softmax_with_sinks
+from .scores import ACTIVATIONS, SOFTMAX, attention_weights, changed_scores
 from .specs import MaskSpec
 
 SCHEMA = (
@@ -24,7 +25,7 @@ SCHEMA = (
     "Tensor node_offsets, Tensor page_table, Tensor prefix_lens, Tensor tree_lens, Tensor ancestors, "
     "float scale, SymInt window=0, SymInt chunk=0, float softcap=0.0, Tensor? slopes=None, Tensor? bias=None, "
     'Tensor? sinks=None, Tensor? cos=None, Tensor? sin=None, str style="half", SymInt rotary=0, '
-    'str pattern="") -> Tensor'
+    'str pattern="", str activation="softmax") -> Tensor'
 )
 
 
@@ -107,8 +108,9 @@ def reference(
     style: str = "half",
     rotary: int = 0,
     pattern: str = "",
+    activation: str = SOFTMAX,
 ) -> Tensor:  # [1, Hq, T, Dv], laid out as [1, T, Hq, Dv]
-    """Write K and V at `write_index`, then softmax(scale * q @ keys) @ values over what each node sees.
+    """Write K and V at `write_index`, then activation(scale * q @ keys) @ values over what each node sees.
 
     A node at position p sees, of the tokens j < prefix_len and of its ancestors (itself included, of positions p - 1,
     p - 2, ... upwards), those at positions that `MaskSpec(window, None, chunk, pattern)` shows. Rows that belong to no
@@ -134,7 +136,8 @@ def reference(
             values = pool_v[page, :, offset].repeat_interleave(group, 1).to(wide)  # [seen, Hq, Dv]
             scores = torch.einsum("hd,shd->hs", q[0, :, i].to(wide), keys) * scale
             own = bias[i] if bias is not None and bias.dim() == 3 else bias
-            weights = softmax_with_sinks(changed_scores(scores, distance, softcap, slopes, own), sinks)
+            changed = changed_scores(scores, distance, softcap, slopes, own)
+            weights = attention_weights(changed, None, sinks, activation)
             out[0, :, i] = torch.einsum("hs,shd->hd", weights, values).to(q.dtype)
     return out
 
@@ -154,5 +157,5 @@ tree_attention: OpOverload = define(
     SCHEMA,
     reference,
     fake,
-    texts={"style": STYLES, "pattern": ("",)},
+    texts={"style": STYLES, "pattern": ("",), "activation": ACTIVATIONS},
 )

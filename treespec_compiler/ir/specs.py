@@ -105,6 +105,7 @@ class AttentionSpec:
     softcap: float = 0.0
     bias: str = ""  # "", "slope_h * (k - q)" or "bias_h[q - k]"
     sinks: bool = False
+    activation: str = "softmax"
 
     def bytes_per_token(self) -> int:
         return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
