@@ -12,7 +12,6 @@ from .versions import __version__ as __version__
 
 if TYPE_CHECKING:
     from .capture.mixers import register_mixer
-    from .checkpoints.hf import load
     from .errors import TreespecError, Unsupported
     from .ir.grouped_linear import grouped_linear
     from .ir.registry import register_kernel
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from .program.tree_program import TreeProgram, tree_program
     from .runtime.engine import Engine
     from .runtime.generate import BatchOutput, GenerationOutput, Step, Stream, generate, stream
+    from .runtime.opening import load
     from .runtime.request import Request
     from .serving.hf import hf_generate
     from .speculation.drafts.kinds import register_draft
@@ -47,7 +47,7 @@ _HOME = {
     "generate": ".runtime.generate",
     "grouped_linear": ".ir.grouped_linear",
     "hf_generate": ".serving.hf",
-    "load": ".checkpoints.hf",
+    "load": ".runtime.opening",
     "load_program": ".program.folder.loaded",
     "register_draft": ".speculation.drafts.kinds",
     "register_kernel": ".ir.registry",

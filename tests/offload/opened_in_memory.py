@@ -9,33 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
-from pathlib import Path
 
 import torch
+from in_memory import Highest, anonymous
 from zoo import make
 
 import treespec_compiler as treespec
-
-
-class Highest(threading.Thread):
-    """The most that was seen of a counter of this process, looked at all the time."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.bytes = 0
-        self.over = False
-
-    def run(self) -> None:
-        while not self.over:
-            self.bytes = max(self.bytes, anonymous())
-            time.sleep(0.001)
-
-
-def anonymous() -> int:
-    rows = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(row for row in rows if row.startswith("RssAnon:")).split()[1])
 
 
 def main(folder: str, files: str, stay: str) -> None:
@@ -48,10 +27,8 @@ def main(folder: str, files: str, stay: str) -> None:
     offload = None if stay == "all" else {"resident_gb": int(stay) / 1e9, "dir": files}
     program = treespec.tree_program(model, options={"lowering": "eager", "offload": offload})
     out = treespec.generate(program, [1, 2, 3, 1, 2, 3], **settings)
-    highest.over = True
-    highest.join()
     streamed = 0 if program.state.streaming is None else program.state.streaming.bytes
-    found = {"peak": highest.bytes - before, "held": int(program.packed_bytes), "streamed": streamed}
+    found = {"peak": highest.end() - before, "held": int(program.packed_bytes), "streamed": streamed}
     print(json.dumps(found | {"ids": out.sequences.tolist()}))
 
 

@@ -27,6 +27,7 @@ EXAMPLES: list[TreespecError] = [
     errors.EngineClosed(number=7),
     errors.InvalidMixer(name="scan", got="a lambda", expected="a function of a module"),
     errors.RanksDiffer(rank=1, names=["options", "input_ids"]),
+    errors.RankFailed(rank=1, problem="OSError (no such file)"),
     errors.RankLost(rank=0, size=2, step=17),
     errors.WeightsUnreadable(path="layer-0002.bin", offset=8192, problem="the end of the file"),
     errors.NoRoomForWeights(folder="/tmp/blobs", needed=3_000_000_000, free=1_000_000),

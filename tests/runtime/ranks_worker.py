@@ -107,6 +107,28 @@ def killed(model: nn.Module) -> dict[str, Any]:
     return {"error": None}
 
 
+def loaded(folder: Path) -> dict[str, Any]:
+    """A model that every rank opens by itself: what that took, and what is said where files are not the same."""
+    from in_memory import Highest, anonymous
+
+    warm = treespec.load(folder / "small", mesh="tp=2")  # what any model takes
+    treespec.generate(warm, PROMPT, options=OPTIONS, max_new_tokens=2)
+    before, highest = anonymous(), Highest()
+    highest.start()
+    model = treespec.load(f"hf:{folder / 'large'}", mesh="tp=2")
+    made = treespec.tree_program(model, options=OPTIONS)
+    outs = treespec.generate(made, PROMPT, draft="ngram", policy="chain:3", max_new_tokens=6)
+    files = ("large", "small") if RANK else ("small", "small")
+    missing = ("nowhere", "small") if RANK else ("small", "small")
+    return {
+        "peak": highest.end() - before,
+        "held": int(made.packed_bytes),
+        "ids": outs.sequences.tolist(),
+        "other files": _raised(lambda: treespec.load(folder / files[0], mesh="tp=2")),
+        "no files": _raised(lambda: treespec.load(folder / missing[0], mesh="tp=2")),
+    }
+
+
 def _changed(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         next(model.parameters()).mul_(1.01)
@@ -128,5 +150,8 @@ def _raised(call: Any) -> Any:
 
 if __name__ == "__main__":
     case, folder = sys.argv[1:]
-    result = {"same": same, "program": program, "refused": refused, "killed": killed}[case](Decoder().eval())
+    if case == "loaded":
+        result = loaded(Path(folder))
+    else:
+        result = {"same": same, "program": program, "refused": refused, "killed": killed}[case](Decoder().eval())
     Path(folder, f"{RANK}.json").write_text(json.dumps(result))

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from treespec_compiler.errors import InvalidOption
 from treespec_compiler.program.ranks import joined
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
+TESTS = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("ranks_worker.py")
 
 
 def ranks(case: str, folder: Path, count: int = 2) -> list[Any]:
     """What each rank wrote; None of one that wrote nothing."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), str(WORKER), case, str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TREESPEC_PROGRAM_CACHE": "0"}
     subprocess.run([sys.executable, *command], env=environment, timeout=500, check=False, capture_output=True)
     files = [folder / f"{rank}.json" for rank in range(count)]
     return [json.loads(file.read_text()) if file.exists() else None for file in files]
@@ -56,6 +59,30 @@ def test_what_does_not_fit_together_is_refused_everywhere(tmp_path: Path) -> Non
     assert first["engine"][0] == "InvalidOption" and "several prompts" in first["engine"][1]
     assert first["other weights"][0] == "RanksDiffer" and "another weights" in first["other weights"][1]
     assert len(first["afterwards"][0]) == 8
+
+
+BESIDE = 64_000_000
+"""Bytes that converting and running any model takes beside its weights: graphs, proofs, activations."""
+
+
+def test_ranks_open_a_folder_and_hold_their_slices(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "eos_token_id": None}
+    config = transformers.LlamaConfig(vocab_size=256, num_hidden_layers=5, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "large")
+    small = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, hidden_size=32, intermediate_size=16)
+    transformers.LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
+    first, second = ranks("loaded", tmp_path)
+    expected = model.generate(torch.tensor([[1, 2, 3, 1, 2, 3]]), max_new_tokens=6, do_sample=False)
+    assert first["ids"] == second["ids"] == expected.tolist()
+    whole, largest = 4 * sum(p.numel() for p in model.parameters()), 4 * 2 * 2816 * 1024
+    for each in (first, second):
+        assert each["held"] < 0.51 * whole
+        assert each["peak"] < each["held"] + largest + BESIDE < whole, each
+    assert first["other files"] == second["other files"] and "another files of weights" in first["other files"][1]
+    assert first["no files"][0] == "RankFailed" and "no such folder" in first["no files"][1]
+    assert second["no files"][0] == "UnreadableModel"
 
 
 def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:

@@ -25,25 +25,24 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def load(
     folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, dir: str | os.PathLike[str] | None = None
 ) -> nn.Module:
-    """A model whose weights stay in files: pages of them come into memory as they are read, and can be taken back.
-
-    `folder`: a causal language model's, with config.json and safetensors. Where its weights have another dtype, they
-    are written once, a piece of a tensor at a time, to a folder in `dir` (default: `offload` in the user's cache
-    directory), and found there the next time. With option `offload` such a model may be larger than memory. Raises
-    UnreadableModel, InvalidOption, `NoRoomForWeights`, and OSError where `dir` cannot be written.
+    """A model whose weights stay in files; see `treespec.load`. Raises UnreadableModel, InvalidOption,
+    `NoRoomForWeights`, and OSError where `dir` cannot be written.
     """
-    where = Path(folder).expanduser()
+    where = folder_of(folder)
     if dtype not in NAMES:
         raise InvalidOption(name="dtype", got=dtype, expected=f"one of {', '.join(map(str, NAMES))}")
     try:
         import transformers
     except ImportError as error:
         raise MissingPackage(package="transformers", purpose="models", fix=INSTALL) from error
-    if not where.exists():
-        raise UnreadableModel(name=str(folder), problem="no such folder")
     check_folder(str(folder), where)
     under = cache_dir() / "offload" if dir is None else Path(dir).expanduser()
     return read_folder(str(folder), str(where), dtype, transformers, under)
+
+
+def folder_of(folder: str | os.PathLike[str]) -> Path:
+    """Where a folder lies that may be named as on the command line: `hf:PATH`."""
+    return Path(str(folder).removeprefix("hf:")).expanduser()
 
 
 def read_folder(name: str, where: str, dtype: torch.dtype, transformers: Any, mapped: Path | None = None) -> nn.Module:
@@ -93,6 +92,8 @@ def refused_by_transformers(name: str, error: Exception) -> UnreadableModel:
 
 
 def check_folder(name: str, folder: Path, random_weights: bool = False) -> None:
+    if not folder.exists():
+        raise UnreadableModel(name=name, problem="no such folder")
     if not folder.is_dir():
         raise UnreadableModel(name=name, problem="a file", fix="Name the folder it lies in.")
     config = folder / "config.json"

@@ -78,6 +78,15 @@ def recast(folder: Path, dtype: torch.dtype, under: Path) -> Path:
     return made
 
 
+def layout(folder: Path) -> str:
+    """A name of what a folder's weights are, their values left out: files, tensors, dtypes, shapes and places.
+
+    Raises UnreadableModel.
+    """
+    about = [(file.name, *map(repr, _entries(file))) for file in _files(folder)]
+    return hashlib.sha256(json.dumps([about, _json(folder / CONFIG)], sort_keys=True).encode()).hexdigest()
+
+
 def _write_folder(folder: Path, made: Path, kind: str, entries: Mapping[Path, list[_Entry]]) -> None:
     for left in made.iterdir():  # by a process that was killed, or of files that were damaged
         left.unlink()

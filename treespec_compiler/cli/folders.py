@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..offload_options import Offload
 from ..program.folder.loaded import LoadedProgram, load_program
 from ..runtime.folder_tokenizer import load_tokenizer
 from ..speculation.drafts.kinds import is_named
@@ -30,7 +31,8 @@ def read_models(arguments: Namespace, name: str) -> tuple[LoadedModel, list[Load
         refuse_offload(arguments)
         target = load_compiled(name, named_options(arguments.option))
     else:
-        target = load(name, mapped=mapped_under(arguments), **reading)
+        mapped = Offload().path if getattr(arguments, "mesh", None) is not None else mapped_under(arguments)
+        target = load(name, mapped=mapped, **reading)  # a rank of a mesh reads its slices alone, of a mapped file
     wanted: list[str] = [draft for draft in arguments.draft if draft != "none"]
     drafts = [LoadedModel(n, n) if is_named(n) else load(n, role="draft", **reading) for n in wanted]
     return target, drafts if arguments.draft else [LoadedModel(f"{name} draft", draft) for draft in target.drafts]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 LOST = 3
 """Exit code where a rank was lost."""
@@ -35,6 +39,15 @@ def start_ranks(count: int) -> int:
         codes = {failure.exitcode for failure in error.failures.values()}
         return LOST if LOST in codes or min(codes) < 0 else max(codes)
     return 0
+
+
+def together(count: int, do: Callable[[], T]) -> T:
+    """What `do` gives on this rank, once all of `count` have done it. Raises on each of them where it fails on one."""
+    if count == 1:
+        return do()
+    from ..program.ranks import joined
+
+    return joined(count).each(do)
 
 
 def quiet_followers() -> None:

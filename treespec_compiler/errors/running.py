@@ -157,6 +157,18 @@ class RanksDiffer(TreespecError, ValueError):
 
 
 @dataclass(eq=False, kw_only=True)
+class RankFailed(TreespecError, RuntimeError):
+    """What every rank of a mesh had to do first failed on one of them: reading its model, say."""
+
+    rank: int
+    problem: str
+    template: ClassVar[str] = (
+        "Rank {e.rank} failed: got {e.problem}, expected all ranks to be ready. "
+        "Mend it there, and start all ranks again."
+    )
+
+
+@dataclass(eq=False, kw_only=True)
 class RankLost(TreespecError, RuntimeError):
     """A rank of a mesh ended, or did not answer in time."""
 

@@ -54,6 +54,7 @@ class Made:
         self.converted: Converted = converted or _converted(model, call, options)
         self.state: GraphState = self.converted.state
         self.watch = WeightWatch(model, self.converted.sources, self.converted.proved_from)
+        self._build_slices()
         if not self.converted.compared:
             lengths_check(model, call, self.state)
         if self.watch.touched() or (self.converted.kept and self.otherwise(model) is not None):
@@ -94,12 +95,22 @@ class Made:
         changes = changes or self.watch.renew()
         weights.changed(changes.any)
         self._beside.changed(changes.any)
+        self._build_slices()
         tensors = {**weights.tensors, **self._beside.tensors}
         if self.stream is not None:
             tensors |= self.stream.bind(list(zip(self.converted.sources, self.watch.sums, strict=True)))
         self.bound.tensors = tensors
         self.packed_bytes = weights.own_bytes
         return changes
+
+    def _build_slices(self) -> None:
+        """Build the weights of one of several ranks now: what cutting and packing each left free is given back before
+        the next, or it would add up to as much as the rank holds.
+        """
+        if self.state.cut is not None:
+            for name in self.state.weights:
+                self.state.weights.tensor(name)
+                trim()
 
     def unfit(self, changes: Changes, narrower: bool = False) -> str | None:
         """What is stored in a form that does not hold its new values; None: nothing. See `passes.fuse.unfit`."""
@@ -121,8 +132,10 @@ class Made:
             self.stream.rest()
 
     def page_out(self) -> None:
-        """Give back pages of the module's own tensors that no pass reads: weights that are streamed or packed."""
-        if self.stream is not None:
+        """Give back pages of the module's own tensors that nothing reads: weights that are streamed, or of which this
+        is one of several ranks that keep slices.
+        """
+        if self.stream is not None or self.state.cut is not None:
             weights = self.state.weights
             read = {weights.label(name) for name in weights}
             page_out(weights.read(name) for name in weights.sources - read)

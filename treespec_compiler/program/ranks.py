@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ..errors import InvalidOption, RanksDiffer
+from ..errors import InvalidOption, RankFailed, RankLost, RanksDiffer
 from ..passes.sharding.mesh import GROUP
+
+T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for the others: for the slowest to compile, say. A rank that is gone is noticed at once."""
@@ -41,12 +43,34 @@ class Ranks:
 
     def agree(self, values: Mapping[str, str]) -> None:
         """Raises `RanksDiffer` on every rank where one of them has other values than rank 0."""
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, dict(values), group=self.control)
+        found = self._gather(dict(values))
         for rank, theirs in enumerate(found):
             names = [name for name in found[0] | theirs if found[0].get(name) != theirs.get(name)]
             if names:
                 raise RanksDiffer(rank=rank, names=names)
+
+    def each(self, do: Callable[[], T]) -> T:
+        """What `do` gives here, once it is done on every rank. Where it fails on one, that one raises its error, and
+        all others raise `RankFailed`, instead of waiting for it.
+        """
+        try:
+            made = do()
+        except Exception as error:
+            self._gather(f"{type(error).__name__} ({str(error).rstrip('.')})")
+            raise
+        for rank, problem in enumerate(self._gather(None)):
+            if problem is not None:
+                raise RankFailed(rank=rank, problem=problem)
+        return made
+
+    def _gather(self, value: object) -> list[Any]:
+        """Every rank's, by rank. Raises `RankLost`."""
+        found: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(found, value, group=self.control)
+        except RuntimeError as error:
+            raise RankLost(rank=self.rank, size=self.size, step=0) from error
+        return found
 
 
 _JOINED: dict[int, Ranks] = {}
