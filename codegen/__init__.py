@@ -26,6 +26,7 @@ register_kernel(ops.tree_recurrence, aten_recurrence.TREE_RECURRENCE, name="aten
 for _op, _target, _optional in (
     (ops.tree_attention, cpu.TREE_ATTENTION, cpu.OPTIONAL),
     (ops.packed_linear, cpu.PACKED_LINEAR, None),
+    (ops.packed_embedding, cpu.PACKED_EMBEDDING, None),
     (ops.commit_path, cpu.COMMIT_PATH, None),
 ):
     register_kernel(

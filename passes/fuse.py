@@ -16,7 +16,7 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.device import profile
 from treespec_compiler.ir.narrow import FORMS, narrowest
 from treespec_compiler.ir.registry import best_kernel
-from treespec_compiler.ir.weights import Expression, Pack, headers_of
+from treespec_compiler.ir.weights import Expression, Join, Pack, headers_of
 from treespec_compiler.options import Options
 
 from .framework.manager import Pass
@@ -32,7 +32,7 @@ def pack_linears(state: GraphState) -> int:
             forms.setdefault(_form(state, member.weight), []).append(member)
         for form, alike in forms.items():
             _pack(state, alike, form)
-    return sum(map(len, groups))
+    return sum(map(len, groups)) + _pack_embeddings(state)
 
 
 def unfit(state: GraphState, sources: Iterable[str], narrower: bool = False) -> Pack | None:
@@ -64,6 +64,27 @@ def _pack(state: GraphState, members: Sequence[Product], form: str) -> None:
     replace_by_slices(state, members, product)
 
 
+def _pack_embeddings(state: GraphState) -> int:
+    """Rows of a table that is packed for a product (a tied head) are read from there: its bytes are there once."""
+    if best_kernel(ops.packed_embedding, state.device, state.dtype) is None:
+        return 0
+    packed: dict[Expression, tuple[str, str]] = {}
+    for name, made in state.weights.derived.items():
+        if isinstance(made, Pack) and isinstance(made.of, Join) and len(made.of.pieces) == 1:
+            packed[made.of.pieces[0]] = name, made.form
+    count = 0
+    for node in [node for node in state.graph.nodes if node.target is torch.ops.aten.embedding.default]:
+        table, ids = node.args[:2]
+        own = state.weights.get(table.name)
+        found = packed.get(own) if own is not None else None
+        if found is None or ids.meta["val"].dtype is not torch.int64:
+            continue
+        args = (ids, state.node(found[0]), int(table.meta["val"].shape[0]), found[1])
+        node.replace_all_uses_with(state.call(torch.ops.treespec.packed_embedding.default, args, like=node))
+        count += 1
+    return count
+
+
 def _has_kernel(state: GraphState, options: Options) -> bool:
     kernel = best_kernel(ops.packed_linear, state.device, state.dtype)
     return options.kernels == "auto" and kernel is not None
@@ -73,7 +94,8 @@ PASS = Pass(
     "fuse",
     pack_linears,
     before="any level from stateful on",
-    after="same level; products with constant weights are treespec::packed_linear, one per shared input and form",
+    after="same level; products with constant weights are treespec::packed_linear, one per shared input and form, and"
+    " tables that are packed for one are read by treespec::packed_embedding",
     optional=True,
     needs=("select rows",),
     place_before=("bind kernels",),

@@ -245,6 +245,11 @@ def narrow(dtype: torch.dtype, form: str, rows: int) -> Call:
     return Call((x, ops.pack_weight(weight, form, headers), b, 45, form))
 
 
+def rows_of_table(dtype: torch.dtype, form: str, ids: list[list[int]]) -> Call:
+    packed = narrow(dtype, form, 1).arguments[1] if form in FORMS else ops.pack_weight(torch.randn(45, 64))
+    return Call((torch.tensor(ids, dtype=torch.int64), packed, 45, form))
+
+
 def grouped(dtype: torch.dtype, ends: list[int], spoil: bool = False) -> Call:
     random = torch.Generator().manual_seed(5)
     x, weight = torch.randn(ends[-1], 16, generator=random), torch.randn(len(ends), 24, 16, generator=random)
@@ -296,6 +301,13 @@ CALLS: dict[str, dict[str, Callable[[torch.dtype], Call]]] = {
         "NaN in one row": lambda dtype: packed(dtype, 4, spoil=True),
         **{f"weights in {form}": lambda dtype, form=form: narrow(dtype, form, 5) for form in FORMS},
         "many rows, weights in q4_1": lambda dtype: narrow(dtype, "q4_1", 40),
+    },
+    "packed_embedding": {
+        "no ids": lambda dtype: rows_of_table(dtype, "float32", [[]]),
+        **{
+            f"a table in {form}": lambda dtype, form=form: rows_of_table(dtype, form, [[0, 44, 7], [16, 15, 44]])
+            for form in ("float32", *FORMS)
+        },
     },
     "grouped_linear": {
         "groups of any size": lambda dtype: grouped(dtype, [0, 3, 3, 4, 9]),

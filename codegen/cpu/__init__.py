@@ -16,6 +16,7 @@ OPTIONAL = frozenset({"window"})
 
 TREE_ATTENTION: OpOverload = implement(ops.tree_attention, NAMESPACE, None)
 PACKED_LINEAR: OpOverload = implement(ops.packed_linear, NAMESPACE, None)
+PACKED_EMBEDDING: OpOverload = implement(ops.packed_embedding, NAMESPACE, None)
 COMMIT_PATH: OpOverload = implement(ops.commit_path, NAMESPACE, None)
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -23,4 +24,14 @@ _library.define("checksums(Tensor[] x) -> int[]")
 CHECKSUMS: OpOverload = torch.ops.treespec_cpu.checksums.default
 """Of each contiguous tensor's bytes; their order matters. No op of the tree IR: graphs do not hold it."""
 
-__all__ = ["CHECKSUMS", "COMMIT_PATH", "OPTIONAL", "PACKED_LINEAR", "TREE_ATTENTION", "begin", "load", "loaded"]
+__all__ = [
+    "CHECKSUMS",
+    "COMMIT_PATH",
+    "OPTIONAL",
+    "PACKED_EMBEDDING",
+    "PACKED_LINEAR",
+    "TREE_ATTENTION",
+    "begin",
+    "load",
+    "loaded",
+]

@@ -117,6 +117,37 @@ void widen(const char* panel, int64_t K, float* out, const char* ahead) {
   }
 }
 
+// out[K]: the weights of one output, number `column` of its panel.
+template <class Form>
+void widen_column(const char* panel, int64_t K, int column, float* out) {
+  int s = 0, c = 0;  // the vector that holds it
+  for (int i = 0; i < STRIPS_A_PANEL * COLS; ++i) {
+    const int first = Form::column(i / COLS, i % COLS);
+    if (first <= column && column < first + VW) s = i / COLS, c = i % COLS;
+  }
+  const int lane = column - Form::column(s, c);
+  typename Form::Reader reader(panel, s);
+  const auto one = [&] {
+    vf weight[COLS];
+    float lanes[COLS * VW];
+    reader.next(weight);
+#pragma GCC unroll 4
+    for (int i = 0; i < COLS; ++i) store(lanes + i * VW, weight[i]);
+    *out++ = lanes[c * VW + lane];
+  };
+  for (int64_t k = 0; k < K; k += Form::K_BLOCK) {
+    reader.begin();
+    if constexpr (Form::K_BLOCK == 1) {
+      one();
+    } else {
+      for (int i = 0; i < Form::K_BLOCK; i += 8) {
+        reader.eight();
+        for (int j = 0; j < 8; ++j) one();
+      }
+    }
+  }
+}
+
 // out[M, N] for the panels [begin, end).
 template <class Form>
 void linear_panels(const float* x, int64_t M, int64_t K, const char* packed, const float* bias, float* out, int64_t N,

@@ -59,21 +59,28 @@ void run_linear(const Tensor& x, const Tensor& packed, const float* bias, Tensor
     run(0, panels);
 }
 
-Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N,
-                     c10::string_view form) {
+// Its k, after a look at whether it is a packed weight of this form with `rows` outputs.
+int64_t columns_of(const Tensor& packed, int64_t rows, c10::string_view form) {
   TORCH_CHECK(packed.dim() == 3 && packed.is_contiguous(), "packed must come from pack_weight");
   int64_t K = 0;
   with_form(form, [&](auto kind, at::ScalarType dtype) {
     using Form = decltype(kind);
     const int64_t bytes = packed.size(2) * packed.element_size();
-    TORCH_CHECK(packed.scalar_type() == dtype && bytes == Form::BYTES * RUNS<Form>, "packed must come from pack_weight(weight, \"",
-                form, "\"), got ", packed.scalar_type(), " ", packed.sizes());
+    TORCH_CHECK(packed.scalar_type() == dtype && bytes == Form::BYTES * RUNS<Form>,
+                "packed must come from pack_weight(weight, \"", form, "\"), got ", packed.scalar_type(), " ",
+                packed.sizes());
     K = packed.size(1) * Form::K_BLOCK * RUNS<Form>;
   });
+  TORCH_CHECK(rows > (packed.size(0) - 1) * PANEL && rows <= packed.size(0) * PANEL, "out_features ", rows,
+              " does not fit ", packed.size(0), " panels of ", PANEL);
+  return K;
+}
+
+Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N,
+                     c10::string_view form) {
+  const int64_t K = columns_of(packed, N, form);
   TORCH_CHECK(input.scalar_type() == at::kFloat, "packed_linear takes float32");
   TORCH_CHECK(input.dim() > 0 && input.size(-1) == K, "x has ", input.size(-1), " features, the packed weight ", K);
-  TORCH_CHECK(N > (packed.size(0) - 1) * PANEL && N <= packed.size(0) * PANEL, "out_features ", N, " does not fit ",
-              packed.size(0), " panels of ", PANEL);
   const Tensor x = input.is_contiguous() ? input : input.contiguous();
   Tensor held;
   const float* b = nullptr;
@@ -89,20 +96,48 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optio
   return out;
 }
 
-// The forms by number, as ir/linear.py has them.
-constexpr c10::string_view NUMBERED_FORMS[] = {"", "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0",
-                                                "q4_k", "q6_k"};
-
-Tensor packed_linear_numbered(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N,
-                              int64_t form) {
-  TORCH_CHECK(form >= 0 && form < int64_t(std::size(NUMBERED_FORMS)), "packed_linear knows no form number ", form);
-  return packed_linear(input, packed, bias, N, NUMBERED_FORMS[form]);
-}
-
 Tensor int64_input(const Tensor& t, int64_t numel, const char* name) {
   TORCH_CHECK(t.scalar_type() == at::kLong && t.numel() == numel, name, " must be int64 with ", numel, " elements, got ",
               t.scalar_type(), " with ", t.numel());
   return t.is_contiguous() ? t : t.contiguous();
+}
+
+Tensor packed_embedding(const Tensor& ids_in, const Tensor& packed, int64_t N, c10::string_view form) {
+  const int64_t K = columns_of(packed, N, form);
+  const Tensor ids = int64_input(ids_in, ids_in.numel(), "ids");
+  at::DimVector shape(ids_in.sizes().begin(), ids_in.sizes().end());
+  shape.push_back(K);
+  Tensor out = at::detail::empty_cpu(shape, at::kFloat);
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  float* to = out.mutable_data_ptr<float>();
+  const char* from = static_cast<const char*>(packed.const_data_ptr());
+  with_form(form, [&](auto kind, at::ScalarType) {
+    using Form = decltype(kind);
+    const int64_t bytes = K / Form::K_BLOCK * Form::BYTES;
+    for (int64_t i = 0; i < ids.numel(); ++i) {
+      TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < N, "got id ", id[i], ", expected 0 to ", N - 1);
+      widen_column<Form>(from + id[i] / PANEL * bytes, K, int(id[i] % PANEL), to + i * K);
+    }
+  });
+  return out;
+}
+
+// The forms by number, as ir/linear.py has them.
+constexpr c10::string_view NUMBERED_FORMS[] = {"", "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0",
+                                                "q4_k", "q6_k"};
+
+c10::string_view numbered_form(int64_t form) {
+  TORCH_CHECK(form >= 0 && form < int64_t(std::size(NUMBERED_FORMS)), "packed_linear knows no form number ", form);
+  return NUMBERED_FORMS[form];
+}
+
+Tensor packed_linear_numbered(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t N,
+                              int64_t form) {
+  return packed_linear(input, packed, bias, N, numbered_form(form));
+}
+
+Tensor packed_embedding_numbered(const Tensor& ids, const Tensor& packed, int64_t N, int64_t form) {
+  return packed_embedding(ids, packed, N, numbered_form(form));
 }
 
 Tensor unit_last_stride(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
@@ -319,6 +354,8 @@ std::vector<int64_t> checksums(const std::vector<Tensor>& tensors) {
 TORCH_LIBRARY_IMPL(treespec_cpu, CPU, m) {
   m.impl("packed_linear", TORCH_FN(treespec::packed_linear));
   m.impl("packed_linear.numbered", TORCH_FN(treespec::packed_linear_numbered));
+  m.impl("packed_embedding", TORCH_FN(treespec::packed_embedding));
+  m.impl("packed_embedding.numbered", TORCH_FN(treespec::packed_embedding_numbered));
   m.impl("tree_attention", TORCH_FN(treespec::tree_attention));
   m.impl("tree_attention.numbered", TORCH_FN(treespec::tree_attention_numbered));
   m.impl("commit_path", TORCH_FN(treespec::commit_path));

@@ -23,7 +23,9 @@ def test_a_schema_in_numbers() -> None:
     )
 
 
-@pytest.mark.parametrize("op", [ops.tree_attention, ops.packed_linear, cpu.TREE_ATTENTION, cpu.PACKED_LINEAR], ids=str)
+@pytest.mark.parametrize(
+    "op", [ops.tree_attention, ops.packed_linear, ops.packed_embedding, cpu.TREE_ATTENTION, cpu.PACKED_LINEAR], ids=str
+)
 def test_it_takes_what_is_plain(op: torch._ops.OpOverload) -> None:
     found = library.numbered(op, dict.fromkeys(a.name for a in op._schema.arguments if not a.has_default_value()))
     assert found is not None

@@ -89,6 +89,45 @@ def test_products_of_one_input_are_joined_by_form() -> None:
     assert torch.equal(logits(model), logits(model, weights="float32"))
 
 
+def tied() -> Any:
+    """A model whose head is the embedding's matrix."""
+    model = tiny()
+    model.head.weight = model.embed.weight
+    return model
+
+
+def reads(program: Any, name: str) -> int:
+    return sum(name in str(node.target) for node in program.graph_module.graph.nodes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tied_table_is_there_once(dtype: torch.dtype) -> None:
+    model = rounded(tied(), dtype)
+    program = treespec.tree_program(model, options=EAGER)
+    assert reads(program, "packed_embedding") == 1
+    assert "head.weight" not in map(program.state.weights.label, program.state.weights)
+    lone = treespec.tree_program(rounded(tiny(), dtype), options=EAGER)
+    assert reads(lone, "packed_embedding") == 0 and lone.packed_bytes == program.packed_bytes
+    assert_decodes(model, program, VOCAB, rounds=1)
+    before = logits(model)
+    assert torch.equal(before, logits(model, weights="float32"))
+    model.embed.weight.data.neg_()
+    assert error(program.prefill(PROMPT, program.new_cache(16)), eager_row(model, PROMPT)) <= TOLERANCE
+
+
+def test_a_table_that_is_packed_with_others_is_read_as_it_is() -> None:
+    """Two products of one input are one, whose rows are not the table's alone."""
+
+    class Two(RopeTril):
+        def finish(self, x: Tensor) -> Tensor:
+            return self.head(x) + self.embed.weight.sum() * nn.functional.linear(x, self.embed.weight, self.head.bias)
+
+    model = tiny(Two)
+    program = treespec.tree_program(model, options=EAGER)
+    assert reads(program, "packed_linear") and reads(program, "packed_embedding") == 0
+    assert_decodes(model, program, VOCAB, rounds=1)
+
+
 def test_values_that_no_longer_fit_make_the_program_anew() -> None:
     model = rounded(tiny())
     program = treespec.tree_program(model, options=EAGER)

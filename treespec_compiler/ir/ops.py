@@ -8,6 +8,7 @@ from .commit import commit_path
 from .convolution import causal_convolution, tree_convolution
 from .grouped_linear import grouped_linear
 from .linear import pack_weight, packed_bytes, packed_linear, unpack_weight
+from .packed_embedding import packed_embedding
 from .recurrence import recurrence, tree_recurrence
 from .sequence_attention import attention, causal_attention
 from .stochastic_accept import stochastic_accept
@@ -23,6 +24,7 @@ __all__ = [
     "grouped_linear",
     "pack_weight",
     "packed_bytes",
+    "packed_embedding",
     "packed_linear",
     "recurrence",
     "release",
