@@ -84,6 +84,42 @@ class RepeatedRows(Mixture):
         return (out.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
 
 
+class HitModules(Mixture):
+    """A loop over the experts that were hit, whose numbers are tensors [1] (Mixtral's for a long time)."""
+
+    def mixture(self, x: Tensor) -> Tensor:
+        weights, chosen = self.route(x)
+        out = torch.zeros_like(x)
+        marks = F.one_hot(chosen, num_classes=EXPERTS).permute(2, 1, 0)
+        hit = torch.greater(marks.sum(dim=(-1, -2)), 0).nonzero()
+        for number in hit:
+            layer = self.experts[number]
+            nth, rows = torch.where(marks[number].squeeze(0))
+            picked = x[None, rows].reshape(-1, DIM)
+            out.index_add_(0, rows, (layer(picked) * weights[rows, nth, None]).to(x.dtype))
+        return out
+
+
+class HitNumbers(Mixture):
+    """Python's numbers of those that were hit, one of which gives its tokens back, and a turn that may be skipped."""
+
+    def mixture(self, x: Tensor) -> Tensor:
+        weights, chosen = self.route(x)
+        out = torch.zeros_like(x)
+        marks = F.one_hot(chosen, num_classes=EXPERTS).permute(2, 1, 0)
+        for number in torch.where(marks.sum((1, 2)) > 0)[0].tolist():
+            with torch.no_grad():
+                nth, rows = torch.where(marks[number])
+            if rows.numel() == 0:
+                continue
+            if number >= EXPERTS - 1:
+                y = x[rows]
+            else:
+                y = self.experts[number](x[rows])
+            out[rows] += y * weights[rows, nth, None]
+        return out
+
+
 class NonzeroScatterAdd(Mixture):
     """nonzero, squeezed, and scatter_add with an index spread over the channels."""
 
@@ -235,6 +271,8 @@ CONVERTED: tuple[type[nn.Module], ...] = (
     OneHotIndexAdd,
     BooleanRows,
     RepeatedRows,
+    HitModules,
+    HitNumbers,
     NonzeroScatterAdd,
     ThreeDimensions,
     AllExpertsEinsum,
@@ -284,6 +322,34 @@ class OthersRows(Mixture):
         return out
 
 
+class HitByMany(Mixture):
+    """Only experts that more than one token chose."""
+
+    def mixture(self, x: Tensor) -> Tensor:
+        weights, chosen = self.route(x)
+        out = torch.zeros_like(x)
+        marks = F.one_hot(chosen, num_classes=EXPERTS).permute(2, 1, 0)
+        for number in (marks.sum((1, 2)) > 1).nonzero().flatten():
+            nth, rows = torch.where(marks[number])
+            out.index_add_(0, rows, self.experts[number](x[rows]) * weights[rows, nth, None])
+        return out
+
+
+class LeftByTheLastOne(Mixture):
+    """What an expert that was hit before left is used for the next."""
+
+    def mixture(self, x: Tensor) -> Tensor:
+        weights, chosen = self.route(x)
+        out = torch.zeros_like(x)
+        marks = F.one_hot(chosen, num_classes=EXPERTS).permute(2, 1, 0)
+        before = 0
+        for number in (marks.sum((1, 2)) > 0).nonzero().flatten().tolist():
+            nth, rows = torch.where(marks[number])
+            out.index_add_(0, rows, self.experts[before](x[rows]) * weights[rows, nth, None])
+            before = number
+        return out
+
+
 class PickedMean(Mixture):
     """How many tokens asked for an expert scales its results."""
 
@@ -318,6 +384,8 @@ REFUSED: tuple[type[nn.Module], ...] = (
     LastWriteWins,
     RowNumbers,
     OthersRows,
+    HitByMany,
+    LeftByTheLastOne,
     PickedMean,
     GroupNormOfTokens,
     GateOfNeighbours,

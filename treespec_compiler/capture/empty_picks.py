@@ -24,12 +24,12 @@ _KEEPS = {
 _FINDS = {"where", "nonzero", "argwhere"}
 _INTO = {"index_add_", "index_copy_", "index_fill_", "index_put_", "masked_fill_", "masked_scatter_"}
 _PURE = _KEEPS | {
-    "add", "dim", "float", "long", "masked_fill", "matmul", "mul", "numel", "relu", "sigmoid", "size", "softmax", "sum",
-    "tanh", "to", "type_as",
+    "add", "chunk", "dim", "float", "long", "masked_fill", "matmul", "mul", "numel", "relu", "sigmoid", "size",
+    "softmax", "split", "sum", "tanh", "to", "type_as",
 }  # fmt: skip
 _VIEWS = {"align_tensors", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "broadcast_to", "meshgrid"}
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_STATEMENTS = (ast.Assign, ast.AugAssign, ast.Expr, ast.Pass)
+_STATEMENTS = (ast.Assign, ast.AugAssign, ast.Expr, ast.Pass, ast.If, ast.With)
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class AskedFor:
 
 def branch_at(function: FunctionType, body: ast.FunctionDef, line: int) -> dict[int, list[ast.stmt]] | None:
     """What stands in for the branch at the line: by the ids of statements, others; None: it is no such branch."""
-    for block in _blocks(body):
+    for block in blocks(body):
         for at, statement in enumerate(block):
-            if not isinstance(statement, ast.If) or statement.orelse or not _spans(statement.test, line):
+            if not isinstance(statement, ast.If) or statement.orelse or not spans(statement.test, line):
                 continue
             skips = len(statement.body) == 1 and isinstance(statement.body[0], ast.Continue)
             picked = _picks(statement.test, nothing=skips)
@@ -53,23 +53,23 @@ def branch_at(function: FunctionType, body: ast.FunctionDef, line: int) -> dict[
                 continue
             inside = block[at + 1 :] if skips else statement.body
             others, mask = _made_with(block[:at], picked.text)
-            first = _Branch(function, {picked.text} | others)
-            if not all(map(first.leaves, inside)) or _read_outside(body, [statement, *inside], first.own):
+            first = Branch(function, {picked.text} | others)
+            if not all(map(first.leaves, inside)) or read_outside(body, [statement, *inside], first.ever):
                 continue
-            again = _Branch(function, {picked.text} | others, later=frozenset(first.own))
+            again = Branch(function, {picked.text} | others, later=frozenset(first.ever))
             if not all(map(again.leaves, inside)):
                 continue
             masks = ([picked.text] if picked.mask else []) + ([mask] if mask else [])
-            return _located(_taken(statement, inside, skips, masks, again), statement)
+            return located(_taken(statement, inside, skips, masks, again), statement)
     return None
 
 
 def _taken(
-    statement: ast.If, inside: Sequence[ast.stmt], skips: bool, masks: Sequence[str], branch: _Branch
+    statement: ast.If, inside: Sequence[ast.stmt], skips: bool, masks: Sequence[str], branch: Branch
 ) -> dict[int, list[ast.stmt]]:
     """The branch taken, where a trace finds that things are what they are taken for; else as it was."""
     asked = [f"({m}).dtype == _treespec_torch.bool" for m in masks]
-    asked += [f"isinstance({x}, _treespec_torch.Tensor)" for x in sorted(branch.written)]
+    asked += [f"isinstance({x}, _treespec_torch.Tensor)" for x in sorted(branch.tensors)]
     fits = ast.parse(" and ".join(asked) or "True", mode="eval").body
     kinds = [(f"_treespec_kind_{i}", f"({name}.dtype, {name}.shape)") for i, name in enumerate(sorted(branch.kept))]
     first = ast.parse("\n".join(["import torch as _treespec_torch", *(f"{k} = {now}" for k, now in kinds)])).body
@@ -81,7 +81,7 @@ def _taken(
     return found | ({id(inside[-1]): [inside[-1], *last]} if last and inside else {})
 
 
-def _located(found: dict[int, list[ast.stmt]], at: ast.stmt) -> dict[int, list[ast.stmt]]:
+def located(found: dict[int, list[ast.stmt]], at: ast.stmt) -> dict[int, list[ast.stmt]]:
     """New statements at the line of the branch."""
     for statements in found.values():
         for statement in statements:
@@ -133,17 +133,17 @@ def _counted(value: ast.expr) -> AskedFor | None:
         return AskedFor(ast.unparse(value.args[0]), False) if value.func.id == "len" else None
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and not value.keywords:
         owner = ast.unparse(value.func.value)
-        if value.func.attr == "size" and len(value.args) == 1 and _is_zero(value.args[0]):
+        if value.func.attr == "size" and len(value.args) == 1 and is_zero(value.args[0]):
             return AskedFor(owner, False)
         if value.args or value.func.attr not in ("item", "numel", "sum"):
             return None
         return _counted(value.func.value) if value.func.attr == "item" else AskedFor(owner, value.func.attr == "sum")
     if isinstance(value, ast.Subscript) and isinstance(value.value, ast.Attribute) and value.value.attr == "shape":
-        return AskedFor(ast.unparse(value.value.value), False) if _is_zero(value.slice) else None
+        return AskedFor(ast.unparse(value.value.value), False) if is_zero(value.slice) else None
     return None
 
 
-def _is_zero(node: ast.expr) -> bool:
+def is_zero(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and type(node.value) is int and node.value == 0
 
 
@@ -157,17 +157,17 @@ def _made_with(before: Sequence[ast.stmt], picked: str) -> tuple[set[str], str |
     else:
         return set(), None
     names = _names_of_target(statement.targets[0]) if isinstance(statement, ast.Assign) else None
-    mask = _found_in(statement.value) if isinstance(statement, ast.Assign) else None
+    mask = found_in(statement.value) if isinstance(statement, ast.Assign) else None
     if names is None or mask is None or len(statement.targets) != 1 or _names(mask) & _stored([statement]):  # type: ignore[attr-defined]
         return set(), None
     mentioned = {n.id for s in between for n in ast.walk(s) if isinstance(n, ast.Name)}
     return (set(), None) if mentioned & (_names(mask) | {*names}) else ({*names, mask}, mask)
 
 
-def _found_in(value: ast.expr) -> str | None:
+def found_in(value: ast.expr) -> str | None:
     """`m` of `torch.where(m)`, `torch.where(m)[0]`, `m.nonzero(as_tuple=True)`."""
     if isinstance(value, ast.Subscript):
-        return _found_in(value.value)
+        return found_in(value.value)
     if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute):
         return None
     owner = value.func.value
@@ -177,7 +177,7 @@ def _found_in(value: ast.expr) -> str | None:
 
 
 @dataclass
-class _Branch:
+class Branch:
     """Statements that run where something is picked, read in order."""
 
     function: FunctionType
@@ -186,11 +186,15 @@ class _Branch:
     later: frozenset[str] = frozenset()
     """Names that it stores for itself, sooner or later."""
     own: set[str] = field(default_factory=set)
-    """Those that it has stored."""
+    """Those that it has stored by now, whichever way it went."""
+    ever: set[str] = field(default_factory=set)
+    """Those that it stores some way or other."""
     copies: set[str] = field(default_factory=set)
     """Those of them that are made of picked rows."""
-    written: set[str] = field(default_factory=set)
-    """Tensors whose picked rows are written."""
+    weights: set[str] = field(default_factory=set)
+    """Names of the module's tensors, and of parts of them."""
+    tensors: set[str] = field(default_factory=set)
+    """What must be a tensor: its picked rows are written, or what is called is taken for a tensor's."""
     kept: set[str] = field(default_factory=set)
     """Names that are stored again as what they are."""
 
@@ -200,6 +204,11 @@ class _Branch:
             return False
         if isinstance(statement, ast.Pass):
             return True
+        if isinstance(statement, ast.With):
+            gradless = all(self._is_gradless(item) for item in statement.items)
+            return gradless and all(map(self.leaves, statement.body))
+        if isinstance(statement, ast.If):
+            return self._harmless(statement.test) and self._leaves_either_way(statement)
         if isinstance(statement, ast.Expr):
             return self._writes(statement.value)
         if statement.value is None or not self._harmless(statement.value):
@@ -207,11 +216,29 @@ class _Branch:
         targets = [statement.target] if isinstance(statement, ast.AugAssign) else statement.targets
         return len(targets) == 1 and self._stores(targets[0], statement)
 
+    def _is_gradless(self, item: ast.withitem) -> bool:
+        called = item.context_expr
+        if not isinstance(called, ast.Call) or not isinstance(called.func, ast.Attribute) or item.optional_vars:
+            return False
+        return called.func.attr == "no_grad" and self._of_torch(called) and not called.args
+
+    def _leaves_either_way(self, statement: ast.If) -> bool:
+        before = [set(known) for known in (self.empty, self.own, self.copies, self.weights)]
+        if not all(map(self.leaves, statement.body)):
+            return False
+        there = (self.empty, self.own, self.copies, self.weights)
+        self.empty, self.own, self.copies, self.weights = before
+        if not all(map(self.leaves, statement.orelse)):
+            return False
+        for here, other in zip((self.empty, self.own, self.copies, self.weights), there, strict=True):
+            here &= other
+        return True
+
     def _stores(self, target: ast.expr, statement: ast.Assign | ast.AugAssign) -> bool:
         if isinstance(target, ast.Subscript):
             if not isinstance(target.value, ast.Name) or not self._none(target.slice):
                 return False
-            self.written.add(target.value.id)
+            self.tensors.add(target.value.id)
             return self._harmless(target.slice)
         names = _names_of_target(target)
         if names is None:
@@ -225,7 +252,11 @@ class _Branch:
         for name in names:
             self.empty = {e for e in self.empty if name not in _names(e)}
             self.copies.discard(name)
+        self.weights.difference_update(names)
+        if len(names) == 1 and self._is_weight(statement.value):
+            self.weights.add(names[0])
         self.own |= {*names}
+        self.ever |= {*names}
         self.empty |= {*names} if none else set()
         self.copies |= {*names} if copy else set()
         return True
@@ -284,7 +315,7 @@ class _Branch:
         given = [*value.args, *(k.value for k in value.keywords)]
         whole = value.func.attr in ("index_put_", "masked_fill_", "masked_scatter_")
         where = value.args[:1] if whole else value.args[1:2]
-        self.written.add(value.func.value.id)
+        self.tensors.add(value.func.value.id)
         return bool(where) and self._none(where[0]) and all(map(self._harmless, given))
 
     def _harmless(self, value: ast.expr) -> bool:
@@ -302,29 +333,48 @@ class _Branch:
 
     def _of_torch(self, call: ast.Call) -> bool:
         owner = call.func.value if isinstance(call.func, ast.Attribute) else None
-        return owner is not None and _value(self.function, owner) in (torch, functional)
+        return owner is not None and module_of(self.function, owner) in (torch, functional)
 
     def _calls(self, call: ast.Call) -> bool:
         called = call.func
+        if isinstance(called, ast.Name) and called.id == "isinstance" and "isinstance" not in self.function.__globals__:
+            return True
         if isinstance(called, ast.Attribute):
             if called.attr.endswith("_"):
                 return False
             if self._of_torch(call):
                 told = any(isinstance(a, ast.Constant) and a.value is True for a in call.args)
                 return not told and not any(k.arg in ("out", "inplace") for k in call.keywords)
-            if called.attr in _PURE and not _of_self(called.value):
+            if called.attr in _PURE and (not _of_self(called.value) or self._is_weight(called.value)):
                 return True
             if called.attr in _FINDS and self._none(called.value):
                 return True
         given = [*call.args, *(k.value for k in call.keywords)]
-        return bool(given) and all(self._is_copy(g) or isinstance(g, ast.Constant) for g in given)
+        copied = [g for g in given if not isinstance(g, ast.Constant) and not self._is_weight(g)]
+        return bool(given) and all(map(self._is_copy, copied))
+
+    def _is_weight(self, value: ast.expr) -> bool:
+        """Whether it is a tensor of the module's, or a part of one: a trace that changes it is refused."""
+        if isinstance(value, ast.Name):
+            return value.id in self.weights
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _PURE:
+            return self._is_weight(value.func.value)
+        if isinstance(value, ast.Subscript):
+            return self._is_weight(value.value)
+        inner = value
+        while isinstance(inner, ast.Attribute):
+            inner = inner.value
+        if inner is value or not isinstance(inner, ast.Name) or inner.id != "self":
+            return False
+        self.tensors.add(ast.unparse(value))
+        return True
 
 
-def _value(function: FunctionType, node: ast.expr) -> object:
+def module_of(function: FunctionType, node: ast.expr) -> object:
     """The module that a name such as `torch`, `F` or `nn.functional` stands for."""
     if isinstance(node, ast.Name):
         return function.__globals__.get(node.id)
-    return getattr(_value(function, node.value), node.attr, None) if isinstance(node, ast.Attribute) else None
+    return getattr(module_of(function, node.value), node.attr, None) if isinstance(node, ast.Attribute) else None
 
 
 def _of_self(node: ast.expr) -> bool:
@@ -340,7 +390,7 @@ def _sliced(index: ast.Tuple) -> bool:
     return any(marks)
 
 
-def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
+def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
     for each in ast.walk(node):
         for name in ("body", "orelse", "finalbody"):
             block = getattr(each, name, None)
@@ -348,7 +398,7 @@ def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
                 yield block
 
 
-def _spans(node: ast.expr, line: int) -> bool:
+def spans(node: ast.expr, line: int) -> bool:
     return node.lineno <= line <= (node.end_lineno or node.lineno)
 
 
@@ -369,7 +419,7 @@ def _names(text: str) -> set[str]:
     return {n.id for n in ast.walk(ast.parse(text, mode="eval")) if isinstance(n, ast.Name)}
 
 
-def _read_outside(body: ast.FunctionDef, inside: Sequence[ast.stmt], names: set[str]) -> bool:
+def read_outside(body: ast.FunctionDef, inside: Sequence[ast.stmt], names: set[str]) -> bool:
     """Whether something else reads what the branch stores for itself."""
     within = {id(n) for s in inside for n in ast.walk(s)}
     others = (n for n in ast.walk(body) if id(n) not in within)

@@ -25,6 +25,7 @@ from ..errors import Refusal, Unsupported
 from ..logs import logger
 from .checks import caught, check_at
 from .empty_picks import branch_at
+from .picked_loops import loop_at
 from .regions import Stretch, regions_at
 from .tables import NoTable, forget, noted, place_of, result_name, tabulated
 from .truths import causal_as_truth
@@ -119,9 +120,10 @@ def _without_check(function: FunctionType, body: ast.FunctionDef, line: int) -> 
 def _without_branch(
     function: FunctionType, body: ast.FunctionDef, line: int
 ) -> tuple[ast.FunctionDef, CodeType] | None:
-    """The function with a branch taken that leaves everything as it is where it would not be taken; or with what is
-    asked for as a truth value in the place of a comparison."""
-    found: dict[int, Any] | None = branch_at(function, body, line) or causal_as_truth(body, line)
+    """The function with a branch taken, or a loop gone through, that leaves everything as it is where it would not be;
+    or with what is asked for as a truth value in the place of a comparison."""
+    found: dict[int, Any] | None = branch_at(function, body, line) or loop_at(function, body, line)
+    found = found or causal_as_truth(body, line)
     if found is None:
         return None
     _Replaced(found).visit(body)

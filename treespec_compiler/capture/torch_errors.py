@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, Guar
 
 from ..errors import Refusal, Unsupported
 
-TRACE_ERRORS = (ConstraintViolationError, TorchDynamoException)
+TRACE_ERRORS = (ConstraintViolationError, GuardOnDataDependentSymNode, TorchDynamoException)
 
 _BY_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 _RAISED = (ObservedException, TorchRuntimeError)
