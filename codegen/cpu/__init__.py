@@ -11,7 +11,7 @@ from treespec_compiler.ir.private_torch import OpOverload
 from .build import begin, load, loaded
 
 NAMESPACE = "treespec_cpu"
-OPTIONAL = frozenset({"window"})
+OPTIONAL = frozenset({"window", "chunk", "softcap", "slopes", "bias", "sinks"})
 """The optional arguments of tree attention that it takes."""
 
 TREE_ATTENTION: OpOverload = implement(ops.tree_attention, NAMESPACE, None)

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "vec.h"
+#include "scores.h"
 
 namespace treespec {
 
@@ -21,14 +21,22 @@ struct Attention {
   int64_t pool_k_page, pool_k_head, pool_v_page, pool_v_head;
   int64_t page_size, slot_pages;
   const int64_t *positions, *write_index, *node_offsets, *page_table, *prefix_lens, *tree_lens, *ancestors;
-  int64_t T, R, words, heads, kv_heads, Dk, Dv, window;
+  int64_t T, R, words, heads, kv_heads, Dk, Dv, window, chunk;
   float scale;
+  Scoring scoring;
   float* out;  // [T, Hq, Dv]
+
+  // How many keys of its path a node sees at most, itself included; 0: all of them.
+  int64_t reach(int64_t node) const {
+    const int64_t own = chunk ? positions[node] % chunk + 1 : 0;
+    return window && own ? std::min(window, own) : window + own;
+  }
 };
 
 // One (request, kv head, block of nodes, range of chunks).
 struct Task {
   int64_t request, head, first, last, chunk_begin, chunk_end;  // nodes [first, last) of the packed T
+  bool first_part;                                             // of those of its rows: it counts the sinks
   float* partial;  // null: the only one for its rows; else [rows][padded Dv] sums, then [rows] maxima, then [rows] sums
 };
 
@@ -61,6 +69,7 @@ struct Scratch {  // one a thread, grown and kept
   std::vector<float> q, kt, vp, s, o, m, l, c;
   std::vector<uint64_t> seen, near;
   std::vector<int64_t> low;
+  std::vector<int32_t> distance;
 };
 
 inline Scratch& scratch() {
@@ -213,6 +222,28 @@ inline float softmax_row(float* s, int vectors, uint64_t seen, float& m, float& 
   return shrink;
 }
 
+constexpr int DISTANCES = CHUNK + 2 * VW;  // of a node: a run of keys is filled up to whole vectors
+
+// Distances of the keys [begin, end) of its slot from a node, along its path; 0 for keys that are not on it.
+inline void distances(const Attention& a, int64_t request, int64_t node, int64_t begin, int64_t end, int32_t* out) {
+  const int64_t prefix = a.prefix_lens[request], tree = a.tree_lens[request];
+  for (int64_t at = begin; at < std::min(end, prefix); ++at) *out++ = int32_t(a.positions[node] - at);
+  const int64_t first = std::max(begin, prefix) - prefix, last = end - prefix;
+  if (!a.words) {
+    const int64_t own = tree - a.node_offsets[request + 1] + node;
+    for (int64_t at = first; at < last; ++at) *out++ = int32_t(std::max<int64_t>(0, own - at));
+    return;
+  }
+  const int64_t* row = a.ancestors + node * a.words;
+  int64_t above = 0;  // ancestors from this key on
+  for (int64_t w = 0; w < a.words; ++w) above += __builtin_popcountll(row[w] & ~ones(first - 64 * w));
+  for (int64_t at = first; at < last; ++at) {
+    const bool there = row[at / 64] >> (at % 64) & 1;
+    above -= there;
+    *out++ = there ? int32_t(above) : 0;
+  }
+}
+
 inline void run_task(const Attention& a, const Task& task) {
   Scratch& t = scratch();
   const int64_t group = a.heads / a.kv_heads, Dk = a.Dk, Dv = a.Dv, ldo = padded(Dv);
@@ -224,9 +255,17 @@ inline void run_task(const Attention& a, const Task& task) {
 
   t.q.resize(rows * Dk), t.kt.resize(Dk * CHUNK), t.s.resize(rows * CHUNK);
   t.o.assign(rows * ldo, 0.f), t.m.assign(rows, -1e30f), t.l.assign(rows, 0.f), t.c.resize(rows);
+  t.distance.resize(nodes * DISTANCES);
   t.seen.resize(nodes), t.low.resize(nodes), t.near.resize(nodes * words);
 
-  const float scale = a.scale * 1.44269504f;  // exp(x) = 2^(x log2 e)
+  const bool changes = a.scoring.changes(), by_distance = a.scoring.by_distance();
+  const float scale = changes ? a.scale : a.scale * LOG2E;
+  if (a.scoring.sinks && task.first_part) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float sink = a.scoring.sinks[task.head * group + r % group] * LOG2E;
+      t.m[r] = std::max(t.m[r], sink), t.l[r] = std::exp2(sink - t.m[r]);
+    }
+  }
   for (int64_t i = 0; i < nodes; ++i) {
     const int64_t node = task.first + i;
     for (int64_t g = 0; g < group; ++g) {
@@ -236,11 +275,12 @@ inline void run_task(const Attention& a, const Task& task) {
     }
     const int64_t* row = a.ancestors + node * words;
     uint64_t* near = t.near.data() + i * words;
-    t.low[i] = a.window ? std::max<int64_t>(0, a.positions[node] - a.window + 1) : 0;
+    const int64_t reach = a.reach(node);
+    t.low[i] = reach ? std::max<int64_t>(0, a.positions[node] - reach + 1) : 0;
     if (chain)
-      chain_words(tree - a.node_offsets[task.request + 1] + node, words, a.window, near);
-    else if (a.window)
-      nearest(row, words, a.window, near);
+      chain_words(tree - a.node_offsets[task.request + 1] + node, words, reach, near);
+    else if (reach)
+      nearest(row, words, reach, near);
     else
       std::memcpy(near, row, words * sizeof(int64_t));
   }
@@ -257,6 +297,8 @@ inline void run_task(const Attention& a, const Task& task) {
       any |= t.seen[i];
     }
     if (!any) continue;
+    for (int64_t i = 0; by_distance && i < nodes; ++i)
+      distances(a, task.request, task.first + i, begin, end, t.distance.data() + i * DISTANCES);
 
     // a chunk may cross pages: its keys and values are runs of tokens within one page
     for (int64_t at = begin; at < end;) {
@@ -277,6 +319,10 @@ inline void run_task(const Attention& a, const Task& task) {
       by_rows<8>(rows, [&](int64_t r, auto count) {
         constexpr int R = decltype(count)::value;
         scores<R>(t.q.data() + r * Dk, Dk, t.kt.data(), Dk, vectors, t.s.data() + r * CHUNK);
+        for (int i = 0; changes && i < R; ++i)
+          change_scores(a.scoring, task.first + (r + i) / group, task.head * group + (r + i) % group,
+                        t.distance.data() + (r + i) / group * DISTANCES + shift, vectors,
+                        t.s.data() + (r + i) * CHUNK);
         for (int i = 0; i < R; ++i) {
           const uint64_t seen = t.seen[(r + i) / group] >> shift & ones(n);
           t.c[r + i] = softmax_row(t.s.data() + (r + i) * CHUNK, vectors, seen, t.m[r + i], t.l[r + i]);

@@ -142,6 +142,12 @@ Tensor packed_embedding_numbered(const Tensor& ids, const Tensor& packed, int64_
 
 Tensor unit_last_stride(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
 
+Tensor floats_a_head(const std::optional<Tensor>& t, int64_t heads, const char* name) {
+  if (!t || !t->defined()) return Tensor();
+  TORCH_CHECK(t->numel() == heads, name, " must be [", heads, "], got ", t->sizes());
+  return t->to(at::kFloat).contiguous();
+}
+
 Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& pool_k,
                       const Tensor& pool_v, const Tensor& positions_in, const Tensor& write_index_in,
                       const Tensor& node_offsets_in, const Tensor& page_table_in, const Tensor& prefix_lens_in,
@@ -150,9 +156,8 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks,
                       const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, c10::string_view,
                       int64_t rotary, c10::string_view pattern, c10::string_view activation) {
-  TORCH_CHECK(!chunk && softcap == 0 && !slopes && !bias && !sinks && !cos && !sin && !rotary && pattern.empty() &&
-                  activation == "softmax",
-              "this tree_attention takes a window and no other optional argument");
+  TORCH_CHECK(!cos && !sin && !rotary && pattern.empty() && activation == "softmax",
+              "this tree_attention takes rotated q and k, no pattern and a softmax");
   for (const Tensor* t : {&q_in, &k_in, &v_in, &pool_k, &pool_v})
     TORCH_CHECK(t->dim() == 4 && t->scalar_type() == at::kFloat, "tree_attention takes float32 tensors of 4 dimensions");
   const int64_t heads = q_in.size(1), T = q_in.size(2), Dk = q_in.size(3);
@@ -178,6 +183,18 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
   const Tensor prefix_lens = int64_input(prefix_lens_in, R, "prefix_lens");
   const Tensor tree_lens = int64_input(tree_lens_in, R, "tree_lens");
   const Tensor ancestors = int64_input(ancestors_in, T * words, "ancestors");
+  const Tensor slope = floats_a_head(slopes, heads, "slopes"), sink = floats_a_head(sinks, heads, "sinks");
+  Tensor own;
+  if (bias && bias->defined()) {
+    const int64_t dim = bias->dim();
+    const bool fits = dim == 2 || (dim == 3 && bias->size(0) == T);
+    TORCH_CHECK(fits && bias->size(dim - 2) == heads && bias->size(dim - 1) > 0, "bias must be [", heads,
+                ", distances] or [", T, ", ", heads, ", distances], got ", bias->sizes());
+    own = bias->to(at::kFloat).contiguous();
+  }
+  const auto floats = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
+  const int64_t far = own.defined() ? own.size(-1) : 0;
+  const Scoring scoring{float(softcap), floats(slope), floats(own), own.defined() && own.dim() == 3 ? heads * far : 0, far, floats(sink)};
   Tensor out = at::detail::empty_cpu({1, T, heads, Dv}, at::kFloat);
 
   Attention a{q.const_data_ptr<float>(), k.const_data_ptr<float>(), v.const_data_ptr<float>(),
@@ -187,7 +204,7 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
               positions.const_data_ptr<int64_t>(), write_index.const_data_ptr<int64_t>(),
               node_offsets.const_data_ptr<int64_t>(), page_table.const_data_ptr<int64_t>(),
               prefix_lens.const_data_ptr<int64_t>(), tree_lens.const_data_ptr<int64_t>(),
-              ancestors.const_data_ptr<int64_t>(), T, R, words, heads, kv_heads, Dk, Dv, window, float(scale),
+              ancestors.const_data_ptr<int64_t>(), T, R, words, heads, kv_heads, Dk, Dv, window, chunk, float(scale), scoring,
               out.mutable_data_ptr<float>()};
 
   for (int64_t i = 0; i < T; ++i)  // negative: nowhere
@@ -247,7 +264,7 @@ Tensor tree_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
       for (int64_t h = 0; h < kv_heads; ++h)
         for (int64_t s = 0; s < splits; ++s)
           tasks.push_back({r, h, first, std::min(first + block, a.node_offsets[r + 1]), chunks * s / splits,
-                           chunks * (s + 1) / splits, nullptr});
+                           chunks * (s + 1) / splits, s == 0, nullptr});
   }
   if (splits > 1) {
     const int64_t size = block * group * (padded(Dv) + 2);

@@ -41,7 +41,7 @@ def test_every_kernel_has_calls() -> None:
 
 def test_what_a_kernel_does_not_take_is_left_out() -> None:
     (native,) = (k for k in kernels(library.defined()["tree_attention"]) if k.name == "native C++")
-    assert not takes(native, CALLS["tree_attention"]["softcap"](torch.float32))
+    assert not takes(native, CALLS["tree_attention"]["weights by relu"](torch.float32))
     assert takes(native, CALLS["tree_attention"]["a window of 2"](torch.float32))
 
 

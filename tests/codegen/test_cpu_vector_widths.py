@@ -11,6 +11,7 @@ import pytest
 from treespec_compiler.codegen.cpu import build
 
 PROGRAM = """
+#include "attention.h"
 #include "linear.h"
 #include <cstdio>
 #include <cstdlib>
