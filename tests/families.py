@@ -1,4 +1,4 @@
-"""Of a long family of cases a run takes every sixth: each converts a decoder, and neighbours in a list are of a kind.
+"""Of a long family of cases a run takes every twelfth: each converts a decoder, and neighbours in a list are of a kind.
 
 A test is marked `family` where its cases are many and each costs seconds, and `rare` where it costs a quarter of a
 minute and seldom fails. `TREESPEC_EVERY_CASE=1` runs them all, as whoever changes what they are about does. The first
@@ -15,7 +15,7 @@ from typing import TypeVar
 import pytest
 
 VARIABLE = "TREESPEC_EVERY_CASE"
-EVERY = 6
+EVERY = 12
 
 T = TypeVar("T")
 

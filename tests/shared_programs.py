@@ -14,7 +14,18 @@ from pathlib import Path
 import pytest
 
 VARIABLE = "TREESPEC_PROGRAM_CACHE"
-ROOMS = {"cli", "program", "runtime", "serving", "speculation"}
+ROOMS = {
+    "cli",
+    "codegen",
+    "inspection",
+    "offload",
+    "program",
+    "project",
+    "runtime",
+    "serving",
+    "speculation",
+    "training",
+}
 """Folders under `tests/` whose programs come from the cache of the run."""
 
 FOLDER = pytest.StashKey[Path]()

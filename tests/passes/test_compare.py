@@ -103,6 +103,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a graph written by" in capsys.readouterr().err
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_a_deep_model_is_compared() -> None:
     found = graphs(deep)

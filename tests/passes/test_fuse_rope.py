@@ -148,6 +148,7 @@ def test_the_meaning_stays(spelling: Any) -> None:
     assert_decodes(model, program, VOCAB, rounds=2)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tables_in_half_precision(dtype: torch.dtype) -> None:
     """Rope read from buffers of the model's dtype: the meaning is checked on random trees."""

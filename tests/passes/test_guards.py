@@ -52,6 +52,7 @@ def test_a_window_that_hides_nothing_below_its_guard(first: int, reach: int, chu
     assert_decodes(model, program, VOCAB, rounds=2, prompt=5 if first < 20 else 17)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("first, reach", REFUSED)
 def test_a_window_that_hides_something_below_its_guard(first: int, reach: int) -> None:
     with pytest.raises(treespec.Unsupported, match="branches on the number of tokens") as caught:

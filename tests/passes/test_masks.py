@@ -116,6 +116,7 @@ def _buffered(make: Callable[[Tensor], Tensor], size: int = CONTEXT) -> Any:
     return model, treespec.tree_program(model, options=EAGER)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("window", [1, 3, 30, CONTEXT - 1])
 def test_banded_buffer(window: int) -> None:
     model, program = _buffered(lambda d: (d >= 0) & (d < window))

@@ -43,6 +43,7 @@ def sizes() -> tuple[int, int]:
     return make_plan(state, Budget(10**12, 2)).resident - sum(found), max(found)
 
 
+@pytest.mark.rare
 def test_too_small_a_budget_says_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And leaves nothing: a reproducer would hold all weights."""
     monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path / "cache"))

@@ -116,6 +116,7 @@ OUTCOMES: dict[Callable[[], nn.Module], Outcome] = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("factory", OUTCOMES)
 def test_other_words_change_no_decision(factory: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome(factory) == OUTCOMES[factory]

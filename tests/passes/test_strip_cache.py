@@ -98,6 +98,7 @@ def test_a_window_of_the_mask_is_kept() -> None:
     assert_path_oracle(model, program, at_positions)
 
 
+@pytest.mark.rare
 def test_only_the_written_part_is_read() -> None:
     class Part(with_cache(zoo.WrittenPartCache)):  # type: ignore[misc]
         def mask(self, input_pos: Tensor) -> Tensor:

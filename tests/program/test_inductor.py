@@ -139,6 +139,7 @@ def test_plain_calls(gpt2: nn.Module, compiled: Any) -> None:
         assert error(cached.logits, gpt2(ids, use_cache=True).logits) <= TOLERANCE
 
 
+@pytest.mark.rare
 def test_training_gives_the_same_gradients() -> None:
     torch.manual_seed(2)
     model = zoo.spread(RopeTril(layers=1))

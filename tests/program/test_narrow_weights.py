@@ -49,6 +49,7 @@ def logits(model: nn.Module, **options: Any) -> Tensor:
     return torch.cat([first[None], program.verify(TokenTree([2, 7, 9, 2], [-1, 0, 0, 1]), cache)])
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_are_those_of_float32_storage(dtype: torch.dtype) -> None:
     model = rounded(tiny(), dtype)

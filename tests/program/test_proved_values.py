@@ -77,6 +77,7 @@ CHANGES: dict[str, tuple[type[Tiny], Callable[[Any], None]]] = {
 }
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", CHANGES)
 def test_it_is_proved_again(name: str) -> None:
     cls, change = CHANGES[name]

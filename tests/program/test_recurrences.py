@@ -68,6 +68,7 @@ def test_prompts_in_pieces_and_trees_by_level(name: str) -> None:
     assert_rows(model, rows[9:], tree, prefix)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("name", NAMES)
 def test_an_engine_gives_the_model_s_ids(name: str) -> None:
     prompts = [[2, 3, 4, 2, 3], [7], [5] * 20]
@@ -79,6 +80,7 @@ def test_an_engine_gives_the_model_s_ids(name: str) -> None:
         assert out.sequences[0].tolist() == wanted
 
 
+@pytest.mark.rare
 def test_compiled_once_for_all_sizes() -> None:
     model = model_of("qwen3_next")
     program = treespec.tree_program(model)

@@ -151,6 +151,7 @@ def test_slabs_refuse_sizes_that_are_computed() -> None:
         assert kind(tokens.new_zeros(tokens.shape[1] + 1)) is None
 
 
+@pytest.mark.rare
 def test_the_compiled_slabs_are_the_program() -> None:
     model = zoo.make("llama", num_hidden_layers=LAYERS)
     assert_decodes(model, program(model), zoo.VOCAB)

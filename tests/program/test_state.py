@@ -261,6 +261,7 @@ def test_autocast_around_a_program_is_left_aside() -> None:
     assert treespec.tree_program(other, options=EAGER) is inside
 
 
+@pytest.mark.rare
 def test_adapters_are_followed() -> None:
     peft = pytest.importorskip("peft")
     zoo = pytest.importorskip("zoo")
@@ -295,6 +296,7 @@ def test_adapters_are_followed() -> None:
     assert same() == first
 
 
+@pytest.mark.rare
 @pytest.mark.family
 @pytest.mark.parametrize("kind", ["LoHa", "saved head", "mixed"])
 def test_other_adapters_are_followed(kind: str) -> None:

@@ -75,6 +75,7 @@ def test_files_hold_the_packed_form(form: str, stored: Callable[[Tensor], Tensor
     assert all(map(torch.equal, said(program), said(resident)))
 
 
+@pytest.mark.rare
 def test_compiled(llama: nn.Module, tmp_path: Path) -> None:
     program = streamed(llama, tmp_path, lowering="inductor")
     assert_decodes(llama, program, VOCAB)

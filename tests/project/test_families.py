@@ -21,11 +21,11 @@ def family(name: str, count: int) -> list[Item]:
     return [Item(f"{name}[{i}]", {"family"}) for i in range(count)]
 
 
-def test_every_sixth_and_always_the_first() -> None:
+def test_every_twelfth_and_always_the_first() -> None:
     alone = Item("test_alone")
     kept, left = sampled([*family("test_a", 13), alone, *family("test_b", 2)])  # type: ignore[list-item]
-    assert [item.nodeid for item in kept] == ["test_a[0]", "test_a[6]", "test_a[12]", "test_alone", "test_b[0]"]
-    assert len(left) == 11 and EVERY == 6
+    assert [item.nodeid for item in kept] == ["test_a[0]", "test_a[12]", "test_alone", "test_b[0]"]
+    assert len(left) == 12 and EVERY == 12
 
 
 def test_what_is_rare_runs_alone() -> None:
