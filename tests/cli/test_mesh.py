@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 from argparse import Namespace
+from collections.abc import Callable
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from treespec_compiler.cli import generate, ranks
 from treespec_compiler.cli.coverage.check import Result
@@ -44,6 +47,15 @@ def test_a_lost_rank_is_exit_code_3(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(generate, "run", lost)
     assert main(["generate", "--target", "demo", "--prompt", "x"]) == 3
     assert "A rank was lost" in capsys.readouterr().err
+
+
+def test_a_signal_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def signalled(*_: object) -> Callable[..., None]:
+        raise SignalException("ended", signal.SIGTERM)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", signalled)
+    assert ranks.start_ranks(2) == 128 + signal.SIGTERM
+    assert ranks.start_ranks(2, stopped=0) == 0
 
 
 def test_generate_starts_the_ranks_of_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:

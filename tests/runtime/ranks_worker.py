@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,6 @@ def refused(model: nn.Module) -> dict[str, Any]:
         "other prompt": _error(model, prompt=[1, 2 + RANK]),
         "mesh of three": _error(model, options={"lowering": "eager", "mesh": "tp=3"}),
         "own graph": _error(model, draft="early-exit:1"),
-        "engine": _raised(lambda: treespec.Engine(model, options=OPTIONS)),
         "other weights": _error(_changed(model) if RANK else model),
         "afterwards": treespec.generate(Decoder().eval(), PROMPT, max_new_tokens=2, options=OPTIONS).sequences.tolist(),
     }
@@ -89,22 +90,80 @@ def killed(model: nn.Module) -> dict[str, Any]:
     """Rank 1 ends in the middle of a step, without a word."""
     steps = treespec.stream(model, PROMPT, max_new_tokens=20, options=OPTIONS)
     if RANK == 1:
-        run = steps._program._executor.run_laid_out  # type: ignore[attr-defined]
-        calls = []
-
-        def die(*arguments: Any) -> Any:
-            calls.append(1)
-            if len(calls) > 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return run(*arguments)
-
-        steps._program._executor.run_laid_out = die  # type: ignore[attr-defined]
+        _die_after(steps._program, 3)  # type: ignore[attr-defined]
     try:
         for _ in steps:
             pass
     except TreespecError as error:
         return {"error": type(error).__name__, "text": str(error), "code": getattr(error, "exit_code", None)}
     return {"error": None}
+
+
+ENGINE: dict[str, Any] = {"draft": "ngram", "policy": "1,1,2", "max_requests": 2, "page_size": 4}
+
+
+def engine(model: nn.Module) -> dict[str, Any]:
+    """Requests of rank 0, which all ranks run; what is refused; and what is left when one of them is killed."""
+    from treespec_compiler.runtime import engine_ranks
+
+    engine_ranks.BEAT = 0.1
+    found = {
+        "other sizes": _raised(lambda: treespec.Engine(model, **ENGINE | {"page_size": 4 + RANK}, options=OPTIONS))
+    }
+    with treespec.Engine(model, **ENGINE, options=OPTIONS) as made:
+        if made.leads:
+            found["while it is open"] = _raised(lambda: treespec.generate(model, PROMPT, options=OPTIONS))
+            found["tokens"] = _served(made)
+            found["alone"] = _served(treespec.Engine(model, **ENGINE, options={"lowering": "eager"}))
+            time.sleep(0.5)  # nothing to say: others wait on
+            found["by a thread"] = asyncio.run(_awaited(made))
+        else:
+            found["a request"] = _raised(lambda: made.add(PROMPT))
+            made.follow()
+    found["afterwards"] = treespec.generate(model, PROMPT, max_new_tokens=2, options=OPTIONS).sequences.tolist()
+    made = treespec.Engine(model, **ENGINE, options=OPTIONS)
+    if made.leads:
+        requests = [made.add(PROMPT, max_new_tokens=20) for _ in range(3)]
+        found["killed"] = [_raised(made.run), type(made.failure).__name__]
+        found["requests"] = [type(request.error).__name__ for request in requests]
+        found["later"] = _raised(lambda: made.add(PROMPT))
+        made.close()
+    else:
+        Path(sys.argv[2], f"{RANK}.json").write_text(json.dumps(found))
+        _die_after(made.program, 3)
+        made.follow()
+    return found
+
+
+def _served(made: Any) -> list[Any]:
+    """Greedy, sampled, one that fails alone, and one that is cancelled."""
+
+    def fails(*_: object) -> torch.Tensor:
+        raise ValueError("of the user's own")
+
+    settings: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 3}, {"logits_processor": fails}, {}]
+    requests = [made.add([*PROMPT, n], max_new_tokens=9, **each) for n, each in enumerate(settings)]
+    made.step()
+    requests[-1].cancel()
+    made.run()
+    return [[request.status, request.output.tokens] for request in requests]
+
+
+async def _awaited(made: Any) -> list[int]:
+    request = made.add(PROMPT, max_new_tokens=5)
+    return [token async for step in request for token in step.tokens]
+
+
+def _die_after(program: Any, calls: int) -> None:
+    run, seen = program._executor.run_laid_out, []
+
+    def die(*arguments: Any) -> Any:
+        seen.append(1)
+        if len(seen) > calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(*arguments)
+
+    program._executor.run_laid_out = die
 
 
 def loaded(folder: Path) -> dict[str, Any]:
@@ -153,5 +212,6 @@ if __name__ == "__main__":
     if case == "loaded":
         result = loaded(Path(folder))
     else:
-        result = {"same": same, "program": program, "refused": refused, "killed": killed}[case](Decoder().eval())
+        cases = {"same": same, "program": program, "refused": refused, "engine": engine, "killed": killed}
+        result = cases[case](Decoder().eval())
     Path(folder, f"{RANK}.json").write_text(json.dumps(result))

@@ -26,7 +26,7 @@ def ranks(case: str, folder: Path, count: int = 2) -> list[Any]:
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), str(WORKER), case, str(folder)]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TREESPEC_PROGRAM_CACHE": "0"}
-    subprocess.run([sys.executable, *command], env=environment, timeout=500, check=False, capture_output=True)
+    subprocess.run([sys.executable, *command], env=environment, timeout=500, check=False, capture_output=False)
     files = [folder / f"{rank}.json" for rank in range(count)]
     return [json.loads(file.read_text()) if file.exists() else None for file in files]
 
@@ -56,9 +56,19 @@ def test_what_does_not_fit_together_is_refused_everywhere(tmp_path: Path) -> Non
     assert "input_ids" in first["other prompt"][1] or "prompt" in first["other prompt"][1]
     assert first["mesh of three"][0] == "InvalidOption" and "3 processes" in first["mesh of three"][1]
     assert first["own graph"][0] == "InvalidOption" and "mesh" in first["own graph"][1]
-    assert first["engine"][0] == "InvalidOption" and "several prompts" in first["engine"][1]
     assert first["other weights"][0] == "RanksDiffer" and "another weights" in first["other weights"][1]
     assert len(first["afterwards"][0]) == 8
+
+
+def test_an_engine_runs_on_all_ranks_and_ends_with_one(tmp_path: Path) -> None:
+    first, second = ranks("engine", tmp_path)
+    assert first["tokens"] == first["alone"]
+    assert [status for status, _ in first["tokens"]] == ["finished", "finished", "failed", "cancelled"]
+    assert len(first["by a thread"]) == 5 and first["afterwards"] == second["afterwards"]
+    assert first["other sizes"] == second["other sizes"] and "another page_size" in first["other sizes"][1]
+    assert "led already" in first["while it is open"][1] and "rank 0 alone" in second["a request"][1]
+    assert first["killed"][0][0] == first["killed"][1] == "RankLost"
+    assert first["requests"] == ["RankLost"] * 3 and first["later"][0] == "EngineClosed"
 
 
 BESIDE = 64_000_000

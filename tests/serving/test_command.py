@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +70,34 @@ def test_the_command_serves_and_ends_by_a_signal(tmp_path):
             pieces += stream
             assert pieces[-1].choices[0].finish_reason == "length"
             assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
+
+
+def process_of_rank(rank: int, launcher: int) -> int:
+    """The child of the launcher that is this rank."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                return int(folder.name)
+        except OSError:  # it ended meanwhile
+            continue
+    raise AssertionError(f"no rank {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ranks_serve_together_and_end_with_one():
+    with subprocess.Popen([*COMMAND, "--mesh", "tp=2"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            line = next(line for line in process.stderr if line.startswith("serving code at "))
+            client = openai.OpenAI(base_url=line.split()[-1], api_key="-", max_retries=0, timeout=60)
+            answer = client.completions.create(model="code", prompt=TEXT, max_tokens=8, temperature=0)
+            assert answer.usage.completion_tokens == 8
+            os.kill(process_of_rank(1, process.pid), signal.SIGKILL)
+            assert process.wait(timeout=120) == 3
         finally:
             process.kill()
 

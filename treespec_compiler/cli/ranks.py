@@ -18,8 +18,12 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start_ranks(count: int) -> int:
-    """Run this command line again as `count` ranks on this machine; its exit code, 3 where a rank was lost."""
+def start_ranks(count: int, stopped: int | None = None) -> int:
+    """Run this command line again as `count` ranks on this machine; its exit code, 3 where a rank was lost.
+
+    A signal ends all of them; then it is `stopped`, or 128 and the signal's number.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -38,6 +42,8 @@ def start_ranks(count: int) -> int:
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         return LOST if LOST in codes or min(codes) < 0 else max(codes)
+    except SignalException as error:
+        return 128 + int(error.sigval) if stopped is None else stopped
     return 0
 
 

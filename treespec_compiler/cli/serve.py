@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,12 +14,15 @@ from ..errors import InvalidOption
 from .arguments import MODEL, add_offload, add_option, add_reading, parse_options, positive, with_offload
 from .folders import read_models
 from .models import LoadedModel
+from .ranks import is_rank, start_ranks, together
 
 EPILOG = """\
 examples:
   treespec serve demo --draft demo --port 8000
   treespec serve FOLDER --port 8000                       (which `treespec compile` wrote)
   treespec serve hf:PATH --draft ngram --max-requests 32 --max-tokens 65536 --api-key-file KEY
+
+  treespec serve hf:PATH --mesh tp=2                      (rank 0 has the port)
 
   curl localhost:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "demo", "prompt": "def main():", "max_tokens": 20}'
@@ -50,6 +55,7 @@ def configure(parser: ArgumentParser) -> None:
     engine.add_argument("--max-requests", metavar="N", type=positive, default=16, help="run at once (default: 16)")
     engine.add_argument("--max-tokens", metavar="N", type=positive, help="held at once (default: 1024 a request)")
     engine.add_argument("--policy", default="auto", help='shape of trees: "auto" (default), "1,1,3", "chain:4" ...')
+    engine.add_argument("--mesh", metavar="MESH", help="run on several ranks, such as tp=2; they are started here")
     add_offload(engine)
     add_option(engine)
 
@@ -62,19 +68,29 @@ def run(arguments: Namespace) -> int:
     except ImportError as error:
         fix = "pip install 'treespec[serve]'"
         raise InvalidOption(name="serve", got=error.name, expected="it to be installed", fix=fix) from error
+    options = with_offload(parse_options(arguments.option), arguments)
+    if arguments.mesh is not None:
+        options = replace(options, mesh=arguments.mesh)
+    if options.ranks > 1 and not is_rank():
+        return start_ranks(options.ranks, stopped=0)
     from ..runtime.engine import Engine
 
-    target, drafts, key = _models(arguments)
+    target, drafts, key = together(options.ranks, lambda: _models(arguments))
     engine = Engine(
         target.model,
         draft=[draft.model for draft in drafts] or None,
         max_requests=arguments.max_requests,
         max_tokens=arguments.max_tokens,
         policy=arguments.policy,
-        options=with_offload(parse_options(arguments.option), arguments),
+        options=options,
         tokenizer=target.tokenizer,
         draft_tokenizer=next((draft.tokenizer for draft in drafts if draft.tokenizer is not None), None),
     )
+    if not engine.leads:
+        for each in (signal.SIGINT, signal.SIGTERM):  # rank 0 gets them too, and says when all answers are given
+            signal.signal(each, signal.SIG_IGN)
+        engine.follow()
+        return 0
     name = arguments.name or target.name
     app = app_factory(engine, target.tokenizer, name=name, api_key=key, max_queue=arguments.max_queue)
 
@@ -84,6 +100,9 @@ def run(arguments: Namespace) -> int:
             for one in self.servers:
                 host, port = one.sockets[0].getsockname()[:2]
                 print(f"serving {name} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+
+        async def on_tick(self, counter: int) -> bool:
+            return await super().on_tick(counter) or engine.failure is not None
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit:
@@ -95,6 +114,8 @@ def run(arguments: Namespace) -> int:
         server.run()
     finally:
         engine.close()  # a second signal skips the app's own end, and a thread inside torch would abort the exit
+    if engine.failure is not None:
+        raise engine.failure
     return 0
 
 

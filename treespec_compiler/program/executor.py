@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,8 +52,8 @@ class Tally:
     seconds: float = 0.0
 
 
-Announce = Callable[[TreeCache, Sequence[int], array], None]
-"""What takes a call as `lay_out` gives it."""
+Announce = Callable[[TreeCache, Sequence[int], array], AbstractContextManager[None]]
+"""What takes a call as `lay_out` gives it, and is open while it runs."""
 
 
 class Executor:
@@ -142,7 +143,11 @@ class Executor:
         Writes the nodes' K/V, and nothing else of the cache.
         """
         if self.announce is not None:
-            self.announce(cache, *lay_out(parts, cache, rows, aligned=not self._profile.synchronous))
+            with self.announce(cache, *lay_out(parts, cache, rows, aligned=not self._profile.synchronous)):
+                return self._run(parts, cache, rows)
+        return self._run(parts, cache, rows)
+
+    def _run(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None) -> Sequence[Tensor]:
         template = self._fixed()
         if self._graphs is not None and rows is None:
             outputs, self._no_graphs = run_or_explain(self._graphs, parts, cache, template, self.options)

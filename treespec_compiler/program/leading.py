@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import RankLost
+from ..errors import InvalidOption, RankLost
 from ..ir.specs import AttentionSpec
 from .cache import TreeCache
 from .executor import Announce, Executor
@@ -43,23 +43,45 @@ class LedCache(TreeCache):
         super()._copy_page(old, new)
 
 
+def ranks_are_led() -> InvalidOption:
+    fix = "Close the engine or the stream that runs on them first."
+    return InvalidOption(name="mesh", got="ranks that are led already", expected="idle ones", fix=fix)
+
+
 class Leader:
-    """Rank 0 of a mesh during one generation."""
+    """Rank 0 of a mesh during one generation, or as long as an engine is open. Raises `InvalidOption` where another one
+    leads the same ranks.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
+        if ranks.led:
+            raise ranks_are_led()
         self.ranks, self.calls = ranks, 0
+        self.error: Exception | None = None
+        """Why ranks may hold different K/V now: nothing can go on with them."""
+        self.inside = False
+        """Whether `leading` is open."""
         self._told_end = False
+        ranks.led.append(self)
 
     def tell(self, kind: str, *values: object) -> None:
-        """Raises `RankLost`."""
+        """Raises `RankLost`, and what made the ranks come apart earlier."""
+        if self.error is not None and kind != "failed":
+            raise self.error
         try:
             self.ranks.tell((kind, *values))
         except RuntimeError as error:
-            raise self._lost() from error
+            self._end()
+            self.error = self._lost()
+            raise self.error from error
 
     def _lost(self) -> RankLost:
-        self._told_end = True
         return RankLost(rank=self.ranks.rank, size=self.ranks.size, step=self.calls)
+
+    def _end(self) -> None:
+        self._told_end = True
+        if self in self.ranks.led:
+            self.ranks.led.remove(self)
 
     def cache(
         self,
@@ -85,24 +107,38 @@ class Leader:
         weakref.finalize(made, _gone.append, number)
         return made
 
-    def announce(self, cache: TreeCache, shape: Sequence[int], numbers: array[int]) -> None:
-        """Tell of a call."""
+    @contextlib.contextmanager
+    def announce(self, cache: TreeCache, shape: Sequence[int], numbers: array[int]) -> Iterator[None]:
+        """Tell of a call, which runs inside. One that fails here alone has left the others in its middle."""
         assert isinstance(cache, LedCache)
         cache.tell = self.tell  # it may be one that was kept from an earlier generation
         self.calls += 1
         self.tell("run", cache.number, tuple(shape), numbers.tobytes())
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self.error = error
+            raise
+        except RuntimeError as error:  # which a collective raises where another rank is gone
+            self.error = self._lost()
+            raise self.error from error
+        except Exception as error:
+            self.error = error
+            raise
 
     def done(self, result: object) -> None:
         """The others return this as well."""
         if not self._told_end:
-            self._told_end = True
+            self._end()
             self.tell("done", result)
 
     def failed(self, error: BaseException) -> None:
         """The others raise this as well. Raises `RankLost` where one of them is the reason."""
         if not self._told_end:
-            self._told_end = True
-            self.tell("failed", error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}"))
+            self._end()
+            told = error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")
+            self.error = self.error or (told if isinstance(told, Exception) else RuntimeError(type(error).__name__))
+            self.tell("failed", told)
 
 
 def _travels(error: BaseException) -> bool:
@@ -131,7 +167,7 @@ def leading(program: Leads, leader: Leader) -> Iterator[None]:
     """Calls of the program are told to the other ranks; an exception is, too."""
     executor = program._executor
     before: Announce | None = executor.announce
-    program.leader, executor.announce = leader, leader.announce
+    program.leader, executor.announce, leader.inside = leader, leader.announce, True
     try:
         yield
     except StopIteration:
@@ -140,7 +176,7 @@ def leading(program: Leads, leader: Leader) -> Iterator[None]:
         leader.failed(error)
         raise
     finally:
-        program.leader, executor.announce = None, before
+        program.leader, executor.announce, leader.inside = None, before, False
 
 
 _CACHES: weakref.WeakKeyDictionary[Any, dict[int, TreeCache]] = weakref.WeakKeyDictionary()
@@ -183,6 +219,8 @@ def _run(executor: Executor, caches: dict[int, TreeCache], values: Sequence[Any]
 
 
 def _change(program: Leads, caches: dict[int, TreeCache], kind: str, values: Sequence[Any]) -> None:
+    if kind == "still":  # nothing to do for now
+        return
     number, *rest = values
     if kind == "cache":
         *sizes, gone = rest

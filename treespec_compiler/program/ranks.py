@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,8 @@ class Ranks:
     """The process group that graphs reduce and gather in."""
     control: Any
     """One of CPU tensors, for what rank 0 tells the others."""
+    led: list[Any] = field(default_factory=list)
+    """Of rank 0: by whom the others are led now, the innermost last."""
 
     def tell(self, message: object) -> None:
         """Rank 0 to all others, which `hear` it. Raises RuntimeError where one of them is gone."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,15 +25,18 @@ from ..speculation.policies.protocol import TreePolicy
 from ..speculation.sampling.samplers import ChildSampler
 from ..speculation.slots import PagedSlots
 from .decoding import AnyVerifier
+from .engine_ranks import EngineRanks
 from .engine_stats import EngineCounts, EngineStats
 from .generation import Generation, Step
 from .iteration import Iteration
 from .request import Request, Status
+from .request_arguments import check_integer, split_stops
 from .scheduler import Job, Scheduler
 from .settings import Call, DraftLike, Model
 from .starting import begin, drafts_of, program_of
 from .stats import Stats
 from .stopping import Text
+from .together import ranks_of, said_of
 
 log = logger(__name__)
 
@@ -93,14 +97,14 @@ class Engine:
         first = Call(model, [0], **self._shared)  # checks all of that
         self._model, self._tokenizer, self.policy = model, tokenizer, shape
         made = Stats()
+        self._ranks = EngineRanks.of(ranks_of(first), said_of([first], {**wanted, "in an engine": True}))
         self.program: TreeProgram = program_of(first, made)
-        if self.program.options.ranks > 1 and self.program.leader is None:
-            fix = "Give `generate` several prompts, on every rank."
-            got = f"{self.program.options.mesh!r} in an engine"
-            raise InvalidOption(name="mesh", got=got, expected="no mesh there", fix=fix)
+        if self._ranks is not None:
+            self._ranks.agree(self.program)
         if isinstance(shape, Auto):
             self.policy = shape = shape.for_target(self.program)
-        self._drafts = drafts_of(first, made, self.program)
+        with self._leading():
+            self._drafts = drafts_of(first, made, self.program) if self.leads else []
         self.compile_seconds = made.compile_seconds
         """Spent on making the programs now, where they were not there before."""
         self.max_requests = max_requests
@@ -110,7 +114,9 @@ class Engine:
         # beside the tokens: the last page of each request, which is not full, and the tree of one
         room = self.max_tokens + max_requests * page_size + nodes + MAX_CHAIN
         slots = PagedSlots(max_requests * max(1, len(self._drafts)), room, page_size)
-        slots.cache(self.program)
+        if self.leads:
+            with self._leading():
+                slots.cache(self.program)
         self._slots, self._scheduler = slots, Scheduler(slots, max_requests)
         chunk = self.program.options.prefill_chunk or profile(self.program.device).prompt_chunk
         self.prompt_tokens = chunk if prompt_tokens is None else prompt_tokens
@@ -124,6 +130,32 @@ class Engine:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
+        if self._ranks is not None:
+            self._ranks.beat(self._lock, self._fail)
+
+    # -- ranks -------------------------------------------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:
+        """Whether requests are added here: always, but for the ranks of a mesh that are not rank 0."""
+        return self._ranks is None or self._ranks.rank == 0
+
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the engine of a mesh by itself: a rank that was lost, say."""
+        return None if self._ranks is None else self._ranks.error
+
+    def follow(self) -> None:
+        """On every rank of a mesh but rank 0: run what that leads, until it closes the engine.
+
+        Raises `RankLost`, and what ended the engine on rank 0.
+        """
+        if self._ranks is None:
+            raise InvalidOption(name="mesh", got="none", expected="one to follow in", fix="Give the engine a mesh.")
+        self._ranks.follow(self.program)
+
+    def _leading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._ranks is None else self._ranks.leading(self.program)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -146,12 +178,12 @@ class Engine:
         which are all computed for that. Raises InvalidOption, InvalidPrompt, and RequestTooLarge where it could never
         run.
         """
-        ids, strings = _stops(stop, self._tokenizer)
+        ids, strings = split_stops(stop, self._tokenizer)
         settings["stop_ids"] = [*settings.get("stop_ids", ()), *ids]
-        _check_integer("priority", priority, "an integer", low=None)
+        check_integer("priority", priority, "an integer", low=None)
         for name, top in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
             if top is not None:
-                _check_integer(name, top, "an integer of 0 or more, or None", low=0)
+                check_integer(name, top, "an integer of 0 or more, or None", low=0)
         call = Call(self._model, input_ids, **self._shared, **settings)
         return self.enter(call, stops=strings, priority=priority, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
@@ -166,7 +198,10 @@ class Engine:
     ) -> Request:
         """As `add`, for a call that was checked; what it says of model, drafts and trees is taken to be the engine's
         own."""
-        if self._closed:
+        if not self.leads:
+            fix = "Call `engine.follow()` on the others."
+            raise InvalidOption(name="mesh", got="a request here", expected="requests on rank 0 alone", fix=fix)
+        if self._closed or self.failure is not None:
             raise EngineClosed(number=self._requests)
         call.check_fits(self.program)
         limit = self.program.max_context
@@ -198,7 +233,7 @@ class Engine:
 
     def add_samples(self, input_ids: PromptLike, n: int, *, seed: int | None = None, **settings: Any) -> list[Request]:
         """`n` requests of one prompt, which is computed once; sample i has the seed `seed + i`."""
-        _check_integer("n", n, "a positive integer", low=1)
+        check_integer("n", n, "a positive integer", low=1)
         return [self.add(input_ids, seed=None if seed is None else seed + i, **settings) for i in range(n)]
 
     def cancel(self, request: Request) -> None:
@@ -246,13 +281,17 @@ class Engine:
     def step(self) -> list[tuple[Request, Step]]:
         """One call of the model for all requests that run, and what it gave to whom. [] where nobody waits or runs.
 
-        A request that fails ends alone, with its error in `request.error`.
+        A request that fails ends alone, with its error in `request.error`; with a rank of a mesh, all end, and it is
+        raised.
         """
-        with self._lock, torch.inference_mode():
+        with self._lock, self._leading(), torch.inference_mode():
             with self._changed:
                 new, self._new = self._new, []
             self._steps += bool(self._jobs)
             found = self._iteration.step(new)
+            if self.failure is not None:
+                self._fail_all(self.failure)
+                raise self.failure
         with self._changed:
             self._changed.notify_all()
         return found
@@ -292,6 +331,8 @@ class Engine:
                 job.cancelled = True
             self._drop_cancelled()
             self._slots.clear()
+            if self._ranks is not None:
+                self._ranks.end()
         with self._changed:
             self._changed.notify_all()
 
@@ -324,9 +365,24 @@ class Engine:
                 self.step()
             except Exception as error:  # nobody's own fault: no request can go on
                 log.exception("the engine failed at a step")
-                with self._lock:
-                    for job in list(self._jobs.values()):
-                        self._iteration.end(job, Status.FAILED, error)
+                self._fail(error)
+                if self.failure is not None:
+                    return
+
+    def _fail(self, error: Exception) -> None:
+        with self._lock:
+            self._fail_all(error)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _fail_all(self, error: Exception) -> None:
+        """No request can go on; in a mesh no other one can come."""
+        self._closed = self._closed or self.failure is not None
+        with self._changed:
+            new, self._new = self._new, []
+        self._scheduler.waiting += new
+        for job in list(self._jobs.values()):
+            self._iteration.end(job, Status.FAILED, error)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -339,24 +395,3 @@ class Engine:
             del self._jobs[job.request]
         self._counts.add(job.request.stats)
         self._counts.ended[status] += 1
-
-
-def _stops(stop: int | str | Sequence[int | str], tokenizer: Any) -> tuple[list[int], list[str]]:
-    """Ids and strings."""
-    several: Iterable[int | str] = [stop] if isinstance(stop, (int, str)) else stop
-    ids, strings = list[int](), list[str]()
-    for one in several:
-        if isinstance(one, str):
-            if not one or tokenizer is None:
-                expected = "ids" if tokenizer is None else "ids and strings that are not empty"
-                fix = "Strings need `Engine(tokenizer=...)`." if tokenizer is None else ""
-                raise InvalidOption(name="stop", got=stop, expected=expected, fix=fix)
-            strings.append(one)
-        else:
-            ids.append(one)
-    return ids, strings
-
-
-def _check_integer(name: str, value: object, expected: str, low: int | None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
-        raise InvalidOption(name=name, got=value, expected=expected)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, cast
 
 from ..capture.surroundings import not_traced
 from ..options import Options
-from ..program.leading import Leader, follow, leading
+from ..program.leading import Leader, follow, leading, ranks_are_led
 from ..program.ranks import Ranks, joined
 from ..speculation.drafts.model import is_program
 from ..versions import __version__
@@ -38,7 +38,9 @@ class Together(Stream):
         self._generation = None
         self._output: GenerationOutput | None = None
         self._ranks: Ranks = joined(ranks_of(calls[0]))
-        self._ranks.agree(_said(calls))
+        if self._ranks.led:
+            raise ranks_are_led()
+        self._ranks.agree(said_of(calls))
         # All ranks convert, lower and check the program at the same time: the check runs their collectives.
         self._program = program_of(calls[0], Stats(prompt_tokens=0))
         self._ranks.agree({"weights": str(self._program.weight_sums)})
@@ -96,9 +98,10 @@ class Together(Stream):
         """A stream that is dropped ends where it is; the other ranks notice when the process does."""
 
 
-def _said(calls: Sequence[Call]) -> dict[str, str]:
+def said_of(calls: Sequence[Call], more: Mapping[str, object] | None = None) -> dict[str, str]:
     """What must be the same on all ranks, by the names of arguments; what cannot be compared counts by its type."""
     found = {"treespec": __version__, "number of prompts": str(len(calls))}
+    found |= {name: str(value) for name, value in (more or {}).items()}
     for entry in fields(calls[0]):
         found[entry.name] = _text([getattr(call, entry.name, None) for call in calls])
     return found
