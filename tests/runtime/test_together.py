@@ -26,7 +26,7 @@ def ranks(case: str, folder: Path, count: int = 2) -> list[Any]:
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), str(WORKER), case, str(folder)]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TREESPEC_PROGRAM_CACHE": "0"}
-    subprocess.run([sys.executable, *command], env=environment, timeout=500, check=False, capture_output=False)
+    subprocess.run([sys.executable, *command], env=environment, timeout=500, check=False, capture_output=True)
     files = [folder / f"{rank}.json" for rank in range(count)]
     return [json.loads(file.read_text()) if file.exists() else None for file in files]
 
