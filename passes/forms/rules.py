@@ -243,6 +243,19 @@ def _select(call: OpCall) -> Form | None:
     return call.result(rename(form, mapping))
 
 
+def _least(expr: Any) -> Any:
+    """A number that the expression is never below: of clipped distances, where their bounds are."""
+    if expr.is_number:
+        return expr
+    if isinstance(expr, sympy.Add):
+        return sympy.Add(*map(_least, expr.args))
+    if isinstance(expr, sympy.Max):
+        return max(map(_least, expr.args))
+    if isinstance(expr, sympy.Min):
+        return min(map(_least, expr.args))
+    return sympy.Integer(0) if expr.is_nonnegative else -sympy.oo
+
+
 def _index(call: OpCall) -> Form | None:
     """Advanced indexing whose index tensors stand side by side."""
     form = call.form(call.node.args[0])
@@ -258,7 +271,7 @@ def _index(call: OpCall) -> Form | None:
     for i in range(len(form.shape)):
         if i in used:
             index = call.form(indices[i])
-            if index is None or index.is_bool or not index.expr.is_nonnegative:
+            if index is None or index.is_bool or not (index.expr.is_nonnegative or _least(index.expr) >= 0):
                 return None  # a negative index counts from the end
             shift = first + rank - len(index.shape)
             mapping[i] = rename(index, {j: axis(j + shift) for j in range(len(index.shape))})

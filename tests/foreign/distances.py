@@ -43,7 +43,7 @@ class ClippedRows(Clipped):
 
     def term(self, q: Tensor, steps: Tensor) -> Tensor:
         b, h, t, d = q.shape
-        vectors = self.near((steps[None] - steps[:, None]).clamp(-4, 4) + 4)
+        vectors = self.near.weight[(steps[None] - steps[:, None]).clamp(-4, 4) + 4]
         rows = q.permute(2, 0, 1, 3).reshape(t, b * h, d) @ vectors.transpose(1, 2)
         slopes = 2.0 ** -torch.arange(1, h + 1)[:, None, None]
         return rows.transpose(0, 1).reshape(b, h, t, t) + slopes * (steps[None] - steps[:, None])

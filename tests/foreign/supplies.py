@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from modules import DIM, Tiny
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
 class Called(nn.Module):
@@ -83,6 +84,26 @@ def everything(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def banded(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids, torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril().triu(-3)
+
+
+class Blocked(Masked):
+    """A BlockMask for flex_attention, set as an attribute."""
+
+    layers = 1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return flex_attention(q, k, v, block_mask=self.given)
+
+
+def blocks(ids: Tensor) -> tuple[Tensor, Any]:
+    t = ids.shape[1]
+    return ids, create_block_mask(lambda b, h, q, k: (q >= k) & (q - k < 5), None, None, t, t, device="cpu")
+
+
+def blocks_ahead(ids: Tensor) -> dict[str, Any]:
+    t = ids.shape[1]
+    made = create_block_mask(lambda b, h, q, k: q >= k - 1, None, None, t, t, device="cpu")
+    return {"ids": ids, "mask": made}
 
 
 BY_EXAMPLE = ((Masked, seen), (Masked, added), (Hiding, hidden), (Placed, counted))

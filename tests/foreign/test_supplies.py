@@ -10,7 +10,21 @@ import torch
 from modules import VOCAB, Tiny
 from oracles import EAGER, assert_decodes
 from styles import built
-from supplies import BY_EXAMPLE, BY_FUNCTION, FREQS, Called, Masked, Placed, banded, everything, placed, seen
+from supplies import (
+    BY_EXAMPLE,
+    BY_FUNCTION,
+    FREQS,
+    Blocked,
+    Called,
+    Masked,
+    Placed,
+    banded,
+    blocks,
+    blocks_ahead,
+    everything,
+    placed,
+    seen,
+)
 from torch import Tensor
 
 import treespec_compiler as treespec
@@ -43,6 +57,15 @@ def test_a_window_is_not_guessed_from_an_example() -> None:
     with pytest.raises(treespec.Unsupported) as refusal:
         treespec.tree_program(built(Masked), banded(IDS), options=EAGER)
     assert refusal.value.kind is Refusal.SPECIALISED
+
+
+def test_a_block_mask_is_what_its_function_is() -> None:
+    model = built(Blocked)
+    program = treespec.tree_program(model, blocks(IDS), options=EAGER)
+    assert_decodes(Called(model, blocks), program, VOCAB, rounds=1, size=3)
+    with pytest.raises(treespec.Unsupported) as refusal:
+        treespec.tree_program(built(Blocked), blocks_ahead(IDS), options=EAGER)
+    assert refusal.value.kind is Refusal.MASK
 
 
 def test_a_function_that_shows_everything_is_refused() -> None:

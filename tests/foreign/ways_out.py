@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from context_variables import ListInContext, NumberInContext
 from decoders import HEAD, Style, future
 from modules import CONTEXT, DIM, HEADS, VOCAB, Tiny
 from pointwise import ByLength, BySeenKeys
@@ -346,6 +347,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 WAYS: tuple[Way, ...] = (
+    Way(ListInContext, "keep a number, a text or a truth value in it", becomes(NumberInContext)),
     Way(ByLength, "torch.arange(1, T + 1)[:, None]", becomes(BySeenKeys)),
     Way(TwoOfMapping, "under the name 'logits'", becomes(NamedInMapping)),
     Way(BranchOnValues, "compute it with tensors alone", becomes(ChoiceOfTensors)),

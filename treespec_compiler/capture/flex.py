@@ -52,6 +52,7 @@ def spell_flex_attention(gm: fx.GraphModule) -> int:
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
     if calls:
+        _keep_not(gm.graph, blocks)
         _drop(gm.graph, blocks)
         gm.recompile()
     return len(calls)
@@ -114,6 +115,24 @@ def _refusal(what: str, node: fx.Node) -> Unsupported:
         module=module_class(node),
         way_out="write it with arithmetic, comparisons, torch.where and tables that are read at b, h, q or k",
     )
+
+
+def _keep_not(graph: fx.Graph, blocks: Sequence[fx.Node]) -> None:
+    """Leave out of the results, behind the logits, blocks that forward sets as an attribute and that it makes of sizes.
+
+    Setting them changes no later call unless the model does something else once they are set; a second call is compared
+    (`semantics.lengths_check`), as for any table that is kept.
+    """
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    results: Any = output.args[0]
+    output.args = ((*results[:1], *(n for n in results[1:] if n not in blocks or not _of_sizes(n))),)
+
+
+def _of_sizes(node: fx.Node) -> bool:
+    """Whether a value is computed from sizes alone."""
+    inputs = [n for n in _behind([node]) if n.op in ("placeholder", "get_attr")]
+    values = [n.meta.get("example_value") if n.op == "placeholder" else n for n in inputs]
+    return all(isinstance(v, (int, torch.SymInt)) for v in values)
 
 
 def _drop(graph: fx.Graph, blocks: Sequence[fx.Node]) -> None:

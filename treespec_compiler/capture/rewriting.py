@@ -24,6 +24,7 @@ from typing import Any
 from ..errors import Refusal, Unsupported
 from ..logs import logger
 from .checks import caught, check_at
+from .context_variables import context_reads_at, explain_context
 from .empty_picks import branch_at
 from .picked_loops import loop_at
 from .regions import Stretch, regions_at
@@ -77,7 +78,10 @@ def rewritten_for(
         found = _without_check(function, body, line) if checks else None
         found = found or _without_branch(function, body, line)
         read = () if old is None else old.read
+        if found is None and (known_now := _without_context(function, body, line)) is not None:
+            found, read = known_now[:2], (*read, *known_now[2])
         if found is None:
+            explain_context(refusal, function, body, line)
             table = _with_table(function, body, line, others, run, length)
             if table is None:
                 continue
@@ -130,6 +134,19 @@ def _without_branch(
     ast.fix_missing_locations(body)
     code = _compiled(body, function)
     return None if code is None else (body, code)
+
+
+def _without_context(
+    function: FunctionType, body: ast.FunctionDef, line: int
+) -> tuple[ast.FunctionDef, CodeType, tuple[Callable[[], bool], ...]] | None:
+    """The function with the values of context variables in the place of what reads them, and whether they are others
+    now."""
+    reads = context_reads_at(function, body, line)
+    if reads is None:
+        return None
+    _Replaced(reads[0]).visit(body)
+    code = _compiled(body, function)
+    return None if code is None else (body, code, reads[1])
 
 
 def _with_table(

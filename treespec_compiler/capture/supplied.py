@@ -1,12 +1,13 @@
 """Arguments that a caller makes from the number of tokens: masks, positions, tables. They are made anew for any number.
 
 `example` may be a function from token ids to a call, which is traced with the model. In an example of tensors, a causal
-mask [.., T, T] and positions 0 .. T - 1 are known by their values, and made for the number of tokens at hand; what they
-mean in the model is proved as if it made them itself.
+mask [.., T, T] and positions 0 .. T - 1 are known by their values, and a BlockMask of flex_attention by its function;
+they are made for the number of tokens at hand. What they mean in the model is proved as if it made them itself.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 # The call that a function makes of token ids.
 SuppliedArguments = tuple[tuple[Any, ...], dict[str, Any]]
-MadeArgument = Callable[[int, torch.device], Tensor]
+MadeArgument = Callable[[int, torch.device], Any]
 
 _LEAST = 3  # tokens, for what an argument is to be seen
 
@@ -58,8 +59,9 @@ def by_value(args: tuple[Any, ...], kwargs: Mapping[str, Any], roles: Mapping[st
     values = {str(i): a for i, a in enumerate(args)} | dict(kwargs)
     made: list[tuple[str, MadeArgument]] = []
     for key, value in values.items():
-        if length >= _LEAST and isinstance(value, Tensor) and roles.get(key) == "constant":
-            found = _mask(value, length) or _positions(value, length)
+        # A BlockMask has no role: it serves one number of tokens.
+        if length >= _LEAST and (roles.get(key) == "constant" or not isinstance(value, Tensor)):
+            found = _made(value, length)
             made += [(key, found)] if found is not None else []
     if not made:
         return None
@@ -97,6 +99,33 @@ class Mask:
             full = torch.full((tokens, tokens), self.seen, dtype=self.dtype, device=device)
             mask = full.masked_fill(~past, self.hidden)
         return mask.view([1] * (self.rank - 2) + [tokens, tokens])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A BlockMask of T queries and T keys."""
+
+    mask_mod: Callable[..., Tensor]
+    batch: int
+    heads: int
+    block_size: tuple[int, int]
+
+    def __call__(self, tokens: int, device: torch.device) -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        sizes = (self.batch, self.heads, tokens, tokens)
+        return create_block_mask(self.mask_mod, *sizes, device=str(device), BLOCK_SIZE=self.block_size)
+
+
+def _made(value: Any, length: int) -> MadeArgument | None:
+    """What makes such an argument for any number of tokens; None: it is not known to depend on it."""
+    if isinstance(value, Tensor):
+        return _mask(value, length) or _positions(value, length)
+    flex = sys.modules.get("torch.nn.attention.flex_attention")  # who has a BlockMask has imported it
+    if flex is None or not isinstance(value, flex.BlockMask) or value.seq_lengths != (length, length):
+        return None
+    batch, heads = value.kv_num_blocks.shape[:2]
+    return Blocks(value.mask_mod, batch, heads, value.BLOCK_SIZE)
 
 
 def _mask(value: Tensor, length: int) -> Mask | None:
