@@ -16,6 +16,7 @@ from treespec_compiler.ir.specs import Limit
 
 from ..forms.turning_point import turning_point
 from ..framework.state import refuse
+from .numeric import of_whole_numbers
 
 # Lengths are looked at up to here, and each one by itself up to DECIDED when a guard is not linear in T.
 LONGEST = 1 << 20
@@ -35,7 +36,8 @@ def about_length(guards: Guards, length: sympy.Symbol, name: sympy.Symbol | None
 
 
 def holds(guard: Any, length: sympy.Symbol, n: int) -> bool:
-    return bool(guard.xreplace({length: sympy.Integer(n)}))
+    as_function = of_whole_numbers(guard, length)
+    return bool(guard.xreplace({length: sympy.Integer(n)})) if as_function is None else bool(as_function(n))
 
 
 def uncovered(regions: Sequence[Guards], length: sympy.Symbol, ceiling: int) -> int | None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 from modules import VOCAB, Tiny
 from oracles import EAGER, assert_decodes
 from torch import Tensor, nn
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 from zoo import spread
 
 import treespec_compiler as treespec
 from treespec_compiler.capture.call import EXAMPLE_TOKENS, call_spec
 from treespec_compiler.options import Options
+from treespec_compiler.passes.guards.numeric import of_whole_numbers
 from treespec_compiler.pipeline import convert
 
 
@@ -96,3 +99,28 @@ class OtherWeights(LeftOut):
 def test_another_graph_is_refused_whatever_the_window() -> None:
     with pytest.raises(treespec.Unsupported, match="does something else there"):
         treespec.tree_program(OtherWeights().eval(), options=EAGER)
+
+
+T = sympy.Symbol("T", integer=True, positive=True)
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [
+        sympy.Eq(PythonMod(64 - Mod(T, 64), 64), 0),
+        sympy.Ne(FloorDiv(T + 127, 128), 1),
+        sympy.Eq(FloorDiv(3 - T, 5), -2),
+        sympy.Or(T * T < 400, sympy.Not(sympy.Eq(sympy.Max(T, 50), 50))),
+        sympy.Eq(sympy.Mod(4 * T, 5), 2),
+    ],
+    ids=str,
+)
+def test_a_guard_is_decided_as_sympy_does(guard: sympy.Basic) -> None:
+    decide = of_whole_numbers(guard, T)
+    assert decide is not None
+    assert all(bool(decide(n)) == bool(guard.xreplace({T: sympy.Integer(n)})) for n in range(1, 200))
+
+
+def test_what_is_no_arithmetic_of_whole_numbers_is_left_to_sympy() -> None:
+    assert of_whole_numbers(sympy.sqrt(T) < 9, T) is None
+    assert of_whole_numbers(T / 2 < 9, T) is None
