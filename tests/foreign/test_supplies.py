@@ -61,7 +61,7 @@ def test_a_window_is_not_guessed_from_an_example() -> None:
 
 def test_a_block_mask_is_what_its_function_is() -> None:
     model = built(Blocked)
-    program = treespec.tree_program(model, blocks(IDS), options=EAGER)
+    program = treespec.tree_program(model, blocks(IDS), options=EAGER | {"max_context": 64})
     assert_decodes(Called(model, blocks), program, VOCAB, rounds=1, size=3)
     with pytest.raises(treespec.Unsupported) as refusal:
         treespec.tree_program(built(Blocked), blocks_ahead(IDS), options=EAGER)
