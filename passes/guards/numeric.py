@@ -10,7 +10,7 @@ from typing import Any
 
 import sympy
 
-Number = Callable[[int], Any]
+OfWholeNumbers = Callable[[int], Any]
 
 _FOLDED: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add,
@@ -35,7 +35,7 @@ _OF_TWO: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @functools.lru_cache(maxsize=256)
-def of_whole_numbers(expr: Any, length: sympy.Symbol) -> Number | None:
+def of_whole_numbers(expr: Any, length: sympy.Symbol) -> OfWholeNumbers | None:
     """`expr` as a function of `length`; None: it holds what is no arithmetic of whole numbers."""
     if expr == length:
         return lambda n: n
