@@ -67,6 +67,24 @@ class Mixed(Tiny):
         return self.finish(x)
 
 
+class ByMethod(Mixed):
+    """The sums are a method of the module's."""
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, ids: Tensor) -> Tensor:
+        return self.sums(q, k, v, decay)
+
+    def sums(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+        total = decay.cumsum(1).transpose(1, 2)
+        fade = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
+        return torch.einsum("bhij,bjhd->bihd", torch.einsum("bihd,bjhd->bhij", q, k) * fade, v)
+
+
+def sums_as_recurrence(self: ByMethod, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    import torch
+
+    return torch.ops.treespec.recurrence(q, k, v, decay, None)
+
+
 class Restarted(Mixed):
     """Token 3 ends a text: the state begins anew."""
 

@@ -45,6 +45,14 @@ _SIZE_OPS = {
 }  # fmt: skip
 
 
+_COMPARISONS = {"aten.eq", "aten.ne", "aten.lt", "aten.le", "aten.gt", "aten.ge"}
+_OF_ANSWERS = {
+    "aten.bitwise_not", "aten.logical_not", "aten.bitwise_and", "aten.logical_and", "aten.bitwise_or",
+    "aten.logical_or", "aten.__and__", "aten.__or__", "aten.add", "aten.mul", "aten.sub", "aten.rsub", "aten.where",
+    "aten._to_copy",
+}  # fmt: skip
+
+
 def position_cut(state: GraphState) -> dict[fx.Node, Cut]:
     """The cut of a classified graph; raises the refusal for positions of any other form."""
     forms = state.closed_forms()
@@ -180,14 +188,7 @@ def _descend(state: GraphState, forms: ClosedForms, node: fx.Node, cut: dict[fx.
     if sliced is not None:
         cut[node] = Cut("table", at, sliced)
         return
-    if not _may_descend(form, at):
-        raise refuse(
-            Refusal.POSITIONS,
-            f"positions are not i + constant but {text}",
-            node,
-            "positions must count the tokens one by one",
-        )
-    if not sources:
+    if not sources or not (_may_descend(form, at) or _answers(state, forms, node, at)):
         raise refuse(
             Refusal.POSITIONS,
             f"positions are not i + constant but {text}",
@@ -212,6 +213,18 @@ def _may_descend(form: Form, at: int) -> bool:
     if form.is_bool:
         return False
     return not any(symbol in chosen.free_symbols for chosen in _choices(expr))
+
+
+def _answers(state: GraphState, forms: ClosedForms, node: fx.Node, at: int) -> bool:
+    """Whether each position is compared with a number, such as 0, or something is made of such answers token by token:
+    a node's own position gives its answer.
+    """
+    if op_name(node) in _COMPARISONS:
+        return type(node.args[1]) in (int, float)
+    if op_name(node) not in _OF_ANSWERS:
+        return False
+    followed = [(a, forms.of(a)) for a in node.all_input_nodes if _follows(state, forms, a)]
+    return all(form is not None and (_may_descend(form, at) or _answers(state, forms, a, at)) for a, form in followed)
 
 
 def _choices(expr: Any) -> Iterator[Any]:

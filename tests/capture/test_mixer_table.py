@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import operator
 import sys
 from typing import Any
 
@@ -62,6 +63,16 @@ def test_a_user_s_recurrence_is_exact() -> None:
         assert_decodes(model, program, VOCAB, rounds=2, prompt=prompt)
 
 
+def test_a_method_is_exact() -> None:
+    def of_nobody(tokens: int, generator: Generator) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        return [((None, *args), kwargs) for args, kwargs in samples(tokens, generator)]
+
+    treespec.register_mixer(mixer_functions.ByMethod.sums, mixer_functions.sums_as_recurrence, of_nobody)
+    torch.manual_seed(5)
+    model = mixer_functions.ByMethod()
+    assert_decodes(model, program_of(model), VOCAB, rounds=2, prompt=6)
+
+
 def test_a_state_that_a_token_resets_is_exact() -> None:
     register("restarted_sums", "restarted_sums_as_recurrence", restarts)
     torch.manual_seed(4)
@@ -111,9 +122,10 @@ def test_every_known_source_is_an_installed_one_s() -> None:
         "bamba": "mamba2_chunk_scan",
         "mamba": "mamba_selective_scan",
         "kimi_linear": "chunk_kimi_delta_attention",
+        "recurrent_gemma": "RecurrentGemmaRglru._rnn_scan",
     }.items():
         module = importlib.import_module(f"transformers.models.{where}.modeling_{where}")
-        function = inspect.unwrap(getattr(module, name))
+        function = inspect.unwrap(operator.attrgetter(name)(module))
         mixer = mixers._MIXERS[name][0]
         assert mixers.source_hash(function) in mixer.hashes
         mixers._test(function, mixer)

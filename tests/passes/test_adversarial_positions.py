@@ -78,6 +78,23 @@ class CountedAndThrownAway(Tiny):
         return self.wpe(steps * 0) + self.wpe((steps < 0).long()) + self.wpe(steps - steps + 3)
 
 
+@converts
+class FirstAndFar(Tiny):
+    """The first token and those from the sixth on are something else: a node's own position says which it is."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1])[:, None]
+        first, far = at == 0, at >= 5
+        return self.head(x * (1 + ~first * 0.5) + (first | ~far) * x.roll(1, -1))
+
+
+@refused("number of tokens")
+class LastAlone(Tiny):
+    def finish(self, x: Tensor) -> Tensor:
+        last = torch.arange(x.shape[1])[:, None] == x.shape[1] - 1
+        return self.head(x * (1 + ~last * 0.5))
+
+
 @refused("")
 class Clamped(Tiny):
     def positions(self, ids: Tensor) -> Tensor:

@@ -190,3 +190,34 @@ def kimi_samples(tokens: int, generator: Generator) -> list[tuple[tuple[Any, ...
         args = (draw(3, 6), k if not norm else 3 * k, draw(3, 5), -fade * draw(3, 6).abs(), draw(3).sigmoid())
         found.append((args, {"use_qk_l2norm_in_kernel": norm}))
     return found
+
+
+def rglru_scan(
+    self,
+    hidden_states,
+    recurrent_gate,
+    reset,
+    recurrent_states,
+    acc_dtype=torch.float32,
+):
+    """The RG-LRU of Griffin (arXiv 2402.19427), a method of RecurrentGemma's: every channel is a head with one number,
+    which a document's first token resets."""
+    import torch
+
+    if recurrent_states is not None:
+        raise NotImplementedError("the scan with a state of the model's own")
+    v = hidden_states.to(acc_dtype)[..., None]
+    ones = torch.ones_like(v)
+    out = torch.ops.treespec.recurrence(ones, ones, v, (recurrent_gate * ~reset).to(acc_dtype).log(), None)
+    return out.squeeze(3).to(hidden_states.dtype), None
+
+
+def rglru_samples(tokens: int, generator: Generator) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments for so many tokens: decays near 0 and 1, with and without documents that begin on the way."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for fade, often in ((1e-3, 0.0), (1.0, 0.2), (20.0, 0.0)):
+        gate = torch.exp(-fade * torch.rand(1, tokens, 6, generator=generator))
+        reset = torch.rand(1, tokens, 1, generator=generator) < often
+        reset[:, 0] = True
+        found.append(((None, torch.randn(1, tokens, 6, generator=generator), gate, reset, None), {}))
+    return found

@@ -38,7 +38,8 @@ TOLERANCE = 2e-4
 
 @dataclass(frozen=True)
 class Mixer:
-    """A function of this `name` with one of these sources, what it is as an op, and arguments to test it with."""
+    """A function of this `name` (a method: `Class.name`) with one of these sources, what it is as an op, and arguments
+    to test it with."""
 
     name: str
     hashes: frozenset[str]
@@ -60,24 +61,39 @@ for _spelled, _samples, _hashes in (
     (mixer_code.mamba_selective_scan, mixer_code.mamba_samples, {"7741d95862eac581"}),
 ):
     _enter(Mixer(_spelled.__name__, frozenset(_hashes), _spelled, _samples))
+_enter(
+    Mixer(
+        "RecurrentGemmaRglru._rnn_scan",
+        frozenset({"d1d4609c8cbb6c1b"}),
+        mixer_code.rglru_scan,
+        mixer_code.rglru_samples,
+    )
+)
 
 
 def register_mixer(function: Callable[..., Any], spelled: Callable[..., Any], samples: Samples) -> None:
     """Say that `function` computes a recurrence, and how `treespec::recurrence` does.
 
-    `function`: a module-level function that a model's forward calls by name; decorators are looked through. `spelled`:
-    one with the same parameters that calls `torch.ops.treespec.recurrence(q, k, v, decay, beta)` and acts on each token
-    alone otherwise. Its code takes the place of the function's while a model is traced, with that one's globals: what
-    it needs it imports itself. `samples(tokens, generator)` gives sets of arguments, (positional, named), with which
-    the two are compared when a model that names the function is converted for the first time. The function is believed
-    with its present source alone.
+    `function`: a module-level function that a model's forward calls by name, or a method of a module's class;
+    decorators are looked through. `spelled`: one with the same parameters that calls
+    `torch.ops.treespec.recurrence(q, k, v, decay, beta)` and acts on each token alone otherwise. Its code takes the
+    place of the function's while a model is traced, with that one's globals: what it needs it imports itself.
+    `samples(tokens, generator)` gives sets of arguments, (positional, named), with which the two are compared when a
+    model that names the function is converted for the first time. The function is believed with its present source
+    alone.
     Raises `InvalidMixer` where the two cannot change places.
     """
     inner = inspect.unwrap(function)
     if not isinstance(inner, FunctionType) or not isinstance(spelled, FunctionType):
         raise InvalidMixer(name=str(function), got="an object without code", expected="functions written in Python")
     _check_places(inner, spelled)
-    _enter(Mixer(inner.__name__, frozenset({source_hash(inner)}), spelled, samples))
+    _enter(Mixer(_name(inner), frozenset({source_hash(inner)}), spelled, samples))
+
+
+def _name(function: FunctionType) -> str:
+    """By which it is known: a method's has its class's in front."""
+    is_method = "." in function.__qualname__ and "<locals>" not in function.__qualname__
+    return function.__qualname__ if is_method else function.__name__
 
 
 def _check_places(function: FunctionType, spelled: FunctionType) -> None:
@@ -100,12 +116,14 @@ def mixers_of(model: nn.Module) -> list[Rewritten]:
 
 
 def _called(model: nn.Module) -> Iterator[FunctionType]:
-    """Functions with a known name that methods of the model's modules name."""
+    """Functions with a known name that methods of the model's modules name, and such methods themselves."""
     for kind in dict.fromkeys(type(module) for module in model.modules()):
         for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
             for value in vars(base).values():
                 method = inspect.unwrap(value) if callable(value) else None
                 if isinstance(method, FunctionType):
+                    if _name(method) in _MIXERS:
+                        yield method
                     for name in _MIXERS.keys() & set(method.__code__.co_names):
                         found = method.__globals__.get(name)
                         inner = inspect.unwrap(found) if callable(found) else None
@@ -114,7 +132,7 @@ def _called(model: nn.Module) -> Iterator[FunctionType]:
 
 
 def _believed(function: FunctionType) -> Rewritten:
-    before, known = function.__code__, _MIXERS[function.__name__]
+    before, known = function.__code__, _MIXERS[_name(function)]
     digest = source_hash(function)
     mixer = next((each for each in reversed(known) if digest in each.hashes), None)
     if mixer is None:
