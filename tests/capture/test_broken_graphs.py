@@ -144,6 +144,7 @@ class TestTransformers:
         model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
         assert treespec.tree_program(model, options=EAGER).sites
 
+    @pytest.mark.family
     @pytest.mark.parametrize(("name", "experts"), [("dbrx", "DbrxExperts"), ("longcat_flash", "LongcatFlashExperts")])
     def test_what_the_documentation_says(self, name: str, experts: str) -> None:
         model, converted = self.small(name), self.small(name)

@@ -60,6 +60,7 @@ def test_a_sample_is_exact(name: str) -> None:
     assert result.variants == (["window 4", "window 24"] if name == "mistral" else ["default"])
 
 
+@pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "phimoe"])
 def test_batched_experts_are_exact(name: str) -> None:
@@ -77,6 +78,7 @@ def test_a_sample_is_refused_by_name(name: str) -> None:
     assert result.source and result.layer
 
 
+@pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXERS)
 def test_another_token_mixer_is_refused_by_its_class(name: str) -> None:

@@ -35,6 +35,7 @@ def test_the_file_is_the_model(file):
     assert_decodes(loaded.model, treespec.tree_program(loaded.model, options=EAGER), 96, rounds=2)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
 def test_quantized_blocks_become_the_numbers_they_stand_for(tmp_path, kind):
     kind = gguf.GGMLQuantizationType[kind]
@@ -53,6 +54,7 @@ def in_large_blocks(path: Path, kind: str) -> Path:
     return path
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
 def test_large_blocks_are_packed_as_they_are(tmp_path, kind):
     """Rotated heads' rows included, which transformers reorders."""

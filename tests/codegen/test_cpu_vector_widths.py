@@ -51,6 +51,7 @@ int main() {
 """
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86")
 def test_every_vector_width_gives_the_same(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_one_rank_of_ddp(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.rare
 def test_hooks_that_fetch_weights_are_refused_until_they_are_off() -> None:
     accelerate, hooks = pytest.importorskip("accelerate"), pytest.importorskip("accelerate.hooks")
     alone = built(Break)

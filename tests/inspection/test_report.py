@@ -62,6 +62,7 @@ def shoot(tab: Any, name: str) -> None:
         tab.screenshot(path=f"{folder}/{name}.png")
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_thirty_two_layers(tab: Any, tmp_path: Path) -> None:
     path = write(tmp_path, "deep", deep)

@@ -56,6 +56,7 @@ def ran(script: str, *arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_resident_set_stays_below_the_budget(tmp_path: Path) -> None:
     file, budget = saved(tmp_path / "model", torch.float32), 240_000_000
@@ -65,6 +66,7 @@ def test_resident_set_stays_below_the_budget(tmp_path: Path) -> None:
     assert found["streamed"] > file / 2 and found["read"] >= found["streamed"] * len(found["steps"])
 
 
+@pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [None, 120_000_000], ids=["resident", "streamed"])
 def test_opening_a_model_takes_what_is_made_of_it(budget: int | None, tmp_path: Path) -> None:

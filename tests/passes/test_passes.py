@@ -212,6 +212,7 @@ def test_pack_linears_packs_what_is_joined_or_sharded() -> None:
 JOINED = {**EAGER, "kernels": "aten", "pipeline": "default,join-linears"}
 
 
+@pytest.mark.rare
 def test_join_linears_joins_products_of_one_input() -> None:
     model = RopeTril(layers=1).eval()
     plain: Any = treespec.tree_program(model, options={**EAGER, "kernels": "aten"})

@@ -25,6 +25,7 @@ def _model() -> nn.Module:
     return modules.RopeTril().eval()
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
 def test_rows_while_pages_grow(small_pages: None, lowering: str) -> None:
     model = _model()

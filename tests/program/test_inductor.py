@@ -101,6 +101,7 @@ def test_weights_that_change_do_not_compile(llama: nn.Module, program: Any) -> N
     assert compile_calls() == calls
 
 
+@pytest.mark.rare
 def test_plain_module_with_a_mask_buffer() -> None:
     torch.manual_seed(1)
     model = zoo.spread(RopeTril(layers=1).eval())

@@ -101,6 +101,7 @@ def reads(program: Any, name: str) -> int:
     return sum(name in str(node.target) for node in program.graph_module.graph.nodes)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_tied_table_is_there_once(dtype: torch.dtype) -> None:
     model = rounded(tied(), dtype)
@@ -152,6 +153,7 @@ def test_other_values_of_the_same_form_are_packed_again() -> None:
     assert program.graph_module is graph
 
 
+@pytest.mark.rare
 def test_refresh_takes_a_narrower_form() -> None:
     model = tiny()
     program = treespec.tree_program(model, options=EAGER)

@@ -126,6 +126,7 @@ def test_nothing_is_paid_where_nothing_is_tapped(model):
     assert set(weights) <= {x.data_ptr() for x in program._executor._fixed() if x is not None}
 
 
+@pytest.mark.rare
 @pytest.mark.converts
 def test_compiled_once_and_without_another_copy_of_the_graph(model):
     program = tree_program(model, options={"lowering": "inductor"})

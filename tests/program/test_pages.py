@@ -245,6 +245,7 @@ def test_prompts_run_in_the_forest_of_others_trees(model, program):
     assert_rows(model, found, grown, prefix, nodes=[1, 2])
 
 
+@pytest.mark.rare
 @pytest.mark.converts
 @pytest.mark.slow
 def test_inductor_compiles_once_for_every_page_size():

@@ -93,6 +93,7 @@ def test_compiled_for_every_ring(llama: nn.Module, tmp_path: Path) -> None:
     assert everything.stream_stats is None
 
 
+@pytest.mark.rare
 def test_generate_with_a_draft(llama: nn.Module, tmp_path: Path) -> None:
     model, draft = llama, make("llama", num_hidden_layers=2)
     offload = {"resident_gb": least(model, 2), "dir": str(tmp_path)}

@@ -106,6 +106,7 @@ def test_tables_from_a_file(decode: SimpleNamespace) -> None:
     assert "| --- | ---: |" in said and "treespec without a draft" in said and "identical: yes" in said
 
 
+@pytest.mark.rare
 def test_bench_verify(pair: SimpleNamespace, tmp_path: Path) -> None:
     path = tmp_path / "verify.json"
     options = ["--nodes", 1, 2, 4, "--prefix", 16, "--static", "--lowering", "eager", "--rounds", 2, "--output", path]
@@ -165,6 +166,7 @@ def test_bench_verifiers(folders: list[object], tmp_path: Path) -> None:
     assert all(e["tokens_per_step"] >= 1 for e in report["entries"]) and "tokens/step" in said
 
 
+@pytest.mark.rare
 def test_bench_real(pair: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREESPEC_LOWERING", "eager")
     model = tmp_path / "model"
@@ -278,6 +280,7 @@ def test_bench_batch(pair: SimpleNamespace, tmp_path: Path) -> None:
     assert "| --- | ---: |" in shown("bench_batch.py", path)
 
 
+@pytest.mark.rare
 def test_bench_offload(tmp_path: Path) -> None:
     """A made-up model over a slow bucket: every step reads all that is streamed, in no less than the floor."""
     file = tmp_path / "offload.json"

@@ -129,6 +129,7 @@ def test_an_error_of_one_ends_the_call(model):
         treespec.generate(model, PROMPTS, **PLAIN | {"logits_processor": [[], [broken], []]})
 
 
+@pytest.mark.rare
 def test_the_plain_loop_takes_several_one_by_one(caplog):
     class Foreign(nn.Module):
         def __init__(self) -> None:

@@ -39,6 +39,7 @@ def test_ranks_generate_what_one_process_does(tmp_path: Path) -> None:
         assert reason == (None if name == "several" else "length")
 
 
+@pytest.mark.rare
 def test_programs_run_on_every_rank_alike(tmp_path: Path) -> None:
     first, second = ranks("program", tmp_path)
     assert first == second and set(first) == {"eager", "inductor"}

@@ -189,6 +189,7 @@ def law(model, settings) -> torch.Tensor:
     return joint
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("settings", [{"top_k": 3, "temperature": 1.3}, {"top_k": 4, "no_repeat_ngram_size": 1}])
 def test_samples_have_the_law_of_transformers(model, small, settings):
     wanted, total = law(model, settings), 400

@@ -258,6 +258,7 @@ def test_refused_pairs_are_biased(sampler, rule):
     assert worst_error(sampler, rule, 12) > 0.05
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_the_measured_table():
     """With -s it prints the table of docs/verification.md, which is of 200 samples."""

@@ -254,6 +254,7 @@ def test_a_small_model_learns_and_is_one_of_transformers(target, program, tmp_pa
     assert again[0].held_out.tokens_per_step == pytest.approx(measured[-1].held_out.tokens_per_step, abs=0.1)
 
 
+@pytest.mark.rare
 def test_boosted_members_learn_what_those_before_them_do_not_guess(target, program, tmp_path):
     transformers = pytest.importorskip("transformers")
     training = replace(PLAN.training, steps=24, evaluate_every=24, rate=1e-2)

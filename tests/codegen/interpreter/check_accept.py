@@ -39,6 +39,7 @@ def check(logits, parents, offsets, tokens, tie=2.0**-7):
     return got
 
 
+@pytest.mark.family
 @exact_bfloat16()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", [1, 2, 7, BLOCK, BLOCK + 1, 5000])
@@ -64,6 +65,7 @@ def test_near_ties_are_of_the_path_only_and_relative():
     assert check(alone, parents, offsets, tokens, tie=2.0**-7)[3] == 0  # nothing is near the only finite one
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["one", "row"])
 def test_unusable_rows(value, where):

@@ -26,6 +26,7 @@ def expected(pool, x, write_index):
     return out
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     ("dtype", "pool_dtype"),
     [
@@ -83,6 +84,7 @@ def angles(nodes, width):
     return torch.randn(nodes, width), torch.randn(nodes, width)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("style", ["half", "interleaved"])
 @pytest.mark.parametrize(("key_dim", "rotary"), [(24, 24), (24, 8), (40, 20), (8, 2)])
 @pytest.mark.parametrize("per_angle", [True, False])
@@ -104,6 +106,7 @@ def test_rope_append(style, key_dim, rotary, per_angle, dtype):
     assert torch.equal(got[..., rotary:], q[..., rotary:])
 
 
+@pytest.mark.family
 @exact_bfloat16()
 @pytest.mark.parametrize("style", ["half", "interleaved"])
 @pytest.mark.parametrize("angle_dtype", [torch.float32, torch.bfloat16])

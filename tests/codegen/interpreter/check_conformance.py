@@ -13,6 +13,7 @@ import treespec_compiler.codegen  # noqa: F401  (enters the kernels)
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
 
 
+@pytest.mark.family
 @exact_bfloat16()
 @pytest.mark.parametrize(
     ("kernel", "what"), conforming(interpreted=True), ids=lambda x: x if isinstance(x, str) else x.op._schema.name

@@ -73,6 +73,7 @@ INDEX = torch.arange(12)
 GRID_2D = {Q: INDEX[:, None], K: INDEX[None, :]}
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     "mask", [MaskSpec(), MaskSpec(1), MaskSpec(5), MaskSpec(100), MaskSpec(chunk=4), MaskSpec(7, chunk=3)], ids=str
 )
@@ -80,6 +81,7 @@ def test_masks(mask):
     assert torch.equal(triton_values(formulas.predicate(mask), GRID_2D).bool(), mask.visible(*GRID_2D.values()))
 
 
+@pytest.mark.family
 @pytest.mark.parametrize("softcap", [0.0, 0.1, 50.0])
 @pytest.mark.parametrize("tables", [(), ("slopes",), ("bias",), ("slopes", "bias")])
 def test_scores(softcap, tables):

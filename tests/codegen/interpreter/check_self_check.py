@@ -31,6 +31,7 @@ def _nothing_is_confirmed():
     self_check.confirm.cache_clear()
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     "spec, split, several, chain",
     [(PLAIN, False, False, False), (PLAIN, True, False, True), (CHANGED, True, True, False)],
@@ -39,6 +40,7 @@ def test_right_kernels_are_confirmed(spec, split, several, chain):
     self_check.confirm(tree_attention.attend, spec, CONFIG, split, several, chain, CPU)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(
     "right, wrong",
     [

@@ -33,6 +33,7 @@ def forest(rng, vocab_size, requests, sampler, proposers, most=8):
     return torch.from_numpy(np.array(targets)), *tensors, uniforms, levels(proposals)
 
 
+@pytest.mark.family
 @pytest.mark.parametrize(("rule", "sampler", "proposers"), PAIRS)
 def test_random_forests(rule, sampler, proposers, monkeypatch):
     """Blocks of 4 ids, so that rows have several of them and an end inside one."""
