@@ -261,7 +261,6 @@ def test_autocast_around_a_program_is_left_aside() -> None:
     assert treespec.tree_program(other, options=EAGER) is inside
 
 
-@pytest.mark.rare
 def test_adapters_are_followed() -> None:
     peft = pytest.importorskip("peft")
     zoo = pytest.importorskip("zoo")
