@@ -49,7 +49,7 @@ def unfit(state: GraphState, sources: Iterable[str], narrower: bool = False) -> 
 
 def _form(state: GraphState, made: Expression) -> str:
     kernel = best_kernel(ops.packed_linear, state.device, state.dtype, given=("form",))
-    if state.storage != "exact" or kernel is None or made.dtype is not torch.float32:
+    if state.storage == "float32" or kernel is None or made.dtype is not torch.float32:
         return "float32"
     headers = headers_of(made, state.weights.read)
     return narrowest(made.build(state.weights.read), None if headers is None else (headers.form, headers.bytes))

@@ -16,7 +16,7 @@ OnUnsupported = Literal["raise", "fallback"]
 Verify = Literal["build", "off"]
 VerifyEach = Literal["none", "spec", "semantic"]
 Kernels = Literal["auto", "aten", "reference"]
-WeightStorage = Literal["exact", "float32"]
+WeightStorage = Literal["exact", "float32", "int8", "int4"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "lowering": get_args(Lowering),
@@ -54,7 +54,8 @@ class Options:
     kernels: Kernels = "auto"
     """Which implementations ops are bound to: the best registered, ATen only, or the readable references."""
     weights: WeightStorage = "exact"
-    """How packed weights are stored: in the narrowest form that holds their every value exactly, or in float32."""
+    """How weights of products are stored on a CPU: in the narrowest form that holds their every value exactly, in
+    float32, or rounded to eight or four bits; then the target is the rounded model."""
     pipeline: str | None = None
     """Passes to run, such as `default,mine,-fuse`; None: the default pipeline."""
     cuda_graphs: bool | Literal["auto"] = "auto"
@@ -83,10 +84,17 @@ class Options:
         if self.offload is not None and self.ranks > 1:
             fix = "Weights of one of several ranks are not streamed yet: leave one of the two out."
             raise InvalidOption(name="offload", got=f"mesh={self.mesh!r} beside it", expected="one rank", fix=fix)
+        if self.rounded:
+            _check_rounded(self)
         if not isinstance(self.cuda_graphs, bool) and self.cuda_graphs != "auto":
             raise InvalidOption(name="cuda_graphs", got=self.cuda_graphs, expected="'auto' or True or False")
         if not isinstance(self.program_cache, (bool, str, type(None))) or self.program_cache == "":
             raise InvalidOption(name="program_cache", got=self.program_cache, expected="True, False or a folder's path")
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the target is the model with its weights rounded."""
+        return self.weights in ("int8", "int4")
 
     @property
     def ranks(self) -> int:
@@ -127,6 +135,21 @@ class Options:
             fix = f"Set or unset the environment variable {LOWERING_VARIABLE}."
             raise InvalidOption(name=LOWERING_VARIABLE, got=lowering, expected=expected, fix=fix)
         return replace(self, lowering=cast(Lowering, lowering))
+
+
+def _check_rounded(options: Options) -> None:
+    """What would run other weights than the rounded ones, or could not store them."""
+    others = {
+        "on_unsupported": (options.on_unsupported, "raise", "The model itself, which it falls back to, is not rounded"),
+        "kernels": (options.kernels, "auto", "The CPU's own kernels store rounded weights"),
+        "mesh": (options.mesh, None, "Weights that several ranks share are not rounded yet"),
+    }
+    for name, (got, expected, why) in others.items():
+        if got != expected:
+            fix = f"{why}: leave one of the two out."
+            raise InvalidOption(
+                name=name, got=f"{got!r} beside weights={options.weights!r}", expected=repr(expected), fix=fix
+            )
 
 
 def _ranks(mesh: object) -> int:

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.markup import escape
 from ..capture.call import call_spec
 from ..errors import InvalidOption, Unsupported
 from ..inspection.explain import describe
-from ..options import Options
+from ..options import Options, WeightStorage
 from ..passes.framework.instruments import Recorder
 from ..pipeline import convert
 from ..program.folder.manifest import WEIGHTS, Manifest
@@ -54,7 +54,10 @@ def configure(parser: ArgumentParser) -> None:
     )  # fmt: skip
     add_reading(models, tiny=True)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--weights", choices=("exact", "float32"), help="how packed weights are stored (exact)")
+    parser.add_argument(
+        "--weights", choices=get_args(WeightStorage), help="how weights are stored on a CPU (default: exact); int8 and "
+        "int4 round them"
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="where it is compiled for (default: cpu)")
     add_option(parser)
     add_json(parser)

@@ -19,14 +19,15 @@ from .kept_blocks import Headers, kept
 from .linear import pack_weight
 from .narrow import FORMS
 from .panels import PANEL
+from .quantize import STORAGES, quantized
 
 Read = Callable[[str], Tensor]
 """The tensor of a source, by the source's name."""
 
 
 class Expression(Protocol):
-    """How a tensor is made: `Source | Transpose | Join | Slice | Shard | Lone | Pack | Table | Arange`. Equal ones make
-    equal tensors."""
+    """How a tensor is made: `Source | Transpose | Join | Slice | Shard | Lone | Quantized | Pack | Table | Arange`.
+    Equal ones make equal tensors."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -246,6 +247,34 @@ class Lone(_OfOne):
 
     def __str__(self) -> str:
         return f"lone({_name(self.of)}, {'here' if self.holds else 'elsewhere'})"
+
+
+@dataclass(frozen=True)
+class Quantized(_OfOne):
+    """A float32 matrix rounded to a `storage`, whose blocks lie along `dim`: what a product sums over.
+
+    `build` raises InvalidWeight where a value is not finite.
+    """
+
+    storage: str
+    dim: int
+
+    def __post_init__(self) -> None:
+        matrix = len(self.of.shape) == 2 and self.of.dtype is torch.float32
+        _need(matrix, self.of, "a float32 matrix to round")
+        whole = self.of.shape[self.dim] % FORMS[STORAGES[self.storage]].k_block == 0
+        _need(whole, self.of, f"whole blocks in dimension {self.dim}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    def build(self, read: Read) -> Tensor:
+        made = self.of.build(read)
+        return quantized(made, self.storage) if self.dim else quantized(made.t(), self.storage).t().contiguous()
+
+    def __str__(self) -> str:
+        return f"{self.storage}({_name(self.of)})"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from .cache import TreeCache
 from .executor import Executor
 from .rounding import DRAWS, Exact, Judged, judged, relative_error, tolerance
 from .semantics import eager_rows, kept, seen_first
+from .target import Target
 
 log = logger(__name__)
 
@@ -118,10 +119,11 @@ def check_program(program: Runs, model: nn.Module, call: CallSpec, prefix: int =
         log.info("weights on meta: the program cannot be compared with the model")
         return found
     exact = Exact(model, call, program.state.model_logits)
+    target = Target(model, program.state)
     with kept(model, program.state.caches):
-        wrong = _difference(program, model, call, exact, found, prefix, seed=0)
+        wrong = _difference(program, model, call, exact, target, found, prefix, seed=0)
         # NOTE routing may flip where two experts are as good, on one prompt; a wrong program is so on both.
-        if wrong is not None and _difference(program, model, call, exact, found, prefix, seed=1) is not None:
+        if wrong is not None and _difference(program, model, call, exact, target, found, prefix, seed=1) is not None:
             raise _refusal(f"the program does not compute what the model does: {wrong}")
     found.seconds = time.perf_counter() - began
     log.info("compared with the model: %s", found)
@@ -134,15 +136,24 @@ def _refusal(what: str) -> Unsupported:
 
 
 def _difference(
-    program: Runs, model: nn.Module, call: CallSpec, exact: Exact, found: Comparison, prefix: int, seed: int
+    program: Runs,
+    model: nn.Module,
+    call: CallSpec,
+    exact: Exact,
+    target: Target,
+    found: Comparison,
+    prefix: int,
+    seed: int,
 ) -> str | None:
     for path in _paths(program, prefix, seed):
         spec = program.state.model_logits
         # A model that gives the last token's logits alone runs anew for each row.
         wanted = path.rows if not spec.last else {at: path.rows[at] for at in (min(path.rows), max(path.rows))}
-        expected = eager_rows(model, call, path.ids, wanted, program.device, spec)
+        with target.run():
+            expected = eager_rows(model, call, path.ids, wanted, program.device, spec)
         for at, row in wanted.items():
-            result = judged(exact, path.ids, at, row, expected[at])
+            with target.run():
+                result = judged(exact, path.ids, at, row, expected[at])
             if not result.rounded:
                 error = relative_error(row, expected[at])
                 return f"logits after {at + 1} tokens differ by {error:.2e} of the largest"

@@ -29,6 +29,7 @@ from ..tree import TokenTree
 from .batch import Batch, Part, pack
 from .cache import TreeCache
 from .rounding import is_rounding, relative_error, tolerance
+from .target import as_target
 
 log = logger(__name__)
 
@@ -154,7 +155,7 @@ def semantic_check(model: nn.Module, call: CallSpec) -> Check:
             lambda ids: eager_logits(model, call, ids, device, spec),
             lambda ids, got, expected: is_rounding(model, call, ids, got, expected, spec),
         )
-        with kept(model, state.caches):
+        with kept(model, state.caches), as_target(model, state):
             compare(state, name)
 
     return check
@@ -255,7 +256,7 @@ def _length_error(model: nn.Module, call: CallSpec, state: GraphState, length: i
     """How far the graph is from the model on a prompt of this many tokens, where the model says something itself."""
     value: Any = state.logits.meta["val"]
     ids = seen_first([(7 * i + 1) % int(value.shape[-1]) for i in range(length)], state.padding)
-    with kept(model, state.caches):
+    with kept(model, state.caches), as_target(model, state):
         expected = _run(model, call, ids, value.device, state.model_logits)
     numbers = ~expected.isnan().any(-1)
     if not numbers.any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from .memory import Memory
 from .outputs import named, tapped, taps_of
 from .prompt import parse_prompt
 from .ranks import joined
+from .target import as_target
 
 log = logger(__name__)
 
@@ -286,6 +288,13 @@ class TreeProgram(ProgramFacts):
             cache._append(slot, ids)
         found = list(outputs.split([*sizes[: len(trees)], *([1] * len(prompts))]))
         return [*found[: len(trees)], *(row[0] for row in found[len(trees) :])]
+
+    def target(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the module is what the program computes: with rounded weights where options round them
+        (`weights="int8"`), as it is otherwise. A program that runs within it packs its weights anew.
+        """
+        model = self._model()
+        return as_target(model, self.state) if model is not None else contextlib.nullcontext()
 
     def refresh(self) -> None:
         """Take the module's present weights, whatever was noticed; rebuild when dtype, device or shape changed."""

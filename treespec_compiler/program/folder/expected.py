@@ -20,6 +20,7 @@ from ..net import Runs
 from ..rounding import DRAWS, relative_error, tolerance
 from ..saved.values import CannotLoad
 from ..semantics import eager_rows, kept, seen_first
+from ..target import as_target
 
 PROMPT = 12
 PARENTS = [-1, 0, 0, 2, 1, 3]
@@ -57,7 +58,7 @@ def expectations(program: Runs, model: nn.Module, call: CallSpec) -> list[Expect
         prompt, tree = _drawn(program, seed)
         spec = program.state.model_logits
         rows: dict[int, Tensor] = {}
-        with kept(model, program.state.caches):
+        with kept(model, program.state.caches), as_target(model, program.state):
             for leaf in (i for i in range(len(tree)) if i not in tree.parents):
                 path, ids = tree.path(leaf), [*prompt, *tree.path_tokens(leaf)]
                 wanted = {len(prompt) + depth: node for depth, node in enumerate(path) if node not in rows}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...ir.weights import Arange, Expression, Join, Lone, Pack, Shard, Slice, Source, Table, Transpose
+from ...ir.weights import Arange, Expression, Join, Lone, Pack, Quantized, Shard, Slice, Source, Table, Transpose
 from ...passes.attention.score_pack import ScoreTable
 from .graph import GraphReader, GraphWriter
 from .values import CannotLoad, CannotSave, device_of, named, of_name
@@ -27,6 +27,8 @@ def written(made: Expression, graphs: GraphWriter) -> list[Any]:
         return ["shard", written(made.of, graphs), made.dim, made.index, made.count, made.unit]
     if isinstance(made, Lone):
         return ["lone", written(made.of, graphs), made.holds]
+    if isinstance(made, Quantized):
+        return ["quantized", written(made.of, graphs), made.storage, made.dim]
     if isinstance(made, Pack):
         return ["pack", written(made.of, graphs), made.form]
     if isinstance(made, Arange):
@@ -69,6 +71,7 @@ _KINDS: dict[str, Callable[..., Expression]] = {
     "slice": lambda graphs, of, *where: Slice(read(of, graphs), *where),
     "shard": lambda graphs, of, *where: Shard(read(of, graphs), *where),
     "lone": lambda graphs, of, holds: Lone(read(of, graphs), holds),
+    "quantized": lambda graphs, of, storage, dim: Quantized(read(of, graphs), storage, dim),
     "pack": lambda graphs, of, form: Pack(read(of, graphs), form),
     "arange": lambda graphs, size, device: Arange(size, device_of(device)),
     "scores": _scores,
