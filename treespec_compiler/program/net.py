@@ -33,7 +33,7 @@ from .cache import TreeCache
 from .executor import Executor
 from .rounding import DRAWS, Exact, Judged, judged, relative_error, tolerance
 from .semantics import eager_rows, kept, seen_first
-from .target import Target
+from .target import RoundedModel
 
 log = logger(__name__)
 
@@ -119,7 +119,7 @@ def check_program(program: Runs, model: nn.Module, call: CallSpec, prefix: int =
         log.info("weights on meta: the program cannot be compared with the model")
         return found
     exact = Exact(model, call, program.state.model_logits)
-    target = Target(model, program.state)
+    target = RoundedModel(model, program.state)
     with kept(model, program.state.caches):
         wrong = _difference(program, model, call, exact, target, found, prefix, seed=0)
         # NOTE routing may flip where two experts are as good, on one prompt; a wrong program is so on both.
@@ -140,7 +140,7 @@ def _difference(
     model: nn.Module,
     call: CallSpec,
     exact: Exact,
-    target: Target,
+    target: RoundedModel,
     found: Comparison,
     prefix: int,
     seed: int,

@@ -12,7 +12,7 @@ from ..ir.weights import Expression, Quantized, Source
 from ..passes.framework.state import GraphState
 
 
-class Target:
+class RoundedModel:
     """Made once for several runs: it holds the rounded weights, in float32. Nothing, where none is rounded."""
 
     def __init__(self, model: nn.Module, state: GraphState) -> None:
@@ -44,8 +44,8 @@ class Target:
 
 
 def as_target(model: nn.Module, state: GraphState) -> contextlib.AbstractContextManager[None]:
-    """`Target.run` for one run."""
-    return Target(model, state).run()
+    """`RoundedModel.run` for one run."""
+    return RoundedModel(model, state).run()
 
 
 def rounded(state: GraphState) -> list[Quantized]:
