@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+from sympy.core.function import Application
 from sympy.core.relational import Relational
 
 from .form import Form, axis
@@ -22,10 +23,43 @@ def decided(form: Form) -> Form:
     known: dict[Any, Any] = {}
     for atom in form.expr.atoms(Relational):
         if atom.free_symbols & telling:
-            found = _always(atom, form)
-            if found is not None:
-                known[atom] = sympy.true if found else sympy.false
+            found = _settled(atom, form)
+            if found != atom:
+                known[atom] = found
     return Form(form.expr.xreplace(known), form.shape) if known else form
+
+
+def _settled(atom: Any, form: Form) -> Any:
+    """A condition, decided where it is the same at every index; one on the least of several numbers, such as
+    `q - k < min(w, T)`, is one on each of them."""
+    parts = _each(atom)
+    if parts is not None:
+        joined, conditions = parts
+        return joined(*(_settled(condition, form) for condition in conditions))
+    found = None if atom in (sympy.true, sympy.false) else _always(atom, form)
+    return atom if found is None else sympy.true if found else sympy.false
+
+
+def _each(atom: Any) -> tuple[Any, list[Any]] | None:
+    """`And` or `Or`, and the conditions that an inequality with one Min or Max in it says in other words."""
+    if not isinstance(atom, _INEQUALITIES):
+        return None
+    gap = sympy.expand(atom.lhs - atom.rhs)
+    for extreme in gap.atoms(Application):
+        name = extreme.func.__name__  # torch has classes of its own for sizes
+        if name not in ("Min", "Max"):
+            continue
+        factor = gap.coeff(extreme)
+        rest = sympy.expand(gap - factor * extreme)
+        if factor.is_number and factor.is_real and factor != 0 and not rest.has(extreme):
+            least = (name == "Min") == bool(factor > 0)  # of the whole difference
+            some = least == isinstance(atom, (sympy.StrictLessThan, sympy.LessThan))
+            conditions = [atom.func(rest + factor * number, 0) for number in extreme.args]
+            return (sympy.Or if some else sympy.And), conditions
+    return None
+
+
+_INEQUALITIES = (sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan, sympy.GreaterThan)
 
 
 def _always(atom: Any, form: Form) -> bool | None:

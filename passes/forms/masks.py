@@ -250,6 +250,8 @@ def _is_hidden(value: Any) -> bool:
         raise NotAMask("the mask is not a number (0 * infinity) where it hides")
     if isinstance(value, sympy.logic.boolalg.Boolean):
         raise NotAMask(f"whether a key is hidden depends on {value}")
+    if _constant(value) <= BURIED:
+        return True  # whatever is added to it: the values are compared, too
     if value.has(sympy.Piecewise, Relational):
         pieces = [v for p in value.atoms(sympy.Piecewise) for v, _ in p.args]
         if not pieces or any(v.has(-sympy.oo) or (v.is_number and v <= HIDDEN) for v in pieces):
@@ -257,8 +259,13 @@ def _is_hidden(value: Any) -> bool:
         return False
     if value.has(-sympy.oo):
         return True
+    return bool(value.is_number and value <= HIDDEN)
+
+
+def _constant(value: Any) -> Any:
+    """The number that is added to the rest of a value."""
     fixed = value.as_independent(*value.free_symbols, *value.atoms(AppliedUndef), as_Add=True)[0]
-    return bool(fixed <= (HIDDEN if value.is_number else BURIED))
+    return fixed if fixed.is_number and fixed.is_real else sympy.Integer(0)
 
 
 def _visible_distances(points: list[int], hidden: set[int], text: str) -> _Visible:

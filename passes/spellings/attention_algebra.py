@@ -10,7 +10,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
@@ -85,5 +85,7 @@ def _is_scores(state: GraphState, node: Any) -> bool:
 
 
 def _same_for_all_keys(node: fx.Node) -> bool:
+    if not isinstance(node.meta.get("val"), Tensor):
+        return False  # a number that is computed from the number of tokens
     shape = shape_of(node)
     return bool(shape) and shape[-1] == 1 and sympy.Mul(*shape) != 1

@@ -144,6 +144,20 @@ class ScaledByLogLength(Style):
         return self.weights((q @ k.mT) * seen.log()) @ v
 
 
+class BucketsAndALargeNumber(Style):
+    """T5's bias by logarithmic distance, under a causal mask that adds -1e9."""
+
+    def setup(self) -> None:
+        self.near = nn.Embedding(8, HEADS)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        steps = torch.arange(scores.shape[-1])
+        away = -torch.min(steps[None] - steps[:, None], torch.zeros(1, dtype=torch.int64))
+        far = 4 + (torch.log(away.float() / 4) / math.log(5) * 4).long()
+        bucket = torch.where(away < 4, away, torch.min(far, torch.full_like(far, 7)))
+        return (scores + self.near(bucket).permute(2, 0, 1) + torch.full(away.shape, -1e9).triu(1)).softmax(-1)
+
+
 class Differential(Style):
     """The difference of two attentions (arXiv 2410.05258)."""
 
@@ -216,6 +230,7 @@ CONVERTED: tuple[type[nn.Module], ...] = (
     SoftmaxOne,
     LearnedScale,
     ScaledByLogLength,
+    BucketsAndALargeNumber,
     Differential,
     SliceFromTheEnd,
     Talkative,
@@ -233,6 +248,13 @@ class LooksAhead(Style):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         return torch.einsum("bhij,bhjd->bhid", self.weights(torch.einsum("bhid,bhjd->bhij", q, k)), v)
+
+
+class ScaledByLength(Style):
+    """By the root of how many tokens there are, which a tree does not know."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return super().weights(scores * (2 / math.sqrt(scores.shape[-1])))
 
 
 class SumsOverTokens(Style):
@@ -258,4 +280,4 @@ class KeyFactor(Style):
         return self.weights((q @ k.mT) * torch.arange(q.shape[2]).cos()) @ v
 
 
-REFUSED: tuple[type[nn.Module], ...] = (LooksAhead, SumsOverTokens, SoftmaxOverQueries, KeyFactor)
+REFUSED: tuple[type[nn.Module], ...] = (LooksAhead, ScaledByLength, SumsOverTokens, SoftmaxOverQueries, KeyFactor)

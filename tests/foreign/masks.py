@@ -36,6 +36,18 @@ def near_by_absolute_distance(t: int) -> Tensor:
 
 
 @converts
+def window_no_longer_than_the_text(t: int) -> Tensor:
+    i = torch.arange(t)
+    return (i[None] <= i[:, None]) & (i[:, None] - i[None] < min(t, 5))
+
+
+@converts
+def window_by_triangles_of_the_text(t: int) -> Tensor:
+    ones = torch.ones(t, t, dtype=torch.bool)
+    return ones.tril() & ones.triu(-min(6, t))
+
+
+@converts
 def meshgrid_of_positions(t: int) -> Tensor:
     q, k = torch.meshgrid(torch.arange(t), torch.arange(t), indexing="ij")
     return q >= k
@@ -223,6 +235,12 @@ PLACES = torch.linspace(-1, 1, 64).sin()
 @converts
 def bias_by_key_position_of_a_table(t: int) -> Tensor:
     return torch.full((t, t), -math.inf).triu(1) + PLACES[None, :t]
+
+
+@refused
+def window_that_grows_with_the_text(t: int) -> Tensor:
+    i = torch.arange(t)
+    return (i[None] <= i[:, None]) & (i[:, None] - i[None] < max(t - 4, 8))
 
 
 @refused
