@@ -174,9 +174,21 @@ class TwoHeads(One):
         return torch.stack([self.head(x), self.head(-x)], 2)
 
 
+class Named(nn.Module):
+    """A dict, which TorchScript has and `script_code` has no line for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = {"first": self.inner(x)}
+        return parts["first"]
+
+
 class Scripted(One):
     def setup(self) -> None:
-        self.more: nn.Module = torch.jit.script(nn.Sequential(nn.Linear(DIM, DIM), nn.GELU()))
+        self.more: nn.Module = torch.jit.script(Named())
 
     def finish(self, x: Tensor) -> Tensor:
         return self.head(self.more(x))
@@ -184,7 +196,7 @@ class Scripted(One):
 
 class NotScripted(Scripted):
     def setup(self) -> None:
-        self.more = nn.Sequential(nn.Linear(DIM, DIM), nn.GELU())
+        self.more = Named()
 
 
 class AnglesAsArgument(One):

@@ -48,7 +48,7 @@ def no_graph(model: nn.Module, error: BaseException, mode: Any = None) -> Unsupp
         way_out = _without_the_loop(model) if does == "loops over" else f"compute it with tensors alone, {FALLBACK}"
     scripted = next((path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     if kind is Refusal.NO_GRAPH and scripted is not None:
-        way_out = f"convert the model with the Python module that {scripted or 'it'} was scripted from, {FALLBACK}"
+        way_out = f"convert the model with the Python module that {scripted} was scripted from, {FALLBACK}"
     if kind is Refusal.NO_GRAPH and hooked(model):
         way_out = f"take the hooks off: accelerate.hooks.remove_hook_from_module(model, recurse=True), {FALLBACK}"
     return Unsupported(

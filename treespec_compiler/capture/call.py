@@ -176,7 +176,15 @@ def call_spec(model: nn.Module, example: Any = None, roles: Mapping[str, str] | 
     `roles`: argument name (or position, as a string) -> "tokens" | "positions" | "constant".
     `use_cache=False` is passed where the signature has it (or takes anything, and the configuration has it): with a
     cache a window shorter than the model's can vanish from the trace.
+    Raises `Unsupported` for a model that is TorchScript itself; its submodules may be.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Unsupported(
+            Refusal.NO_GRAPH,
+            "the model is TorchScript, which has no Python to trace and no signature",
+            way_out="put it into a module of Python's whose forward calls it: self.inner = model; "
+            "def forward(self, ids): return self.inner(ids)",
+        )
     signature = inspect.signature(model.forward)
     names = list(signature.parameters)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())

@@ -356,10 +356,10 @@ def on_copies(model: nn.Module) -> Iterator[None]:
 
 
 def _set_back(table: dict[str, Any], before: dict[str, Any]) -> None:
-    for name in table.keys() - before.keys():
+    for name in set(table.keys()) - before.keys():
         del table[name]
-    for name, value in before.items():
-        if table.get(name, MISSING) is not value:
+    for name, value in before.items():  # NOTE a scripted module's table is no dict: it has no `get`
+        if name not in table or table[name] is not value:
             table[name] = value
 
 

@@ -25,6 +25,7 @@ from .call import CallSpec, vocabularies
 from .code import code_digest, inner_code, names_in
 from .fills import refillable, unfilled
 from .rewriting import Rewritten, rewritten
+from .scripted import has_scripts, scripts_as_python
 from .surroundings import outside_autocast, plain_layers
 from .unguarded import Unguarded
 
@@ -85,6 +86,7 @@ class Reads:
         obstacle = "lines of its code were written anew for the trace" if removed else None
         obstacle = obstacle or ("it reads tensors that no module has" if unheld else None)
         obstacle = obstacle or ("it keeps what it filled in when it was first called" if filled else None)
+        obstacle = obstacle or ("a part of it is TorchScript" if has_scripts(model) else None)
         self._code: CodeType = traced.__code__
         self._removed = tuple(removed)
         self._globals = traced.__globals__  # where the guards look for what Dynamo put there
@@ -119,6 +121,7 @@ class Reads:
                 _threads(self._threads),
                 unfilled(refillable(model, call)),
                 rewritten(self._removed),
+                scripts_as_python(model),
             ):
                 return None if guards.check(there) else _reason(guards.check_verbose(there))
 

@@ -21,6 +21,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from ..errors import Refusal, Unsupported
 from .broken_graphs import FALLBACK, no_graph, specialised
 from .call import CallSpec, call_module
+from .scripted import scripts_as_python
 from .surroundings import outside_autocast, plain_layers
 from .torch_errors import TRACE_ERRORS, own_refusal
 
@@ -46,6 +47,7 @@ def tracing(model: nn.Module, traced: Mapping[str, Any], call: CallSpec) -> Iter
             outside_autocast(),
             config,
             _unmarked_buffers(model),
+            scripts_as_python(model),
             plain_layers(),
             _no_garbage_collection(),
             _stopped_where_specialised(),

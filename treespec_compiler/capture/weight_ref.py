@@ -27,6 +27,14 @@ class WeightRef:
     """Whether a list or dict of the model's holds it (`found.place`)."""
 
 
+def getter(table: Any) -> Callable[[str], Any]:
+    """What a module's table holds under a key, or None; a scripted module's table is no dict."""
+    if hasattr(table, "get"):
+        look: Callable[[str], Any] = table.get
+        return look
+    return lambda key: table[key] if key in table else None  # noqa: SIM401
+
+
 def registered(model: nn.Module) -> dict[int, tuple[str, dict[str, Any], str]]:
     """id of each parameter and buffer -> (qualified name, dict that holds it, key)."""
     found: dict[int, tuple[str, dict[str, Any], str]] = {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.fills import begins
-from ..capture.weight_ref import WeightRef
+from ..capture.weight_ref import WeightRef, getter
 from ..codegen import cpu
 from .checksums import checksums
 
@@ -100,7 +100,9 @@ class WeightWatch:
         self._seen = [Seen.now(ref) for ref in self._weights]
         # What `touched` reads on every call: registered tensors by where they are, others by how they are found.
         self._entries: list[tuple[Any, str, Tensor, int, int | None]] = [
-            (s.ref.owner, s.ref.key, s.tensor, s.pointer, s.version) for s in self._seen if s.ref.owner is not None
+            (getter(s.ref.owner), s.ref.key, s.tensor, s.pointer, s.version)
+            for s in self._seen
+            if s.ref.owner is not None
         ]
         self._others = [s for s in self._seen if s.ref.owner is None]
         self._training = self._training_flags()
@@ -115,15 +117,15 @@ class WeightWatch:
     def current(self, ref: WeightRef) -> Tensor | None:
         """The tensor that the module holds now in the place of `ref`, or None where nothing is."""
         if ref.owner is not None:
-            return ref.owner.get(ref.key)
+            return getter(ref.owner)(ref.key)
         model = self._modules[0]()
         return ref.tensor if ref.find is None or model is None else ref.find(model)
 
     def touched(self) -> bool:
         """Whether any tensor was replaced, moved, taken away, or written in place (by an op that counts versions)."""
         # On every call: 0.2 us a tensor, of which fields of `Seen` would be another third.
-        for owner, key, tensor, pointer, version in self._entries:
-            if owner.get(key) is not tensor or tensor.data_ptr() != pointer:
+        for look, key, tensor, pointer, version in self._entries:
+            if look(key) is not tensor or tensor.data_ptr() != pointer:
                 return True
             if version is not None and tensor._version != version:
                 return True

@@ -55,8 +55,9 @@ class PlainProgram:
         parameter = next(module.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.dtype = torch.float32 if parameter is None else parameter.dtype
-        names = inspect.signature(module.forward).parameters
-        self._arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
+        scripted = isinstance(module, torch.jit.ScriptModule)  # it has no signature
+        cached = not scripted and "use_cache" in inspect.signature(module.forward).parameters
+        self._arguments: dict[str, Any] = {"use_cache": False} if cached else {}
 
     def new_cache(self, max_tokens: int = 4096, slots: int = 1) -> PlainCache:
         return PlainCache(max_tokens, slots)
