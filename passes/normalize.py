@@ -29,6 +29,7 @@ from .spellings.head_mixes import spell_mixed_scores, spell_mixed_weights
 from .spellings.inverse_permutation import spell_inverse
 from .spellings.meshgrid import spell_meshgrid
 from .spellings.picked_rows import spell_picked_rows
+from .spellings.pieces import spell_only_piece, spell_whole_steps
 from .spellings.score_sums import spell_score_sum
 from .spellings.sizes import spell_size
 from .spellings.softmax import spell_softmax
@@ -63,6 +64,8 @@ _SYNONYMS = {
 _OF_TWO: dict[Any, Any] = {aten.min.other: aten.minimum.default, aten.max.other: aten.maximum.default}
 _SPELLINGS = (
     spell_size,
+    spell_only_piece,
+    spell_whole_steps,
     spell_meshgrid,
     spell_one_hot,
     spell_contraction,

@@ -19,7 +19,7 @@ from torch import fx
 from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
-from ..forms.closed_form import ClosedForms, shape_of
+from ..forms.closed_form import BY_PLACE, ClosedForms, shape_of
 from ..framework.state import GraphState
 from .weight_path import PRODUCTS
 
@@ -107,9 +107,18 @@ class _Finder:
         if len(shape) == 3 and shape[0] not in (1, heads):
             return None
         away = self.emit(aten.abs.default, self._distances())
-        by_distance = self.emit(aten.flip.default, vectors, [len(shape) - 1])
+        by_distance = self._known(self.emit(aten.flip.default, vectors, [len(shape) - 1]))
         pairs = self.emit(aten.index.Tensor, by_distance, [*[None] * (len(shape) - 1), away])
         return self._made(queries, pairs)
+
+    def _known(self, by_distance: fx.Node) -> fx.Node:
+        """Vectors without a closed form, such as projected sines (Transformer-XL), are a table of distances, if the
+        values agree (`classify` compares them)."""
+        if self.state.closed_forms().of(by_distance) is None:
+            by_distance.meta[BY_PLACE] = True
+            self.state.proved_by(by_distance)
+            self.state.rewritten()
+        return by_distance
 
     def _by_row(self, node: fx.Node) -> RelativeTerm | None:
         """A product with the queries in front: [T, H, D] times [T, D, T]; a dimension of one may stand behind them."""

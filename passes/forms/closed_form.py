@@ -21,13 +21,19 @@ from treespec_compiler.ir.provenance import op_name
 
 from .bounds import decided
 from .call import OpCall
-from .evaluate import SHAPE_ONLY, cone, evaluate_for_length
+from .evaluate import SHAPE_ONLY, TooLarge, cone, evaluate_for_length
 from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
 from .logic import LOGIC_RULES
 from .rules import RULES
 from .sequences import SEQUENCE_RULES
 
 __all__ = ["SHAPE_ONLY", "ClosedForms", "Form", "Shape", "axis", "broadcast", "number", "shape_of"]
+
+
+BY_PLACE = "by place"
+"""In a node's `meta`: it is taken for a table whose entries along the last dimension do not depend on how many there
+are. Whoever says so compares what is made of it with the values."""
+LONGEST_TABLE = 2048
 
 
 class ClosedForms:
@@ -84,7 +90,22 @@ class ClosedForms:
             form = rule(OpCall(self, node)) if rule is not None else None
         except (TypeError, ValueError, NotImplementedError):  # sympy orders no infinite or undefined values
             form = None
+        if form is None and node.meta.get(BY_PLACE):
+            return self._by_place(node)
         return self._computed(node) if form is None else _normal(form)
+
+    def _by_place(self, node: fx.Node) -> Form | None:
+        """A table of numbers by place, as long as it can be computed up to LONGEST_TABLE."""
+        longest = LONGEST_TABLE
+        while longest >= 64:
+            try:
+                values = evaluate_for_length(node, self.tokens, self.constants, self.gm, longest)
+            except (IndexError, RuntimeError, TooLarge):
+                longest //= 2
+                continue
+            self.read |= {n.name for n in cone(node) if n.name in self.constants}
+            return Form(self._table(node, values).expr, shape_of(node))
+        return None
 
     def _leaf(self, node: fx.Node) -> Form | None:
         if node.name in self.positions:

@@ -87,7 +87,28 @@ class ShiftedHeads(Shifted):
         return self.weighted(q @ k.mT / 2 - self.term(q, torch.arange(q.shape[2]))) @ v
 
 
-CONVERTED: tuple[type[Clipped], ...] = (Clipped, ClippedRows, Shifted, ShiftedHeads)
+class ProjectedSines(Shifted):
+    """Transformer-XL: sines of distances, projected, a column that is joined, queries with biases of their own."""
+
+    layers = 1
+
+    def setup(self) -> None:
+        self.project = nn.Linear(DIM, DIM, bias=False)
+        self.u, self.w = (nn.Parameter(torch.empty(HEADS, 1, SIZE)) for _ in range(2))
+
+    def places(self, t: int) -> Tensor:
+        return torch.arange(t - 1, -1, -1.0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        b, h, t, _ = q.shape
+        angles = torch.outer(self.places(t), 1 / 100 ** (torch.arange(0, DIM, 2) / DIM))
+        vectors = self.project(torch.cat([angles.sin(), angles.cos()], -1)).view(t, h, SIZE).transpose(0, 1)
+        s = torch.cat([torch.zeros(b, h, t, 1), (q + self.w) @ vectors.mT], 3)
+        s = s.view(b, h, t + 1, t)[:, :, 1:].view(b, h, t, t)
+        return self.weighted(((q + self.u) @ k.mT + s) / 2) @ v
+
+
+CONVERTED: tuple[type[Clipped], ...] = (Clipped, ClippedRows, Shifted, ShiftedHeads, ProjectedSines)
 
 
 class ReadAtTheQuery(Clipped):
@@ -143,6 +164,20 @@ class NotShifted(Shifted):
         return s
 
 
+class SinesOfTheLength(ProjectedSines):
+    """Distances are counted in lengths of the text."""
+
+    def places(self, t: int) -> Tensor:
+        return super().places(t) / t
+
+
+class SinesFromTheFront(ProjectedSines):
+    """The first vector is that of distance 0."""
+
+    def places(self, t: int) -> Tensor:
+        return torch.arange(t).float()
+
+
 class SeesOneMore(Shifted):
     """A look ahead by one, where the term is something of the next query's."""
 
@@ -159,5 +194,7 @@ REFUSED: tuple[type[Clipped], ...] = (
     ShiftedByOneMore,
     ColumnBehind,
     NotShifted,
+    SinesOfTheLength,
+    SinesFromTheFront,
     SeesOneMore,
 )

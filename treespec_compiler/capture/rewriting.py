@@ -26,6 +26,7 @@ from ..logs import logger
 from .checks import caught, check_at
 from .context_variables import context_reads_at, explain_context
 from .empty_picks import branch_at
+from .one_turn import turn_at
 from .picked_loops import loop_at
 from .regions import Stretch, regions_at
 from .tables import NoTable, forget, noted, place_of, result_name, tabulated
@@ -83,9 +84,10 @@ def rewritten_for(
         if found is None:
             explain_context(refusal, function, body, line)
             table = _with_table(function, body, line, others, run, length)
-            if table is None:
+            found = _in_one_turn(function, body, line) if table is None else table[:2]
+            if found is None:
                 continue
-            found, read = table[:2], (*read, *table[2])
+            read = read if table is None else (*read, *table[2])
         before = function.__code__ if old is None else old.before
         lines = (line,) if old is None else (*old.lines, line)
         return [*others, Rewritten(function, before, found[1], lines, found[0], read)]
@@ -128,6 +130,17 @@ def _without_branch(
     or with what is asked for as a truth value in the place of a comparison."""
     found: dict[int, Any] | None = branch_at(function, body, line) or loop_at(function, body, line)
     found = found or causal_as_truth(body, line)
+    if found is None:
+        return None
+    _Replaced(found).visit(body)
+    ast.fix_missing_locations(body)
+    code = _compiled(body, function)
+    return None if code is None else (body, code)
+
+
+def _in_one_turn(function: FunctionType, body: ast.FunctionDef, line: int) -> tuple[ast.FunctionDef, CodeType] | None:
+    """The function with a loop over pieces of the text that is one turn where there is one piece."""
+    found = turn_at(function, body, line)
     if found is None:
         return None
     _Replaced(found).visit(body)

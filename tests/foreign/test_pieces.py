@@ -1,0 +1,28 @@
+"""A text of one piece is no loop: it converts, for texts of no more than a piece."""
+
+from __future__ import annotations
+
+import pytest
+from modules import VOCAB
+from oracles import EAGER, assert_decodes
+from pieces import CONVERTED, PIECE, REFUSED
+from styles import built
+from torch import nn
+
+import treespec_compiler as treespec
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
+def test_rows_are_the_models_own(style: type[nn.Module]) -> None:
+    model = built(style)
+    program = treespec.tree_program(model, options=EAGER)
+    assert program.max_context == PIECE
+    assert_decodes(model, program, VOCAB, rounds=1, size=9)
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("style", REFUSED, ids=lambda style: style.__name__)
+def test_refused(style: type[nn.Module]) -> None:
+    with pytest.raises(treespec.Unsupported):
+        treespec.tree_program(built(style), options=EAGER)
