@@ -108,7 +108,7 @@ class ProjectedSines(Shifted):
         return self.weighted(((q + self.u) @ k.mT + s) / 2) @ v
 
 
-CONVERTED: tuple[type[Clipped], ...] = (Clipped, ClippedRows, Shifted, ShiftedHeads, ProjectedSines)
+CONVERTED: tuple[type[Clipped], ...] = (Clipped, ClippedRows, Shifted, ShiftedHeads)
 
 
 class ReadAtTheQuery(Clipped):
