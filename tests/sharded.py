@@ -9,12 +9,15 @@ from torch import nn
 
 from treespec_compiler.capture.call import call_spec
 from treespec_compiler.errors import PassError
+from treespec_compiler.mesh import Mesh
 from treespec_compiler.options import Options
 from treespec_compiler.passes.framework.found import built_in
 from treespec_compiler.passes.framework.manager import run_passes
 from treespec_compiler.passes.framework.state import GraphState
 from treespec_compiler.passes.shard import PASS
 from treespec_compiler.passes.sharding.mesh import RankShare
+from treespec_compiler.passes.split import PASS as SPLIT
+from treespec_compiler.passes.splitting.stage import StageShare
 from treespec_compiler.pipeline import check_level, convert
 from treespec_compiler.program.lockstep import Lockstep
 
@@ -35,6 +38,18 @@ def cut(state: GraphState, ranks: int, rank: int = 0, later: Sequence[str] = ())
     return mine
 
 
+def stages(state: GraphState, mesh: str, later: Sequence[str] = ()) -> list[GraphState]:
+    """Copies of it for the stages of a mesh, the first one first, as `cut`; each for the first rank of its stage."""
+    wanted, found = Mesh.parse(mesh), []
+    for rank in (wanted.ranks_of(stage)[0] for stage in range(wanted.pp)):
+        mine = state.copy()
+        mine.cut = RankShare(wanted.tp, 0) if wanted.tp > 1 else None
+        mine.stage = StageShare(wanted, rank)
+        run_passes(mine, [PASS, SPLIT, *(p for p in built_in() if p.slug in later)], [check_level])
+        found.append(mine)
+    return found
+
+
 def problems(state: GraphState) -> str:
     """What the level's verifier says of a graph; empty when nothing."""
     try:
@@ -44,7 +59,9 @@ def problems(state: GraphState) -> str:
     return ""
 
 
-def assert_ranks_decode(model: nn.Module, state: GraphState, vocab: int, rounds: int = 2) -> None:
+def assert_ranks_decode(
+    model: nn.Module, state: GraphState | Sequence[GraphState], vocab: int, rounds: int = 2
+) -> None:
     """The path oracle on all ranks at once: prefill, then rounds of verify and commit."""
     prefix = [(5 * i + 3) % vocab for i in range(7)]
     ranks = Lockstep(state, max_tokens=64)

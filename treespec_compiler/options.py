@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
 from .errors import InvalidOption, UnknownOption
+from .mesh import Mesh
 from .offload_options import Offload
 
 Lowering = Literal["inductor", "eager"]
@@ -65,7 +66,8 @@ class Options:
     """Whether programs are saved on disk and found again: in the user's cache directory (True), in this folder, never;
     None: as `TREESPEC_PROGRAM_CACHE` (0, 1 or a folder) says, by default True."""
     mesh: str | None = None
-    """Ranks that the program runs on, such as "tp=2": so many share every layer; None: one process runs it alone."""
+    """Ranks that the program runs on, such as "tp=2,pp=2": so many share every layer, in so many stages; None: one
+    process runs it alone."""
     offload: Offload | None = None
     """Weights that do not stay in memory: "disk", or a mapping of `Offload`'s fields; None: all of them stay."""
 
@@ -79,8 +81,7 @@ class Options:
             _check_positive("max_context", self.max_context, "a positive integer or None")
         if self.prefill_chunk is not None:
             _check_positive("prefill_chunk", self.prefill_chunk, f"1 to {MAX_CHUNK} or None", MAX_CHUNK)
-        if self.mesh is not None:
-            _ranks(self.mesh)
+        Mesh.parse(self.mesh)
         if self.offload is not None and self.ranks > 1:
             fix = "Weights of one of several ranks are not streamed yet: leave one of the two out."
             raise InvalidOption(name="offload", got=f"mesh={self.mesh!r} beside it", expected="one rank", fix=fix)
@@ -97,9 +98,14 @@ class Options:
         return self.weights in ("int8", "int4")
 
     @property
+    def shape(self) -> Mesh:
+        """What `mesh` says."""
+        return Mesh.parse(self.mesh)
+
+    @property
     def ranks(self) -> int:
-        """How many ranks share every layer."""
-        return 1 if self.mesh is None else _ranks(self.mesh)
+        """How many processes run a program together."""
+        return self.shape.ranks
 
     @property
     def saved_where(self) -> bool | str:
@@ -150,15 +156,6 @@ def _check_rounded(options: Options) -> None:
             raise InvalidOption(
                 name=name, got=f"{got!r} beside weights={options.weights!r}", expected=repr(expected), fix=fix
             )
-
-
-def _ranks(mesh: object) -> int:
-    """The number behind `tp=` of a mesh."""
-    axis, _, number = mesh.strip().partition("=") if isinstance(mesh, str) else ("", "", "")
-    if axis.strip() != "tp" or not number.strip().isdecimal() or int(number) < 1:
-        fix = "Tensor parallel ranks are the one axis there is so far: pipeline stages and draft ranks are not built."
-        raise InvalidOption(name="mesh", got=mesh, expected="'tp=N', with N ranks", fix=fix)
-    return int(number)
 
 
 def _check_positive(name: str, value: object, expected: str, most: float = math.inf) -> None:

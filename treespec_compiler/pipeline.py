@@ -35,6 +35,8 @@ from .passes.framework.weights import Weights
 from .passes.locality.ids import input_vocab
 from .passes.sharding.check import problems as placement_problems
 from .passes.sharding.mesh import RankShare
+from .passes.splitting.check import problems as stage_problems
+from .passes.splitting.stage import StageShare
 from .passes.streaming.budget import Budget
 from .stages import stage
 
@@ -58,8 +60,9 @@ class Prepared:
     """Of captures of other lengths as well."""
 
 
-def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
-    """Capture a model and plan its pipeline; nothing has run yet."""
+def prepare(model: nn.Module, call: CallSpec, options: Options, rank: int | None = None) -> Prepared:
+    """Capture a model and plan its pipeline; nothing has run yet. `rank`: of the mesh; None: this process's own."""
+    at = own_rank(options) if rank is None else rank
     refuse_subclasses(model)
     others = registered_passes() if options.pipeline else {}
     plan(options.pipeline, built_in(), others)  # a wrong string is refused before the capture, which takes seconds
@@ -70,7 +73,7 @@ def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
         captured = capture(model, call)
     seconds = time.perf_counter() - started
     sources: dict[str, WeightRef] = {}  # of every capture: passes may go on with another one
-    state = _state(captured, options, sources)
+    state = _state(captured, options, sources, at)
     passes = plan(options.pipeline, built_in(), others, lambda step: step.is_wanted(state, options))
     checks: list[Check] = [] if options.verify_each == "none" else [check_level]
 
@@ -80,7 +83,7 @@ def prepare(model: nn.Module, call: CallSpec, options: Options) -> Prepared:
         other = capture(model, call.with_length(tokens))
         if other.reads is not None:
             captures.append(other.reads)
-        there = _state(other, options, sources)
+        there = _state(other, options, sources, at)
         run_passes(there, list(itertools.takewhile(lambda step: step.slug != before, passes)), checks)
         return there
 
@@ -95,9 +98,13 @@ def convert(
     checks: Sequence[Check] = (),
     user_checks: Sequence[Check] = (),
     instruments: Sequence[Instrument] = (),
+    rank: int | None = None,
 ) -> Converted:
-    """Turn a decoder into a tree-verification graph, or raise `Unsupported`. `user_checks` follow users' passes."""
-    prepared = prepare(model, call, options)
+    """Turn a decoder into a tree-verification graph, or raise `Unsupported`. `user_checks` follow users' passes.
+
+    `rank`: of the mesh, whose graph is wanted; None: this process's own.
+    """
+    prepared = prepare(model, call, options, rank)
     state = prepared.state
     check_complete(prepared.passes)
     with stage("proving and rewriting"):
@@ -117,7 +124,7 @@ def convert(
         prepared.capture_seconds,
         max_context,
         limits,
-        input_vocab(state),
+        input_vocab(state) if state.whole is None else state.whole.input_vocab,
         prepared.reads,
         prepared.kept,
         Traced.of(reads.traced for reads in prepared.captures),
@@ -141,7 +148,7 @@ def check_complete(passes: Sequence[Pass]) -> None:
         )
 
 
-def _state(captured: Capture, options: Options, sources: dict[str, WeightRef]) -> GraphState:
+def _state(captured: Capture, options: Options, sources: dict[str, WeightRef], rank: int) -> GraphState:
     """The state of a captured graph; its weights are added to `sources`, from which they are read."""
     sources |= {ref.name: ref for ref in captured.weights.values()}
     weights = {name: Source.of(ref.name, ref.tensor) for name, ref in captured.weights.items()}
@@ -155,7 +162,8 @@ def _state(captured: Capture, options: Options, sources: dict[str, WeightRef]) -
         guards=captured.guards,
         max_context=options.max_context,
         portable=options.kernels == "aten",
-        cut=_cut(options),
+        cut=_cut(options, rank),
+        stage=_stage(options, rank),
         storage=options.weights,
         budget=_budget(options),
         written=list(captured.written),
@@ -165,12 +173,21 @@ def _state(captured: Capture, options: Options, sources: dict[str, WeightRef]) -
     )
 
 
-def _cut(options: Options) -> RankShare | None:
-    """This process's share of a graph for several ranks; that of rank 0 where no processes were joined."""
-    if options.ranks == 1:
-        return None
+def _cut(options: Options, rank: int) -> RankShare | None:
+    """This rank's share of a graph for several ranks."""
+    mesh = options.shape
+    return None if mesh.tp == 1 else RankShare(mesh.tp, mesh.share(rank), mesh.group)
+
+
+def _stage(options: Options, rank: int) -> StageShare | None:
+    mesh = options.shape
+    return None if mesh.pp == 1 else StageShare(mesh, rank)
+
+
+def own_rank(options: Options) -> int:
+    """The rank of this process; that of rank 0 where no processes were joined."""
     joined = dist.is_available() and dist.is_initialized()
-    return RankShare(options.ranks, dist.get_rank() % options.ranks if joined else 0)
+    return dist.get_rank() % options.ranks if joined else 0
 
 
 def _budget(options: Options) -> Budget | None:
@@ -183,6 +200,8 @@ def check_level(state: GraphState, name: str) -> None:
     found = verify.problems(state.graph, state.level, state.outputs)
     if state.whole_groups and state.cut is not None:
         found += placement_problems(state, state.cut.ranks)
+    if state.whole is not None:
+        found += stage_problems(state)
     if found:
         raise PassError(pass_name=name, problem="; ".join(found))
 

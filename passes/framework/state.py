@@ -21,6 +21,7 @@ from treespec_compiler.ir.weights import Expression
 from ..forms.closed_form import ClosedForms
 from ..forms.evaluate import cone
 from ..sharding.mesh import RankShare
+from ..splitting.stage import StageShare, Whole
 from ..streaming.budget import Budget
 from .weights import Weights
 
@@ -66,6 +67,8 @@ class GraphState:
     logits_given: LogitsSpec = EVERY_ROW  # how the graph does
     cut: RankShare | None = None  # which of several ranks the graph is for; None: there is one
     whole_groups: list[int] = field(default_factory=list)  # KV groups of each site of the whole model, once it is cut
+    stage: StageShare | None = None  # which pipeline stage the graph is for; None: there is one
+    whole: Whole | None = None  # the model that a stage was cut from, once it was
     budget: Budget | None = None  # memory for weights; None: all of them stay
     streaming: Streaming | None = None  # which of them come from a stream
     other_length: OtherLength | None = None  # the model analysed for another length
@@ -87,7 +90,7 @@ class GraphState:
     @property
     def vocab_size(self) -> int:
         """Of the logits."""
-        return int(self.logits.meta["val"].shape[-1])
+        return int(self.logits_value.shape[-1])
 
     @property
     def constants(self) -> Mapping[str, Tensor]:
@@ -100,15 +103,20 @@ class GraphState:
 
     @property
     def device(self) -> torch.device:
-        return self.logits.meta["val"].device
+        return self.logits_value.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.logits.meta["val"].dtype
+        return self.logits_value.dtype
 
     @property
     def logits(self) -> fx.Node:
         return self.output.args[0][0]
+
+    @property
+    def logits_value(self) -> Any:
+        """A fake value like the model's logits, which a stage that is not the last one does not give."""
+        return self.whole.logits if self.whole is not None else self.logits.meta["val"]
 
     def closed_forms(self) -> ClosedForms:
         """The closed forms of the graph as it is; one that was rewritten since gets others."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GROUP = "treespec_tp"
-"""Name of the group of ranks in graphs; whoever runs them enters a process group under it."""
+from treespec_compiler.mesh import GROUP
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors", "logs", "versions"),
     ("ir",),
     ("user_cache",),
-    ("offload_options", "checkpoints"),
+    ("offload_options", "checkpoints", "mesh"),
     ("options", "stages", "tree"),
     ("capture", "codegen", "passes", "offload"),
     ("converted",),

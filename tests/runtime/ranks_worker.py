@@ -19,7 +19,8 @@ from treespec_compiler.errors import TreespecError
 
 RANK = int(os.environ["RANK"])
 PROMPT = [1, 2, 3, 1, 2, 3]
-OPTIONS = {"lowering": "eager", "mesh": "tp=2"}
+MESH = os.environ.get("MESH", "tp=2")
+OPTIONS = {"lowering": "eager", "mesh": MESH}
 
 
 class Decoder(nn.Module):

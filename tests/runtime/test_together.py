@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from treespec_compiler.errors import InvalidOption
+from treespec_compiler.mesh import Mesh
 from treespec_compiler.program.ranks import joined
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -21,11 +22,11 @@ TESTS = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("ranks_worker.py")
 
 
-def ranks(case: str, folder: Path, count: int = 2) -> list[Any]:
+def ranks(case: str, folder: Path, count: int = 2, mesh: str = "tp=2") -> list[Any]:
     """What each rank wrote; None of one that wrote nothing."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), str(WORKER), case, str(folder)]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TREESPEC_PROGRAM_CACHE": "0"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TREESPEC_PROGRAM_CACHE": "0", "MESH": mesh}
     subprocess.run([sys.executable, *command], env=environment, timeout=500, check=False, capture_output=True)
     files = [folder / f"{rank}.json" for rank in range(count)]
     return [json.loads(file.read_text()) if file.exists() else None for file in files]
@@ -106,8 +107,8 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
 def test_a_mesh_without_processes_says_how_to_start_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(InvalidOption, match=r"got 'tp=2 in one process', expected 2 processes\. .*torchrun"):
-        joined(2)
+        joined(Mesh(tp=2))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(InvalidOption, match="got 'tp=2 in 4 processes'"):
-        joined(2)
+        joined(Mesh(tp=2))

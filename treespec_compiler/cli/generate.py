@@ -100,7 +100,7 @@ def run(arguments: Namespace) -> int:
     policy = StaticExpansion.parse(arguments.expansion) if arguments.expansion else as_policy(arguments.policy)
     messages = Console(stderr=True)
     with messages.status("reading models"):
-        target, drafts = together(options.ranks, lambda: read_models(arguments, arguments.folder or arguments.target))
+        target, drafts = together(options.shape, lambda: read_models(arguments, arguments.folder or arguments.target))
         prompt = read_prompt(arguments, target)
         tokenizers = [draft.tokenizer for draft in drafts if draft.tokenizer is not None]
     with waiting(messages, target.name):

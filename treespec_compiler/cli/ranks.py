@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from ..mesh import Mesh
+
 T = TypeVar("T")
 
 LOST = 3
@@ -47,13 +49,13 @@ def start_ranks(count: int, stopped: int | None = None) -> int:
     return 0
 
 
-def together(count: int, do: Callable[[], T]) -> T:
-    """What `do` gives on this rank, once all of `count` have done it. Raises on each of them where it fails on one."""
-    if count == 1:
+def together(mesh: Mesh, do: Callable[[], T]) -> T:
+    """What `do` gives on this rank, once all of the mesh have done it. Raises on each of them where it fails on one."""
+    if mesh.ranks == 1:
         return do()
     from ..program.ranks import joined
 
-    return joined(count).each(do)
+    return joined(mesh).each(do)
 
 
 def quiet_followers() -> None:

@@ -75,7 +75,7 @@ def run(arguments: Namespace) -> int:
         return start_ranks(options.ranks, stopped=0)
     from ..runtime.engine import Engine
 
-    target, drafts, key = together(options.ranks, lambda: _models(arguments))
+    target, drafts, key = together(options.shape, lambda: _models(arguments))
     engine = Engine(
         target.model,
         draft=[draft.model for draft in drafts] or None,

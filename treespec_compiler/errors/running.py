@@ -145,9 +145,10 @@ class RanksDiffer(TreespecError, ValueError):
 
     rank: int
     names: Sequence[str]
-    """What is another there than on rank 0."""
+    """What is another there than on rank `first`."""
+    first: int = 0
     template: ClassVar[str] = (
-        "Ranks differ: got another {e.listed} on rank {e.rank} than on rank 0, expected the same on all. "
+        "Ranks differ: got another {e.listed} on rank {e.rank} than on rank {e.first}, expected the same on all. "
         "Call the same functions with the same arguments, and load the same weights, on every rank."
     )
 

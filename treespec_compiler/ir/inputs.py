@@ -78,6 +78,8 @@ def is_pool(name: str) -> bool:
     return name.startswith(_POOL_PREFIX)
 
 
+STREAM = Input("stream", ("1", "T", "width"), "what the stage before gives for the new nodes", dtype=None)
+
 STASH = Input("stash", ("stash_rows", "width"), "of each uncommitted node, by site; written in place", dtype=None)
 COMMITTED = Input("committed", ("state_slots", ".."), "of each slot's committed tokens, by site", dtype=None)
 _STASH_PREFIX, _COMMITTED_PREFIX = "state_stash_", "state_committed_"
@@ -97,6 +99,8 @@ def input_of(name: str) -> Input | None:
     """What the table says of an input; None: it is a weight."""
     if is_state(name):
         return STASH if name.startswith(_STASH_PREFIX) else COMMITTED
+    if name == STREAM.name:
+        return STREAM
     return POOL if is_pool(name) else BY_NAME.get(name)
 
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from .arguments import is_filled
 from .attention import tree_attention
-from .inputs import ROWS, is_pool, is_state, pool_names, state_names
+from .inputs import ROWS, STREAM, is_pool, is_state, pool_names, state_names
 from .library import definition
 from .provenance import op_name
 from .states import is_over_trees, kind_over_sequence
@@ -46,12 +46,15 @@ def _tensor_inputs_only(graph: fx.Graph) -> str | None:
 
 
 def _named_outputs(names: Sequence[str]) -> GraphRule:
-    """As many outputs as there are names: the logits [1, rows, V], and hidden states [1, T, D]."""
+    """As many outputs as there are names: the logits [1, rows, V], and hidden states [1, T, D].
+
+    A pipeline stage that is not the last one gives its stream instead of the logits.
+    """
 
     def rule(graph: fx.Graph) -> str | None:
         outputs = [n for n in graph.nodes if n.op == "output"]
         values = outputs[-1].args[0] if outputs else ()
-        if not isinstance(values, (tuple, list)) or len(values) != len(names) or names[0] != LOGITS:
+        if not isinstance(values, (tuple, list)) or len(values) != len(names) or names[0] not in (LOGITS, STREAM.name):
             return f"outputs {values}, expected {', '.join(names)}"
         for name, value in zip(names, values, strict=True):
             if not isinstance(value, fx.Node) or (name != LOGITS and value.meta["val"].dim() != 3):
@@ -189,6 +192,8 @@ _ADDED: dict[str, tuple[GraphRule, ...]] = {
 def problems(graph: fx.Graph, level: str, outputs: Sequence[str] = (LOGITS,)) -> list[str]:
     """What is wrong with a graph at this level, with outputs of these names; an empty list when nothing is."""
     rules = [rule for name in LEVELS[: LEVELS.index(level) + 1] for rule in _ADDED[name]]
+    if STREAM.name in outputs:  # of a stage before the last one, which has every new node
+        rules.remove(_rows_selected)
     if LEVELS.index(level) >= LEVELS.index("recognized"):  # until then forward's writes are outputs too
         rules.append(_named_outputs(outputs))
     found = [text for rule in rules if (text := rule(graph)) is not None]

@@ -19,7 +19,7 @@ from ..capture.alone import alone
 from ..capture.surroundings import outside_autocast
 from ..errors import InvalidOption
 from ..ir.device import profile
-from ..ir.inputs import BY_NAME, TOKENS, pool_names, state_names
+from ..ir.inputs import BY_NAME, STREAM, TOKENS, pool_names, state_names
 from ..ir.streaming import is_place
 from ..options import Options
 from ..passes.framework.state import GraphState
@@ -28,6 +28,7 @@ from .batch import Batch, Buffer, CallSizes, Part, lay_out, pack
 from .cache import TreeCache
 from .cuda_graphs import CudaRecorder, Graphs, GraphStats, obstacle, run_or_explain
 from .kept_code import find
+from .links import Link
 from .lowering import Lowered, lower_eager, lower_inductor
 from .machine import code_name
 
@@ -95,6 +96,8 @@ class Executor:
             for site in state.states
             for at, name in enumerate(state_names(site.index))
         ]
+        self._tokens, self._stream = places[TOKENS], places.get(STREAM.name)
+        self._link = Link.of(state)
         self.announce: Announce | None = None
         """Told of every call before it runs, where other ranks run it too."""
         self._lowered: Lowered | None = None
@@ -109,7 +112,7 @@ class Executor:
         # NOTE the graph of a folder is read when it is asked for
         graph = self.state.graph if self._profile.records else fx.Graph()
         reason = "option cuda_graphs=False" if wanted is False else obstacle(graph, self.device)
-        if self.state.cut is not None and not reason:
+        if (self.state.cut is not None or self.state.stage is not None) and not reason:
             reason = "several ranks run it together"
         if self.state.streaming is not None and not reason:
             reason = "weights are streamed"
@@ -140,12 +143,18 @@ class Executor:
     def run(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None = None) -> Sequence[Tensor]:
         """The outputs, as in `state.outputs`: logits [rows, V], whose `rows` default to every new node, others [T, D].
 
-        Writes the nodes' K/V, and nothing else of the cache.
+        Writes the nodes' K/V, and nothing else of the cache. Of pipeline stages, which all ranks run alike unless one
+        announces calls, all give the last one's outputs.
         """
         if self.announce is not None:
             with self.announce(cache, *lay_out(parts, cache, rows, aligned=not self._profile.synchronous)):
                 return self._run(parts, cache, rows)
-        return self._run(parts, cache, rows)
+        outputs = self._run(parts, cache, rows)
+        if self._link is None:
+            return outputs
+        return self._link.shared(
+            outputs, sum(len(part.tree) - part.start for part in parts) if rows is None else len(rows)
+        )
 
     def _run(self, parts: Sequence[Part], cache: TreeCache, rows: Sequence[int] | None) -> Sequence[Tensor]:
         template = self._fixed()
@@ -206,10 +215,22 @@ class Executor:
         return inputs
 
     def _launch(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        if self._link is None:
+            return self._launch_here(inputs)
+
+        def here(stream: Tensor | None) -> Sequence[Tensor]:
+            if self._stream is not None and stream is not None:
+                inputs[self._stream] = stream
+            return self._launch_here(inputs)
+
+        return self._link.run(inputs[self._tokens].shape[1], here)
+
+    def _launch_here(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """Of this process's graph alone."""
         lowered = self._lowered or self._lower()
         if torch.is_autocast_enabled(self._device_type):
             with outside_autocast():
-                return self._launch(inputs)
+                return self._launch_here(inputs)
         if not torch.is_grad_enabled():  # entering no_grad again would cost 1 us
             return [output[0] for output in lowered.run(inputs)]
         with torch.no_grad():

@@ -19,6 +19,7 @@ from .made import Made
 from .memory import Memory
 from .net import Comparison
 from .shown import as_html, as_text
+from .weights import glance
 
 
 class ProgramFacts:
@@ -145,6 +146,17 @@ class ProgramFacts:
     def weight_sums(self) -> list[int]:
         """Checksums of the module's tensors that the program reads, as they were last bound."""
         return self._made.watch.sums
+
+    @property
+    def said_of_weights(self) -> dict[str, str]:
+        """What ranks of a mesh must agree on, by what is said where they do not.
+
+        Ranks of a stage have the same weights; of all layers, each rank looks at a row of every tensor.
+        """
+        stage, model = self._made.state.stage, self._model()
+        if stage is None or model is None:
+            return {"weights": str(self.weight_sums)}
+        return {f"weights of stage {stage.stage}": str(self.weight_sums), "weights": str(glance(model))}
 
     @property
     def notes(self) -> dict[str, Any]:

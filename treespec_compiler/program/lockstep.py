@@ -1,6 +1,7 @@
-"""All ranks of a cut graph in one process: op by op, every rank in turn, collectives by hand.
+"""All ranks of a mesh in one process: op by op, stage after stage, every rank in turn, collectives by hand.
 
-What a mesh computes can be seen without one: the graph is the same on all ranks, and only weights and caches differ.
+What a mesh computes can be seen without one: the graph is the same on all ranks of a stage, and only weights and caches
+differ.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 from ..errors import PassError
 from ..ir import ops
 from ..ir.collectives import ALL_GATHER, ALL_REDUCE, WAIT
-from ..ir.inputs import TOKENS, pool_names
+from ..ir.inputs import STREAM, TOKENS, pool_names
 from ..passes.framework.state import GraphState
 from ..passes.sharding.expressions import for_rank
 from ..tree import Forest, TokenTree
@@ -23,20 +24,16 @@ from .cache import TreeCache
 
 
 class Lockstep:
-    """The ranks of a graph that pass "shard" made, each with its weights and its cache of `slots`."""
+    """The ranks of a graph that pass "shard" made, or of all stages that pass "split" made of it, the first one first.
 
-    def __init__(self, state: GraphState, max_tokens: int, slots: int = 1) -> None:
-        assert state.cut is not None
-        self.state, self.ranks = state, state.cut.ranks
-        self.device = state.device
-        names = [name for name in state.weights if any(n.name == name for n in state.graph.nodes)]
-        self.weights = [
-            {name: for_rank(state.weights[name], rank, self.ranks).build(state.weights.read) for name in names}
-            for rank in range(self.ranks)
-        ]
-        self.caches = [
-            TreeCache(state.sites, max_tokens, slots, self.device, ops.commit_path) for _ in range(self.ranks)
-        ]
+    Each rank has its weights, and its cache of `slots`.
+    """
+
+    def __init__(self, state: GraphState | Sequence[GraphState], max_tokens: int, slots: int = 1) -> None:
+        states = [state] if isinstance(state, GraphState) else state
+        self.stages = [_Stage(each, max_tokens, slots) for each in states]
+        self.state, self.weights = states[-1], self.stages[-1].weights
+        self.caches = [cache for stage in self.stages for cache in stage.caches]
 
     def prefill(self, ids: Sequence[int], slot: int = 0) -> Tensor:
         """Commit a prompt; logits [V] after it."""
@@ -64,12 +61,35 @@ class Lockstep:
         for cache in self.caches:
             for part in parts:
                 cache._reserve(part.slot, len(part.tree))
+        given: list[dict[str, Tensor]] = [{} for _ in self.stages[0].caches]
         with torch.no_grad():
-            outputs = self._interpret([self._inputs(rank, parts) for rank in range(self.ranks)])
+            for stage in self.stages:
+                outputs = stage.run(parts, given)
+                given = [{STREAM.name: output[0]} for output in outputs]
         rows = [self.state.logits_given.rows(output[0]) for output in outputs]
         if any(not torch.equal(rows[0].nan_to_num(), other.nan_to_num()) for other in rows[1:]):
             raise PassError(pass_name="shard", problem="ranks with different logits", expected="the same bits on all")
         return rows[0]
+
+
+class _Stage:
+    """The ranks that share one graph."""
+
+    def __init__(self, state: GraphState, max_tokens: int, slots: int) -> None:
+        self.state, self.ranks = state, 1 if state.cut is None else state.cut.ranks
+        self.device = state.device
+        names = [name for name in state.weights if any(n.name == name for n in state.graph.nodes)]
+        self.weights = [
+            {name: for_rank(state.weights[name], rank, self.ranks).build(state.weights.read) for name in names}
+            for rank in range(self.ranks)
+        ]
+        self.caches = [
+            TreeCache(state.sites, max_tokens, slots, self.device, ops.commit_path) for _ in range(self.ranks)
+        ]
+
+    def run(self, parts: Sequence[Part], given: Sequence[dict[str, Tensor]]) -> list[Any]:
+        """Outputs of every rank, of which each is `given` what the stage before gave."""
+        return self._interpret([self._inputs(rank, parts) | own for rank, own in enumerate(given)])
 
     def _inputs(self, rank: int, parts: Sequence[Part]) -> dict[str, Tensor]:
         cache = self.caches[rank]

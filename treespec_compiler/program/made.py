@@ -107,7 +107,7 @@ class Made:
         """Build the weights of one of several ranks now: what cutting and packing each left free is given back before
         the next, or it would add up to as much as the rank holds.
         """
-        if self.state.cut is not None:
+        if self.state.cut is not None or self.state.stage is not None:
             for name in self.state.weights:
                 self.state.weights.tensor(name)
                 trim()
@@ -131,15 +131,20 @@ class Made:
         if self.stream is not None:
             self.stream.rest()
 
-    def page_out(self) -> None:
+    def page_out(self, model: nn.Module | None) -> None:
         """Give back pages of the module's own tensors that nothing reads: weights that are streamed, or of which this
-        is one of several ranks that keep slices.
+        is one of several ranks that keep slices, or layers of other stages.
         """
-        if self.stream is not None or self.state.cut is not None:
-            weights = self.state.weights
-            read = {weights.label(name) for name in weights}
-            page_out(weights.read(name) for name in weights.sources - read)
-            trim()
+        state, weights = self.state, self.state.weights
+        if self.stream is None and state.cut is None and state.stage is None:
+            return
+        read = {weights.label(name) for name in weights} - {""}
+        unread = [weights.read(name) for name in weights.sources - read]
+        if state.stage is not None and model is not None:
+            held = {weights.read(name).data_ptr() for name in weights.sources}
+            unread += [t for t in (*model.parameters(), *model.buffers()) if t.data_ptr() not in held]
+        page_out(unread)
+        trim()
 
     def derived(self, derive: Derive, options: Options | None = None, tally: Tally | None = None) -> Executor:
         """See `TreeProgram.executor`."""

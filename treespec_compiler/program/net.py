@@ -31,6 +31,7 @@ from ..tree import Forest, TokenTree
 from .batch import Part
 from .cache import TreeCache
 from .executor import Executor
+from .links import Link
 from .rounding import DRAWS, Exact, Judged, judged, relative_error, tolerance
 from .semantics import eager_rows, kept, seen_first
 from .target import RoundedModel
@@ -209,7 +210,9 @@ def _literal(program: Runs) -> int:
         widths |= {s for s in value.shape if type(s) is int} if isinstance(value, Tensor) else set()
         found += [a for a in node.args if type(a) is int and a <= MOST - 2]
     reaches = [site.mask.reach for site in program.state.sites]
-    return max([n for n in found if n not in widths] + [n for n in reaches if n <= MOST - 2] + [0])
+    largest = max([n for n in found if n not in widths] + [n for n in reaches if n <= MOST - 2] + [0])
+    link = Link.of(program.state)  # of stages, all run the same calls
+    return largest if link is None else link.largest(largest)
 
 
 def check_variant(program: Runs, main: Executor, variant: Executor) -> float:

@@ -19,15 +19,17 @@ from ..capture.fills import as_it_was, refillable, unfilled
 from ..capture.found import place
 from ..errors import PassError, Refusal, TreespecError, Unsupported
 from ..ir import ops
-from ..ir.inputs import TOKENS, is_pool, is_state
+from ..ir.inputs import STREAM, TOKENS, is_pool, is_state
 from ..ir.specs import EVERY_ROW, LogitsSpec
 from ..ir.streaming import FromModel, entered
+from ..ir.verify import LOGITS
 from ..logs import logger
 from ..passes.framework.manager import Check
 from ..passes.framework.state import GraphState
 from ..tree import TokenTree
 from .batch import Batch, Part, pack
 from .cache import TreeCache
+from .links import Link
 from .rounding import is_rounding, relative_error, tolerance
 from .target import as_target
 
@@ -92,7 +94,7 @@ def kept(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 def run_graph(state: GraphState, tree: TokenTree, prefix: list[int]) -> Tensor:
     """Logits [N, V] of the state's graph for a tree after a committed prefix, op by op."""
-    value: Any = state.logits.meta["val"]
+    value = state.logits_value
     cache = TreeCache(state.sites, len(prefix) + len(tree), 1, value.device, ops.commit_path, states=state.states)
     cache._reserve(0, len(prefix) + len(tree))
     if prefix:
@@ -107,7 +109,7 @@ def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
     dynamic[state.tokens] = dynamic.pop(TOKENS)
     pools = iter(cache.pools)
     states = iter(cache.states.tensors if cache.states is not None else ())
-    inputs = []
+    inputs: list[Any] = []
     stream: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if state.streaming is not None:
         layers = FromModel(state.streaming, state.weights.streamed_tensor)
@@ -124,11 +126,30 @@ def _interpret(state: GraphState, batch: Batch, cache: TreeCache) -> Tensor:
             inputs.append(next(states))
         elif node.name in state.weights:
             inputs.append(state.constants[node.name])
+        elif node.name == STREAM.name and node.name in state.inputs:
+            inputs.append(None)  # it comes when it is run
         else:
             rank: int = node.meta["val"].dim()
             inputs.append(batch.meta.positions.view([1] * (rank - 1) + [-1]))  # a positions argument of the model
     with torch.no_grad(), stream:
-        return state.logits_given.rows(state.gm(*inputs)[0])
+        link = Link.of(state) if state.whole is not None else None
+        if link is None:
+            return state.logits_given.rows(state.gm(*inputs)[0])
+        return _through_stages(state, link, inputs, batch)
+
+
+def _through_stages(state: GraphState, link: Link, inputs: list[Any], batch: Batch) -> Tensor:
+    """Logits [rows, V] of the last stage, on every rank."""
+    at = state.placeholders.index(STREAM.name) if STREAM.name in state.inputs else None
+
+    def run(stream: Tensor | None) -> list[Tensor]:
+        if at is not None:
+            inputs[at] = stream
+        (output,) = state.gm(*inputs)
+        return [state.logits_given.rows(output) if state.outputs == [LOGITS] else output]
+
+    outputs = link.run(batch.tokens.shape[1], run)
+    return link.shared(outputs, len(batch.meta.rows))[0]
 
 
 def seen_first(ids: list[int], hidden: Collection[int]) -> list[int]:
@@ -165,7 +186,7 @@ def path_check(reference: Reference, rounding: Rounding = lambda ids, got, expec
     """Compares every node's logits in a random tree with the reference's on the node's path."""
 
     def check(state: GraphState, name: str) -> None:
-        value: Any = state.logits.meta["val"]
+        value = state.logits_value
         if any(t.is_meta for t in state.constants.values()):
             log.warning("weights on meta: the meaning of the graph after %s cannot be checked", name)
             return
@@ -195,7 +216,7 @@ def lengths_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
 
     A forward pass that sets attributes may do something else when it is called again.
     """
-    value: Any = state.logits.meta["val"]
+    value = state.logits_value
     if any(t.is_meta for t in state.constants.values()):
         log.info("weights on meta: a branch on a single length cannot be looked for")
         return
@@ -254,7 +275,7 @@ def _lone_error(model: nn.Module, call: CallSpec, state: GraphState, length: int
 
 def _length_error(model: nn.Module, call: CallSpec, state: GraphState, length: int) -> float:
     """How far the graph is from the model on a prompt of this many tokens, where the model says something itself."""
-    value: Any = state.logits.meta["val"]
+    value = state.logits_value
     ids = seen_first([(7 * i + 1) % int(value.shape[-1]) for i in range(length)], state.padding)
     with kept(model, state.caches), as_target(model, state):
         expected = _run(model, call, ids, value.device, state.model_logits)

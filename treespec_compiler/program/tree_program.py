@@ -63,7 +63,7 @@ def tree_program(
         programs = _PROGRAMS.setdefault(module, {})
         program = programs.get(key)
         if parsed.ranks > 1:
-            joined(parsed.ranks)
+            joined(parsed.shape)
         if program is None:
             program = programs[key] = TreeProgram(module, call_spec(module, example, roles), parsed)
             return program
@@ -93,8 +93,9 @@ class TreeProgram(ProgramFacts):
     def executor(self, derive: Derive, options: Options | None = None, tally: Tally | None = None) -> Executor:
         """What runs another graph made of this program's, over the same weights and on the same caches; see `call`.
 
-        It serves until the program is rebuilt. Raises what `derive` raises.
+        It serves until the program is rebuilt. Raises what `derive` raises, `InvalidOption` across ranks.
         """
+        self._refuse_other_graphs()
         return self._made.derived(derive, options, tally)
 
     def variant(
@@ -104,11 +105,14 @@ class TreeProgram(ProgramFacts):
 
         Without a `tally` it keeps one of its own, through all of that.
         """
-        if self.leader is not None:
+        self._refuse_other_graphs()
+        return self._made.variant(key, derive, options, tally)
+
+    def _refuse_other_graphs(self) -> None:
+        if self.leader is not None or self.state.stage is not None:
             fix = "Leave out drafts and outputs that read the target's own graph, or the mesh."
             got = "another graph of the target, which the other ranks do not have"
             raise InvalidOption(name="mesh", got=got, expected="the program's own graph alone", fix=fix)
-        return self._made.variant(key, derive, options, tally)
 
     def new_cache(
         self, max_tokens: int = 4096, slots: int = 1, page_size: int | None = None, pages: int | None = None
@@ -150,7 +154,7 @@ class TreeProgram(ProgramFacts):
             return self.check()
         if new:
             self._followed.keep()
-            self._made.page_out()
+            self._made.page_out(model)
             self._memory = Memory.of(model, self.packed_bytes)
 
     def _checked_variant(self, executor: Executor) -> Executor:
@@ -307,7 +311,7 @@ class TreeProgram(ProgramFacts):
         """
         self._followed.look(contents)
         if contents:
-            self._made.page_out()
+            self._made.page_out(self._model())
 
     def _ready(self, cache: TreeCache, slots: Sequence[int]) -> Made:
         """What to run, of the weights as they are now."""

@@ -190,6 +190,12 @@ class WeightWatch:
         return [m.training if m is not None else None for m in (ref() for ref in self._modules)]
 
 
+def glance(model: nn.Module) -> list[int]:
+    """Checksums of the first row of every parameter and buffer, which tell models apart and read a page of each."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.numel()]
+    return checksums([t[(0,) * (t.dim() - 1)] for t in tensors], native=False)
+
+
 def _fillable(model: nn.Module) -> Iterator[set[str]]:
     """Names that forward may fill by itself, for each table of parameters and of buffers."""
     for module in model.modules():

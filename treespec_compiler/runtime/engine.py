@@ -36,7 +36,7 @@ from .settings import Call, DraftLike, Model
 from .starting import begin, drafts_of, program_of
 from .stats import Stats
 from .stopping import Text
-from .together import ranks_of, said_of
+from .together import mesh_of, said_of
 
 log = logger(__name__)
 
@@ -97,7 +97,7 @@ class Engine:
         first = Call(model, [0], **self._shared)  # checks all of that
         self._model, self._tokenizer, self.policy = model, tokenizer, shape
         made = Stats()
-        self._ranks = EngineRanks.of(ranks_of(first), said_of([first], {**wanted, "in an engine": True}))
+        self._ranks = EngineRanks.of(mesh_of(first), said_of([first], {**wanted, "in an engine": True}))
         self.program: TreeProgram = program_of(first, made)
         if self._ranks is not None:
             self._ranks.agree(self.program)

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from ..errors import InvalidOption, TreespecError
+from ..mesh import Mesh
 from ..program.leading import Leader, follow, leading, ranks_are_led
 from ..program.ranks import Ranks, joined
 from ..program.tree_program import TreeProgram
@@ -28,11 +29,11 @@ class EngineRanks:
         self._over = threading.Event()
 
     @classmethod
-    def of(cls, count: int, said: Mapping[str, str]) -> EngineRanks | None:
+    def of(cls, mesh: Mesh, said: Mapping[str, str]) -> EngineRanks | None:
         """None: one process runs the engine, or somebody leads who made it. Raises `RanksDiffer`."""
-        if count == 1:
+        if mesh.ranks == 1:
             return None
-        ranks = joined(count)
+        ranks = joined(mesh)
         if ranks.led:
             if ranks.led[-1].inside:
                 return None
@@ -50,7 +51,7 @@ class EngineRanks:
 
     def agree(self, program: TreeProgram) -> None:
         """From now on rank 0 leads. Raises `RanksDiffer` where weights are not those that it has."""
-        self._ranks.agree({"weights": str(program.weight_sums)})
+        self._ranks.agree(program.said_of_weights, partly=True)
         if self.rank == 0:
             self.leader = Leader(self._ranks)
 

@@ -19,7 +19,7 @@ from .settings import Call
 from .starting import begin, drafts_of, program_of
 from .stats import Stats
 from .streams import Stream
-from .together import Together, ranks_of
+from .together import Together, mesh_of
 
 __all__ = ["BatchOutput", "GenerationOutput", "Step", "Stream", "generate", "stream"]
 
@@ -51,7 +51,7 @@ def _takes(record: Callable[P, R]) -> Callable[[Callable[[list[R]], T]], Callabl
 
 
 def _stream(calls: list[Call]) -> Stream:
-    return Together(calls, _here) if ranks_of(calls[0]) > 1 else _here(calls)
+    return Together(calls, _here) if mesh_of(calls[0]).ranks > 1 else _here(calls)
 
 
 def _here(calls: list[Call]) -> Stream:

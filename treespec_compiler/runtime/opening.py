@@ -28,14 +28,14 @@ def load(
     larger than memory. Raises UnreadableModel, InvalidOption, `NoRoomForWeights`, and OSError where `dir` cannot be
     written.
 
-    `mesh`, such as "tp=2": every rank calls it, and a program with the same option `mesh` makes of the mapped weights
-    this rank's slices alone. Raises on all ranks, before weights are read, where one of them has other files
-    (`RanksDiffer`), or none that can be read (`RankFailed` on the others).
+    `mesh`, such as "tp=2" or "pp=2": every rank calls it, and a program with the same option `mesh` makes of the mapped
+    weights this rank's slices alone, of the layers of its stage. Raises on all ranks, before weights are read, where
+    one of them has other files (`RanksDiffer`), or none that can be read (`RankFailed` on the others).
     """
-    count = Options(mesh=mesh).ranks
-    if count == 1:
+    wanted = Options(mesh=mesh).shape
+    if wanted.ranks == 1:
         return hf.load(folder, dtype=dtype, dir=dir)
-    ranks = joined(count)
+    ranks = joined(wanted)
 
     def look() -> str:
         where = hf.folder_of(folder)

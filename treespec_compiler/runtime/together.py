@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any, cast
 
 from ..capture.surroundings import not_traced
+from ..mesh import Mesh
 from ..options import Options
 from ..program.leading import Leader, follow, leading, ranks_are_led
 from ..program.ranks import Ranks, joined
@@ -21,11 +22,11 @@ from .stats import Stats
 from .streams import Stream
 
 
-def ranks_of(call: Call) -> int:
-    """How many ranks the call's program runs on."""
+def mesh_of(call: Call) -> Mesh:
+    """The ranks that the call's program runs on."""
     program = call.model if is_program(call.model) else None
     options: Options | None = call.compiler if program is None else getattr(program, "options", None)
-    return 1 if options is None else options.ranks  # a program of somebody's own may know no options
+    return Mesh() if options is None else options.shape  # a program of somebody's own may know no options
 
 
 class Together(Stream):
@@ -37,13 +38,13 @@ class Together(Stream):
     def __init__(self, calls: Sequence[Call], make: Callable[[list[Call]], Stream]) -> None:
         self._generation = None
         self._output: GenerationOutput | None = None
-        self._ranks: Ranks = joined(ranks_of(calls[0]))
+        self._ranks: Ranks = joined(mesh_of(calls[0]))
         if self._ranks.led:
             raise ranks_are_led()
         self._ranks.agree(said_of(calls))
         # All ranks convert, lower and check the program at the same time: the check runs their collectives.
         self._program = program_of(calls[0], Stats(prompt_tokens=0))
-        self._ranks.agree({"weights": str(self._program.weight_sums)})
+        self._ranks.agree(self._program.said_of_weights, partly=True)
         self._steps: Stream | None = None
         self._prompt, self._device = calls[0].prompt, calls[0].device
         self.stats, self.tokens = Stats(prompt_tokens=len(calls[0].prompt)), []
