@@ -18,7 +18,7 @@ from .framework.state import GraphState, refuse
 from .locality.ids import input_vocab
 from .residual.stream import cuts
 from .splitting.balance import bounds
-from .splitting.cutting import sites_of, take, weights_behind
+from .splitting.cutting import behind, sites_of, take, weights_behind
 from .splitting.stage import StageLayers, Whole
 
 
@@ -72,8 +72,6 @@ def _places(state: GraphState, stages: int) -> list[fx.Node]:
 
 
 def _layers(state: GraphState, inner: list[fx.Node]) -> tuple[StageLayers, ...]:
-    from .splitting.cutting import behind
-
     found = []
     for start, end in pairwise([None, *inner, state.logits]):
         assert end is not None

@@ -42,8 +42,24 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class StageOf:
+    """Pipeline stage `index` of `count`: its ranks, its attention layers `start` .. `stop - 1`, the outer ones' names.
+
+    `hands_on`: bytes that a rank gives to the next stage for each token.
+    """
+
+    index: int
+    count: int
+    ranks: tuple[int, ...]
+    start: int
+    stop: int
+    names: tuple[str, str]
+    hands_on: int
+
+
+@dataclass(frozen=True)
 class CutSummary:
-    """`products`: how many are cut by outputs (column), by inputs (row), or whole."""
+    """`products`: how many are cut by outputs (column), by inputs (row), or whole. `ranks`: that share every layer."""
 
     ranks: int
     weights: tuple[HeldWeight, ...]
@@ -51,6 +67,8 @@ class CutSummary:
     products: dict[str, int]
     sites: int
     whole_sites: int
+    stage: StageOf | None = None
+    """None: every rank has all layers."""
 
     @property
     def bytes(self) -> int:
@@ -69,15 +87,30 @@ class CutSummary:
 
 def summary(state: GraphState) -> CutSummary:
     """Of the graph of one rank."""
-    assert state.cut is not None
-    ranks = state.cut.ranks
+    ranks = 1 if state.cut is None else state.cut.ranks
     used = [n for n in state.graph.nodes if n.op == "placeholder" and n.name in state.weights and n.users]
     weights = tuple(_held(state.weights[n.name], ranks) for n in used)
     collectives = tuple(_collective(n) for n in state.graph.nodes if n.target in (ALL_REDUCE, ALL_GATHER))
-    where = placements(state, ranks)
+    where = _where(state)
     sites = [n for n in state.graph.nodes if definition(n.target) is tree_attention]
     whole = sum(where.get(n.name) == REPLICATED for n in sites)
-    return CutSummary(ranks, weights, collectives, _products(state, ranks), len(state.sites), whole)
+    return CutSummary(ranks, weights, collectives, _products(state, where), len(state.sites), whole, _stage(state))
+
+
+def _where(state: GraphState) -> dict[str, Placement]:
+    if state.cut is None:
+        return {node.name: REPLICATED for node in state.graph.nodes}
+    return placements(state, state.cut.ranks)
+
+
+def _stage(state: GraphState) -> StageOf | None:
+    share, whole = state.stage, state.whole
+    if share is None or whole is None:
+        return None
+    layers, handed = whole.stages[share.stage], state.logits.meta["val"]
+    size = 0 if share.last else int(handed.shape[-1]) * handed.dtype.itemsize
+    ranks = tuple(share.mesh.ranks_of(share.stage))
+    return StageOf(share.stage, share.mesh.pp, ranks, layers.start, layers.stop, layers.names, size)
 
 
 def _held(made: Expression, ranks: int) -> HeldWeight:
@@ -108,8 +141,7 @@ def _collective(node: fx.Node) -> Collective:
     return Collective(kind, layer_path(node) or "", int(value.shape[-1]) * value.dtype.itemsize)
 
 
-def _products(state: GraphState, ranks: int) -> dict[str, int]:
-    where = placements(state, ranks)
+def _products(state: GraphState, where: dict[str, Placement]) -> dict[str, int]:
     found: Counter[str] = Counter({"column": 0, "row": 0, "whole": 0})
     for node in state.graph.nodes:
         if node.op != "call_function" or meaning(node) not in PRODUCTS:

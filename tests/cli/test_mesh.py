@@ -28,6 +28,20 @@ def test_explain_says_where_weights_lie(capsys: pytest.CaptureFixture[str]) -> N
     assert fused["placement"].count("+") == 2 and fused["whole_bytes"] == 2 * fused["bytes"]
 
 
+@pytest.mark.family
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["pp=2", "tp=2,pp=2"])
+def test_explain_says_which_layers_lie_where(capsys: pytest.CaptureFixture[str], mesh: str) -> None:
+    arguments = ["explain", "hf:gpt2", "--random-weights", "--tiny", "--mesh", mesh]
+    assert main([*arguments, "--json"]) == 0
+    first, last = json.loads(capsys.readouterr().out)["stages"]
+    assert [first["stage"]["start"], first["stage"]["stop"], last["stage"]["stop"]] == [0, 1, 2]
+    assert last["stage"]["ranks"][0] == 0 and first["stage"]["hands_on"] > 0 == last["stage"]["hands_on"]
+    assert main(arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"({mesh}; stage 0 of 2, rank" in shown and "handed to the next stage" in shown
+
+
 def test_a_page_of_cut_types() -> None:
     counts = {"column": 5, "row": 4, "whole": 0, "all_reduce": 4, "all_gather": 1, "whole_sites": 0, "share": 0.54}
     results = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sharded import LATER, assert_ranks_decode, cut, uncut
+from sharded import LATER, assert_ranks_decode, cut, stages, uncut
 from zoo import VOCAB
 
 from treespec_compiler.cli.coverage.models import tiny_model
@@ -41,6 +41,16 @@ def test_ranks_together_say_what_the_model_says(name: str) -> None:
     for ranks in (3, 4):
         assert_ranks_decode(model, cut(whole, ranks), VOCAB, rounds=1)
     assert_ranks_decode(model, cut(whole, 2, later=LATER), VOCAB, rounds=1)
+
+
+@pytest.mark.family
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLE)
+def test_stages_together_say_what_the_model_says(name: str) -> None:
+    model = tiny_model(name)
+    whole = uncut(model)
+    for mesh in ("pp=2", "tp=2,pp=2"):
+        assert_ranks_decode(model, stages(whole, mesh), VOCAB, rounds=1)
 
 
 def test_ranks_that_differ_are_an_error() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import TreespecError
+from treespec_compiler.mesh import Mesh
 
 RANK = int(os.environ["RANK"])
 PROMPT = [1, 2, 3, 1, 2, 3]
@@ -24,17 +25,18 @@ OPTIONS = {"lowering": "eager", "mesh": MESH}
 
 
 class Decoder(nn.Module):
-    """Two heads, an MLP, both twice, and a head: five collectives."""
+    """Two heads, an MLP, both twice, and a head: five collectives. As many layers as a mesh of more stages needs."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.layers = max(2, Mesh.parse(MESH).pp)
         torch.manual_seed(0)
         self.embed, self.qkv, self.out = nn.Embedding(32, 16), nn.Linear(16, 48), nn.Linear(16, 16)
         self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 32)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(input_ids) * 3
-        for _ in range(2):
+        for _ in range(self.layers):
             q, k, v = (e.unflatten(-1, (2, 8)).transpose(1, 2) for e in self.qkv(x).chunk(3, -1))
             y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.out(y.transpose(1, 2).flatten(2))
@@ -58,6 +60,20 @@ def same(model: nn.Module) -> dict[str, Any]:
     outs = treespec.generate(model, [PROMPT, [4, 5]], max_new_tokens=6, options=OPTIONS)
     alone = treespec.generate(model, [PROMPT, [4, 5]], max_new_tokens=6, options={"lowering": "eager"})
     found["several"] = [outs.sequences.tolist(), alone.sequences.tolist(), outs.stats.finish_reason]
+    return found
+
+
+def stages(model: nn.Module) -> dict[str, Any]:
+    """A draft's trees, greedy and sampled, by ranks that each have some of the layers."""
+    made = treespec.tree_program(model, options=OPTIONS)
+    found: dict[str, Any] = {"sites": len(made.sites), "weights": sorted(made._made.converted.sources)}
+    for name, each in {"greedy": {}, "sampled": {"temperature": 0.9, "seed": 5}}.items():
+        both = [
+            treespec.generate(model, PROMPT, draft="ngram", policy="1,1,2", max_new_tokens=8, options=options, **each)
+            for options in (OPTIONS, {"lowering": "eager"})
+        ]
+        found[name] = [out.sequences.tolist() for out in both]
+    found["tap"] = _raised(lambda: made.verify(treespec.TokenTree([1], [-1]), made.new_cache(), outputs=["hidden:1"]))
     return found
 
 
@@ -88,9 +104,9 @@ def refused(model: nn.Module) -> dict[str, Any]:
 
 
 def killed(model: nn.Module) -> dict[str, Any]:
-    """Rank 1 ends in the middle of a step, without a word."""
+    """The last rank ends in the middle of a step, without a word."""
     steps = treespec.stream(model, PROMPT, max_new_tokens=20, options=OPTIONS)
-    if RANK == 1:
+    if int(os.environ["WORLD_SIZE"]) - 1 == RANK:
         _die_after(steps._program, 3)  # type: ignore[attr-defined]
     try:
         for _ in steps:
@@ -171,11 +187,11 @@ def loaded(folder: Path) -> dict[str, Any]:
     """A model that every rank opens by itself: what that took, and what is said where files are not the same."""
     from in_memory import Highest, anonymous
 
-    warm = treespec.load(folder / "small", mesh="tp=2")  # what any model takes
+    warm = treespec.load(folder / "small", mesh=MESH)  # what any model takes
     treespec.generate(warm, PROMPT, options=OPTIONS, max_new_tokens=2)
     before, highest = anonymous(), Highest()
     highest.start()
-    model = treespec.load(f"hf:{folder / 'large'}", mesh="tp=2")
+    model = treespec.load(f"hf:{folder / 'large'}", mesh=MESH)
     made = treespec.tree_program(model, options=OPTIONS)
     outs = treespec.generate(made, PROMPT, draft="ngram", policy="chain:3", max_new_tokens=6)
     files = ("large", "small") if RANK else ("small", "small")
@@ -184,8 +200,8 @@ def loaded(folder: Path) -> dict[str, Any]:
         "peak": highest.end() - before,
         "held": int(made.packed_bytes),
         "ids": outs.sequences.tolist(),
-        "other files": _raised(lambda: treespec.load(folder / files[0], mesh="tp=2")),
-        "no files": _raised(lambda: treespec.load(folder / missing[0], mesh="tp=2")),
+        "other files": _raised(lambda: treespec.load(folder / files[0], mesh=MESH)),
+        "no files": _raised(lambda: treespec.load(folder / missing[0], mesh=MESH)),
     }
 
 
@@ -215,5 +231,6 @@ if __name__ == "__main__":
         result = loaded(Path(folder))
     else:
         cases = {"same": same, "program": program, "refused": refused, "engine": engine, "killed": killed}
+        cases["stages"] = stages
         result = cases[case](Decoder().eval())
     Path(folder, f"{RANK}.json").write_text(json.dumps(result))

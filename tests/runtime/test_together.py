@@ -26,7 +26,12 @@ def ranks(case: str, folder: Path, count: int = 2, mesh: str = "tp=2") -> list[A
     """What each rank wrote; None of one that wrote nothing."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), str(WORKER), case, str(folder)]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TREESPEC_PROGRAM_CACHE": "0", "MESH": mesh}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": paths,
+        "TREESPEC_PROGRAM_CACHE": "0",
+        "MESH": mesh,
+    }
     subprocess.run([sys.executable, *command], env=environment, timeout=500, check=False, capture_output=True)
     files = [folder / f"{rank}.json" for rank in range(count)]
     return [json.loads(file.read_text()) if file.exists() else None for file in files]
@@ -40,9 +45,42 @@ def test_ranks_generate_what_one_process_does(tmp_path: Path) -> None:
         assert reason == (None if name == "several" else "length")
 
 
+def test_stages_generate_what_one_process_does(tmp_path: Path) -> None:
+    last, first = ranks("stages", tmp_path, mesh="pp=2")
+    for name in ("greedy", "sampled"):
+        together, alone = last[name]
+        assert together == alone and first[name] == last[name], name
+    assert last["sites"] == first["sites"] == 1
+    assert "embed.weight" in first["weights"] and "embed.weight" not in last["weights"]
+    assert "head.weight" in last["weights"] and "head.weight" not in first["weights"]
+    assert last["tap"][0] == "InvalidOption" and "other ranks do not have" in last["tap"][1]
+
+
 @pytest.mark.rare
-def test_programs_run_on_every_rank_alike(tmp_path: Path) -> None:
-    first, second = ranks("program", tmp_path)
+def test_stages_of_two_ranks_each(tmp_path: Path) -> None:
+    found = ranks("same", tmp_path, 4, "tp=2,pp=2")
+    assert all(each == found[0] for each in found)
+    assert all(together == alone for together, alone, _ in found[0].values())
+
+
+@pytest.mark.rare
+def test_an_engine_runs_on_stages_and_ends_with_one(tmp_path: Path) -> None:
+    last, _ = ranks("engine", tmp_path, mesh="pp=2")
+    assert last["tokens"] == last["alone"] and last["killed"][0][0] == last["killed"][1] == "RankLost"
+
+
+@pytest.mark.rare
+def test_a_stage_that_is_killed_ends_those_behind_it(tmp_path: Path) -> None:
+    last, middle, first = ranks("killed", tmp_path, 3, "pp=3")
+    assert first is None
+    assert last["error"] == middle["error"] == "RankLost"
+    assert last["code"] == middle["code"] == 3
+
+
+@pytest.mark.rare
+@pytest.mark.parametrize("mesh", ["tp=2", "pp=2"])
+def test_programs_run_on_every_rank_alike(tmp_path: Path, mesh: str) -> None:
+    first, second = ranks("program", tmp_path, mesh=mesh)
     assert first == second and set(first) == {"eager", "inductor"}
     assert max(first.values()) < 1e-4
 
@@ -77,7 +115,8 @@ BESIDE = 64_000_000
 """Bytes that converting and running any model takes beside its weights: graphs, proofs, activations."""
 
 
-def test_ranks_open_a_folder_and_hold_their_slices(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mesh", "share"), [("tp=2", 0.51), pytest.param("pp=2", 0.61, marks=pytest.mark.rare)])
+def test_ranks_open_a_folder_and_hold_their_slices(tmp_path: Path, mesh: str, share: float) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "eos_token_id": None}
     config = transformers.LlamaConfig(vocab_size=256, num_hidden_layers=5, **sizes)
@@ -85,12 +124,12 @@ def test_ranks_open_a_folder_and_hold_their_slices(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "large")
     small = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, hidden_size=32, intermediate_size=16)
     transformers.LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
-    first, second = ranks("loaded", tmp_path)
+    first, second = ranks("loaded", tmp_path, mesh=mesh)
     expected = model.generate(torch.tensor([[1, 2, 3, 1, 2, 3]]), max_new_tokens=6, do_sample=False)
     assert first["ids"] == second["ids"] == expected.tolist()
     whole, largest = 4 * sum(p.numel() for p in model.parameters()), 4 * 2 * 2816 * 1024
     for each in (first, second):
-        assert each["held"] < 0.51 * whole
+        assert each["held"] < share * whole
         assert each["peak"] < each["held"] + largest + BESIDE < whole, each
     assert first["other files"] == second["other files"] and "another files of weights" in first["other files"][1]
     assert first["no files"][0] == "RankFailed" and "no such folder" in first["no files"][1]

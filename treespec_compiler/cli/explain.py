@@ -37,7 +37,7 @@ examples:
 def configure(parser: ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_model_arguments(parser)
-    parser.add_argument("--mesh", metavar="MESH", help="how it would be cut for these ranks, too: tp=4")
+    parser.add_argument("--mesh", metavar="MESH", help="how it would be cut for these ranks, too: tp=4 or tp=2,pp=2")
     add_offload(parser)
     add_json(parser)
 
@@ -48,7 +48,7 @@ def run(arguments: Namespace) -> int:
     subject = read_subject(arguments, mapped_under(arguments))
     meshed = replace(subject.options, mesh=arguments.mesh)
     offloaded = with_offload(subject.options, arguments)
-    cut: CutSummary | None = None
+    cut: list[CutSummary] = []
     streamed: OffloadSummary | None = None
     model = subject.loaded.model
     found: Explanation | Unsupported
@@ -56,13 +56,14 @@ def run(arguments: Namespace) -> int:
         with Console(stderr=True).status("converting"):
             streamed = None if offloaded.offload is None else explain_offload(model, subject.call, offloaded)
             found = explain(model, subject.call, replace(subject.options, offload=None))
-            cut = None if arguments.mesh is None else explain_cut(subject.loaded.model, subject.call, meshed)
+            cut = [] if arguments.mesh is None else explain_cut(subject.loaded.model, subject.call, meshed)
     except Unsupported as error:
         found = error
     if arguments.json:
         head = {"model": subject.name, "converted": not isinstance(found, Unsupported)}
         body = refusal_fields(found) if isinstance(found, Unsupported) else found.as_json()
-        body |= {"cut": asdict(cut)} if cut is not None else {}
+        body |= {"cut": asdict(cut[0])} if len(cut) == 1 else {}
+        body |= {"stages": [asdict(each) for each in cut]} if len(cut) > 1 else {}
         body |= {"offload": asdict(streamed) | {"seconds": streamed.seconds}} if streamed is not None else {}
         print(json.dumps(head | body, indent=2))
     else:
@@ -73,8 +74,8 @@ def run(arguments: Namespace) -> int:
             show_refusal(console(), subject.name, title, found)
         else:
             show_explanation(console(), subject.name, title, found)
-            if cut is not None:
-                show_cut(console(), arguments.mesh, cut)
+            for each in cut:
+                show_cut(console(), arguments.mesh, each)
             if streamed is not None:
                 show_offload(console(), streamed)
     return REFUSED if isinstance(found, Unsupported) else CONVERTED
@@ -163,7 +164,7 @@ def show_explanation(out: Console, name: str, title: str, found: Explanation) ->
 
 
 def show_cut(out: Console, mesh: str, cut: CutSummary) -> None:
-    out.print(f"\n[bold]across ranks[/] ({escape(mesh)})")
+    out.print(f"\n[bold]across ranks[/] ({escape(mesh)}{_stage_text(cut)})")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("weights", "placement"):
         table.add_column(column, overflow="fold")
@@ -176,6 +177,10 @@ def show_cut(out: Console, mesh: str, cut: CutSummary) -> None:
     out.print(table)
     share = cut.bytes / cut.whole_bytes
     out.print(f"weights: {cut.bytes:,} bytes on a rank of {cut.whole_bytes:,} ({share:.0%})")
+    if cut.stage is not None and cut.stage.hands_on:
+        out.print(f"handed to the next stage: {cut.stage.hands_on:,} bytes of a rank for each token")
+    if cut.ranks == 1:
+        return
     products = ", ".join(f"{count} {kind}" for kind, count in cut.products.items())
     out.print(f"products: {products}; attention sites cut: {cut.sites - cut.whole_sites} of {cut.sites}")
     reduces = [c for c in cut.collectives if c.kind == "all_reduce"]
@@ -184,6 +189,17 @@ def show_cut(out: Console, mesh: str, cut: CutSummary) -> None:
         f"collectives of a step: {len(reduces)} all_reduce, {len(cut.collectives) - len(reduces)} all_gather; "
         f"{sent:,} bytes of a rank for each token whose logits are wanted"
     )
+
+
+def _stage_text(cut: CutSummary) -> str:
+    stage = cut.stage
+    if stage is None:
+        return ""
+    one = stage.stop - stage.start == 1
+    layers = f"layer {stage.start}" if one else f"layers {stage.start} to {stage.stop - 1}"
+    names = stage.names[0] if one else " .. ".join(stage.names)
+    ranks = ", ".join(map(str, stage.ranks))
+    return f"; stage {stage.index} of {stage.count}, rank{'s' * (len(stage.ranks) > 1)} {ranks}: {layers}, {names}"
 
 
 def show_offload(out: Console, found: OffloadSummary) -> None:

@@ -70,7 +70,9 @@ def configure(parser: ArgumentParser) -> None:
         "--policy", default="auto", help='"auto" (default), "1,1,3", "chain:4", "best-first:12" or "equal-growth:2,4"'
     )
     run_options.add_argument("--ignore-eos", action="store_true", help="do not end at the model's end-of-text token")
-    run_options.add_argument("--mesh", metavar="MESH", help="run on several ranks, such as tp=2; they are started here")
+    run_options.add_argument(
+        "--mesh", metavar="MESH", help="run on several ranks, such as tp=2,pp=2; they are started here"
+    )
     add_offload(run_options)
     add_option(run_options)
     sampling = parser.add_argument_group("sampling (docs/verification.md)")

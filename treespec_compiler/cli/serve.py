@@ -55,7 +55,7 @@ def configure(parser: ArgumentParser) -> None:
     engine.add_argument("--max-requests", metavar="N", type=positive, default=16, help="run at once (default: 16)")
     engine.add_argument("--max-tokens", metavar="N", type=positive, help="held at once (default: 1024 a request)")
     engine.add_argument("--policy", default="auto", help='shape of trees: "auto" (default), "1,1,3", "chain:4" ...')
-    engine.add_argument("--mesh", metavar="MESH", help="run on several ranks, such as tp=2; they are started here")
+    engine.add_argument("--mesh", metavar="MESH", help="run on several ranks, such as tp=2,pp=2; they are started here")
     add_offload(engine)
     add_option(engine)
 

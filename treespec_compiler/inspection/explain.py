@@ -104,9 +104,14 @@ def compared(model: nn.Module, call: CallSpec, options: Options, converted: Conv
     return program.comparison or Comparison()
 
 
-def explain_cut(model: nn.Module, call: CallSpec, options: Options) -> CutSummary:
-    """How the model is cut for the ranks of `options.mesh`, which need not be there; raises `Unsupported`."""
-    return summary(convert(model, call, options).state)
+def explain_cut(model: nn.Module, call: CallSpec, options: Options) -> list[CutSummary]:
+    """How the model is cut for the ranks of `options.mesh`, which need not be there: a summary of each stage, in order.
+
+    Raises `Unsupported`.
+    """
+    mesh = options.shape
+    ranks = [mesh.ranks_of(stage)[0] for stage in range(mesh.pp)]
+    return [summary(convert(model, call, options, rank=rank).state) for rank in ranks]
 
 
 def describe(converted: Converted, graphs: list[Snapshot], comparison: Comparison) -> Explanation:

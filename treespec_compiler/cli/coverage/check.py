@@ -148,17 +148,20 @@ def check_cut(model: nn.Module, result: Result, mesh: str) -> None:
     from ...program.lockstep import Lockstep
     from ...program.semantics import random_tree
 
-    state = convert(model, call_spec(model, None, None), Options.parse({"lowering": "eager", "mesh": mesh})).state
-    found = summary(state)
-    result.sites = found.sites
+    options, call = Options.parse({"lowering": "eager", "mesh": mesh}), call_spec(model, None, None)
+    first = [options.shape.ranks_of(stage)[0] for stage in range(options.shape.pp)]
+    states = [convert(model, call, options, rank=rank).state for rank in first]
+    found = [summary(state) for state in states]
+    held = {w.names: w.whole_bytes for each in found for w in each.weights}  # what several stages hold counts once
+    result.sites = sum(each.sites for each in found)
     result.cut = {
-        **found.products,
-        "all_reduce": found.count("all_reduce"),
-        "all_gather": found.count("all_gather"),
-        "whole_sites": found.whole_sites,
-        "share": round(found.bytes / found.whole_bytes, 3),
+        **{kind: sum(each.products[kind] for each in found) for kind in found[0].products},
+        "all_reduce": sum(each.count("all_reduce") for each in found),
+        "all_gather": sum(each.count("all_gather") for each in found),
+        "whole_sites": sum(each.whole_sites for each in found),
+        "share": round(max(each.bytes for each in found) / sum(held.values()), 3),
     }
-    ranks = Lockstep(state, max_tokens=64)
+    ranks = Lockstep(states, max_tokens=64)
     ids = [(7 * i + 5) % VOCAB for i in range(7)]
     worst = distance(ranks.prefill(ids), eager_row(model, ids))
     for seed in range(2):
