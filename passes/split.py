@@ -19,7 +19,7 @@ from .locality.ids import input_vocab
 from .residual.stream import cuts
 from .splitting.balance import bounds
 from .splitting.cutting import behind, sites_of, take, weights_behind
-from .splitting.stage import StageLayers, Whole
+from .splitting.stage import StageLayers, Unsplit
 
 
 def split(state: GraphState) -> int:
@@ -46,7 +46,7 @@ def split(state: GraphState) -> int:
     pieces = [weights_behind(state, start, end) for start, end in zip([None, *places], ends, strict=True)]
     chosen = bounds(pieces, count)
     inner = [places[at - 1] for at in chosen[1:-1]]
-    whole = Whole(state.logits.meta["val"], input_vocab(state), _layers(state, inner))
+    whole = Unsplit(state.logits.meta["val"], input_vocab(state), _layers(state, inner))
     start, end = list(pairwise([None, *inner, None]))[share.stage]
     take(state, start, end)
     state.whole = whole

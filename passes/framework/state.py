@@ -21,7 +21,7 @@ from treespec_compiler.ir.weights import Expression
 from ..forms.closed_form import ClosedForms
 from ..forms.evaluate import cone
 from ..sharding.mesh import RankShare
-from ..splitting.stage import StageShare, Whole
+from ..splitting.stage import StageShare, Unsplit
 from ..streaming.budget import Budget
 from .weights import Weights
 
@@ -68,7 +68,7 @@ class GraphState:
     cut: RankShare | None = None  # which of several ranks the graph is for; None: there is one
     whole_groups: list[int] = field(default_factory=list)  # KV groups of each site of the whole model, once it is cut
     stage: StageShare | None = None  # which pipeline stage the graph is for; None: there is one
-    whole: Whole | None = None  # the model that a stage was cut from, once it was
+    whole: Unsplit | None = None  # the model that a stage was cut from, once it was
     budget: Budget | None = None  # memory for weights; None: all of them stay
     streaming: Streaming | None = None  # which of them come from a stream
     other_length: OtherLength | None = None  # the model analysed for another length

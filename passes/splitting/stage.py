@@ -44,7 +44,7 @@ class StageLayers:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Unsplit:
     """What a stage's graph does not say of the model that it is cut from."""
 
     logits: Any

@@ -76,6 +76,7 @@ def test_the_order_of_the_passes() -> None:
         "insert-state",
         "select-rows",
         "shard",
+        "split",
         "fuse",
         "fuse-rope",
         "join-linears",
@@ -85,7 +86,7 @@ def test_the_order_of_the_passes() -> None:
     ]
     # What `default` stands for is placed in the same order.
     assert plan(None, built_in(), wanted=lambda step: True) == list(built_in())
-    assert not {"shard", "fuse-rope", "join-linears", "tap", "offload"} & set(NAMES)
+    assert not {"shard", "split", "fuse-rope", "join-linears", "tap", "offload"} & set(NAMES)
 
 
 def test_a_pass_is_put_in_order_by_what_it_needs() -> None:
@@ -102,15 +103,18 @@ def test_a_pass_that_is_not_wanted_can_still_be_named() -> None:
     assert without == [p.slug for p in built_in() if p.slug != "fuse"]
     named = plan("default,fuse", built_in(), wanted=lambda step: step.standard and step.slug != "fuse")
     assert [p.slug for p in named] == NAMES
-    assert slugs("default,shard,fuse-rope,join-linears,tap,offload") == [p.slug for p in built_in()]
+    assert slugs("default,shard,split,fuse-rope,join-linears,tap,offload") == [p.slug for p in built_in()]
 
 
 @pytest.mark.parametrize(
     ("options", "absent"),
     [
-        ({}, {"shard", "fuse-rope", "join-linears", "tap", "offload"}),
-        ({"kernels": "aten"}, {"shard", "fuse", "fuse-rope", "join-linears", "tap", "offload"}),
-        ({"kernels": "reference"}, {"shard", "fuse", "fuse-rope", "join-linears", "tap", "offload", "bind-kernels"}),
+        ({}, {"shard", "split", "fuse-rope", "join-linears", "tap", "offload"}),
+        ({"kernels": "aten"}, {"shard", "split", "fuse", "fuse-rope", "join-linears", "tap", "offload"}),
+        (
+            {"kernels": "reference"},
+            {"shard", "split", "fuse", "fuse-rope", "join-linears", "tap", "offload", "bind-kernels"},
+        ),
     ],
 )
 def test_what_is_wanted_depends_on_the_options(options: dict[str, str], absent: set[str]) -> None:

@@ -23,7 +23,7 @@ from treespec_compiler.passes.framework.state import GraphState
 from treespec_compiler.passes.residual.stream import cuts
 from treespec_compiler.passes.splitting.balance import bounds
 from treespec_compiler.passes.splitting.cutting import take
-from treespec_compiler.passes.splitting.stage import StageLayers, StageShare, Whole
+from treespec_compiler.passes.splitting.stage import StageLayers, StageShare, Unsplit
 
 VOCAB, WIDTH = 32, 16
 
@@ -102,7 +102,7 @@ def test_the_verifier_sees_what_flows_around_a_cut(whole: GraphState) -> None:
     cut = next(n for n in mine.graph.nodes if n.name == inside.name)
     share = StageShare(Mesh(pp=2), 0)
     layers = StageLayers(0, 1, ("", ""), 0)
-    taken = Whole(mine.logits_value, VOCAB, (layers, StageLayers(1, 3, ("", ""), 0)))
+    taken = Unsplit(mine.logits_value, VOCAB, (layers, StageLayers(1, 3, ("", ""), 0)))
     take(mine, cut, None)
     mine.stage, mine.whole = share, taken
     found = problems(mine)
