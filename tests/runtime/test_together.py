@@ -122,7 +122,7 @@ def test_ranks_open_a_folder_and_hold_their_slices(tmp_path: Path, mesh: str, sh
     config = transformers.LlamaConfig(vocab_size=256, num_hidden_layers=5, **sizes)
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "large")
-    small = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, hidden_size=32, intermediate_size=16)
+    small = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=2, hidden_size=32, intermediate_size=16)
     transformers.LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
     first, second = ranks("loaded", tmp_path, mesh=mesh)
     expected = model.generate(torch.tensor([[1, 2, 3, 1, 2, 3]]), max_new_tokens=6, do_sample=False)
