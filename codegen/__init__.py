@@ -7,7 +7,7 @@ import torch
 from treespec_compiler.ir import library, ops
 from treespec_compiler.ir.registry import register_kernel
 
-from . import aten, aten_convolution, aten_recurrence, cpu
+from . import aten, aten_chosen_attention, aten_convolution, aten_recurrence, cpu
 from .gpu import (
     accept,
     commit,
@@ -21,6 +21,7 @@ from .gpu import (
 _FLOAT32 = frozenset({torch.float32})
 
 register_kernel(ops.tree_attention, aten.TREE_ATTENTION, name="aten", optional=aten.OPTIONAL, priority=10)
+register_kernel(ops.tree_chosen_attention, aten_chosen_attention.TREE_CHOSEN_ATTENTION, name="aten", priority=10)
 register_kernel(ops.tree_convolution, aten_convolution.TREE_CONVOLUTION, name="aten", priority=10)
 register_kernel(ops.tree_recurrence, aten_recurrence.TREE_RECURRENCE, name="aten", priority=10)
 for _op, _target, _optional in (

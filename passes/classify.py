@@ -41,7 +41,8 @@ def classify_masks(state: GraphState) -> int:
     scorings: dict[Any, tuple[Scoring, fx.Node | None]] = {}
     sites = [n for n in state.graph.nodes if n.target is ops.attention]
     for node in sites:
-        q, k, v, mask, is_causal, scale, softcap, sinks, relative, pairs, activation = arguments(node).values()
+        call = arguments(node)
+        q, k, v, mask, is_causal, scale, softcap, sinks, relative, pairs, activation = [*call.values()][:11]
         whole = sinks is not None or activation != SOFTMAX  # what is constant along a row counts
         key = (mask, is_causal, shape_of(q)[1], whole, node.meta.get(BIASED))
         if key not in scorings:
@@ -64,6 +65,8 @@ def classify_masks(state: GraphState) -> int:
             "sinks": sinks,
             "activation": "" if activation == SOFTMAX else activation,
         } | ({} if relative is None else {"bias": bias})
+        if call["chosen"]:
+            changes |= _choice(state, node, call, [scoring, _index_scoring(state, forms, node, call, checks)])
         changes = {name: value for name, value in changes.items() if value}
         site = state.call(ops.causal_attention, (q, k, v, scale, spec.window), changes, like=node)
         node.replace_all_uses_with(site)
@@ -121,6 +124,41 @@ def _scoring(
     except NotAMask as error:
         raise refuse(Refusal.MASK, str(error), node) from None
     return scoring, None if table is None else state.add_weight("score", table)
+
+
+def _index_scoring(
+    state: GraphState, forms: ClosedForms, node: fx.Node, call: dict[str, Any], checks: Checks
+) -> Scoring:
+    """What the indexer's own mask is."""
+    heads = (sympy.Integer(1), sympy.Integer(1))
+    return _scoring(state, forms, node, call["index_mask"], False, True, checks, heads)[0]
+
+
+def _choice(state: GraphState, node: fx.Node, call: dict[str, Any], found: list[Scoring]) -> dict[str, Any]:
+    """The indexer's arguments. Raises the refusal of one that chooses, or attends, under another mask than the plain
+    causal one: it would choose among keys that nobody sees, or be undone by what is chosen.
+    """
+    other = next((s for s in found if replace(s.mask, limit=None) != MaskSpec() or s.bias), None)
+    changed = call["softcap"] or call["sinks"] is not None or call["relative"] is not None
+    if other is not None or changed or call["activation"] != SOFTMAX:
+        what = (
+            f"the mask {other.mask.formula}" if other is not None else "scores that are changed or weighted otherwise"
+        )
+        reason = f"an indexer chooses keys under {what}: its choice is proved for plain causal attention alone"
+        raise refuse(Refusal.CONTENT, reason, node)
+    state.limits += [Limit(s.mask.limit, "mask of an indexer") for s in found[1:] if s.mask.limit is not None]
+    names = ("index_q", "index_k", "index_weights", "index_scale", "chosen", "block", "local")
+    return {name: call[name] for name in names}
+
+
+def _chosen(site: fx.Node) -> str:
+    """Which keys an indexer chooses, in words; "": there is none."""
+    call = arguments(site)
+    if not call["chosen"]:
+        return ""
+    if call["block"] == 1:
+        return f"one of the {call['chosen']} of largest index score"
+    return f"in one of the {call['chosen']} blocks of {call['block']} of largest index score"
 
 
 RELATIVE = "q_h . r[q - k]"
@@ -216,6 +254,8 @@ def _attention_spec(
         bias={"": "", "slopes": "slope_h * (k - q)", "distance": "bias_h[q - k]"}[scoring.bias],
         sinks=sinks,
         activation=activation,
+        index_dim=int(shape_of(arguments(site)["index_k"])[2]) if arguments(site)["chosen"] else 0,
+        choice=_chosen(site),
     )
 
 

@@ -1,6 +1,6 @@
 """insert state: K/V pools, states and tree metadata become inputs, and attention and ops with a state read them.
 
-Each site gets two pools, or a stash and a state, in site order; the op writes what it keeps of the new nodes and then
+Each site gets its pools, or a stash and a state, in site order; the op writes what it keeps of the new nodes and then
 reads it, so the write is consumed by the op that makes it.
 """
 
@@ -30,10 +30,16 @@ def _attention(state: GraphState) -> int:
     metadata = [_input(state, name) for name in ATTENTION] if sites else []
     pools = [_pools(state, spec, state.node(POSITIONS).meta["val"].device) for spec in state.sites]
     for node in sites:
-        call = arguments(node)
-        args = (call["q"], call["k"], call["v"], *pools[node.meta["site"]], *metadata, call["scale"], call["window"])
-        changes = {name: call[name] for name in call if name in given(ops.causal_attention, call) - {"window"}}
-        new = state.call(ops.tree_attention, args, changes, like=node)
+        call, own = arguments(node), pools[node.meta["site"]]
+        operands = (call["q"], call["k"], call["v"])
+        if call["chosen"]:
+            index = tuple(call[name] for name in ("index_q", "index_k", "index_weights"))
+            rest = tuple(call[name] for name in ("scale", "index_scale", "chosen", "block", "local"))
+            new = state.call(ops.tree_chosen_attention, (*operands, *index, *own, *metadata, *rest), like=node)
+        else:
+            changes = {name: call[name] for name in call if name in given(ops.causal_attention, call) - {"window"}}
+            args = (*operands, *own, *metadata, call["scale"], call["window"])
+            new = state.call(ops.tree_attention, args, changes, like=node)
         new.meta["site"] = node.meta["site"]
         node.replace_all_uses_with(new)
         state.graph.erase_node(node)
@@ -66,14 +72,11 @@ def _input(state: GraphState, name: str) -> torch.fx.Node:
     return node
 
 
-def _pools(state: GraphState, spec: AttentionSpec, device: torch.device) -> tuple[torch.fx.Node, torch.fx.Node]:
-    names = pool_names(spec.index)
-    dims = (spec.key_dim, spec.value_dim)
-    made = [
-        state.add_input(name, torch.zeros(1, spec.kv_heads, 4, dim, dtype=spec.dtype, device=device))
-        for name, dim in zip(names, dims, strict=True)
+def _pools(state: GraphState, spec: AttentionSpec, device: torch.device) -> list[torch.fx.Node]:
+    return [
+        state.add_input(name, torch.zeros(1, heads, 4, dim, dtype=spec.dtype, device=device))
+        for name, (heads, dim) in zip(pool_names(spec.index, bool(spec.index_dim)), spec.pools, strict=True)
     ]
-    return made[0], made[1]
 
 
 PASS = Pass(

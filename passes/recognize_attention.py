@@ -15,6 +15,7 @@ from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 from treespec_compiler.ir.scores import SOFTMAX
 
+from .attention.choices import ChoiceReader
 from .attention.extra_keys import spell_extra_keys
 from .attention.key_bias import BIASED, Splitter, with_key_bias, with_row_shift
 from .attention.padding import PADDED, bias_of
@@ -59,6 +60,15 @@ def _rewrite(state: GraphState, forms: ClosedForms, node: fx.Node) -> None:
     if not isinstance(scale, (int, float)):
         raise refuse(Refusal.ATTENTION, f"the attention scale is computed in the graph: {scale}", node)
     mask: Any = argument(node, "attn_mask")
+    choice = ChoiceReader(state, forms, node).read(mask) if mask in forms.tainted else None
+    if choice is not None:
+        more = choice.index
+        site = make_site(
+            state, node, q, k, v, (choice.mask, bool(argument(node, "is_causal")), float(scale)), index=more
+        )
+        node.replace_all_uses_with(site)
+        state.graph.erase_node(node)
+        return
     splitter = Splitter(state, forms, node, _repeated)
     split = splitter.seen if isinstance(mask, fx.Node) and mask.meta["val"].dtype is torch.bool else splitter.split
     found = split(mask) if isinstance(mask, fx.Node) else None
@@ -81,6 +91,7 @@ def make_site(
     padding: fx.Node | None = None,
     relative: RelativeTerm | None = None,
     activation: str = SOFTMAX,
+    index: dict[str, Any] | None = None,
 ) -> fx.Node:
     """Insert `treespec::attention(q, k, v, *rest)` before `at`, with K/V heads unrepeated; rest[2] is the scale."""
     _check_axes(state, at, q, k, v)
@@ -103,6 +114,7 @@ def make_site(
         )
     more: dict[str, Any] = {} if relative is None else {"relative": relative.queries, "pairs": relative.pairs}
     more |= {} if activation == SOFTMAX else {"activation": activation}
+    more |= index or {}
     site = state.call(torch.ops.treespec.attention.default, (q, k, v, *rest), more, like=at)
     site.meta[BIASED], site.meta[PADDED] = biased, padding is not None
     return site

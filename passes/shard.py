@@ -27,6 +27,13 @@ def shard(state: GraphState) -> int:
             f"{site.name} keeps a state ({site.kind}) besides K/V, of which ranks hold no parts yet",
             way_out="run the model on one device",
         )
+    indexed = next((site for site in state.sites if site.index_dim), None)
+    if indexed is not None:
+        raise refuse(
+            Refusal.MESH,
+            f"an indexer chooses the keys of {indexed.name} for all of its heads, and ranks hold no parts of one yet",
+            way_out="run the model on one device",
+        )
     plan = make_plan(state, cut.ranks)
     if plan.empty:
         reason = next(iter(plan.whole.values()), "no product's size can be divided")

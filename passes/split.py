@@ -35,6 +35,13 @@ def split(state: GraphState) -> int:
             f"{site.name} keeps a state ({site.kind}) besides K/V, which pipeline stages do not carry yet",
             way_out="run the model on one device",
         )
+    indexed = next((site for site in state.sites if site.index_dim), None)
+    if indexed is not None:
+        raise refuse(
+            Refusal.MESH,
+            f"an indexer chooses the keys of {indexed.name}, which pipeline stages do not carry yet",
+            way_out="run the model on one device",
+        )
     if len(state.outputs) > 1:
         raise refuse(
             Refusal.MESH,

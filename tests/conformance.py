@@ -221,6 +221,19 @@ TREE_ATTENTION: dict[str, Callable[[torch.dtype], Call]] = {
     "NaN in a dropped tree": left_by_a_dropped_tree,
 }
 
+
+def chosen(dtype: torch.dtype, heads: int, weighted: bool, choice: tuple[int, int, int]) -> Call:
+    """Scores of the indexer are whole numbers: they tie, and are the same in every type."""
+    case = Case([*FOREST, (9, chain(5), 0)], dtype=dtype)
+    random, nodes = torch.Generator().manual_seed(6), case.q.shape[2]
+    shapes = ((1, nodes, heads, 4), (1, nodes, 4), (1, nodes, heads), (case.pool_k.shape[0], 1, case.page_size, 4))
+    index_q, index_k, weights, pool = (torch.randint(-2, 3, s, generator=random).to(dtype) for s in shapes)
+    index = (index_q, index_k, weights if weighted else None)
+    q, k, v, pool_k, pool_v, *metadata = case.arguments()[:12]
+    rest = (*metadata, case.scale, 0.5, *choice)
+    return Call((q, k, v, *index, pool_k, pool_v, pool, *rest), written=(6, 7, 8))
+
+
 # -- the other ops ----------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +345,12 @@ CALLS: dict[str, dict[str, Callable[[torch.dtype], Call]]] = {
             ("recursive", "without-replacement"),
             ("traversal", "without-replacement"),
         )
+    },
+    "tree_chosen_attention": {
+        "keys by weighted sums": lambda dtype: chosen(dtype, 3, True, (4, 1, 0)),
+        "keys for each group of heads": lambda dtype: chosen(dtype, 2, False, (3, 1, 0)),
+        "blocks": lambda dtype: chosen(dtype, 2, False, (2, 4, 1)),
+        "more than there are": lambda dtype: chosen(dtype, 3, True, (50, 1, 0)),
     },
     "tree_convolution": {
         "each channel by itself": lambda dtype: Call(**state_calls.convolution(dtype, [7, 1, 4])),

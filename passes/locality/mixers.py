@@ -54,5 +54,6 @@ def content_mask(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Unsupporte
         Refusal.CONTENT,
         f"the mask depends on the content of the tokens: {op_name(chosen)} chooses which keys are seen (an indexer)",
         chosen,
-        "only masks of positions are converted: a choice by content has no state in a K/V cache",
+        "write the choice as docs/hybrids.md has it: the min(n, T) best sums of weighted, rectified products, with "
+        "minus infinity where a causal mask hides, scattered into a bool mask",
     )

@@ -224,6 +224,9 @@ def _attention(node: fx.Node, axes: Axes) -> Axis:
     bias = arguments(node)["bias"]
     if bias is not None and len(bias.meta["val"].shape) == 3 and axes.axes[bias] != 0:
         raise Mixes("biases of each query do not carry the tokens in dimension 0")
+    index = [arguments(node)[name] for name in ("index_q", "index_k", "index_weights")]
+    if any(axes.axes[operand] != 1 for operand in index if operand is not None):
+        raise Mixes("what its indexer scores does not carry the tokens in dimension 1")
     return 2
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from treespec_compiler.errors import Refusal
-from treespec_compiler.ir import ops
-from treespec_compiler.ir.library import definition
+from treespec_compiler.ir.chosen_attention import is_tree_attention
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
@@ -41,7 +40,7 @@ def cuts(state: GraphState) -> list[list[fx.Node]]:
         readers = sum(user.op != "output" and _has_tensors(user) for user in node.users)
         if readers:
             waiting[node] = readers
-        if definition(node.target) is ops.tree_attention:
+        if is_tree_attention(node):
             passed.add(node.meta["site"])
         if [*waiting] == [node] and passed == {*range(len(passed))} and _is_stream(node):
             groups[len(passed)].append(node)

@@ -128,7 +128,7 @@ def describe(converted: Converted, graphs: list[Snapshot], comparison: Compariso
             spec.kv_heads,
             spec.key_dim,
             spec.value_dim,
-            spec.mask.formula,
+            spec.formula,
             spec.bias,
             spec.softcap,
             spec.sinks,

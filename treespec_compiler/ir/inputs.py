@@ -68,9 +68,9 @@ POOL = Input("pool", ("pages", "kv_heads", "page_size", "dim"), "K and V of each
 _POOL_PREFIX = "pool_"
 
 
-def pool_names(site: int) -> tuple[str, str]:
-    """The inputs that hold a site's K and V."""
-    return f"{_POOL_PREFIX}k_{site}", f"{_POOL_PREFIX}v_{site}"
+def pool_names(site: int, indexed: bool = False) -> tuple[str, ...]:
+    """The inputs that hold a site's K and V, and `indexed` its indexer's keys."""
+    return tuple(f"{_POOL_PREFIX}{kind}_{site}" for kind in ("k", "v", "index")[: 2 + indexed])
 
 
 def is_pool(name: str) -> bool:

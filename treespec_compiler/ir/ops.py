@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .accept import greedy_accept
 from .attention import tree_attention
+from .chosen_attention import tree_chosen_attention
 from .commit import commit_path
 from .convolution import causal_convolution, tree_convolution
 from .grouped_linear import grouped_linear
@@ -30,6 +31,7 @@ __all__ = [
     "release",
     "stochastic_accept",
     "tree_attention",
+    "tree_chosen_attention",
     "tree_convolution",
     "tree_recurrence",
     "unpack_weight",

@@ -106,9 +106,24 @@ class AttentionSpec:
     bias: str = ""  # "", "slope_h * (k - q)" or "bias_h[q - k]"
     sinks: bool = False
     activation: str = "softmax"
+    index_dim: int = 0
+    """Of the key by which an indexer scores a token (`ir.chosen_attention`); 0: all keys that the mask shows are seen.
+    """
+    choice: str = ""
+    """Which of them are seen, where an indexer chooses."""
+
+    @property
+    def pools(self) -> tuple[tuple[int, int], ...]:
+        """(heads, numbers a head) of what is kept of a token: its key, its value, and a key for the indexer."""
+        index = ((1, self.index_dim),) if self.index_dim else ()
+        return (self.kv_heads, self.key_dim), (self.kv_heads, self.value_dim), *index
+
+    @property
+    def formula(self) -> str:
+        return f"{self.mask.formula} and {self.choice}" if self.choice else self.mask.formula
 
     def bytes_per_token(self) -> int:
-        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+        return sum(heads * dim for heads, dim in self.pools) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

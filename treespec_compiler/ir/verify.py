@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from .arguments import is_filled
-from .attention import tree_attention
+from .chosen_attention import is_tree_attention, tree_chosen_attention
 from .inputs import ROWS, STREAM, is_pool, is_state, pool_names, state_names
 from .library import definition
 from .provenance import op_name
@@ -76,16 +76,11 @@ def _every_value_known(graph: fx.Graph) -> str | None:
     return f"a node without a fake value: {bad.format_node()}" if bad is not None else None
 
 
-def _is_tree_attention(node: fx.Node) -> bool:
-    """Bound to a kernel or not."""
-    return definition(node.target) is tree_attention
-
-
 def _only_state_mutates(graph: fx.Graph) -> str | None:
     for node in _calls(graph):
         schema = getattr(node.target, "_schema", None)
         writes = schema is not None and schema.is_mutable and definition(node.target) not in (fetch, release)
-        if writes and not _is_tree_attention(node) and not is_over_trees(node):
+        if writes and not is_tree_attention(node) and not is_over_trees(node):
             return f"something other than tree attention and states writes in place: {node.format_node()}"
     return None
 
@@ -114,19 +109,21 @@ def _streamed_in_order(graph: fx.Graph) -> str | None:
 
 
 def _pools_in_site_order(graph: fx.Graph) -> str | None:
-    """Site i reads and writes pool_k_i and pool_v_i, and nobody else does."""
+    """Site i reads and writes pool_k_i and pool_v_i, and pool_index_i where an indexer chooses; nobody else does."""
     expected = 0
+    wanted: list[str] = []
     for node in _calls(graph):
-        if not _is_tree_attention(node):
+        if not is_tree_attention(node):
             continue
-        pools = tuple(getattr(a, "name", a) for a in node.args[3:5])
-        if pools != pool_names(expected):
+        indexed = definition(node.target) is tree_chosen_attention
+        own = node.args[6:9] if indexed else node.args[3:5]
+        pools = tuple(getattr(a, "name", a) for a in own)
+        if pools != pool_names(expected, indexed):
             return f"attention {expected} has pools {pools}"
-        if any(len(a.users) != 1 for a in node.args[3:5] if isinstance(a, fx.Node)):
+        if any(len(a.users) != 1 for a in own if isinstance(a, fx.Node)):
             return f"the pools of attention {expected} have other users"
-        expected += 1
+        expected, wanted = expected + 1, [*wanted, *pools]
     found = [n.name for n in graph.nodes if n.op == "placeholder" and is_pool(n.name)]
-    wanted = [name for i in range(expected) for name in pool_names(i)]
     return None if found == wanted else f"pool inputs {found}, expected {wanted}"
 
 

@@ -349,11 +349,11 @@ def _whole(node: Any) -> Any:
 def _allocate(
     sites: Sequence[AttentionSpec], page_size: int, pages: int, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """One storage [pools, pages, kv_heads, page_size, dim] per distinct shape, and each site's K and V views of it."""
+    """One storage [pools, pages, heads, page_size, dim] per distinct shape, and views of it (`AttentionSpec.pools`)."""
     shapes: dict[tuple[int, int, torch.dtype], list[tuple[int, int]]] = {}
     for site in sites:
-        for kind, dim in enumerate((site.key_dim, site.value_dim)):
-            shapes.setdefault((site.kv_heads, dim, site.dtype), []).append((site.index, kind))
+        for kind, (heads, dim) in enumerate(site.pools):
+            shapes.setdefault((heads, dim, site.dtype), []).append((site.index, kind))
     pools: dict[tuple[int, int], Tensor] = {}
     storages = []
     for (heads, dim, dtype), users in shapes.items():
@@ -361,4 +361,4 @@ def _allocate(
         storage = torch.zeros(len(users), pages, heads, page_size, dim, dtype=dtype, device=device)
         storages.append(storage)
         pools.update(zip(users, storage.unbind(0), strict=True))
-    return storages, [pools[site.index, kind] for site in sites for kind in (0, 1)]
+    return storages, [pools[site.index, kind] for site in sites for kind in range(len(site.pools))]

@@ -87,9 +87,8 @@ class Executor:
         places = {role: i for i, role in enumerate(self.roles)}
         self._given = [(place, role) for place, role in enumerate(self.roles) if role in BY_NAME]
         self._pools = [
-            (places[name], 2 * site.index + at)
-            for site in state.sites
-            for at, name in enumerate(pool_names(site.index))
+            (places[name], at)
+            for at, name in enumerate(n for site in state.sites for n in pool_names(site.index, bool(site.index_dim)))
         ]
         self._states = [
             (places[name], 2 * site.index + at)

@@ -95,7 +95,7 @@ class _Stage:
         cache = self.caches[rank]
         given = pack(parts, cache, self.device).named()
         given[self.state.tokens] = given.pop(TOKENS)
-        pools = (name for site in self.state.sites for name in pool_names(site.index))
+        pools = (name for site in self.state.sites for name in pool_names(site.index, bool(site.index_dim)))
         return {**self.weights[rank], **given, **dict(zip(pools, cache.pools, strict=True))}
 
     def _interpret(self, inputs: list[dict[str, Tensor]]) -> list[Any]:

@@ -32,6 +32,7 @@ from .batch import Part
 from .cache import TreeCache
 from .executor import Executor
 from .links import Link
+from .own_choices import own_choices
 from .rounding import DRAWS, Exact, Judged, judged, relative_error, tolerance
 from .semantics import eager_rows, kept, seen_first
 from .target import RoundedModel
@@ -150,10 +151,10 @@ def _difference(
         spec = program.state.model_logits
         # A model that gives the last token's logits alone runs anew for each row.
         wanted = path.rows if not spec.last else {at: path.rows[at] for at in (min(path.rows), max(path.rows))}
-        with target.run():
+        with target.run(), own_choices(program.state):
             expected = eager_rows(model, call, path.ids, wanted, program.device, spec)
         for at, row in wanted.items():
-            with target.run():
+            with target.run(), own_choices(program.state):
                 result = judged(exact, path.ids, at, row, expected[at])
             if not result.rounded:
                 error = relative_error(row, expected[at])

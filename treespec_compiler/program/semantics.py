@@ -30,6 +30,7 @@ from ..tree import TokenTree
 from .batch import Batch, Part, pack
 from .cache import TreeCache
 from .links import Link
+from .own_choices import own_choices
 from .rounding import is_rounding, relative_error, tolerance
 from .target import as_target
 
@@ -176,7 +177,7 @@ def semantic_check(model: nn.Module, call: CallSpec) -> Check:
             lambda ids: eager_logits(model, call, ids, device, spec),
             lambda ids, got, expected: is_rounding(model, call, ids, got, expected, spec),
         )
-        with kept(model, state.caches), as_target(model, state):
+        with kept(model, state.caches), as_target(model, state), own_choices(state):
             compare(state, name)
 
     return check
@@ -277,7 +278,7 @@ def _length_error(model: nn.Module, call: CallSpec, state: GraphState, length: i
     """How far the graph is from the model on a prompt of this many tokens, where the model says something itself."""
     value = state.logits_value
     ids = seen_first([(7 * i + 1) % int(value.shape[-1]) for i in range(length)], state.padding)
-    with kept(model, state.caches), as_target(model, state):
+    with kept(model, state.caches), as_target(model, state), own_choices(state):
         expected = _run(model, call, ids, value.device, state.model_logits)
     numbers = ~expected.isnan().any(-1)
     if not numbers.any():

@@ -100,6 +100,7 @@ def _record(result: Result, error: Exception) -> None:
 
 def check_model(model: nn.Module, result: Result, prefix: int) -> None:
     """The path oracle over three rounds of verify and commit, then a forest of three slots, and each slot alone."""
+    from ...program.own_choices import own_choices
     from ...program.semantics import random_tree
     from ...program.tree_program import tree_program
     from ...tree import Forest, TokenTree
@@ -109,13 +110,17 @@ def check_model(model: nn.Module, result: Result, prefix: int) -> None:
     result.masks = sorted({*result.masks, *(_mask_text(site) for site in program.sites)})
     worst = result.error or 0.0
 
+    def own_row(model: nn.Module, ids: list[int]) -> torch.Tensor:
+        with own_choices(program.state):  # of equal scores, an indexer takes those that decoding takes
+            return eager_row(model, ids)
+
     def compare(rows: Any, committed: list[int], tree: TokenTree) -> float:
         paths = [committed + tree.path_tokens(i) for i in range(len(tree))]
-        return max(distance(rows[i], eager_row(model, path)) for i, path in enumerate(paths))
+        return max(distance(rows[i], own_row(model, path)) for i, path in enumerate(paths))
 
     ids = [(7 * i + 5) % VOCAB for i in range(prefix)]
     cache = program.new_cache(max_tokens=96, slots=3)
-    worst = max(worst, distance(program.prefill(ids, cache), eager_row(model, ids)))
+    worst = max(worst, distance(program.prefill(ids, cache), own_row(model, ids)))
     for seed in range(ROUNDS):
         tree = random_tree(NODES, VOCAB, seed)
         worst = max(worst, compare(program.verify(tree, cache), ids, tree))
@@ -133,6 +138,8 @@ def check_model(model: nn.Module, result: Result, prefix: int) -> None:
     packing = max(distance(parts[slot][i], row) for slot in order for i, row in enumerate(alone[slot]))
     result.packing = max(result.packing or 0.0, packing)
     worst = max([worst, packing, *(compare(parts[slot], prefixes[slot], trees[slot]) for slot in order)])
+    if any(site.index_dim for site in program.sites):
+        worst = max(worst, distance(own_row(model, ids), decoded_row(model, ids)))
     result.error = worst
     result.verdict = "exact" if worst <= TOLERANCE else "wrong"
     if result.verdict == "wrong":
@@ -189,6 +196,16 @@ def eager_row(model: nn.Module, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         call = call_spec(model).with_tokens(torch.tensor([ids]))
         return run_logits(model, call.args, call.kwargs)[0, -1]
+
+
+def decoded_row(model: nn.Module, ids: list[int]) -> torch.Tensor:
+    """The same, decoded token by token with the model's own cache."""
+    cache, row = None, torch.empty(0)
+    with torch.no_grad():
+        for token in ids:
+            out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            cache, row = out.past_key_values, out.logits[0, -1]
+    return row
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor) -> float:

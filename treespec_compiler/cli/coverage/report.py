@@ -100,10 +100,11 @@ Written by `treespec coverage --output docs/coverage.md` with {made_with}.
 Each type is a model of a few small layers with random float32 weights, default attention and experts settings.
 *exact*: each of {ROUNDS} rounds of verify and commit on trees of {NODES} nodes after a committed prefix, and a forest
 over three slots with prefixes of different lengths, gave the eager model's logits within {TOLERANCE:.0e} of their
-largest magnitude; *packing* is how far the forest was from each slot alone. Types with a window were run with one
-shorter and one longer than the traced prompt, and some types with variants of their configuration. *refused*: treespec
-says why, nothing was converted. *wrong* must never appear. *error*: the tiny model could not be built or run, or
-treespec failed otherwise.
+largest magnitude; *packing* is how far the forest was from each slot alone. Of equal scores an indexer takes those that
+the model's own decoding takes (docs/hybrids.md), with which a path was compared, too. Types with a window were run with
+one shorter and one longer than the traced prompt, and some types with variants of their configuration. *refused*:
+treespec says why, nothing was converted. *wrong* must never appear. *error*: the tiny model could not be built or
+run, or treespec failed otherwise.
 
 Classes: A plain attention, B eager attention, C mixture of experts, D a variation of mask or score, E a token mixer
 other than attention (a state, or refused), F no full graph, N not a decoder alone (to be refused)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...capture.call import CallSpec
 from ...tree import TokenTree
 from ..net import Runs
+from ..own_choices import own_choices
 from ..rounding import DRAWS, relative_error, tolerance
 from ..saved.values import CannotLoad
 from ..semantics import eager_rows, kept, seen_first
@@ -62,7 +63,8 @@ def expectations(program: Runs, model: nn.Module, call: CallSpec) -> list[Expect
             for leaf in (i for i in range(len(tree)) if i not in tree.parents):
                 path, ids = tree.path(leaf), [*prompt, *tree.path_tokens(leaf)]
                 wanted = {len(prompt) + depth: node for depth, node in enumerate(path) if node not in rows}
-                there = eager_rows(model, call, ids, wanted, program.device, spec)
+                with own_choices(program.state):
+                    there = eager_rows(model, call, ids, wanted, program.device, spec)
                 rows |= {node: there[at] for at, node in wanted.items()}
         expected = torch.stack([rows[node] for node in range(len(tree))])
         got = _rows(program, prompt, tree)
