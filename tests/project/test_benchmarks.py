@@ -107,6 +107,21 @@ def test_tables_from_a_file(decode: SimpleNamespace) -> None:
 
 
 @pytest.mark.rare
+def test_bench_hybrid(tmp_path: Path) -> None:
+    path = tmp_path / "hybrid.json"
+    options = ["--width", 64, "--layers", 4, "--nodes", 1, 8, "--prefix", 16, "--lowering", "eager", "--rounds", 1]
+    said = run("bench_hybrid.py", *options, "--burst", 2, "--output", path)
+    report = json.loads(path.read_text())
+    check_run(report["run"])
+    for model in report["models"]:
+        assert set(model["seconds"]) == {
+            "transformers, one token", *(f"{way}, {n}" for way in ("treespec", "snapshots") for n in (1, 8)),
+        }  # fmt: skip
+        assert model["node_bytes"]["treespec"] < model["node_bytes"]["snapshots"]
+    assert said.count("verify(8) / decode") == 2 == shown("bench_hybrid.py", path).count("verify(8) / decode")
+
+
+@pytest.mark.rare
 def test_bench_verify(pair: SimpleNamespace, tmp_path: Path) -> None:
     path = tmp_path / "verify.json"
     options = ["--nodes", 1, 2, 4, "--prefix", 16, "--static", "--lowering", "eager", "--rounds", 2, "--output", path]
