@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
@@ -94,7 +93,9 @@ def summary(state: GraphState) -> CutSummary:
     where = _where(state)
     sites = [n for n in state.graph.nodes if definition(n.target) is tree_attention]
     whole = sum(where.get(n.name) == REPLICATED for n in sites)
-    return CutSummary(ranks, weights, collectives, _products(state, where), len(state.sites), whole, _stage(state))
+    kinds = [kind for _, kind in _kinds(state, where)]
+    products = {kind: kinds.count(kind) for kind in ("column", "row", "whole")}
+    return CutSummary(ranks, weights, collectives, products, len(state.sites), whole, _stage(state))
 
 
 def _where(state: GraphState) -> dict[str, Placement]:
@@ -141,16 +142,30 @@ def _collective(node: fx.Node) -> Collective:
     return Collective(kind, layer_path(node) or "", int(value.shape[-1]) * value.dtype.itemsize)
 
 
-def _products(state: GraphState, where: dict[str, Placement]) -> dict[str, int]:
-    found: Counter[str] = Counter({"column": 0, "row": 0, "whole": 0})
+def _kinds(state: GraphState, where: dict[str, Placement]) -> list[tuple[fx.Node, str]]:
+    """Products and how they are cut: by outputs (column), by inputs (row), or whole."""
+    found = []
     for node in state.graph.nodes:
         if node.op != "call_function" or meaning(node) not in PRODUCTS:
             continue
         x, weight = (named(node)[name] for name in PRODUCTS[meaning(node)])
         if isinstance(where.get(node.name), Partial):
-            found["row"] += 1
+            found.append((node, "row"))
         elif where.get(weight.name) != REPLICATED:
-            found["column"] += 1
+            found.append((node, "column"))
         elif x.name not in state.weights:
-            found["whole"] += 1
-    return dict(found)
+            found.append((node, "whole"))
+    return found
+
+
+def of_weights(state: GraphState) -> dict[str, str]:
+    """How the products of each of the model's weights are cut, by its name: "column", "row" or "whole"."""
+    found: dict[str, str] = {}
+    for node, kind in _kinds(state, _where(state)):
+        stack = [named(node)[PRODUCTS[meaning(node)][1]]]
+        while stack:
+            of = stack.pop()
+            if of.name in state.weights:
+                found |= dict.fromkeys(state.weights[of.name].sources, kind)
+            stack += of.all_input_nodes
+    return found

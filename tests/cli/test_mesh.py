@@ -8,10 +8,12 @@ from argparse import Namespace
 from collections.abc import Callable
 
 import pytest
+from torch import nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from treespec_compiler.cli import generate, ranks
 from treespec_compiler.cli.coverage.check import Result
+from treespec_compiler.cli.coverage.plans import against_plan
 from treespec_compiler.cli.coverage.report import mesh_page
 from treespec_compiler.cli.main import main
 from treespec_compiler.errors import RankLost
@@ -49,9 +51,25 @@ def test_a_page_of_cut_types() -> None:
         Result("odd", "A", "refused", reason="nothing can be cut"),
     ]
     page = mesh_page(results, ["gpt2"], "tp=2")
-    assert "| llama | exact | 5 | 4 | 0 | 2 of 2 | 4 | 1 | 0.54 | 1.0e-06 |  |" in page
+    assert "| llama | exact | 5 | 4 | 0 | 2 of 2 | 4 | 1 | 0.54 |  | 1.0e-06 |  |" in page
     assert "nothing can be cut" in page and "Not run (1): gpt2." in page
-    assert "2 types: 1 exact, 1 refused; with attention that stays whole: 0." in page
+    assert "2 types: 1 exact, 1 refused; with attention that stays whole: 0; with a plan" in page
+
+
+def test_plans_of_transformers_are_held_against_what_was_found() -> None:
+    model = nn.Module()
+    assert against_plan(model, {"head.weight": "column"}) is None
+    model.tp_plan = {"layers.*.up": "colwise", "layers.*.down": "rowwise", "head": "replicate", "table": "odd"}  # type: ignore[assignment]
+    products = {
+        f"layers.{i}.{name}.weight": kind for i in range(2) for name, kind in (("up", "column"), ("down", "whole"))
+    }
+    found = against_plan(model, {**products, "head.weight": "whole", "gate": "whole"})
+    assert found is not None and (found.agree, found.beside) == (2, 1)
+    assert [str(each) for each in found.differ] == ["`layers.*.down` rowwise, here whole"]
+    counts = {"plan": {"agree": 2, "differ": [str(found.differ[0])]}, "whole_sites": 0}
+    page = mesh_page([Result("llama", "A", "exact", 1e-6, sites=2, cut=counts)], [], "tp=2")
+    assert "| 2 alike; `layers.*.down` rowwise, here whole |" in page
+    assert "with a plan of transformers' own: 1, alike in 0." in page
 
 
 def test_a_lost_rank_is_exit_code_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

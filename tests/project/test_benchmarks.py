@@ -295,6 +295,28 @@ def test_bench_batch(pair: SimpleNamespace, tmp_path: Path) -> None:
     assert "| --- | ---: |" in shown("bench_batch.py", path)
 
 
+def test_simulate_scale(tmp_path: Path) -> None:
+    """It says that it is calculated; one GPU's step is the measured one; more ranks of a stage compute less."""
+    file, chart = tmp_path / "scale.json", tmp_path / "scale.svg"
+    said = shown("simulate_scale.py", "--output", file, "--chart", chart)
+    report = json.loads(file.read_text())
+    check_run(report["run"], threads=1)
+    assert report["status"] == "calculated, not measured" and "CALCULATED, not measured" in said
+    assert "not measured" in chart.read_text() and all(link["source"] for link in report["links"])
+    rows = {(r["model"], r["tp"], r["pp"]): r for r in report["steps"] if r["within"] in ("", "NVLink 4")}
+    measured = json.loads((BENCHMARKS / "results/nvidia-h200/gpu_suite.json").read_text())["sections"]["step 8B"]
+    assert rows["Llama 8B", 1, 1]["plain"] == pytest.approx(1e3 / measured["cases"][0]["step_ms"]["1"], rel=0.02)
+    assert not rows["Llama 70B", 1, 1]["fits"] and rows["Llama 70B", 2, 1]["fits"]
+    for model in ("Llama 8B", "Llama 70B", "MoE of 100B"):
+        compute = [rows[model, tp, 1]["compute"] for tp in (1, 2, 4, 8)]
+        assert compute == sorted(compute, reverse=True) and rows[model, 1, 2]["compute"] == compute[0]
+        assert (
+            rows[model, 4, 1]["collectives"] > rows[model, 2, 1]["collectives"] > rows[model, 1, 1]["collectives"] == 0
+        )
+        assert rows[model, 2, 4]["bytes"] == pytest.approx(rows[model, 1, 1]["bytes"] / 8)
+    assert shown("simulate_scale.py", "--show", file).count("tp=8,pp=4") == 6
+
+
 @pytest.mark.rare
 def test_bench_offload(tmp_path: Path) -> None:
     """A made-up model over a slow bucket: every step reads all that is streamed, in no less than the floor."""

@@ -7,13 +7,17 @@ import resource
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .foreign import foreign_model, known
 from .models import CLASS_OF, VARIANTS, VOCAB, has_window, tiny_config, tiny_model
+from .plans import against_plan
+
+if TYPE_CHECKING:
+    from ...passes.framework.state import GraphState
 
 TOLERANCE = 1e-4
 NODES = 11
@@ -166,6 +170,7 @@ def check_cut(model: nn.Module, result: Result, mesh: str) -> None:
         "all_reduce": sum(each.count("all_reduce") for each in found),
         "all_gather": sum(each.count("all_gather") for each in found),
         "whole_sites": sum(each.whole_sites for each in found),
+        "plan": _plan(model, states),
         "share": round(max(each.bytes for each in found) / sum(held.values()), 3),
     }
     ranks = Lockstep(states, max_tokens=64)
@@ -183,6 +188,16 @@ def check_cut(model: nn.Module, result: Result, mesh: str) -> None:
     result.verdict = "exact" if worst <= TOLERANCE else "wrong"
     if result.verdict == "wrong":
         result.reason = f"logits {worst:.1e} of the largest away from the eager model's"
+
+
+def _plan(model: nn.Module, states: list[GraphState]) -> dict[str, Any] | None:
+    """What transformers' own plan says of the same weights; None where it has none, or layers are not shared."""
+    from ...passes.sharding.summary import of_weights
+
+    if states[0].cut is None:
+        return None
+    found = against_plan(model, {name: kind for state in states for name, kind in of_weights(state).items()})
+    return None if found is None else {"agree": found.agree, "differ": [str(d) for d in found.differ]}
 
 
 def _mask_text(site: Any) -> str:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 from .check import NODES, ROUNDS, TOLERANCE, Result
 from .foreign import version_of
@@ -39,16 +40,17 @@ Each type is a model of a few small layers with random float32 weights, cut by p
 process; *exact*: every rank gave the eager model's logits within {TOLERANCE:.0e} of their largest magnitude, after a
 prompt and on trees. Products with weights are cut by outputs (column), by inputs (row) or not; *reduces* are
 all_reduces of one step, over all attention sites; *gathers* all_gathers, the logits' one among them; *share* is one
-rank's part of the weights (the table of embeddings is whole). *refused*: treespec says why."""
-    rows = ["| type | verdict | column | row | whole | sites cut | reduces | gathers | share | worst error | why not |"]
-    rows.append("|---" * 11 + "|")
+rank's part of the weights (the table of embeddings is whole). *tp_plan*: how many names of weights transformers' own
+plan cuts in the same way, and where the two differ; empty where it has no plan. *refused*: treespec says why."""
+    titles = "type, verdict, column, row, whole, sites cut, reduces, gathers, share, tp_plan, worst error, why not"
+    rows = [f"| {titles.replace(', ', ' | ')} |", "|---" * 12 + "|"]
     for r in sorted(results, key=lambda r: (VERDICTS.index(r.verdict), r.type)):
         cut = r.cut or {}
         sites = f"{r.sites - cut['whole_sites']} of {r.sites}" if cut and r.sites is not None else ""
         counts = [cut.get(name, "") for name in ("column", "row", "whole")]
         traffic = [cut.get(name, "") for name in ("all_reduce", "all_gather", "share")]
         error = f"{r.error:.1e}" if r.error is not None else ""
-        cells = [r.type, r.verdict, *counts, sites, *traffic, error, _why(r)]
+        cells = [r.type, r.verdict, *counts, sites, *traffic, _against(cut), error, _why(r)]
         rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     parts = [head, _mesh_counts(results), "\n".join(rows)]
     if missing:
@@ -56,11 +58,19 @@ rank's part of the weights (the table of embeddings is whole). *refused*: treesp
     return "\n\n".join(parts) + "\n"
 
 
+def _against(cut: dict[str, Any]) -> str:
+    plan = cut.get("plan")
+    return "; ".join([f"{plan['agree']} alike", *plan["differ"]]) if plan else ""
+
+
 def _mesh_counts(results: list[Result]) -> str:
+    plans = [r.cut["plan"] for r in results if r.cut and r.cut.get("plan")]
+    same = sum(not plan["differ"] for plan in plans)
     count = Counter(r.verdict for r in results)
     whole = sum(bool(r.cut and r.cut["whole_sites"]) for r in results)
     verdicts = ", ".join(f"{count[v]} {v}" for v in VERDICTS if count[v])
-    return f"{len(results)} types: {verdicts}; with attention that stays whole: {whole}."
+    told = f"with a plan of transformers' own: {len(plans)}, alike in {same}"
+    return f"{len(results)} types: {verdicts}; with attention that stays whole: {whole}; {told}."
 
 
 def foreign_section(results: list[Result], missing: Sequence[str]) -> str:
