@@ -295,10 +295,11 @@ def test_bench_batch(pair: SimpleNamespace, tmp_path: Path) -> None:
     assert "| --- | ---: |" in shown("bench_batch.py", path)
 
 
+@pytest.mark.rare
 def test_simulate_scale(tmp_path: Path) -> None:
     """It says that it is calculated; one GPU's step is the measured one; more ranks of a stage compute less."""
     file, chart = tmp_path / "scale.json", tmp_path / "scale.svg"
-    said = shown("simulate_scale.py", "--output", file, "--chart", chart)
+    said = run("simulate_scale.py", "--output", file, "--chart", chart)
     report = json.loads(file.read_text())
     check_run(report["run"], threads=1)
     assert report["status"] == "calculated, not measured" and "CALCULATED, not measured" in said
@@ -314,7 +315,7 @@ def test_simulate_scale(tmp_path: Path) -> None:
             rows[model, 4, 1]["collectives"] > rows[model, 2, 1]["collectives"] > rows[model, 1, 1]["collectives"] == 0
         )
         assert rows[model, 2, 4]["bytes"] == pytest.approx(rows[model, 1, 1]["bytes"] / 8)
-    assert shown("simulate_scale.py", "--show", file).count("tp=8,pp=4") == 6
+    assert shown("simulate_scale.py", file).count("tp=8,pp=4") == 6
 
 
 @pytest.mark.rare
