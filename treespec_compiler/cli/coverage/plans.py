@@ -25,7 +25,7 @@ _MEANS = {
 
 
 @dataclass(frozen=True)
-class Difference:
+class OtherCut:
     """Weights of this name, with `*` for numbers, that are cut in another way."""
 
     name: str
@@ -41,7 +41,7 @@ class AgainstPlan:
     """`agree`: names of weights that both cut in the same way; `beside`: products here that the plan does not name."""
 
     agree: int
-    differ: tuple[Difference, ...]
+    differ: tuple[OtherCut, ...]
     beside: int
 
 
@@ -56,7 +56,7 @@ def against_plan(model: nn.Module, products: Mapping[str, str]) -> AgainstPlan |
         return None
     agree: set[str] = set()
     beside: set[str] = set()
-    differ: set[Difference] = set()
+    differ: set[OtherCut] = set()
     for weight, here in products.items():
         name = re.sub(r"\.\d+(?=\.|$)", ".*", weight.removesuffix(".weight"))
         theirs = _MEANS.get(plan.get(name, ""))
@@ -65,5 +65,5 @@ def against_plan(model: nn.Module, products: Mapping[str, str]) -> AgainstPlan |
         elif theirs == here:
             agree.add(name)
         else:
-            differ.add(Difference(name, plan[name], here))
+            differ.add(OtherCut(name, plan[name], here))
     return AgainstPlan(len(agree), tuple(sorted(differ, key=str)), len(beside))
