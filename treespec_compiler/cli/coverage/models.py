@@ -137,6 +137,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _QWEN4_INDEXER},
     "qwen4_exp_text": _QWEN4_INDEXER,
     "zaya": {"num_experts_per_tok": 1},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
 }
 
 
@@ -180,6 +184,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "gpt_bigcode": {"a key head for each query head": {"multi_query": False}},
     "opt": {"norm after": {"do_layer_norm_before": False}},
+    "glm_moe_dsa": {"a choice that two layers share": {"indexer_types": ["full", "shared"]}},
     "bloom": {"norm after": {"apply_residual_connection_post_layernorm": True}},
 }
 
