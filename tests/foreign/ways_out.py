@@ -339,6 +339,53 @@ class ScoresOfItsOwn(Style):
         return (scores / 2).masked_fill(future(scores.shape[-1]), -math.inf).softmax(-1).square()
 
 
+class RoundedWeights(Style):
+    """Attention's weights in a coarser type than its queries."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return super().weights(scores.bfloat16()).float()
+
+
+class CoarseAttention(One):
+    """Queries, keys and values in a coarser type than every weight."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        q, k, v = (x.to(torch.float16) for x in (q, k, v))
+        return super().attend(q, k, v, layer).float()
+
+
+class Centred(One):
+    """A convolution that reads the next token."""
+
+    def setup(self) -> None:
+        self.near = nn.Conv1d(DIM, DIM, 3, groups=DIM)
+
+    def padded(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (1, 1))
+
+    def start(self, ids: Tensor) -> Tensor:
+        x = super().start(ids)
+        return x + self.near(self.padded(x.transpose(1, 2))).transpose(1, 2)
+
+
+class Before(Centred):
+    def padded(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (2, 0))
+
+
+class PickedAlone(One):
+    """As many rows as the tokens' content asks for, put in order."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        picked = x[x[..., 0] > 0]
+        return self.head(x + picked.sum() * 0 + picked[:1].mean())
+
+
+class ChosenRows(One):
+    def finish(self, x: Tensor) -> Tensor:
+        return self.head(torch.where(x[..., :1] > 0, x * 2, x))
+
+
 def in_two(model: nn.Module) -> nn.Module:
     """Parameters that are a subclass of tensors."""
     weight = model.head.weight.detach()
@@ -397,6 +444,10 @@ WAYS: tuple[Way, ...] = (
     Way(OneAlone, "make the forward pass the same for every number of tokens", becomes(One)),
     Way(NeverOne, "make the forward pass take 1 tokens, or remove the branch", becomes(One)),
     Way(ScoresOfItsOwn, "use torch.nn.functional.scaled_dot_product_attention", becomes(One)),
+    Way(RoundedWeights, "compute attention in one type", becomes(Style)),
+    Way(CoarseAttention, "leave q, k and v as they are", becomes(One)),
+    Way(Centred, "pad 2 zeros in front of the tokens", becomes(Before)),
+    Way(PickedAlone, "choose with torch.where", becomes(ChosenRows)),
     Way(Quantized, "convert the model before it is quantized", plain),
 )
 
