@@ -149,3 +149,6 @@ def test_a_mesh_is_refused() -> None:
     with pytest.raises(Unsupported, match=r"an indexer chooses the keys of .* for all of its heads") as caught:
         sharded.cut(sharded.uncut(cases.Indexed()), 2)
     assert caught.value.kind is Refusal.MESH
+    with pytest.raises(Unsupported, match=r"an indexer chooses the keys of .* stages do not carry") as caught:
+        sharded.stages(sharded.uncut(cases.Indexed()), "pp=2")
+    assert caught.value.kind is Refusal.MESH
