@@ -17,6 +17,7 @@ from torch import nn
 import treespec_compiler as treespec
 from treespec_compiler.errors import TreespecError
 from treespec_compiler.mesh import Mesh
+from treespec_compiler.program.ranks import Ranks
 
 RANK = int(os.environ["RANK"])
 PROMPT = [1, 2, 3, 1, 2, 3]
@@ -114,6 +115,35 @@ def killed(model: nn.Module) -> dict[str, Any]:
     except TreespecError as error:
         return {"error": type(error).__name__, "text": str(error), "code": getattr(error, "exit_code", None)}
     return {"error": None}
+
+
+def killed_at(model: nn.Module) -> dict[str, Any]:
+    """One rank ends without a word, at the moment that KILL names: rank, what it does, and for the how manyeth time."""
+    rank, what, count = os.environ["KILL"].split(":")
+    settings: dict[str, Any] = {"draft": "ngram", "policy": "1,1,2", "max_new_tokens": 20, "options": OPTIONS}
+    try:  # rank 0 may notice while it makes the stream
+        steps = treespec.stream(model, PROMPT, **settings)
+        if int(rank) == RANK:
+            executor = steps._program._executor  # type: ignore[attr-defined]
+            places = {"call": (executor, "_launch"), "told": (Ranks, "tell"), "heard": (Ranks, "hear")}
+            _die_at(*places[what], int(count))
+        for _ in steps:
+            pass
+    except TreespecError as error:
+        return {"error": type(error).__name__, "code": getattr(error, "exit_code", None)}
+    return {"error": None}
+
+
+def _die_at(owner: Any, name: str, count: int) -> None:
+    run, seen = getattr(owner, name), []
+
+    def die(*arguments: Any, **settings: Any) -> Any:
+        seen.append(1)
+        if len(seen) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(*arguments, **settings)
+
+    setattr(owner, name, die)
 
 
 ENGINE: dict[str, Any] = {"draft": "ngram", "policy": "1,1,2", "max_requests": 2, "page_size": 4}
@@ -231,6 +261,6 @@ if __name__ == "__main__":
         result = loaded(Path(folder))
     else:
         cases = {"same": same, "program": program, "refused": refused, "engine": engine, "killed": killed}
-        cases["stages"] = stages
+        cases |= {"stages": stages, "killed at": killed_at}
         result = cases[case](Decoder().eval())
     Path(folder, f"{RANK}.json").write_text(json.dumps(result))

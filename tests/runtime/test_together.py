@@ -143,6 +143,33 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
     assert "rank 0 of 2 after" in first["text"]
 
 
+# Rank, what it is about to do, and for the how manyeth time.
+MOMENTS = (
+    "1:heard:1",  # that there is a cache
+    "1:call:1",  # the prompt
+    "1:call:3",  # a tree
+    "1:heard:4",
+    "1:heard:7",
+    "0:told:1",
+    "0:told:2",
+    "0:call:1",
+    "0:call:3",
+    "0:told:6",
+)
+
+
+@pytest.mark.rare
+@pytest.mark.parametrize("mesh", ["tp=2", "pp=2"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_rank_may_be_killed_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, mesh: str
+) -> None:
+    monkeypatch.setenv("KILL", moment)
+    found = ranks("killed at", tmp_path, mesh=mesh)
+    gone = int(moment[0])
+    assert found[gone] is None and found[1 - gone] == {"error": "RankLost", "code": 3}
+
+
 def test_a_mesh_without_processes_says_how_to_start_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(InvalidOption, match=r"got 'tp=2 in one process', expected 2 processes\. .*torchrun"):
