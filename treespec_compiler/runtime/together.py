@@ -44,6 +44,7 @@ class Together(Stream):
         self._ranks.agree(said_of(calls))
         # All ranks convert, lower and check the program at the same time: the check runs their collectives.
         self._program = program_of(calls[0], Stats(prompt_tokens=0))
+        self._program.check()  # of a program that was given, too: not once rank 0 leads
         self._ranks.agree(self._program.said_of_weights, partly=True)
         self._steps: Stream | None = None
         self._prompt, self._device = calls[0].prompt, calls[0].device
