@@ -135,6 +135,7 @@ class TestTransformers:
 
         return tiny_model(name, **fields)
 
+    @pytest.mark.rare
     def test_where_transformers_offers_another_implementation(self) -> None:
         model = self.small("mixtral")
         model.set_experts_implementation("eager")  # type: ignore[operator]

@@ -94,6 +94,7 @@ def test_generate_with_random_weights_needs_the_configuration_only(
     assert "a folder without weights" in capsys.readouterr().err
 
 
+@pytest.mark.rare
 def test_factory_of_a_module_in_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "factories.py").write_text("def broken():\n    raise RuntimeError('no GPU here.')\n")
     result = treespec("generate", "--target", "py:factories:broken", "--prompt-ids", "1", cwd=tmp_path)

@@ -38,6 +38,7 @@ def test_processes_and_exit_codes() -> None:
     assert wrong.returncode == 2 and wrong.stderr.startswith("treespec: error: Invalid pipeline: got no pass 'nothing'")
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_a_refusal_is_all_that_is_said() -> None:
     pytest.importorskip("transformers")
@@ -45,6 +46,7 @@ def test_a_refusal_is_all_that_is_said() -> None:
     assert done.returncode == 1 and done.stderr == "" and done.stdout.startswith("refused  hf:minimax")
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_torch_trace_holds_every_pass(tmp_path: Path) -> None:
     done = treespec("opt", "py:graph_cases:decoder", "--timing", TORCH_TRACE=str(tmp_path))
@@ -74,6 +76,7 @@ def test_passes_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fuse" not in capsys.readouterr().out.split()
 
 
+@pytest.mark.rare
 def test_model_types_and_tiny(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     assert main(["explain", "hf:mistral", "--random-weights", "--tiny", "--json", "--option", "kernels=aten"]) == 0
@@ -88,6 +91,7 @@ def test_model_types_and_tiny(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a model named hf:PATH_OR_ID" in capsys.readouterr().err
 
 
+@pytest.mark.rare
 def test_dot_and_site(capsys: pytest.CaptureFixture[str]) -> None:
     common = ["opt", "py:graph_cases:decoder", "--stop-after", "classify", "--option", "kernels=aten"]
     assert main([*common, "--format", "dot"]) == 0

@@ -145,12 +145,14 @@ class TestWithTriton:
         assert rows["attend"]["for"] == "2 sites from 0 on, 64 nodes"
         assert "tree_attention" in rows["attend"]["file"] and "source" not in rows["attend"]
 
+    @pytest.mark.rare
     def test_rotations_are_part_of_the_append(self, capsys):
         assert main(["kernels", "py:modules:RopeTril", "--kernel", "rope_append", "--json"]) == 0
         (row,) = json.loads(capsys.readouterr().out)["kernels"]
         assert row["for"] == "2 sites from 0 on" and row["fits"]
         assert [row["constants"][name] for name in ("HEADS", "ROTARY", "COLUMNS", "HALF")] == [4, 4, 4, True]
 
+    @pytest.mark.rare
     def test_texts(self, capsys):
         assert main(["kernels", MODEL, "--kernel", "append", "--source", "--resources"]) == 0
         shown = capsys.readouterr().out
@@ -162,6 +164,7 @@ class TestWithTriton:
         assert main(["kernels", MODEL, "--kernel", "nothing"]) == 2
         assert "expected one of append, attend, chance_walk, commit" in capsys.readouterr().err
 
+    @pytest.mark.rare
     @pytest.mark.parametrize("width", ["", "80"])
     def test_table(self, width, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", width)
@@ -170,6 +173,7 @@ class TestWithTriton:
         assert re.findall(r"^attend +2 sites from 0 on, (\w+)", shown, re.MULTILINE) == ["1", "64", "prompts"]
         assert ("stages" in shown.splitlines()[1]) == (not width) and "tree_attention-" in shown
 
+    @pytest.mark.rare
     def test_what_was_measured_is_said(self, capsys, monkeypatch, tmp_path):
         monkeypatch.setenv("TREESPEC_CACHE_DIR", str(tmp_path))
         call = ["kernels", MODEL, "--dtype", "bfloat16", "--nodes", "64", "--json"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -30,6 +33,7 @@ def test_explain_says_where_weights_lie(capsys: pytest.CaptureFixture[str]) -> N
     assert fused["placement"].count("+") == 2 and fused["whole_bytes"] == 2 * fused["bytes"]
 
 
+@pytest.mark.rare
 @pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["pp=2", "tp=2,pp=2"])
@@ -96,3 +100,17 @@ def test_generate_starts_the_ranks_of_its_mesh(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(generate, "start_ranks", lambda count: started.append(count) or 0)
     assert main(["generate", "--target", "demo", "--prompt", "x", "--mesh", "tp=3"]) == 0
     assert started == [3] and not ranks.is_rank()
+
+
+@pytest.mark.dist
+@pytest.mark.rare
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tp=2", "pp=2"])
+def test_a_mesh_says_what_one_process_says_and_once(pair: SimpleNamespace, mesh: str) -> None:
+    command = [sys.executable, "-m", "treespec_compiler.cli.main", "generate", "--target", f"hf:{pair.target}"]
+    command += ["--prompt-ids", "5,9,2", "--max-new-tokens", "6", "--ignore-eos", "--option", "lowering=eager"]
+    runs = [subprocess.run([*command, *more], capture_output=True, text=True) for more in ([], ["--mesh", mesh])]
+    alone, cut = runs
+    assert cut.returncode == alone.returncode == 0, cut.stderr
+    assert cut.stdout == alone.stdout != ""
+    assert cut.stderr.count("tokens in") == alone.stderr.count("tokens in") == 1

@@ -85,6 +85,7 @@ def test_pruning_gives_reasons():
     assert prune(single, configs[3:], "sm_90", lambda *a: Compiled(instructions=())).kept == configs[3:]
 
 
+@pytest.mark.rare
 def test_pruning_of_the_real_kernel():
     pytest.importorskip("triton", reason="needs triton")
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -70,6 +70,7 @@ def test_small_layers_get_more_slots(layer: int, count: int, room: int, slots: i
     assert ring_slots(layer, count, room) == slots
 
 
+@pytest.mark.rare
 def test_layers_that_fit_stay_the_first_ones() -> None:
     fixed, layer = sizes()
     state = converted(fixed + 4 * layer)

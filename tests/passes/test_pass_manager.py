@@ -75,6 +75,7 @@ def test_the_order_of_the_passes() -> None:
         "treeify",
         "insert-state",
         "select-rows",
+        "quantize",
         "shard",
         "split",
         "fuse",
@@ -86,7 +87,7 @@ def test_the_order_of_the_passes() -> None:
     ]
     # What `default` stands for is placed in the same order.
     assert plan(None, built_in(), wanted=lambda step: True) == list(built_in())
-    assert not {"shard", "split", "fuse-rope", "join-linears", "tap", "offload"} & set(NAMES)
+    assert not {"quantize", "shard", "split", "fuse-rope", "join-linears", "tap", "offload"} & set(NAMES)
 
 
 def test_a_pass_is_put_in_order_by_what_it_needs() -> None:
@@ -103,17 +104,17 @@ def test_a_pass_that_is_not_wanted_can_still_be_named() -> None:
     assert without == [p.slug for p in built_in() if p.slug != "fuse"]
     named = plan("default,fuse", built_in(), wanted=lambda step: step.standard and step.slug != "fuse")
     assert [p.slug for p in named] == NAMES
-    assert slugs("default,shard,split,fuse-rope,join-linears,tap,offload") == [p.slug for p in built_in()]
+    assert slugs("default,quantize,shard,split,fuse-rope,join-linears,tap,offload") == [p.slug for p in built_in()]
 
 
 @pytest.mark.parametrize(
     ("options", "absent"),
     [
-        ({}, {"shard", "split", "fuse-rope", "join-linears", "tap", "offload"}),
-        ({"kernels": "aten"}, {"shard", "split", "fuse", "fuse-rope", "join-linears", "tap", "offload"}),
+        ({}, {"quantize", "shard", "split", "fuse-rope", "join-linears", "tap", "offload"}),
+        ({"kernels": "aten"}, {"quantize", "shard", "split", "fuse", "fuse-rope", "join-linears", "tap", "offload"}),
         (
             {"kernels": "reference"},
-            {"shard", "split", "fuse", "fuse-rope", "join-linears", "tap", "offload", "bind-kernels"},
+            {"quantize", "shard", "split", "fuse", "fuse-rope", "join-linears", "tap", "offload", "bind-kernels"},
         ),
     ],
 )

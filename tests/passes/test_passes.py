@@ -226,6 +226,7 @@ def test_join_linears_joins_products_of_one_input() -> None:
     torch.testing.assert_close(joined.prefill(ids, joined.new_cache(8)), want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.rare
 def test_joined_weights_follow_the_modules() -> None:
     model = RopeTril(layers=1).eval()
     joined: Any = treespec.tree_program(model, options=JOINED)

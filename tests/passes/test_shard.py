@@ -157,9 +157,9 @@ def test_without_the_option_there_is_no_pass() -> None:
     assert Options.parse().ranks == 1 and Options.parse({"mesh": "tp=1"}).ranks == 1
 
 
-@pytest.mark.parametrize("mesh", ["tp=0", "tp=two", "pp=2", "tp=2,pp=2", "draft=1", 2, ""])
+@pytest.mark.parametrize("mesh", ["tp=0", "tp=two", "pp=0", "tp=2,tp=2", "draft=1", 2, ""])
 def test_a_mesh_that_is_not_built_is_refused_by_name(mesh: object) -> None:
-    with pytest.raises(InvalidOption, match=r"Invalid option mesh: got .*'tp=N'.*pipeline stages and draft ranks"):
+    with pytest.raises(InvalidOption, match=r"Invalid option mesh: got .*'tp=N,pp=M'.*draft ranks are not"):
         Options.parse({"mesh": mesh})
 
 

@@ -91,6 +91,7 @@ def test_exact_at_each_switch(kind: str) -> None:
     assert not _apart(_same(model), first)
 
 
+@pytest.mark.rare
 def test_prompts_of_layers() -> None:
     """Keys and values that each layer sees in front of the text; they cannot be merged."""
     transformers = pytest.importorskip("transformers")

@@ -196,6 +196,7 @@ def test_each_cache_has_its_own_and_takes_them_along(model, program):
     assert_rows(model, program.verify(tree(3), second), tree(3), [7, 8])
 
 
+@pytest.mark.rare
 def test_other_weights_end_every_recording_and_another_dtype_the_program_s_graphs():
     model = zoo.make("llama")
     program = tree_program(model, options=REFERENCE)

@@ -174,6 +174,7 @@ def test_a_kernel_that_knows_no_forms_is_given_float32() -> None:
     assert program.packed_bytes == 0 and repr(program.packed_bytes) == "0 bytes"
 
 
+@pytest.mark.rare
 @pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["exact", "float32"])

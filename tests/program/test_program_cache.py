@@ -268,6 +268,7 @@ def test_programs_are_saved_by_default(home: Home, monkeypatch: pytest.MonkeyPat
     assert len([*(tmp_path / "cache" / "programs").glob("*.program")]) == 1
 
 
+@pytest.mark.rare
 def test_a_home_that_cannot_be_written_to_is_named_once(
     home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -81,6 +81,7 @@ def test_it_computes_the_rounded_model(weights: str) -> None:
         assert max(len(block.unique()) for block in levels) <= {"int8": 32, "int4": 16}[weights]
 
 
+@pytest.mark.rare
 def test_greedy_output_is_the_rounded_models_own() -> None:
     model = tiny()
     options = {**EAGER, "weights": "int4"}

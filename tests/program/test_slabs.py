@@ -64,6 +64,7 @@ def test_repeated_layers_are_one_compile_and_the_same_program(compiles: Compiles
     assert made.compile_count == 1
 
 
+@pytest.mark.rare
 def test_kinds_of_layers_in_turn(compiles: Compiles) -> None:
     """Windowed and full attention alternate: neither is taken for the other."""
     kinds = ["sliding_attention", "full_attention"] * (LAYERS // 2)

@@ -173,6 +173,7 @@ def test_an_engine_gives_each_request_what_it_gives_alone() -> None:
             assert token == wanted[-1]
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize("lowering", ["inductor"])
 def test_compiled_once_for_all_sizes(lowering: str) -> None:
     program = treespec.tree_program(lfm2(), options={"lowering": lowering})

@@ -61,6 +61,7 @@ def test_bit_by_bit_what_the_resident_program_says(name: str, slots: int, tmp_pa
     assert_decodes(model, program, VOCAB, rounds=1)
 
 
+@pytest.mark.rare
 @pytest.mark.family
 @pytest.mark.skipif(not cpu.load(), reason="no C++ compiler")
 @pytest.mark.parametrize(("form", "stored"), [("bfloat16", lambda w: w.bfloat16().float()), ("q4_1", in_blocks)])
@@ -112,6 +113,7 @@ def test_generate_with_a_draft(llama: nn.Module, tmp_path: Path) -> None:
     engine.close()
 
 
+@pytest.mark.rare
 def test_weights_that_change_are_written_anew(tmp_path: Path) -> None:
     model = make("llama", num_hidden_layers=4)
     program = streamed(model, tmp_path)
@@ -142,6 +144,7 @@ def test_a_disk_that_fails_ends_the_call_and_no_more(llama: nn.Module, tmp_path:
     assert all(map(torch.equal, said(program), rows))
 
 
+@pytest.mark.rare
 def test_an_early_exit_stays_in_memory(tmp_path: Path) -> None:
     """Behind streamed layers it holds its own, which are the model's present ones."""
     model = make("llama", num_hidden_layers=4)

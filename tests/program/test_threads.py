@@ -58,6 +58,7 @@ def test_two_threads_make_one_program_of_a_model() -> None:
         assert len(set(map(id, pool.map(make, range(4))))) == 1
 
 
+@pytest.mark.rare
 def test_lowerings_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second thread tries to lower while the first one is inside Inductor: it waits, and gets its own code."""
     real, first_is_in, inside, most = compile_fx.compile_fx, threading.Event(), [0], [0]

@@ -35,6 +35,7 @@ def test_gpt2_upcast_is_what_ran() -> None:
     assert scales[0] == pytest.approx(2 * scales[1])
 
 
+@pytest.mark.rare
 def test_longrope_ends_with_its_short_regime() -> None:
     """K made with the short factors is not K made with the long ones: the context ends at the switch."""
     model = tiny_model("phi3", **VARIANTS["phi3"]["longrope"])
@@ -47,6 +48,7 @@ def test_longrope_ends_with_its_short_regime() -> None:
         program.verify(treespec.TokenTree.chain([1, 2, 3, 4, 5]), cache)
 
 
+@pytest.mark.rare
 def test_dynamic_rope_is_refused() -> None:
     model = tiny_model("llama", **_rope("dynamic", factor=2.0))
     with pytest.raises(Unsupported, match="branches on values that are known only when it runs") as caught:

@@ -68,6 +68,7 @@ def test_every_section_measures_something(sections):
     assert len(loops) == 3 and all(row["identical"] for row in loops.values() if "identical" in row)
 
 
+@pytest.mark.rare
 def test_tables_of_a_run(sections, capsys):
     found = {"status": "smoke", "run": {"device": "d", "date": "now"}, "sections": sections, "projection": []}
     gpu_suite.print_report(found, markdown=True)

@@ -142,6 +142,7 @@ def test_without_a_gpu(tmp_path):
     assert found["status"] == "not measured" and found["run"]["date"] and found["run"]["versions"]["treespec"]
 
 
+@pytest.mark.rare
 def test_a_section_that_takes_too_long_leaves_the_others(tmp_path):
     """The first has no time, the second beside it has."""
     program = f"""

@@ -27,7 +27,7 @@ from .arguments import (
 )
 from .folders import read_models
 from .models import LoadedModel
-from .ranks import is_rank, quiet_followers, start_ranks, together
+from .ranks import follows, is_rank, quiet_followers, start_ranks, together
 from .text import TextStream, read_prompt
 from .waiting import waiting
 
@@ -100,7 +100,7 @@ def run(arguments: Namespace) -> int:
             return start_ranks(options.ranks)
         quiet_followers()
     policy = StaticExpansion.parse(arguments.expansion) if arguments.expansion else as_policy(arguments.policy)
-    messages = Console(stderr=True)
+    messages = Console(stderr=True, quiet=follows())
     with messages.status("reading models"):
         target, drafts = together(options.shape, lambda: read_models(arguments, arguments.folder or arguments.target))
         prompt = read_prompt(arguments, target)

@@ -58,7 +58,12 @@ def together(mesh: Mesh, do: Callable[[], T]) -> T:
     return joined(mesh).each(do)
 
 
+def follows() -> bool:
+    """Whether this process is a rank that another one leads."""
+    return os.environ.get("RANK", "0") != "0"
+
+
 def quiet_followers() -> None:
     """What a command prints is rank 0's alone; the others speak where something goes wrong."""
-    if os.environ.get("RANK") != "0":
+    if follows():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it stays until the process ends

@@ -35,7 +35,8 @@ def state_text(state: GraphState, others: frozenset[str] = frozenset()) -> tuple
     """(JSON, tensors by the names it has for them); `others`: as of `target_text`. Raises CannotSave."""
     if state.streaming is not None:
         raise CannotSave("a graph whose weights are streamed")
-    if state.cut is not None or state.level != "bound" or state.notes:
+    of_ranks = state.cut is not None or state.stage is not None
+    if of_ranks or state.level != "bound" or state.notes:
         raise CannotSave("a graph of one of several ranks, before its last pass, or with notes of a user's pass")
     if state.states:
         raise CannotSave("layers that keep a state beside attention")
