@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from treespec_compiler.cli import generate, ranks
 from treespec_compiler.cli.coverage.check import Result
@@ -94,6 +95,19 @@ def test_a_signal_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.start_ranks(2, stopped=0) == 0
 
 
+@pytest.mark.parametrize(
+    ("ended", "code"), [([2, -15], 2), ([-9, -15], 3), ([-15, -15], 3), ([3, -15], 3), ([1, 2], 2)]
+)
+def test_the_exit_code_is_of_the_rank_that_ended_by_itself(
+    monkeypatch: pytest.MonkeyPatch, ended: list[int], code: int
+) -> None:
+    def failed(*_: object) -> Callable[..., None]:
+        raise ChildFailedError("x", {rank: ProcessFailure(rank, 1, exit, "") for rank, exit in enumerate(ended)})
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", failed)
+    assert ranks.start_ranks(2) == code
+
+
 def test_generate_starts_the_ranks_of_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     started: list[int] = []
@@ -107,7 +121,7 @@ def test_generate_starts_the_ranks_of_its_mesh(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["tp=2", "pp=2"])
 def test_a_mesh_says_what_one_process_says_and_once(pair: SimpleNamespace, mesh: str) -> None:
-    command = [sys.executable, "-m", "treespec_compiler.cli.main", "generate", "--target", f"hf:{pair.target}"]
+    command = [sys.executable, "-m", "treespec_compiler.cli.main", "generate", "--target", pair.target]
     command += ["--prompt-ids", "5,9,2", "--max-new-tokens", "6", "--ignore-eos", "--option", "lowering=eager"]
     runs = [subprocess.run([*command, *more], capture_output=True, text=True) for more in ([], ["--mesh", mesh])]
     alone, cut = runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -43,6 +44,8 @@ def start_ranks(count: int, stopped: int | None = None) -> int:
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
+        # NOTE where one rank ended by itself the launcher ends the others, which then were not lost
+        codes = (codes - {-signal.SIGTERM}) or codes
         return LOST if LOST in codes or min(codes) < 0 else max(codes)
     except SignalException as error:
         return 128 + int(error.sigval) if stopped is None else stopped
