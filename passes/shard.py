@@ -11,6 +11,7 @@ from treespec_compiler.errors import Refusal
 
 from .framework.manager import Pass
 from .framework.state import GraphState, refuse
+from .sharding.carried import refuse_uncarried
 from .sharding.plan import make_plan
 from .sharding.rewriting import rewrite
 
@@ -20,20 +21,7 @@ def shard(state: GraphState) -> int:
     cut = state.cut
     if cut is None or cut.ranks == 1:
         return 0
-    if state.states:
-        site = state.states[0]
-        raise refuse(
-            Refusal.MESH,
-            f"{site.name} keeps a state ({site.kind}) besides K/V, of which ranks hold no parts yet",
-            way_out="run the model on one device",
-        )
-    indexed = next((site for site in state.sites if site.index_dim), None)
-    if indexed is not None:
-        raise refuse(
-            Refusal.MESH,
-            f"an indexer chooses the keys of {indexed.name} for all of its heads, and ranks hold no parts of one yet",
-            way_out="run the model on one device",
-        )
+    refuse_uncarried(state)
     plan = make_plan(state, cut.ranks)
     if plan.empty:
         reason = next(iter(plan.whole.values()), "no product's size can be divided")

@@ -17,6 +17,7 @@ from .framework.manager import Pass
 from .framework.state import GraphState, refuse
 from .locality.ids import input_vocab
 from .residual.stream import cuts
+from .sharding.carried import refuse_uncarried
 from .splitting.balance import bounds
 from .splitting.cutting import behind, sites_of, take, weights_behind
 from .splitting.stage import StageLayers, Unsplit
@@ -28,20 +29,7 @@ def split(state: GraphState) -> int:
     if share is None:
         return 0
     count = share.mesh.pp
-    if state.states:
-        site = state.states[0]
-        raise refuse(
-            Refusal.MESH,
-            f"{site.name} keeps a state ({site.kind}) besides K/V, which pipeline stages do not carry yet",
-            way_out="run the model on one device",
-        )
-    indexed = next((site for site in state.sites if site.index_dim), None)
-    if indexed is not None:
-        raise refuse(
-            Refusal.MESH,
-            f"an indexer chooses the keys of {indexed.name}, which pipeline stages do not carry yet",
-            way_out="run the model on one device",
-        )
+    refuse_uncarried(state)
     if len(state.outputs) > 1:
         raise refuse(
             Refusal.MESH,

@@ -125,7 +125,7 @@ def test_more_stages_than_layers_are_refused(whole: GraphState) -> None:
 def test_states_and_further_outputs_are_refused(whole: GraphState) -> None:
     other = whole.copy()
     other.states = [SimpleNamespace(name="ssm", kind="recurrence")]  # type: ignore[list-item]
-    with pytest.raises(Unsupported, match=r"ssm keeps a state .* pipeline stages do not carry"):
+    with pytest.raises(Unsupported, match=r"ssm keeps a state .* ranks of a mesh do not carry"):
         stages(other, "pp=2")
     tapped = whole.copy()
     tapped.output.args = ((tapped.logits, cuts(tapped)[1][-1]),)
