@@ -187,6 +187,20 @@ def test_a_model_without_a_whole_block_is_refused() -> None:
         compiled(tiny(width=16), "int8")
 
 
+def test_a_matrix_in_a_list_is_refused() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.own = tiny(), [torch.randn(WIDTH, VOCAB), torch.randn(VOCAB, WIDTH)]
+
+        def forward(self, ids: Tensor) -> Tensor:
+            first, second = self.own
+            return self.inner(ids).logits @ second @ first
+
+    with pytest.raises(InvalidOption, match="no attribute of a module"):
+        compiled(Listed().eval(), "int8")
+
+
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(InvalidOption, match="weights"):
         compiled(tiny().bfloat16(), "int8")
