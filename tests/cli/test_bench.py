@@ -48,6 +48,7 @@ def test_what_it_cannot_measure(capsys, tmp_path):
             main(["bench", *arguments])
 
 
+@pytest.mark.rare
 def test_a_server_is_started_measured_and_ended(tmp_path, capsys):
     prompts, output = tmp_path / "prompts.txt", tmp_path / "load.json"
     prompts.write_text("def f(x):\nimport os, sys\n", encoding="utf-8")

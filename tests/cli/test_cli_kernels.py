@@ -132,6 +132,7 @@ class TestWithTriton:
         found = json.loads(capsys.readouterr().out)
         assert not found["converted"] and "mixes tokens" in found["reason"]
 
+    @pytest.mark.rare
     def test_every_kernel_of_a_model(self, capsys):
         assert main(["kernels", MODEL, "--dtype", "bfloat16", "--nodes", "64", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)

@@ -23,6 +23,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_what_is_streamed_and_the_same_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_llama(tmp_path / "model", layers=4, seed=1)
     model, blobs = f"hf:{tmp_path / 'model'}", tmp_path / "blobs"

@@ -260,6 +260,7 @@ def test_launches_of_a_layer(steps: dict[str, Step]) -> None:
     assert steps["plain llama"].launches() == expected
 
 
+@pytest.mark.rare
 def test_launches_of_scored_attention(steps: dict[str, Step]) -> None:
     """Gemma 2: four norms a layer, of which those after a product and before the next one share a kernel or two."""
     launches = step_of(steps, "gemma2").launches()

@@ -108,6 +108,7 @@ def test_one_stage_on_amd(spec: AttentionKernel) -> None:
 
 
 @pytest.mark.parametrize(("dim", "target"), [(64, "sm_90"), (64, "sm_100"), (128, "sm_80"), (128, "sm_90")])
+@pytest.mark.family
 def test_float32_keeps_its_precision(dim: int, target: str) -> None:
     spec = AttentionKernel(32, 8, dim, dim, FLOAT, FLOAT)
     done = compiled(spec, default_config(spec, 4, target), target, split=True)
@@ -115,6 +116,7 @@ def test_float32_keeps_its_precision(dim: int, target: str) -> None:
     assert not done.has("HMMA") and not done.has("HGMMA")
 
 
+@pytest.mark.family
 def test_several_requests_and_pages() -> None:
     spec = FAMILIES["llama"]
     done = compiled(spec, default_config(spec, 64), "sm_90", split=True, requests=8, pages=4)

@@ -40,6 +40,7 @@ def test_the_models_code_keeps_its_checks() -> None:
         model(torch.tensor([[1, 99]]))
 
 
+@pytest.mark.rare
 def test_a_function_with_other_code_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built(TellsOfNan)
     program = treespec.tree_program(model, options=EAGER)

@@ -47,6 +47,7 @@ def test_refused(style: type[Length]) -> None:
     assert refusal.value.kind in (Refusal.SPECIALISED, Refusal.MASK)
 
 
+@pytest.mark.rare
 def test_a_setting_of_the_loop_is_followed() -> None:
     model = built(RowsInALoop)
     program = treespec.tree_program(model, options=EAGER)
@@ -67,6 +68,7 @@ def test_a_global_that_the_loop_reads_is_followed(monkeypatch: pytest.MonkeyPatc
     assert_decodes(model, again, VOCAB, rounds=1, size=7)
 
 
+@pytest.mark.rare
 def test_a_list_that_the_loop_reads_is_followed() -> None:
     model = built(ListedLoop)
     assert treespec.tree_program(model, options=EAGER).sites[0].mask.window == 5
@@ -91,6 +93,7 @@ def test_what_its_user_put_there_is_no_table(monkeypatch: pytest.MonkeyPatch) ->
         treespec.tree_program(built(KeptInAGlobal), options=EAGER)
 
 
+@pytest.mark.rare
 def test_what_the_loop_reads_of_an_object_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built(SettingsLoop)
     assert treespec.tree_program(model, options=EAGER).sites[0].mask.window == 5
@@ -100,6 +103,7 @@ def test_what_the_loop_reads_of_an_object_is_followed(monkeypatch: pytest.Monkey
     assert_decodes(model, again, VOCAB, rounds=1, size=7)
 
 
+@pytest.mark.rare
 def test_a_function_in_an_attribute_is_followed() -> None:
     model = built(FunctionInAnAttribute)
     assert treespec.tree_program(model, options=EAGER).sites[0].mask.window == 4
@@ -109,6 +113,7 @@ def test_a_function_in_an_attribute_is_followed() -> None:
     assert_decodes(model, again, VOCAB, rounds=1, size=7)
 
 
+@pytest.mark.rare
 def test_layers_have_tables_of_their_own() -> None:
     model = built(OtherInEachLayer)
     program = treespec.tree_program(model, options=EAGER)
@@ -131,6 +136,7 @@ def test_what_an_earlier_call_kept_at_any_length_is_no_table(monkeypatch: pytest
         treespec.tree_program(built(KeptInAGlobal), options=EAGER)
 
 
+@pytest.mark.rare
 def test_functions_of_functions_are_found() -> None:
     model: Any = held_in_a_closure()
     program = treespec.tree_program(model, options=EAGER)

@@ -28,6 +28,7 @@ def process(folder: Path, *how: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.rare
 def test_killed_while_a_file_is_written_and_two_that_go_on_at_once(tmp_path: Path) -> None:
     killed = process(tmp_path, "killed")
     assert killed.wait() == -signal.SIGKILL

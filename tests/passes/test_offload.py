@@ -81,6 +81,7 @@ def test_layers_that_fit_stay_the_first_ones() -> None:
     assert streamed == set(state.weights.streamed) and not streamed & set(state.weights)
 
 
+@pytest.mark.rare
 def test_a_model_that_fits_is_left_alone() -> None:
     state = converted(10**9)
     assert state.streaming is None and not any(n.target in (fetch, release) for n in state.graph.nodes)
@@ -99,6 +100,7 @@ def test_each_fetch_and_release_is_needed() -> None:
         assert problems(copy.graph, copy.level), f"nothing is wrong without call {i}"
 
 
+@pytest.mark.rare
 def test_a_layer_in_the_place_of_another_is_wrong() -> None:
     state = converted(sizes()[0] + 2 * sizes()[1])
     for i, j in ((0, 2), (1, 3), (0, 4)):
@@ -125,6 +127,7 @@ def test_other_devices_are_refused() -> None:
         offload(elsewhere)
 
 
+@pytest.mark.rare
 def test_shared_weights_stay() -> None:
     """The embedding that is the head as well."""
     state = converted(sizes()[0] + 2 * sizes()[1], tie_word_embeddings=True)

@@ -206,6 +206,7 @@ class Windowed(Tiny):
         return seen
 
 
+@pytest.mark.rare
 def test_a_window_the_trace_was_too_short_to_show() -> None:
     error = refusal(Windowed())
     assert "branches on the number of tokens" in error.reason and "30 tokens" in error.reason

@@ -108,6 +108,7 @@ def test_only_the_written_part_is_read() -> None:
     assert_path_oracle(model, treespec.tree_program(model, example(), ROLES, EAGER), at_positions)
 
 
+@pytest.mark.rare
 def test_a_start_position_given_as_a_number() -> None:
     """The example starts at 0: the cache is written as a slice of the first T cells, and the same slice is read."""
     model = built(zoo.StartDecoder)
@@ -119,6 +120,7 @@ def test_a_start_position_given_as_a_number() -> None:
         treespec.tree_program(model, (example()[0], 3), options=EAGER)
 
 
+@pytest.mark.rare
 def test_the_model_runs_between_calls_of_the_program() -> None:
     """What the user's own calls leave in the buffers is no change of a weight."""
     model = built(CachedDecoder)
@@ -334,6 +336,7 @@ def test_refused(name: str) -> None:
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
 
 
+@pytest.mark.rare
 def test_a_context_past_the_cache_is_refused() -> None:
     model = built(CachedDecoder)
     program = treespec.tree_program(model, example(), ROLES, EAGER)

@@ -126,6 +126,7 @@ def test_roundings_stay() -> None:
 # The module as the same function of the same inputs
 
 
+@pytest.mark.rare
 def test_plain_calls(gpt2: nn.Module, compiled: Any) -> None:
     ids = torch.arange(24).view(2, 12) % zoo.VOCAB
     mask = torch.ones_like(ids)
@@ -158,11 +159,13 @@ def test_training_gives_the_same_gradients() -> None:
         assert torch.allclose(got[name], value, rtol=1e-3, atol=1e-5 * float(value.abs().max() + 1)), name
 
 
+@pytest.mark.rare
 def test_tree_program_of_a_compiled_module(gpt2: nn.Module, compiled: Any) -> None:
     options = {"lowering": "eager"}
     assert treespec.tree_program(compiled, options=options) is treespec.tree_program(gpt2, options=options)
 
 
+@pytest.mark.rare
 def test_tree_program_of_a_module_compiled_in_place() -> None:
     torch.manual_seed(3)
     model = zoo.spread(RopeTril(layers=1).eval())

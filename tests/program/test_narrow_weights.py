@@ -103,6 +103,7 @@ def reads(program: Any, name: str) -> int:
 
 @pytest.mark.family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.rare
 def test_a_tied_table_is_there_once(dtype: torch.dtype) -> None:
     model = rounded(tied(), dtype)
     program = treespec.tree_program(model, options=EAGER)
@@ -117,6 +118,7 @@ def test_a_tied_table_is_there_once(dtype: torch.dtype) -> None:
     assert error(program.prefill(PROMPT, program.new_cache(16)), eager_row(model, PROMPT)) <= TOLERANCE
 
 
+@pytest.mark.rare
 def test_a_table_that_is_packed_with_others_is_read_as_it_is() -> None:
     """Two products of one input are one, whose rows are not the table's alone."""
 
@@ -130,6 +132,7 @@ def test_a_table_that_is_packed_with_others_is_read_as_it_is() -> None:
     assert_decodes(model, program, VOCAB, rounds=1)
 
 
+@pytest.mark.rare
 def test_values_that_no_longer_fit_make_the_program_anew() -> None:
     model = rounded(tiny())
     program = treespec.tree_program(model, options=EAGER)
@@ -144,6 +147,7 @@ def test_values_that_no_longer_fit_make_the_program_anew() -> None:
     assert error(program.prefill(PROMPT, program.new_cache(16)), eager_row(model, PROMPT)) <= TOLERANCE
 
 
+@pytest.mark.rare
 def test_other_values_of_the_same_form_are_packed_again() -> None:
     model = rounded(tiny())
     program = treespec.tree_program(model, options=EAGER)

@@ -131,6 +131,7 @@ INDUCTOR = {"lowering": "inductor"}
 
 
 @pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.rare
 def test_wrong_tapped_outputs_are_refused(monkeypatch: pytest.MonkeyPatch, output: int) -> None:
     program = treespec.tree_program(_model(), options=INDUCTOR)
     cache = program.new_cache(16)

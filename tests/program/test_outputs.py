@@ -99,6 +99,7 @@ def test_grown_in_a_forest_after_commits(model, program):
     assert_hidden(model, {n: x[4:] for n, x in found.items()}, other, [7, 8])
 
 
+@pytest.mark.rare
 def test_a_long_prompt_comes_in_chunks(model):
     program = tree_program(model, options={**EAGER, "prefill_chunk": 4})
     cache = program.new_cache(64)
@@ -217,6 +218,7 @@ def test_one_layer_has_nothing_to_compare_its_end_with():
     assert program.verify(TokenTree([1], [-1]), cache, outputs=("hidden:0",))["hidden:0"].shape == (1, 64)
 
 
+@pytest.mark.rare
 def test_a_pipeline_may_tap_every_layer(model):
     program = tree_program(model, options={**EAGER, "pipeline": "default,tap"})
     assert program.history["tap"].matches == 5 and program.state.outputs == list(names(program))

@@ -40,6 +40,7 @@ def test_architecture(name: str) -> None:
     assert_decodes(model_of(name), program, zoo.VOCAB)
 
 
+@pytest.mark.rare
 def test_mistral_keeps_its_window() -> None:
     assert {s.mask.window for s in program_of("mistral").sites} == {4}
     assert {s.mask.window for s in program_of("llama").sites} == {0}
@@ -80,6 +81,7 @@ def test_chain_is_plain_decoding(name: str) -> None:
         assert error(rows, model(torch.tensor([ids])).logits[0, 5:]) <= TOLERANCE
 
 
+@pytest.mark.rare
 def test_verify_again_and_commit_nothing() -> None:
     model, program = model_of("llama"), program_of("llama")
     prefix, first, second = [3, 4, 5], random_tree(11, zoo.VOCAB, 1), random_tree(13, zoo.VOCAB, 2)

@@ -46,6 +46,7 @@ def test_the_second_one_is_found(saved: Home, monkeypatch: pytest.MonkeyPatch) -
     assert 33 < found.comparison.tokens < cold.comparison.tokens and found.comparison.rows == cold.comparison.rows
 
 
+@pytest.mark.rare
 def test_stats_say_where_the_program_came_from(saved: Home) -> None:
     options = {"lowering": "eager", "program_cache": str(saved.programs)}
     ids = torch.tensor([[1, 2, 3]])
@@ -145,6 +146,7 @@ def test_weights_of_a_found_program_are_followed(saved: Home) -> None:
     assert saved.right(model).from_cache
 
 
+@pytest.mark.rare
 def test_a_function_that_was_replaced_is_another_program(saved: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.nn.functional.silu
     monkeypatch.setattr(torch.nn.functional, "silu", lambda x, inplace=False: plain(x) * 2)
@@ -152,12 +154,14 @@ def test_a_function_that_was_replaced_is_another_program(saved: Home, monkeypatc
         saved.right(saved.model())
 
 
+@pytest.mark.rare
 def test_a_method_of_torch_that_was_replaced_is_another_program(saved: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: plain(self, x) * 2)
     assert not saved.right(saved.model()).from_cache
 
 
+@pytest.mark.rare
 def test_a_hook_on_every_module_is_another_program(saved: Home) -> None:
     handle = nn.modules.module.register_module_forward_hook(
         lambda module, args, output: output * 2 if isinstance(module, nn.LayerNorm) else None
@@ -183,6 +187,7 @@ def test_treespecs_own_source_is_part_of_it(saved: Home, monkeypatch: pytest.Mon
     assert not saved.right(saved.model()).from_cache
 
 
+@pytest.mark.rare
 def test_kernels_are_part_of_it(saved: Home) -> None:
     registry.register_kernel(ops.tree_attention, ops.tree_attention, name="mine", priority=1)
     try:
@@ -191,6 +196,7 @@ def test_kernels_are_part_of_it(saved: Home) -> None:
         registry.unregister_kernel(ops.tree_attention, "mine")
 
 
+@pytest.mark.rare
 def test_an_example_is_part_of_it(saved: Home) -> None:
     ids = torch.arange(5)[None]
     options = {"lowering": "eager", "program_cache": str(saved.programs)}
@@ -202,6 +208,7 @@ def test_an_example_is_part_of_it(saved: Home) -> None:
     [{"verify": "off"}, {"pipeline": "default"}, {"verify_each": "semantic"}, {"program_cache": False}],
     ids=str,
 )
+@pytest.mark.family
 def test_what_asks_for_a_conversion_gets_one(saved: Home, options: dict[str, Any]) -> None:
     assert not saved.right(saved.model(), **options).from_cache
     assert len(saved.files) == 1
@@ -283,6 +290,7 @@ def test_a_home_that_cannot_be_written_to_is_named_once(
     assert len([r for r in caplog.records if "no program is saved" in r.getMessage()]) == 1
 
 
+@pytest.mark.rare
 def test_large_constants_are_not_saved(
     home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -119,6 +119,7 @@ def test_a_malicious_program_is_named_and_not_used(
     assert f"{saved.files[0]} is not used" in caplog.text
 
 
+@pytest.mark.rare
 def test_another_schema_is_not_read(saved: Home, caplog: pytest.LogCaptureFixture) -> None:
     rewrite(saved, lambda text: text, schema="treespec program 0")
     with caplog.at_level(logging.WARNING, LOGGER):
@@ -215,6 +216,7 @@ def start(home: Home) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=here.parents[1])
 
 
+@pytest.mark.rare
 def test_two_processes_at_once_and_a_third(home: Home) -> None:
     together = [start(home) for _ in range(2)]
     said = [each.communicate(timeout=300)[0].split(" ", 1) for each in together]

@@ -30,6 +30,7 @@ def program_of(name: str) -> Any:
 
 @pytest.mark.family
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.rare
 def test_a_convolution_and_a_recurrence_each(name: str) -> None:
     kinds = [s.kind for s in program_of(name).states]
     assert set(kinds) == {"convolution", "recurrence"} and kinds[-1] == "recurrence"
@@ -70,6 +71,7 @@ def test_prompts_in_pieces_and_trees_by_level(name: str) -> None:
 
 @pytest.mark.family
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.rare
 def test_an_engine_gives_the_model_s_ids(name: str) -> None:
     prompts = [[2, 3, 4, 2, 3], [7], [5] * 20]
     outs = treespec.generate(model_of(name), prompts, draft="ngram", max_new_tokens=10, options=EAGER, eos_token_id=())

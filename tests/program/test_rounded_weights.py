@@ -93,6 +93,7 @@ def test_greedy_output_is_the_rounded_models_own() -> None:
     assert got.sequences.tolist() == [ids]
 
 
+@pytest.mark.rare
 def test_a_tied_table_is_one_matrix() -> None:
     model = tiny(tied=True)
     program = compiled(model, "int8")
@@ -103,6 +104,7 @@ def test_a_tied_table_is_one_matrix() -> None:
     assert_is_target(model, program)
 
 
+@pytest.mark.rare
 def test_transposed_weights_are_rounded_along_what_is_summed() -> None:
     class Across(nn.Module):
         def __init__(self) -> None:

@@ -128,6 +128,7 @@ def test_globals_are_followed(name: str, value: Any, monkeypatch: pytest.MonkeyP
     assert _row(model, program) <= TOLERANCE
 
 
+@pytest.mark.rare
 def test_methods_of_classes_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     program = treespec.tree_program(model, options=EAGER)
@@ -180,6 +181,7 @@ def test_what_nobody_reads_changes_nothing() -> None:
     program.prefill([1, 2], cache)
 
 
+@pytest.mark.rare
 def test_a_change_that_is_refused_stays_refused_until_it_goes() -> None:
     model = build()
     program = treespec.tree_program(model, options=EAGER)
@@ -261,6 +263,7 @@ def test_autocast_around_a_program_is_left_aside() -> None:
     assert treespec.tree_program(other, options=EAGER) is inside
 
 
+@pytest.mark.rare
 def test_adapters_are_followed() -> None:
     peft = pytest.importorskip("peft")
     zoo = pytest.importorskip("zoo")

@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 VOCAB = 40
 
 
+@pytest.mark.rare
 def test_sites_of_both_kinds() -> None:
     program = lfm2_program()
     assert len(program.sites) == 2 and [s.shape[0] for s in program.states] == [2, 2]

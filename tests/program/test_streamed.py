@@ -125,6 +125,7 @@ def test_weights_that_change_are_written_anew(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.rare
 def test_two_programs_on_one_store(llama: nn.Module, tmp_path: Path) -> None:
     one, two = streamed(llama, tmp_path), streamed(make("llama", num_hidden_layers=4), tmp_path)
     assert all(map(torch.equal, said(one), said(two)))

@@ -35,6 +35,7 @@ def _decodes(model: nn.Module, options: Any) -> None:
 
 
 @pytest.mark.parametrize("attempt", range(1))
+@pytest.mark.rare
 def test_first_use_in_many_threads(attempt: int) -> None:
     models = [_model(10 * attempt + i) for i in range(TOGETHER)]
     start = threading.Barrier(TOGETHER)

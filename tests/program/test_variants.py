@@ -28,6 +28,7 @@ def test_variant(kind: str, name: str) -> None:
     assert any(f"q - k < {window}" in mask for mask in result.masks) == (window is not None)
 
 
+@pytest.mark.rare
 def test_gpt2_upcast_is_what_ran() -> None:
     model = tiny_model("gpt2", **VARIANTS["gpt2"]["upcast and layer scaling"])
     assert model.config._attn_implementation == "eager" and model.config.reorder_and_upcast_attn  # type: ignore

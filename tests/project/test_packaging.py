@@ -105,6 +105,7 @@ def test_wheel_holds_every_source_and_data_file_once(source: Path, wheel: Path) 
                 assert entry.file_size > 0, entry.filename
 
 
+@pytest.mark.rare
 def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, place: Path) -> None:
     sdist = build("sdist", source, place / "sdist")
     with tarfile.open(sdist) as archive:

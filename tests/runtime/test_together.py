@@ -85,6 +85,7 @@ def test_programs_run_on_every_rank_alike(tmp_path: Path, mesh: str) -> None:
     assert max(first.values()) < 1e-4
 
 
+@pytest.mark.rare
 def test_what_does_not_fit_together_is_refused_everywhere(tmp_path: Path) -> None:
     first, second = ranks("refused", tmp_path)
     assert first == second
@@ -100,6 +101,7 @@ def test_what_does_not_fit_together_is_refused_everywhere(tmp_path: Path) -> Non
     assert len(first["afterwards"][0]) == 8
 
 
+@pytest.mark.rare
 def test_an_engine_runs_on_all_ranks_and_ends_with_one(tmp_path: Path) -> None:
     first, second = ranks("engine", tmp_path)
     assert first["tokens"] == first["alone"]

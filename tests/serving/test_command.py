@@ -88,6 +88,7 @@ def process_of_rank(rank: int, launcher: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.rare
 def test_ranks_serve_together_and_end_with_one():
     with subprocess.Popen([*COMMAND, "--mesh", "tp=2"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

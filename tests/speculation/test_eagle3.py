@@ -129,6 +129,7 @@ def test_every_row_is_the_references(tmp_path, target, kind, packaged, layout):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma", "mistral", "falcon", "phi3"])
+@pytest.mark.family
 def test_any_decoder_has_the_states_that_a_head_reads(tmp_path, name):
     target = make(name)
     tokens = [token % (VOCAB - 1) for token in PROMPT]
@@ -148,6 +149,7 @@ def test_low_middle_and_high_states_are_read_where_nothing_is_said(tmp_path):
     assert LoadedHead.read(tmp_path, tree_program(target, options=EAGER)).reads == ("hidden:2", "hidden:4", "hidden:5")
 
 
+@pytest.mark.rare
 def test_a_head_without_an_embedding_reads_the_targets(tmp_path):
     target = llama(3, layers=3, hidden=heads.HIDDEN)
     config, weights = head(tmp_path, target)
@@ -266,6 +268,7 @@ def test_the_name_says_a_folder(target):
         treespec.generate(target, PROMPT, draft="eagle3", max_new_tokens=4, options=EAGER)
 
 
+@pytest.mark.rare
 def test_a_head_of_another_target_is_refused(tmp_path, target):
     head(tmp_path, target)
     program = tree_program(target, options=EAGER)

@@ -113,6 +113,7 @@ def test_an_exit_outside_the_model_is_refused(program, layers):
         EarlyExitProgram(program, layers)
 
 
+@pytest.mark.rare
 def test_a_model_of_one_layer_has_no_exit():
     program = treespec.tree_program(llama(1, layers=1), options=EAGER)
     with pytest.raises(Unsupported, match="no layer of this model has an early exit"):
@@ -202,6 +203,7 @@ def test_sampled_output_with_an_exit_is_reproducible(target):
     assert torch.equal(runs[0].sequences, runs[1].sequences)
 
 
+@pytest.mark.rare
 def test_layers_are_chosen_by_agreement_and_cost():
     model = llama(3, layers=4)
     with torch.no_grad():  # the last two layers do nothing: an exit after two is the model itself
