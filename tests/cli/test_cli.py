@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 
 def treespec(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TREESPEC_LOWERING": "eager", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "treespec_compiler.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "treespec_compiler", *map(str, arguments)]
     if cwd is not None:
         environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)

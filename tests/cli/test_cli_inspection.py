@@ -16,7 +16,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def treespec(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "treespec_compiler.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "treespec_compiler", *map(str, arguments)]
     return subprocess.run(
         command,
         capture_output=True,

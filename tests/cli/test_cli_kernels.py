@@ -45,7 +45,7 @@ def test_the_interpreter_is_refused_before_the_model_is_read():
     pytest.importorskip("triton", reason="needs triton")
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-m", "treespec_compiler.cli.main", "kernels", "py:no_such_module:model"],
+        [sys.executable, "-m", "treespec_compiler", "kernels", "py:no_such_module:model"],
         env={**os.environ, "PYTHONPATH": root, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

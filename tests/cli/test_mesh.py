@@ -121,10 +121,23 @@ def test_generate_starts_the_ranks_of_its_mesh(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["tp=2", "pp=2"])
 def test_a_mesh_says_what_one_process_says_and_once(pair: SimpleNamespace, mesh: str) -> None:
-    command = [sys.executable, "-m", "treespec_compiler.cli.main", "generate", "--target", pair.target]
+    command = [sys.executable, "-m", "treespec_compiler", "generate", "--target", pair.target]
     command += ["--prompt-ids", "5,9,2", "--max-new-tokens", "6", "--ignore-eos", "--option", "lowering=eager"]
     runs = [subprocess.run([*command, *more], capture_output=True, text=True) for more in ([], ["--mesh", mesh])]
     alone, cut = runs
     assert cut.returncode == alone.returncode == 0, cut.stderr
     assert cut.stdout == alone.stdout != ""
     assert cut.stderr.count("tokens in") == alone.stderr.count("tokens in") == 1
+
+
+@pytest.mark.dist
+@pytest.mark.rare
+@pytest.mark.slow
+def test_ranks_that_torchrun_started(pair: SimpleNamespace) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = ["-m", "treespec_compiler", "generate", "--target", pair.target, "--prompt-ids", "5,9,2"]
+    command += ["--max-new-tokens", "6", "--ignore-eos", "--option", "lowering=eager"]
+    cut = [*torchrun, "--rdzv-endpoint", "localhost:0", *command, "--mesh", "tp=2"]
+    together, alone = (subprocess.run(run, capture_output=True, text=True) for run in (cut, [sys.executable, *command]))
+    assert together.returncode == alone.returncode == 0, together.stderr
+    assert together.stdout == alone.stdout != ""

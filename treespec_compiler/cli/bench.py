@@ -127,7 +127,7 @@ def _server(arguments: Namespace, screen: Console) -> Iterator[Endpoint]:
     if arguments.url is not None:
         yield Endpoint(arguments.url, None if arguments.api_key_file is None else _text(arguments.api_key_file).strip())
         return
-    command = [sys.executable, "-m", "treespec_compiler.cli.main", "serve", arguments.model, "--port", "0"]
+    command = [sys.executable, "-m", "treespec_compiler", "serve", arguments.model, "--port", "0"]
     for name in ("policy", "max_requests", "max_queue", "dtype", "offload", "resident_gb", "ram_gb", "offload_dir"):
         if getattr(arguments, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]

@@ -166,7 +166,3 @@ def describe(error: Exception) -> str:
         return "\n".join([str(error), *getattr(error, "__notes__", ())])
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text.rstrip('.')}. Run again with --debug for the traceback."
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -39,7 +39,7 @@ def start_ranks(count: int, stopped: int | None = None) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    command = ["-m", "treespec_compiler.cli.main", *sys.argv[1:]]
+    command = ["-m", "treespec_compiler", *sys.argv[1:]]
     try:
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:

@@ -103,8 +103,15 @@ def check_filled(placeholders: Iterable[str], state: GraphState) -> None:
         raise CannotLoad(f"the inputs {', '.join(sorted(unknown))[:80]}, which nothing fills")
 
 
+class _OfNoLine(ShapeEnv):
+    """Sizes of a saved graph come from no line of code. Looking for one imports torch.export and its partitioners."""
+
+    def _get_user_frame(self) -> None:
+        return None
+
+
 def _reader(text: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[GraphReader, Any, Any]:
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode = FakeTensorMode(shape_env=_OfNoLine(), allow_non_fake_inputs=True)
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, DimDynamic.DUCK])  # type: ignore[var-annotated]
     tokens = mode.from_tensor(torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64), symbolic_context=sizes)
     length: Any = tokens.shape[1]
