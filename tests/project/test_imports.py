@@ -26,6 +26,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("inspection", "backend", "demo", "serving", "training"),
     ("cli",),
+    ("__main__",),
 )
 
 
