@@ -12,6 +12,7 @@ from .gpu import (
     accept,
     commit,
     grouped_linear,
+    recurrence,
     stochastic_accept,
     tree_attention,
     tree_attention_spec,
@@ -45,6 +46,7 @@ _PRINTED = frozenset(library.optional(ops.tree_attention)) - {"pattern", "activa
 _FLOATS = frozenset(tree_attention_spec.DTYPES)
 for _op, _target, _dtypes, _optional, _capturable, _condition in (
     (ops.tree_attention, tree_attention.TREE_ATTENTION, _FLOATS, _PRINTED, True, tree_attention_spec.takes),
+    (ops.tree_recurrence, recurrence.TREE_RECURRENCE, _FLOATS, None, False, recurrence.takes),
     (ops.commit_path, commit.COMMIT_PATH, None, None, False, None),
     (ops.greedy_accept, accept.GREEDY_ACCEPT, accept.DTYPES, None, False, None),
     (ops.stochastic_accept, stochastic_accept.STOCHASTIC_ACCEPT, frozenset({torch.float64}), None, False, None),

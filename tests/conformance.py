@@ -304,6 +304,10 @@ def by_chance(rule: str, sampler: str) -> Call:
     return Call((torch.from_numpy(np.array(targets)), *tensors, uniforms, rule, levels(proposals)))
 
 
+def wide(dtype: torch.dtype, sizes: list[int], delta: bool, value: int = 18) -> Call:
+    return Call(**state_calls.recurrence(dtype, sizes, delta, shape=(2, 18, value)))
+
+
 CALLS: dict[str, dict[str, Callable[[torch.dtype], Call]]] = {
     "tree_attention": TREE_ATTENTION,
     "packed_linear": {
@@ -363,6 +367,9 @@ CALLS: dict[str, dict[str, Callable[[torch.dtype], Call]]] = {
         "plain writes": lambda dtype: Call(**state_calls.recurrence(dtype, [5, 9], delta=False)),
         "a decay for each row": lambda dtype: Call(**state_calls.recurrence(dtype, [5, 9], delta=True, rows=3)),
         "more than 64 nodes": lambda dtype: Call(**state_calls.recurrence(dtype, [70], delta=True)),
+        "a delta rule of wide heads": lambda dtype: wide(dtype, [19, 1], delta=True),
+        "plain writes of wide heads": lambda dtype: wide(dtype, [20, 3], delta=False, value=34),
+        "wide heads, more than 64 nodes": lambda dtype: wide(dtype, [66], delta=True),
     },
 }
 """By op and by what the call is about."""

@@ -42,15 +42,22 @@ def convolution(dtype: torch.dtype, sizes: list[int], groups: int = CHANNELS, sp
     return {"arguments": (x, weight, bias, stash, state, *rest, LAG, 1, groups), "written": (3,)}
 
 
-def recurrence(dtype: torch.dtype, sizes: list[int], delta: bool, rows: int = 1) -> dict[str, Any]:
+def recurrence(
+    dtype: torch.dtype,
+    sizes: list[int],
+    delta: bool,
+    rows: int = 1,
+    shape: tuple[int, int, int] = (HEADS, KEY, VALUE),
+) -> dict[str, Any]:
     """Arguments of `tree_recurrence`, and which of them it writes; `rows`: of a state that decay apart."""
     torch.manual_seed(0)
-    width = KEY_HEADS * KEY + HEADS * VALUE + HEADS * rows
-    spec = StateSpec(0, "recurrence", "r", "", "", (HEADS, KEY, VALUE), width, dtype, "", (KEY_HEADS,))
+    heads, key, value = shape
+    width = KEY_HEADS * key + heads * value + heads * rows
+    spec = StateSpec(0, "recurrence", "r", "", "", shape, width, dtype, "", (KEY_HEADS,))
     stash, state, rest = _metadata(spec, sizes)
     count = sum(sizes)
-    q, k = (torch.nn.functional.normalize(torch.randn(1, count, KEY_HEADS, KEY), dim=-1).to(dtype) for _ in "qk")
-    v = torch.randn(1, count, HEADS, VALUE).to(dtype)
-    decay = -torch.rand(1, count, HEADS, *([rows] if rows > 1 else [])).to(dtype)
-    beta = torch.rand(1, count, HEADS).to(dtype) if delta else None
+    q, k = (torch.nn.functional.normalize(torch.randn(1, count, KEY_HEADS, key), dim=-1).to(dtype) for _ in "qk")
+    v = torch.randn(1, count, heads, value).to(dtype)
+    decay = -torch.rand(1, count, heads, *([rows] if rows > 1 else [])).to(dtype)
+    beta = torch.rand(1, count, heads).to(dtype) if delta else None
     return {"arguments": (q, k, v, decay, beta, stash, state, *rest), "written": (5,)}

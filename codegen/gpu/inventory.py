@@ -19,6 +19,8 @@ from .. import tables
 from .append import append_launch, rope_append_launch
 from .attention_launches import launches_on_meta
 from .launch import Launch, on_meta
+from .recurrence import recurrence_launch, takes
+from .recurrence_check import RecurrenceShape
 from .sizes import PROMPT_CHUNK
 from .tree_attention_spec import AttentionKernel, Config, default_config
 
@@ -78,6 +80,17 @@ def turns(graph: fx.Graph) -> dict[int, Turn]:
     return found
 
 
+def recurrences(graph: fx.Graph) -> dict[RecurrenceShape, list[int]]:
+    """The recurrences that there is a kernel for, and which of the graph's are of that shape, counted from 0."""
+    found: dict[RecurrenceShape, list[int]] = {}
+    calls = [arguments(node) for node in graph.nodes if definition(node.target) is ops.tree_recurrence]
+    for index, nodes in enumerate(calls):
+        call = fx.node.map_arg(nodes, lambda n: n.meta["val"])
+        if takes(call):
+            found.setdefault(RecurrenceShape.of(call), []).append(index)
+    return found
+
+
 def attention_kernel(site: AttentionSpec) -> AttentionKernel:
     """What the kernel of an attention site is generated for."""
     return AttentionKernel(
@@ -111,10 +124,11 @@ def inventory(
     target: str,
     nodes: Sequence[int] = (1, 64),
     turns: Mapping[int, Turn] | None = None,
+    recurrences: Mapping[RecurrenceShape, list[int]] | None = None,
 ) -> Iterator[Listed]:
     """Every kernel of a program with these sites, for trees of so many nodes; needs triton.
 
-    `turns`: by site, the rotations that are part of attention (`turns`).
+    `turns`: by site, the rotations that are part of attention (`turns`). `recurrences`: those of its graph.
     """
     for spec, indices in attention_kernels(sites).items():
         yield from _attention(spec, _where(indices), target, nodes)
@@ -123,7 +137,12 @@ def inventory(
             by_turn.setdefault((turns or {}).get(index), []).append(index)
         for turn, turned in by_turn.items():
             yield _append(spec, turn, _where(turned))
-    yield _commit(sites)
+    for shape, indices in (recurrences or {}).items():
+        for chain in (False, True):
+            what = "prompts" if chain else "trees"
+            yield Listed("tree_recurrence", f"{_where(indices)}, {what}", recurrence_on_meta(shape, chain))
+    if sites:
+        yield _commit(sites)
     yield from _accept(vocab_size, dtype, max(nodes))
     yield from _accept_by_chance(vocab_size, max(nodes))
 
@@ -172,6 +191,22 @@ def _append(spec: AttentionKernel, turn: Turn | None, where: str) -> Listed:
     q, angles = projected(spec.heads, spec.key_dim), on_meta(NODES, turn.width, dtype=turn.dtype)
     launch = rope_append_launch(q, k, v, q.contiguous(), pool_k, pool_v, index, angles, angles, turn.style, turn.rotary)
     return Listed("rope_append", where, launch)
+
+
+def recurrence_on_meta(shape: RecurrenceShape, chain: bool) -> Launch:
+    """As projections give it its operands: contiguous."""
+
+    def of(*size: int) -> Tensor:
+        return on_meta(1, NODES, *size, dtype=shape.dtype)
+
+    decay = of(shape.heads) if shape.rows == 1 else of(shape.heads, shape.rows)
+    beta = of(shape.heads) if shape.delta else None
+    q, v = of(shape.key_heads, shape.key_dim), of(shape.heads, shape.value_dim)
+    stash = on_meta(NODES, shape.width, dtype=shape.kept)
+    state = on_meta(2, shape.heads, shape.key_dim, shape.value_dim, dtype=shape.kept)
+    words = on_meta(NODES, 0 if chain else 1)
+    step = (on_meta(3), on_meta(2), on_meta(2), words, on_meta(2), on_meta(NODES))
+    return recurrence_launch(q, q, v, decay, beta, stash, state, *step, out=v)
 
 
 def _commit(sites: Sequence[AttentionSpec]) -> Listed:

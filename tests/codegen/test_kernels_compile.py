@@ -14,11 +14,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET makes no kernels to compile", allow_module_level=True)
 
 from treespec_compiler.codegen.gpu.accept import walk_warps
+from treespec_compiler.codegen.gpu.inventory import recurrence_on_meta
 from treespec_compiler.codegen.gpu.kernels.accept import greedy_walk_kernel, row_best_kernel
 from treespec_compiler.codegen.gpu.kernels.append import append_kernel, rope_append_kernel
 from treespec_compiler.codegen.gpu.kernels.commit import commit_kernel
 from treespec_compiler.codegen.gpu.launch import Launch, on_meta
 from treespec_compiler.codegen.gpu.offline import TARGETS, Offline, compile_offline
+from treespec_compiler.codegen.gpu.recurrence_check import RecurrenceShape
 from treespec_compiler.codegen.gpu.stochastic_accept import chance_launches
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -110,3 +112,24 @@ def test_stochastic_acceptance(target: str, rule: str) -> None:
     assert walk.constants["BLOCKS"] == 128 and owed.constants["WEIGHTED"] == (rule == "traversal")
     for launch in (owed, walk):
         assert launch.compile(target).resources.fits
+
+
+SITES = {
+    "qwen3.5": (32, 16, 128, 128, 1, True),
+    "mamba2": (80, 1, 128, 64, 1, False),
+    "mamba": (5120, 1, 16, 1, 16, False),
+    "kimi": (32, 32, 128, 128, 128, True),
+    "griffin": (2560, 2560, 1, 1, 1, False),
+}
+"""Heads, key heads, rows and columns of a state, rows that decay apart, whether by the delta rule: as models have."""
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("chain", [False, True], ids=["trees", "prompts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("site", SITES)
+def test_recurrences(target: str, chain: bool, dtype: torch.dtype, site: str) -> None:
+    launch = recurrence_on_meta(RecurrenceShape(*SITES[site], dtype, torch.float32), chain)
+    assert launch.kernel.fn.__name__.split("_")[2] == ("blocks" if site in ("qwen3.5", "mamba2") else "paths")
+    assert launch.compile(target).resources.fits

@@ -18,10 +18,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 
-from treespec_compiler.codegen.gpu import accept, append, commit, stochastic_accept, tree_attention
+from treespec_compiler.codegen.gpu import (
+    accept,
+    append,
+    commit,
+    recurrence,
+    recurrence_check,
+    stochastic_accept,
+    tree_attention,
+)
 from treespec_compiler.codegen.gpu.kernels import accept as accept_kernels
 from treespec_compiler.codegen.gpu.kernels import append as append_kernels
 from treespec_compiler.codegen.gpu.kernels import commit as commit_kernels
+from treespec_compiler.codegen.gpu.kernels import recurrence_blocks, recurrence_paths
 from treespec_compiler.codegen.gpu.kernels import stochastic_accept as stochastic_kernels
 from treespec_compiler.speculation.verifiers import on_device
 
@@ -68,7 +77,8 @@ def launched(monkeypatch: Any, variants: dict[str, set[str]]) -> Any:
 
             return launch
 
-    for module in (accept_kernels, append_kernels, commit_kernels, stochastic_kernels):
+    recurrences = (recurrence_blocks, recurrence_paths)
+    for module in (accept_kernels, append_kernels, commit_kernels, stochastic_kernels, *recurrences):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Bound(kernel))
@@ -99,6 +109,17 @@ def test_a_launch_is_compiled_as_it_is_launched(launched: Any) -> None:
     )
     types, _, aligned = replace(odd, kernel=kernel).signature()
     assert types["pool_k_t"] == "i32" and "pool_k_t" not in aligned and "k_t" in aligned
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("chain", [False, True])
+def test_recurrence(launched: Any, rows: int, chain: bool) -> None:
+    shape = recurrence_check.RecurrenceShape(4, 2, 4, 16, rows, True, BF16, torch.float32)
+    requests = [recurrence_check.Requested([1, 3, 5], 1), recurrence_check.Requested([1], 0)]
+    recurrence.tree_recurrence(*recurrence_check.trial(shape, requests, chain, torch.device("cpu")))
+    assert launched == [("tree_recurrence_blocks_kernel", (2, 4, 1)) if rows == 1 else
+                        ("tree_recurrence_paths_kernel", (2, 1))]  # fmt: skip
 
 
 @pytest.mark.parametrize("moves", [1, 16])

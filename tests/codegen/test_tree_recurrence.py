@@ -12,7 +12,9 @@ from torch import Tensor
 from treespec_compiler import TokenTree
 from treespec_compiler.codegen import aten_recurrence
 from treespec_compiler.codegen.aten_recurrence import TREE_RECURRENCE
+from treespec_compiler.codegen.gpu.recurrence import takes
 from treespec_compiler.ir import ops
+from treespec_compiler.ir.registry import best_kernel
 from treespec_compiler.ir.specs import StateSpec
 from treespec_compiler.program.batch import Part, pack
 from treespec_compiler.program.cache import TreeCache
@@ -122,3 +124,26 @@ def test_what_is_not_finite_stays_on_its_path(which):
     got = run(TREE_RECURRENCE, values, cache, [Part(0, tree)])
     rows = got.isfinite().flatten(2).all(2)[0].tolist()
     assert rows == [True, False, True, which == 0]  # descendants do not read a query
+
+
+def test_a_kernel_of_a_gpu_is_taken_there_where_it_can():
+    pytest.importorskip("triton", reason="needs triton")
+    call = {
+        "q": None,
+        "k": torch.empty(1, 1, 1, 8),
+        "v": None,
+        "decay": None,
+        "beta": None,
+        "stash": None,
+        "state": None,
+    }
+
+    def bound(device: str, dtype: torch.dtype) -> str:
+        kernel = best_kernel(ops.tree_recurrence, device, dtype)
+        assert kernel is not None
+        return kernel.name
+
+    assert bound("cuda", torch.bfloat16) == "triton" and bound("cpu", torch.bfloat16) == "aten"
+    assert bound("cuda", torch.float64) == "aten"
+    assert takes(call) and not takes(call | {"k": torch.empty(1, 1, 1, 2000)})
+    assert not takes(call | {"state": torch.empty(1, dtype=torch.float64)})

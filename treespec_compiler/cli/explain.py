@@ -142,7 +142,9 @@ def show_explanation(out: Console, name: str, title: str, found: Explanation) ->
     if found.states:
         out.print(f"[bold]states[/] ({len(found.states)}), of a fixed size for each sequence")
         for site in found.states:
-            out.print(f"  {site.index} {escape(site.module)}: {site.kind}, {site.formula}; {site.bytes_per_slot:,} B")
+            by = f"; by {site.kernel}" if site.kernel else ""
+            bytes = f"{site.bytes_per_slot:,} B"
+            out.print(f"  {site.index} {escape(site.module)}: {site.kind}, {site.formula}; {bytes}{escape(by)}")
         out.print()
     out.print("[bold]positions[/]")
     for formula, reader in found.positions:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..codegen.gpu.inventory import Listed, inventory, turns
+from ..codegen.gpu.inventory import Listed, inventory, recurrences, turns
 from ..codegen.gpu.offline import TARGETS, Offline
 from ..errors import InvalidOption, Unsupported
 from ..pipeline import convert
@@ -113,8 +113,11 @@ def run(arguments: Namespace) -> int:
         _refuse(arguments, subject, error)
         return REFUSED
     logits: Any = state.logits.meta["val"]
-    vocab_size, turned = int(logits.shape[-1]), turns(state.graph)
-    kernels = list(inventory(state.sites, vocab_size, logits.dtype, arguments.target, arguments.nodes, turned))
+    vocab_size = int(logits.shape[-1])
+    turned, recurrent = turns(state.graph), recurrences(state.graph)
+    kernels = list(
+        inventory(state.sites, vocab_size, logits.dtype, arguments.target, arguments.nodes, turned, recurrent)
+    )
     if arguments.kernel is not None:
         names = sorted({listed.name for listed in kernels})
         if arguments.kernel not in names:

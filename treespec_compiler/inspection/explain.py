@@ -12,8 +12,11 @@ from torch import nn
 from ..capture.call import CallSpec
 from ..converted import Converted
 from ..ir.inputs import BY_NAME, POOL, POSITIONS, SYMBOLS, TOKENS, Input, is_pool
+from ..ir.registry import kernel_of
+from ..ir.states import is_over_trees
 from ..options import Options
 from ..passes.framework.instruments import Recorder
+from ..passes.framework.state import GraphState
 from ..passes.sharding.summary import CutSummary as CutSummary
 from ..passes.sharding.summary import summary
 from ..passes.show.snapshot import NodeData, Snapshot, short_paths, short_source
@@ -53,6 +56,8 @@ class StateSite:
     source: str
     formula: str
     bytes_per_slot: int
+    kernel: str = ""
+    """Which implementation of its op was bound."""
 
 
 @dataclass(frozen=True)
@@ -152,11 +157,24 @@ def describe(converted: Converted, graphs: list[Snapshot], comparison: Compariso
         result,
         sum(s.bytes_per_token for s in sites),
         comparison,
-        [
-            StateSite(s.index, s.kind, s.layer or s.name, short_source(s.source), s.formula, s.bytes_per_slot())
-            for s in state.states
-        ],
+        _states(state),
     )
+
+
+def _states(state: GraphState) -> list[StateSite]:
+    bound = [kernel_of(node.target) for node in state.graph.nodes if is_over_trees(node)]
+    return [
+        StateSite(
+            spec.index,
+            spec.kind,
+            spec.layer or spec.name,
+            short_source(spec.source),
+            spec.formula,
+            spec.bytes_per_slot(),
+            kernel.name if kernel is not None else "the reference",
+        )
+        for spec, kernel in zip(state.states, bound, strict=True)
+    ]
 
 
 def _context(converted: Converted) -> str:

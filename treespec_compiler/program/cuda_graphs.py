@@ -29,6 +29,7 @@ from ..codegen.gpu.sizes import power_of_two
 from ..errors import CaptureFailed
 from ..ir.device import profile
 from ..ir.registry import kernel_of
+from ..ir.states import is_over_trees
 from ..logs import logger
 from ..options import Options
 from .batch import Batch, CallSizes, Part, lay_out, page_count, word_count
@@ -78,6 +79,8 @@ def obstacle(graph: fx.Graph, device: torch.device) -> str:
     for node in graph.nodes:
         if node.op == "call_function" and getattr(node.target, "namespace", "").startswith("treespec"):
             kernel = kernel_of(node.target)
+            if is_over_trees(node):
+                return f"{node.target} reads rows of a stash, for which a recording has no room"
             if kernel is None or not kernel.capturable:
                 return f"{node.target} ({kernel.name if kernel else 'the reference'}) waits for the device"
         elif node.op == "call_function" and _waits(node, device):

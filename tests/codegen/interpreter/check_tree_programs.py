@@ -14,6 +14,7 @@ from oracles import EAGER, assert_decodes
 import treespec_compiler.codegen  # noqa: F401  enters the kernels
 from treespec_compiler import tree_program
 from treespec_compiler.cli.coverage.models import VOCAB, tiny_model
+from treespec_compiler.codegen.gpu.recurrence import TREE_RECURRENCE
 from treespec_compiler.codegen.gpu.tree_attention import TREE_ATTENTION
 from treespec_compiler.ir import ops, registry
 from treespec_compiler.ir.library import arguments, given
@@ -26,6 +27,7 @@ def _on_the_cpu(monkeypatch):
     """The kernels for CUDA, entered for the CPU."""
     monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
     registry.register_kernel(ops.tree_attention, TREE_ATTENTION, name="interpreted", device="cpu", priority=99)
+    registry.register_kernel(ops.tree_recurrence, TREE_RECURRENCE, name="interpreted", device="cpu", priority=99)
 
 
 @pytest.mark.family
@@ -47,3 +49,13 @@ def test_path_oracle(model_type, window, changes):
     assert len(bound) == len(program.sites)
     assert {name for n in bound for name in given(ops.tree_attention, arguments(n))} - {"window", "style"} == changes
     assert_decodes(model, program, VOCAB, rounds=2, size=7)
+
+
+@pytest.mark.rare
+@pytest.mark.parametrize("model_type", ["qwen3_next", "mamba"])
+def test_path_oracle_of_recurrences(model_type):
+    model = tiny_model(model_type, num_hidden_layers=2)
+    program = tree_program(model, options=EAGER | {"verify": "off"})
+    bound = [n for n in program.graph_module.graph.nodes if n.target is TREE_RECURRENCE]
+    assert len(bound) == sum(spec.kind == "recurrence" for spec in program.states) > 0
+    assert_decodes(model, program, VOCAB, rounds=1, size=5)
