@@ -9,6 +9,13 @@ For each number of requests every loop runs the same prompts, in turn, several t
 each gives the same number of tokens. Tokens a second are those of all requests together, prompts included. Hugging
 Face's `generate` gets them as one batch padded on the left, `generate_batch` is its continuous batching; one that fails
 on this machine is left out, and the report says why. The best chain and the best tree are those of the fastest medians.
+
+Whether `auto` costs anything where speculation does not pay is a question of single percents, on machines that are
+noisier: rounds are compared in pairs, by the clock and by CPU seconds, with the interval of the median ratio;
+`--control` runs the engine without a draft twice, whose ratio is 1, and shows what can be told apart.
+
+    python benchmarks/bench_batch.py --target smollm2 --draft ngram suffix --questions question.jsonl --alone \
+        --control --chains --trees --rounds 12 --requests 1 4 16 --output benchmarks/results/cpu/batch-overhead.json
 """
 
 from __future__ import annotations
@@ -16,11 +23,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -31,7 +40,7 @@ import treespec_compiler as treespec
 from treespec_compiler import demo
 from treespec_compiler.cli.models import load
 
-PLAIN, AUTO = "without a draft", "auto"
+PLAIN, AUTO, CONTROL = "without a draft", "auto", "without a draft, again"
 GENERATE, CONTINUOUS = "Hugging Face generate, padded", "Hugging Face generate_batch"
 CHAINS = ("chain:2", "chain:4")
 TREES = ("2,1,1", "best-first:8", "best-first:16")
@@ -45,14 +54,16 @@ class Loop:
     run: Callable[[list[list[int]], int], tuple[list[list[int]], dict[str, float]]]
     close: Callable[[], None] = lambda: None
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     about: dict[str, float] = field(default_factory=dict)
     problem: str = ""
 
     def measure(self, prompts: list[list[int]], new: int) -> list[list[int]]:
-        began = perf_counter()
+        began, cpu = perf_counter(), process_time()
         found, self.about = self.run(prompts, new)
         self.seconds.append(perf_counter() - began)
+        self.cpu.append(process_time() - cpu)
         self.tokens.append(sum(map(len, found)))
         return found
 
@@ -61,7 +72,7 @@ class Loop:
         return Quartiles.of([count / seconds for count, seconds in zip(self.tokens, self.seconds, strict=True)])
 
     def describe(self) -> dict[str, Any]:
-        known = {"seconds": self.seconds, "tokens": self.tokens, "about": self.about}
+        known = {"seconds": self.seconds, "cpu": self.cpu, "tokens": self.tokens, "about": self.about}
         return {"name": self.name, **({"problem": self.problem} if self.problem else known)}
 
 
@@ -113,7 +124,7 @@ def continuous_loop(model: Any) -> Loop:
 
 
 def loops_for(given: argparse.Namespace, model: Any, draft: Any, size: int, room: int) -> list[Loop]:
-    found = [engine_loop(PLAIN, model, size, room)]
+    found = [engine_loop(name, model, size, room) for name in (PLAIN, *([CONTROL] if given.control else []))]
     for policy in (*given.chains, *given.trees, AUTO):
         found.append(engine_loop(policy, model, size, room, draft=draft, policy=policy))
     return found + ([] if given.alone else [generate_loop(model), continuous_loop(copy.deepcopy(model))])
@@ -129,7 +140,7 @@ def compare(loops: list[Loop], prompts: list[list[int]], given: argparse.Namespa
                 same[loop.name] = loop.measure(prompts, given.new_tokens) == expected
         except Exception as error:
             loop.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
-        loop.seconds.clear(), loop.tokens.clear()
+        loop.seconds.clear(), loop.cpu.clear(), loop.tokens.clear()
     running = [loop for loop in loops if not loop.problem]
     sequence = orders(len(running))
     for turn in range(given.rounds):
@@ -174,6 +185,28 @@ def summary(batches: Sequence[dict[str, Any]], chains: Sequence[str], trees: Seq
     return {name: values for name, values in lines.items() if any(value is not None for value in values)}
 
 
+def paired(batch: dict[str, Any], name: str, what: str) -> tuple[float, float, float] | None:
+    """Median of the ratios, round by round, of the engine without a draft to a loop, with its 95 % bootstrap interval:
+    above 1 where the loop takes less. None: it was not run, or by an earlier version."""
+    found = {loop["name"]: loop.get(what) for loop in batch["loops"]}
+    if not found.get(name) or not found.get(PLAIN):
+        return None
+    ratios = [plain / own for plain, own in zip(found[PLAIN], found[name], strict=True)]
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return statistics.median(ratios), medians[50], medians[-51]
+
+
+def pairs(report: dict[str, Any]) -> Table | None:
+    table = Table("Over the engine without a draft, round by round: median (95 %)", ["", "by", *report["requests"]])
+    for name in (AUTO, CONTROL):
+        for what, by in (("seconds", "the clock"), ("cpu", "CPU seconds")):
+            found = [paired(batch, name, what) for batch in report["batches"]]
+            if any(found):
+                table.add(name, by, *("" if f is None else f"{f[0]:.3f} ({f[1]:.3f}-{f[2]:.3f})" for f in found))
+    return table if table.rows else None
+
+
 def tables(report: dict[str, Any]) -> tuple[list[Table], list[str]]:
     sizes = [batch["requests"] for batch in report["batches"]]
     table = Table("Tokens a second of all requests together", ["", *(f"{size}" for size in sizes)])
@@ -187,7 +220,8 @@ def tables(report: dict[str, Any]) -> tuple[list[Table], list[str]]:
     notes += [f"{name} is left out: {problem}." for name, problem in problems.items()]
     other = sorted({name for batch in report["batches"] for name, same in batch["same"].items() if not same})
     notes.append(f"Other tokens than the engine without a draft: {', '.join(other) or 'nobody'}.")
-    return [table, each], notes
+    compared = pairs({"requests": [f"{size}" for size in sizes], "batches": report["batches"]})
+    return [table, each, *([compared] if compared is not None else [])], notes
 
 
 def main() -> None:
@@ -203,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--alone", action="store_true", help="without Hugging Face's loops")
+    parser.add_argument("--control", action="store_true", help="the engine without a draft a second time")
     parser.add_argument("--output", type=Path, default=RESULTS / "batch.json")
     parser.add_argument("--show", type=Path, help="print the tables of a report")
     parser.add_argument("--markdown", action="store_true")

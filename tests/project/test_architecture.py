@@ -43,7 +43,9 @@ def test_every_row_of_the_table_is_read() -> None:
 def test_every_room_is_in_the_picture() -> None:
     picture = ARCHITECTURE.partition("A room imports")[0]
     rooms = {name.split(".")[1] for name in modules() if name.count(".")}
-    missing = {room for room in rooms - {"__main__", "backend"} if f"{room}/" not in picture and f"{room}.py" not in picture}
+    missing = {
+        room for room in rooms - {"__main__", "backend"} if f"{room}/" not in picture and f"{room}.py" not in picture
+    }
     assert missing == set()
 
 

@@ -283,7 +283,7 @@ def test_wrong_arguments_end_in_one_line(script, arguments, text):
 def test_bench_batch(pair: SimpleNamespace, tmp_path: Path) -> None:
     path = tmp_path / "batch.json"
     arguments = ["--requests", 1, 3, "--new-tokens", 6, "--rounds", 1, "--prompt-tokens", 20, "--alone"]
-    arguments += ["--chains", "chain:2", "--trees", "2,1", "--target", pair.target, "--draft", pair.draft]
+    arguments += ["--control", "--chains", "chain:2", "--trees", "2,1", "--target", pair.target, "--draft", pair.draft]
     said = run("bench_batch.py", *arguments, "--output", path)
     report = json.loads(path.read_text())
     check_run(report["run"])
@@ -291,6 +291,9 @@ def test_bench_batch(pair: SimpleNamespace, tmp_path: Path) -> None:
     assert all(all(batch["same"].values()) for batch in report["batches"])
     assert set(report["summary"]) == {"without a draft", "best chain", "best tree", "auto"}
     assert "auto over plain" in said and "nobody" in said
+    assert "without a draft, again" in said and all(
+        loop["cpu"][0] > 0 for b in report["batches"] for loop in b["loops"]
+    )
     assert path.with_suffix(".svg").read_text().startswith("<svg")
     assert "| --- | ---: |" in shown("bench_batch.py", path)
 
