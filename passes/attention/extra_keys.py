@@ -28,12 +28,14 @@ from ..forms.closed_form import ClosedForms, shape_of
 from ..framework.state import GraphState, refuse
 from ..locality.axes import Axis, Mixes
 from ..locality.token_rules import RULES
+from .by_place import rows_by_place
 from .spelled_out import SOFTMAXES
 from .weight_path import PRODUCTS
 
 aten = torch.ops.aten
 
 _SIZED = ("aten.reshape", "aten.expand")  # the sizes of the result are argument 1
+_ADDS = ("aten.add", "aten.sub", "aten.baddbmm", "aten.scaled_dot_product_attention")
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class ExtraKeys:
             place = at - (rank - len(shape_of(a)))
             if RULES.get(op_name(node)) is not RULES["aten.add"] or place < 0 or shape_of(a)[place] != self.length:
                 return a
-            return self._cut(a, place, like, tokens, node)
+            return self._part(a, place, like, tokens, node)
 
         args = list(fx.node.map_arg(tuple(node.args), mine))
         if op_name(node) in _SIZED:
@@ -165,6 +167,15 @@ class ExtraKeys:
             return self.emit(node, node.target, *args, **fx.node.map_arg(dict(node.kwargs), mine))
         except (RuntimeError, ValueError, IndexError):
             return None
+
+    def _part(self, node: fx.Node, at: int, like: Parts, tokens: bool, reader: fx.Node) -> fx.Node:
+        """`_cut`; what is added to the constants' scores by each query's place is read from a table."""
+        part = self._cut(node, at, like, tokens, reader)
+        if tokens or op_name(reader) not in _ADDS or at != len(shape_of(node)) - 1 or node in self.tainted:
+            return part
+        form = self.state.closed_forms().of(part)
+        same = form is not None and form.expr.is_number
+        return part if same else rows_by_place(self.state, part, reader) or part
 
     def _cut(self, node: fx.Node, at: int, like: Parts, tokens: bool, reader: fx.Node) -> fx.Node:
         """The tokens' or the constants' part of a value that was not put together, such as a mask."""
@@ -207,7 +218,7 @@ class ExtraKeys:
 
     def _masked(self, node: fx.Node, scores: fx.Node, mask: fx.Node, like: Parts, tokens: bool) -> fx.Node:
         whole, last = self.state.length + like.count, len(shape_of(mask)) - 1
-        part = self._cut(mask, last, like, tokens, node) if shape_of(mask)[last] == whole else mask
+        part = self._part(mask, last, like, tokens, node) if shape_of(mask)[last] == whole else mask
         if not tokens and self._shows(part):
             return scores
         if not tokens and self._value(part) in (sympy.false, -sympy.oo):

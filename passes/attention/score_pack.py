@@ -1,4 +1,4 @@
-"""Slopes and relative biases as inputs: tabulated from the mask's own subgraph, again whenever a weight changes."""
+"""Slopes and biases as inputs: tabulated from the mask's own subgraph, again whenever a weight changes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ def subgraph(node: fx.Node, gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
+SLOPES, DISTANCE, PLACES = "slopes", "distance", "places"
+
+
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
     """Evaluates the mask with given weights: slopes [heads], or bias [heads, limit] by distance, of which the first
-    `seen` are visible.
+    `seen` are visible, or what is added by place, [limit, heads, seen], for a mask [.., T, seen].
 
     A slope is read over `seen` tokens, a power of two: two far numbers next to each other differ by their rounding.
     """
@@ -47,15 +50,20 @@ class ScoreTable:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.heads,) if self.kind == "slopes" else (self.heads, self.limit)
+        if self.kind == PLACES:
+            return (self.limit, self.heads, self.seen)
+        return (self.heads,) if self.kind == SLOPES else (self.heads, self.limit)
 
     def __call__(self, constants: Mapping[str, Tensor]) -> Tensor:
         output: Any = next(x for x in reversed(self.mask.graph.nodes) if x.op == "output").args[0]
-        query = self.seen if self.kind == "slopes" else self.seen - 1
-        keys = torch.tensor([query - self.seen, query]) if self.kind == "slopes" else torch.arange(query, -1, -1)
         sampled = SampledValues(output, self.mask, self.tokens, constants, None)
+        if self.kind == PLACES:
+            rows = block(sampled, self.limit, torch.arange(self.limit), torch.arange(self.seen))
+            return rows.transpose(0, 1).contiguous()
+        query = self.seen if self.kind == SLOPES else self.seen - 1
+        keys = torch.tensor([query - self.seen, query]) if self.kind == SLOPES else torch.arange(query, -1, -1)
         row = block(sampled, query + 1, torch.tensor([query]), keys)[:, 0]  # [heads or 1, keys]
-        if self.kind == "slopes":
+        if self.kind == SLOPES:
             found = (row[:, 1] - row[:, 0]) / self.seen
         else:
             found = torch.nn.functional.pad(row, (0, self.limit - self.seen))

@@ -19,6 +19,7 @@ from ..attention.weight_path import PRODUCTS
 from ..forms.closed_form import shape_of
 from ..forms.masks import HIDDEN
 from .apart import Apart, ApartRows, ApartRule, Stop
+from .front_bias import FrontBias, bias_of
 from .front_mask import FrontBlock, block_of
 
 aten = torch.ops.aten
@@ -117,7 +118,9 @@ def fused(apart: Apart, node: fx.Node) -> ApartRows | None:
     if mask is None:
         seen, among = _causal(apart, node), FrontBlock("causal")
     else:
-        among = _others_block(apart, mask, visible=mask.meta["val"].dtype is torch.bool)
+        among = _others_block(apart, mask, node, visible=mask.meta["val"].dtype is torch.bool)
+        if isinstance(among, FrontBias) and not among.hides:
+            return None
         seen = apart.part(node, mask, len(shape_of(mask)) - 2)
     tokens = apart.emit(node, node.target, own.tokens, *joined, seen, 0.0, False, **rest)
     others = _among(apart, node, own.others, keys.others, values.others, among)
@@ -137,7 +140,7 @@ def _causal(apart: Apart, node: fx.Node) -> fx.Node:
     return apart.emit(node, aten.ge.Tensor, apart.emit(node, aten.unsqueeze.default, here, -1), there)
 
 
-def _among(apart: Apart, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, block: FrontBlock) -> fx.Node:
+def _among(apart: Apart, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, block: FrontBlock | FrontBias) -> fx.Node:
     """Attention of the constants among themselves, written out."""
     scale = argument(node, "scale")
     heads, kv = shape_of(q)[-3], shape_of(k)[-3]
@@ -150,9 +153,11 @@ def _among(apart: Apart, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, bloc
     return apart.emit(node, aten.matmul.default, apart.emit(node, aten.softmax.int, scores, -1), v)
 
 
-def _others_block(apart: Apart, mask: fx.Node, *, visible: bool) -> FrontBlock:
-    """What the constants see of each other; raises Stop where they see tokens."""
-    found = block_of(apart.state, mask, apart.beside, visible=visible)
+def _others_block(apart: Apart, mask: fx.Node, node: fx.Node, *, visible: bool) -> FrontBlock | FrontBias:
+    """What the constants see of each other, or what is added to their scores; raises Stop where they see tokens."""
+    found: FrontBlock | FrontBias | None = block_of(apart.state, mask, apart.beside, visible=visible)
+    if found is None and op_name(node) not in ("aten.masked_fill", "aten.where"):
+        found = bias_of(apart.state, mask, apart.beside, node)
     if found is None:
         raise Stop
     return found
@@ -224,26 +229,27 @@ def masked(apart: Apart, node: fx.Node) -> ApartRows | None:
         return None
     if name != "aten.add" and value > HIDDEN:
         return None
-    tokens, others = _hidden(apart, node, rows, mask, visible=visible)
+    tokens, others, hidden = _hidden(apart, node, rows, mask, visible=visible)
     swap: dict[Any, Any] = {scores: rows.tokens, mask: tokens}
     new = [swap.get(a, a) if isinstance(a, fx.Node) else a for a in args]
     if name == "aten.where":
         kind = {"dtype": scores.meta["val"].dtype, "device": scores.meta["val"].device}
         new[3 - at] = apart.emit(node, aten.full.default, [], value, **kind)
     target = apart.emit(node, node.target, *new, **dict(node.kwargs))
-    return replace(rows, tokens=target, others=others, hidden=True)
+    return replace(rows, tokens=target, others=others, hidden=rows.hidden or hidden)
 
 
 def _hidden(
     apart: Apart, node: fx.Node, rows: ApartRows, mask: fx.Node, *, visible: bool
-) -> tuple[fx.Node, fx.Node | None]:
-    """The tokens' part of a mask, and the constants' scores under it."""
+) -> tuple[fx.Node, fx.Node | None, bool]:
+    """The tokens' part of a mask, the constants' scores under it, and whether it hides what comes later."""
     if not apart.beside.front:
-        return _square(apart, node, mask, visible=visible), None
-    among = _others_block(apart, mask, visible=visible)
+        return _square(apart, node, mask, visible=visible), None, True
+    among = _others_block(apart, mask, node, visible=visible)
     assert rows.others is not None
     others = among.hide(apart.state, node, rows.others, apart.beside.count)
-    return apart.part(node, mask, len(shape_of(mask)) - 2), others
+    hides = among.hides if isinstance(among, FrontBias) else True
+    return apart.part(node, mask, len(shape_of(mask)) - 2), others, hides
 
 
 def _scores(apart: Apart, value: Any) -> bool:
