@@ -25,7 +25,7 @@ from .front_mask import RowCounts
 
 aten = torch.ops.aten
 
-# A score that a mask hides is HIDDEN or less; what is added to it may be this much more than what a row adds to its own.
+# A hidden score is HIDDEN or less; what is added to it may be this much more than what a row adds to a score of its own.
 _MOST = 100.0
 _LEAST = 64
 
