@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +22,9 @@ from treespec_compiler.ir.weights import Table
 from .attention.key_bias import BIASED
 from .attention.padding import check_padding
 from .attention.score_pack import score_table
-from .forms.biases import NotAMask
-from .forms.by_value import SampledValues, signature
-from .forms.closed_form import ClosedForms, broadcast, shape_of
+from .forms.biases import NoDistance, NotAMask
+from .forms.by_value import SampledValues, by_places_alone, signature
+from .forms.closed_form import BY_PLACE, ClosedForms, Form, broadcast, shape_of
 from .forms.evaluate import TooLarge, evaluate_for_length
 from .forms.masks import BIDIRECTIONAL, BURIED, HIDDEN, Scoring, classify
 from .forms.positions import table_limits
@@ -61,7 +62,7 @@ def classify_masks(state: GraphState) -> int:
             "pattern": spec.pattern,
             "softcap": float(softcap),
             "slopes": values if scoring.bias == "slopes" else None,
-            "bias": values if scoring.bias == "distance" else None,
+            "bias": _bias(state, node, scoring, values),
             "sinks": sinks,
             "activation": "" if activation == SOFTMAX else activation,
         } | ({} if relative is None else {"bias": bias})
@@ -101,7 +102,7 @@ def _scoring(
         if not is_causal:
             raise refuse(Refusal.MASK, BIDIRECTIONAL, node)
         return Scoring(MaskSpec()), None
-    form = forms.of(mask)
+    form = forms.of(mask) or _by_value(state, forms, mask)
     if form is None:
         raise _unknown(forms, mask, node)
     form = broadcast(form, (*heads, state.length, state.length))
@@ -116,7 +117,7 @@ def _scoring(
         return value.expand(*value.shape[:-2], n, n).cpu()
 
     try:
-        scoring = classify(form, state.length, evaluate, forms.tables, sinks)
+        scoring = _classified(state, forms, mask, form, heads, evaluate, sinks)
         sampled = SampledValues(mask, state.gm, state.tokens, state.constants, _ceiling(state))
         scoring, table = _tabulated(state, scoring, sampled, math.prod(map(int, heads)))
         hides = BURIED if node.meta.get(BIASED) else HIDDEN
@@ -124,6 +125,38 @@ def _scoring(
     except NotAMask as error:
         raise refuse(Refusal.MASK, str(error), node) from None
     return scoring, None if table is None else state.add_weight("score", table)
+
+
+def _classified(
+    state: GraphState,
+    forms: ClosedForms,
+    mask: fx.Node,
+    form: Form,
+    heads: tuple[sympy.Expr, ...],
+    evaluate: Callable[[int], Tensor],
+    sinks: bool,
+) -> Scoring:
+    """What a mask does by its closed form; of a bias that is none of the distance, by its values. Raises NotAMask."""
+    try:
+        return classify(form, state.length, evaluate, forms.tables, sinks)
+    except NoDistance:
+        table = None if state.length in form.expr.free_symbols else _by_value(state, forms, mask)
+        if table is None:
+            raise
+    places = broadcast(table, (*heads, state.length, state.length))
+    return classify(places, state.length, evaluate, forms.tables, sinks)
+
+
+def _by_value(state: GraphState, forms: ClosedForms, mask: fx.Node) -> Form | None:
+    """A mask of places alone that some op without a rule goes into, taken for a buffer of what it is in a long text.
+
+    What is made of it is compared with its values for shorter ones: every number of tokens up to 130.
+    """
+    if mask in forms.tainted or not by_places_alone(mask):
+        return None
+    mask.meta[BY_PLACE] = True
+    state.proved_by(mask)
+    return forms.by_place(mask)
 
 
 def _index_scoring(
@@ -170,7 +203,7 @@ def _relative_bias(
     """[T, Hq, distances], each query's products with the vectors of all distances, and the context that they reach."""
     scoring, vectors = found
     mask = scoring.mask
-    if scoring.bias != "distance" or vectors is None or mask.limit is None or own.bias == "distance":
+    if scoring.bias != "distance" or vectors is None or mask.limit is None or own.bias in ("distance", "places"):
         raise refuse(Refusal.MASK, "a query's product with vectors that are none of its distance to the key", site)
     if mask.window or mask.chunk or mask.pattern:
         raise refuse(Refusal.MASK, "a query's product with vectors of some distances only", site)
@@ -195,7 +228,7 @@ def _tabulated(state: GraphState, scoring: Scoring, sampled: SampledValues, head
     if not scoring.bias:
         return scoring, None
     seen, limit = slope_distance(scoring, sampled), 2
-    if scoring.bias == "distance":
+    if scoring.bias in ("distance", "places"):
         assert scoring.mask.limit is not None
         limit = readable(sampled, scoring.mask.limit)
         seen = min(x for x in (limit, scoring.mask.window or limit, scoring.mask.chunk or limit))
@@ -233,6 +266,19 @@ def _unknown(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Exception:
         current = blocked[0]
 
 
+_BIASES = {"": "", "slopes": "slope_h * (k - q)", "distance": "bias_h[q - k]", "places": "bias_h[q, k]"}
+
+
+def _bias(state: GraphState, site: fx.Node, scoring: Scoring, values: fx.Node | None) -> fx.Node | None:
+    """[heads, distances], or [T, heads, distances] where each node reads the row of its place."""
+    if scoring.bias == "distance" or values is None:
+        return values if scoring.bias == "distance" else None
+    if scoring.bias != "places":
+        return None
+    length = state.call(aten.sym_size.int, (state.node(state.tokens), 1), like=site)
+    return state.call(aten.slice.Tensor, (values, 0, 0, length), like=site)
+
+
 def _attention_spec(
     index: int, site: fx.Node, scoring: Scoring, softcap: float, sinks: bool, activation: str
 ) -> AttentionSpec:
@@ -251,7 +297,7 @@ def _attention_spec(
         mask=scoring.mask,
         dtype=site.meta["val"].dtype,
         softcap=softcap,
-        bias={"": "", "slopes": "slope_h * (k - q)", "distance": "bias_h[q - k]"}[scoring.bias],
+        bias=_BIASES[scoring.bias],
         sinks=sinks,
         activation=activation,
         index_dim=int(shape_of(arguments(site)["index_k"])[2]) if arguments(site)["chosen"] else 0,

@@ -23,11 +23,13 @@ from .spellings.assembled import spell_assembled
 from .spellings.attention_algebra import spell_constant_keys, spell_score_factor
 from .spellings.attention_weights import spell_weights
 from .spellings.contractions import spell_contraction, spell_one_hot
+from .spellings.cut_places import spell_cut_places
 from .spellings.einsum import spell_einsum
 from .spellings.grouped_experts import spell_counts, spell_grouped
 from .spellings.head_mixes import spell_mixed_scores, spell_mixed_weights
 from .spellings.inverse_permutation import spell_inverse
 from .spellings.meshgrid import spell_meshgrid
+from .spellings.own_places import spell_own_places
 from .spellings.picked_rows import spell_picked_rows
 from .spellings.pieces import spell_only_piece, spell_whole_steps
 from .spellings.score_sums import spell_score_sum
@@ -66,6 +68,8 @@ _SPELLINGS = (
     spell_size,
     spell_only_piece,
     spell_whole_steps,
+    spell_cut_places,
+    spell_own_places,
     spell_meshgrid,
     spell_one_hot,
     spell_contraction,

@@ -18,7 +18,7 @@ from ..forms.closed_form import shape_of
 from ..forms.masks import HIDDEN
 from ..forms.score_check import block, readable
 from ..framework.state import GraphState
-from .score_pack import PLACES, score_table
+from .score_pack import ROWS, score_table
 
 aten = torch.ops.aten
 
@@ -42,7 +42,7 @@ def rows_by_place(state: GraphState, node: fx.Node, at: fx.Node) -> fx.Node | No
     limit = readable(sampled, min(LONGEST_BIAS, sampled.ceiling))
     if limit < min(_LEAST, sampled.ceiling):
         return None
-    made = score_table(state, node, PLACES, heads, limit, int(shape[-1]))
+    made = score_table(state, node, ROWS, heads, limit, int(shape[-1]))
     table = made.function(state.constants)  # [limit, heads, n]
     sampled.ceiling = limit
     columns = torch.arange(int(shape[-1]))

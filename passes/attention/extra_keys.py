@@ -35,6 +35,8 @@ from .weight_path import PRODUCTS
 aten = torch.ops.aten
 
 _SIZED = ("aten.reshape", "aten.expand")  # the sizes of the result are argument 1
+# What may be done to weights, of which `Parts` hold the scores: the softmax is taken of what is laid out anew.
+_LAYS_OUT = ("aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.expand")
 _ADDS = ("aten.add", "aten.sub", "aten.baddbmm", "aten.scaled_dot_product_attention")
 
 
@@ -129,7 +131,8 @@ class ExtraKeys:
     def _apart(self, node: fx.Node) -> None:
         """An op that acts on tokens and constants alone, on each of them."""
         held = [self.parts[a] for a in node.all_input_nodes if a in self.parts]
-        if any(p.weighted for p in held) or len({(p.count, p.front) for p in held}) != 1:
+        weighted = any(p.weighted for p in held)
+        if len({(p.count, p.front) for p in held}) != 1 or (weighted and op_name(node) not in _LAYS_OUT):
             return
         self.length = self.state.length + held[0].count
         self.axes = {a: self.parts[a].at if a in self.parts else None for a in node.all_input_nodes}

@@ -13,6 +13,7 @@ from treespec_compiler.ir.weights import Table
 
 from ..forms.by_value import SampledValues
 from ..forms.evaluate import cone
+from ..forms.patterns import HIDDEN
 from ..forms.score_check import block
 from ..framework.state import GraphState
 
@@ -30,13 +31,14 @@ def subgraph(node: fx.Node, gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
-SLOPES, DISTANCE, PLACES = "slopes", "distance", "places"
+SLOPES, DISTANCE, PLACES, ROWS = "slopes", "distance", "places", "rows"
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
     """Evaluates the mask with given weights: slopes [heads], or bias [heads, limit] by distance, of which the first
-    `seen` are visible, or what is added by place, [limit, heads, seen], for a mask [.., T, seen].
+    `seen` are visible, or bias [limit, heads, limit] by the query's place and the distance, or the rows of a mask
+    [.., T, seen], [limit, heads, seen].
 
     A slope is read over `seen` tokens, a power of two: two far numbers next to each other differ by their rounding.
     """
@@ -50,16 +52,15 @@ class ScoreTable:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if self.kind == PLACES:
-            return (self.limit, self.heads, self.seen)
+        if self.kind in (PLACES, ROWS):
+            return (self.limit, self.heads, self.seen if self.kind == ROWS else self.limit)
         return (self.heads,) if self.kind == SLOPES else (self.heads, self.limit)
 
     def __call__(self, constants: Mapping[str, Tensor]) -> Tensor:
         output: Any = next(x for x in reversed(self.mask.graph.nodes) if x.op == "output").args[0]
         sampled = SampledValues(output, self.mask, self.tokens, constants, None)
-        if self.kind == PLACES:
-            rows = block(sampled, self.limit, torch.arange(self.limit), torch.arange(self.seen))
-            return rows.transpose(0, 1).contiguous()
+        if self.kind in (PLACES, ROWS):
+            return self._rows(sampled).expand(self.shape).contiguous()
         query = self.seen if self.kind == SLOPES else self.seen - 1
         keys = torch.tensor([query - self.seen, query]) if self.kind == SLOPES else torch.arange(query, -1, -1)
         row = block(sampled, query + 1, torch.tensor([query]), keys)[:, 0]  # [heads or 1, keys]
@@ -68,6 +69,16 @@ class ScoreTable:
         else:
             found = torch.nn.functional.pad(row, (0, self.limit - self.seen))
         return found.expand(self.heads, *found.shape[1:]).contiguous()
+
+    def _rows(self, sampled: SampledValues) -> Tensor:
+        """[limit, heads or 1, seen or limit]"""
+        places = torch.arange(self.limit)
+        keys = places if self.kind == PLACES else torch.arange(self.seen)
+        rows = block(sampled, self.limit, places, keys).transpose(0, 1)
+        if self.kind == ROWS:
+            return rows
+        away = (places[:, None] - places).clamp(min=0)  # the key at each distance
+        return rows.masked_fill(rows <= HIDDEN, 0).gather(-1, away[:, None].expand(rows.shape))
 
 
 def score_table(state: GraphState, mask: fx.Node, kind: str, heads: int, limit: int, seen: int) -> Table:

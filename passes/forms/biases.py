@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy
@@ -10,6 +11,10 @@ from torch import Tensor
 
 class NotAMask(Exception):
     """The closed form is no mask or bias of a known kind; the text says what it is instead."""
+
+
+class NoDistance(NotAMask):
+    """A bias of places that is no function of the distance."""
 
 
 def bias_kind(
@@ -35,7 +40,7 @@ def bias_kind(
         if k not in rest.free_symbols and not (sinks and sympy.expand(rest + slope * q) != 0):
             return ("slopes" if slope != 0 else ""), None
     if value.free_symbols & {k, q, length}:
-        raise NotAMask(f"attention scores get a bias that is no function of the distance q - k: {text}")
+        raise NoDistance(f"attention scores get a bias that is no function of the distance q - k: {text}")
     return "distance", _distance_limit(value, distance, sizes, text)
 
 
@@ -52,5 +57,12 @@ def _distance_limit(value: Any, distance: sympy.Symbol, sizes: dict[str, Tensor]
     return min([LONGEST_BIAS, *limits])
 
 
+def longest_rows(heads: int) -> int:
+    """The most places for which a bias by place and distance is tabulated, [places, heads, distances]."""
+    return min(LONGEST_BIAS, math.isqrt(MOST_ROWS // heads))
+
+
+# A bias by place and distance has at most this many numbers: 32 MiB of float32.
+MOST_ROWS = 1 << 23
 # A relative bias is tabulated for distances below this.
 LONGEST_BIAS = 2048

@@ -16,8 +16,10 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.ir.provenance import op_name
+
 from .evaluate import TooLarge, Values, cone
-from .form import size_of
+from .form import BY_PLACE, size_of
 
 # Contexts are looked at up to here, as in `guards`.
 LONGEST = 1 << 20
@@ -56,7 +58,7 @@ class SampledValues:
 
     def lengths(self) -> list[int]:
         """Numbers of tokens to look at, ascending."""
-        few = set(range(2, 18)) | {31, 64, 97, 130, 257, DENSE}
+        few = set(range(2, 131 if self.node.meta.get(BY_PLACE) else 18)) | {31, 64, 97, 130, 257, DENSE}
         around = {v + e for v in self.literals for e in (-1, 0, 1, 2, 5)}
         found = few | around | set(_ODD_LENGTHS) | {self.ceiling}
         return sorted(n for n in found if 2 <= n <= self.ceiling)
@@ -126,6 +128,26 @@ def same_up_to(sampled: SampledValues) -> int | None:
     return most
 
 
+def by_places_alone(node: fx.Node) -> bool:
+    """Whether samples of its values say what a value of places is: nothing is drawn at random or left as memory was,
+    and no arithmetic on the number of tokens may single out a few numbers."""
+    named = {op_name(n) for n in cone(node) if n.op == "call_function"}
+    seeded = any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in cone(node))
+    return not seeded and not named & _BLANK and not any(map(_may_single_out, map(_exact, _sizes(node))))
+
+
+def _exact(size: sympy.Expr) -> sympy.Expr:
+    """The expression without divisions that leave no rest: the size of all pairs by that of one of them."""
+
+    def divides(f: Any) -> bool:
+        return f.func.__name__ == "FloorDiv" and sympy.cancel(f.args[0] / f.args[1]).is_polynomial()
+
+    return size.replace(divides, lambda f: sympy.cancel(f.args[0] / f.args[1]))
+
+
+_BLANK = {"aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided"}
+
+
 def _sizes(node: fx.Node) -> Iterator[sympy.Expr]:
     """Sizes, and numbers made of them, that go into a node."""
     for current in cone(node):
@@ -133,7 +155,12 @@ def _sizes(node: fx.Node) -> Iterator[sympy.Expr]:
         if isinstance(value, torch.SymInt):
             yield size_of(value)
         elif isinstance(value, Tensor):
-            yield from map(size_of, value.shape)
+            yield from (_root(size_of(s)) for s in value.shape)
+
+
+def _root(size: sympy.Expr) -> sympy.Expr:
+    """A number of which a size is a power, as that of all pairs is: no length has another one's."""
+    return size.base if size.is_Pow and size.exp.is_Integer and size.exp > 0 else size
 
 
 def _may_single_out(size: sympy.Expr) -> bool:

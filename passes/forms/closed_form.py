@@ -22,17 +22,14 @@ from treespec_compiler.ir.provenance import op_name
 from .bounds import decided
 from .call import OpCall
 from .evaluate import SHAPE_ONLY, TooLarge, cone, evaluate_for_length
-from .form import Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
+from .form import BY_PLACE, Form, Shape, axis, broadcast, number, packet, shape_of, shape_of_tensor, size_of
 from .logic import LOGIC_RULES
 from .rules import RULES
 from .sequences import SEQUENCE_RULES
 
-__all__ = ["SHAPE_ONLY", "ClosedForms", "Form", "Shape", "axis", "broadcast", "number", "shape_of"]
+__all__ = ["BY_PLACE", "SHAPE_ONLY", "ClosedForms", "Form", "Shape", "axis", "broadcast", "number", "shape_of"]
 
 
-BY_PLACE = "by place"
-"""In a node's `meta`: it is taken for a table whose entries along the last dimension do not depend on how many there
-are. Whoever says so compares what is made of it with the values."""
 LONGEST_TABLE = 2048
 
 
@@ -91,12 +88,12 @@ class ClosedForms:
         except (TypeError, ValueError, NotImplementedError):  # sympy orders no infinite or undefined values
             form = None
         if form is None and node.meta.get(BY_PLACE):
-            return self._by_place(node)
+            return self.by_place(node)
         return self._computed(node) if form is None else _normal(form)
 
-    def _by_place(self, node: fx.Node) -> Form | None:
+    def by_place(self, node: fx.Node) -> Form | None:
         """A table of numbers by place, as long as it can be computed up to LONGEST_TABLE."""
-        longest = LONGEST_TABLE
+        longest = LONGEST_TABLE if node not in self.tainted else 0
         while longest >= 64:
             try:
                 values = evaluate_for_length(node, self.tokens, self.constants, self.gm, longest)

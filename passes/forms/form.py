@@ -16,6 +16,10 @@ from treespec_compiler.ir.provenance import op_name
 
 Shape = tuple[sympy.Expr, ...]
 
+BY_PLACE = "by place"
+"""In a node's `meta`: it is taken for a table whose entries do not depend on how many there are. Whoever says so
+compares what is made of it with the values."""
+
 
 def axis(i: int) -> sympy.Symbol:
     """The index symbol of dimension i."""

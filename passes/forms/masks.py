@@ -19,10 +19,10 @@ from torch import Tensor
 
 from treespec_compiler.ir.specs import MaskSpec
 
-from .biases import LONGEST_BIAS, NotAMask, bias_kind
+from .biases import LONGEST_BIAS, NotAMask, bias_kind, longest_rows
 from .closed_form import Form, axis
 from .patterns import HIDDEN as HIDDEN
-from .patterns import pattern_of_form, pattern_of_values, whole_prefix
+from .patterns import chunk_of_values, pattern_of_form, pattern_of_values, whole_prefix
 from .turning_point import root
 
 BIDIRECTIONAL = "bidirectional attention: every query sees every key, so this is not a causal decoder"
@@ -46,7 +46,8 @@ class _Visible:
 @dataclass(frozen=True)
 class Scoring:
     """A mask, and what it adds to the scores of visible keys: "" (nothing), "slopes" (slope_h * (k - q), up to a
-    constant a row, which softmax does not see) or "distance" (a value per head and distance, up to `mask.limit`)."""
+    constant a row, which softmax does not see), "distance" (a value per head and distance, up to `mask.limit`) or
+    "places" (a value per head, query and key, up to it)."""
 
     mask: MaskSpec
     bias: str = ""
@@ -74,7 +75,11 @@ def classify(
         text = _text(form, q, k)
         if _is_table(form, q, k):
             limit = _table_limit(form, sizes, q, k, text)
-            found = pattern_of_values(visible_matrix(evaluate(limit), text))
+            visible = visible_matrix(evaluate(limit), text)
+            chunk = chunk_of_values(visible)
+            if chunk is not None:
+                return Scoring(MaskSpec(limit=limit, chunk=chunk), text=text)
+            found = pattern_of_values(visible)
         else:
             limit, found = None, pattern_of_form(form.expr, q, k)
         if found is None and whole_prefix(form.expr, q, k):
@@ -300,7 +305,8 @@ def _from_table(form: Form, evaluate: Callable[[int], Tensor], sizes: dict[str, 
 def _biased_table(
     form: Form, evaluate: Callable[[int], Tensor], sizes: dict[str, Tensor], q: Any, k: Any
 ) -> Scoring | None:
-    """A buffer [.., heads, q, k] that adds numbers of the head and the distance to what it shows; None: another one."""
+    """A buffer [.., heads, q, k] that adds numbers of the head and of the distance, or of both places, to what it
+    shows; None: another one."""
     text = _text(form, q, k)
     limit = min(_table_limit(form, sizes, q, k, text), LONGEST_BIAS)
     values = evaluate(limit)
@@ -314,9 +320,10 @@ def _biased_table(
     index = torch.arange(limit)
     gaps = (index[:, None] - index[None, :]).clamp(min=0)
     off = (by_distance[:, gaps] - values)[shown].abs()
-    if bool((off > _CLOSE * (1 + values[shown].abs())).any()):
-        return None
-    return Scoring(_mask_of(shown[0], text), "distance", text)
+    if not bool((off > _CLOSE * (1 + values[shown].abs())).any()):
+        return Scoring(_mask_of(shown[0], text), "distance", text)
+    longest = min(limit, longest_rows(len(values)))
+    return Scoring(_mask_of(shown[0, :longest, :longest], text), "places", text)
 
 
 def _mask_of(visible: Tensor, text: str) -> MaskSpec:

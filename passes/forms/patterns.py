@@ -189,6 +189,15 @@ def pattern_of_values(visible: Tensor) -> str | None:
     return None
 
 
+def chunk_of_values(visible: Tensor) -> int | None:
+    """The size of the chunks that a boolean matrix [n, n] shows, each query its own up to itself; None: it is none."""
+    begins = visible.int().argmax(1)
+    size = int((begins > 0).int().argmax()) if len(visible) else 0
+    places = torch.arange(len(visible))
+    seen = MaskSpec(chunk=size).visible(places[:, None], places) if size else None
+    return size if seen is not None and torch.equal(seen, visible) else None
+
+
 def _candidates(visible: Tensor) -> Iterator[str]:
     n, last = len(visible), visible[-1]
     hidden = (~last).nonzero().flatten()

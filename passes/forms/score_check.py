@@ -28,8 +28,8 @@ def checked(
 ) -> int | None:
     """The longest context in which the mask's values are what `scoring` says; None: any that is looked at.
 
-    `table`: slopes [heads], or a bias [heads, distances]. `hides`: how far below what is seen a hidden score must be;
-    a bias that the mask does not know could overcome less. Raises `NotAMask`.
+    `table`: slopes [heads], or a bias [heads, distances] or [places, heads, distances]. `hides`: how far below what is
+    seen a hidden score must be; a bias that the mask does not know could overcome less. Raises `NotAMask`.
     """
     ceiling = min(sampled.ceiling, scoring.mask.limit or LONGEST)
     sampled.ceiling = ceiling
@@ -56,13 +56,21 @@ def _agrees(scoring: Scoring, table: Tensor | None, sampled: SampledValues, n: i
         return False
     gaps = rows[:, None] - columns[None, :]
     own = torch.searchsorted(columns, rows).view(1, -1, 1).expand(len(values), -1, 1)
-    shift = 0.0 if sinks or scoring.bias == "distance" else values.gather(-1, own)
+    shift = 0.0 if sinks or scoring.bias in ("distance", "places") else values.gather(-1, own)
     if table is None:
         return bool((values == shift)[:, visible].all())
     known = table.detach().cpu().double()
-    wanted = -known[:, None, None] * gaps if known.dim() == 1 else known[:, gaps.clamp(0, known.shape[1] - 1)]
+    wanted = _wanted(known, rows, gaps)
     off = (values - shift - wanted)[:, visible].abs()
     return bool((off <= _CLOSE + _RELATIVE * wanted[:, visible].abs()).all())
+
+
+def _wanted(known: Tensor, rows: Tensor, gaps: Tensor) -> Tensor:
+    """[heads, q, k]: what a table says for queries at `rows` and distances [q, k]."""
+    if known.dim() == 1:
+        return -known[:, None, None] * gaps
+    near = gaps.clamp(0, known.shape[-1] - 1)
+    return known[:, near] if known.dim() == 2 else known[rows[:, None], :, near].permute(2, 0, 1)
 
 
 def block(sampled: SampledValues, n: int, rows: Tensor, columns: Tensor) -> Tensor:

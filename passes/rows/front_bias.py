@@ -15,7 +15,7 @@ from torch import fx
 from treespec_compiler.ir.provenance import source_line
 from treespec_compiler.ir.specs import Limit
 
-from ..attention.score_pack import PLACES, score_table
+from ..attention.score_pack import ROWS, score_table
 from ..forms.by_value import SampledValues, proved_up_to, same_bits
 from ..forms.closed_form import shape_of
 from ..forms.masks import HIDDEN
@@ -25,7 +25,7 @@ from .front_mask import RowCounts
 
 aten = torch.ops.aten
 
-# A hidden score is HIDDEN or less; what is added to it may be this much more than what a row adds to a score of its own.
+# A hidden score is HIDDEN or less; what is added to it may be this much more than what is added to a seen one.
 _MOST = 100.0
 _LEAST = 64
 
@@ -88,5 +88,5 @@ def _table(state: GraphState, added: fx.Node, at: fx.Node, count: int) -> fx.Nod
     for dim in (-2, -1):
         part = emit(aten.slice.Tensor, part, dim, 0, count)
     heads = int(shape_of(added)[-3]) if len(shape_of(added)) > 2 else 1
-    made = score_table(state, part, PLACES, heads, count, count)
+    made = score_table(state, part, ROWS, heads, count, count)
     return emit(aten.transpose.int, state.add_weight("score", made), 0, 1)

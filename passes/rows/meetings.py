@@ -115,8 +115,9 @@ def fused(apart: Apart, node: fx.Node) -> ApartRows | None:
         return ApartRows(apart.emit(node, node.target, *args, **rest), None, rank - 2)
     assert own.others is not None and keys.others is not None and values.others is not None
     joined = [_all(apart, node, r) for r in (keys, values)]
+    among: FrontBlock | FrontBias = FrontBlock("causal")
     if mask is None:
-        seen, among = _causal(apart, node), FrontBlock("causal")
+        seen = _causal(apart, node)
     else:
         among = _others_block(apart, mask, node, visible=mask.meta["val"].dtype is torch.bool)
         if isinstance(among, FrontBias) and not among.hides:

@@ -77,11 +77,11 @@ def _reads(name: str, node: fx.Node) -> bool:
 
 
 def _is_scores(state: GraphState, node: Any) -> bool:
-    """A product of tokens by tokens."""
+    """A product of tokens by tokens, and by what stands beside them."""
     if not isinstance(node, fx.Node) or op_name(node) not in ("aten.matmul", "aten.bmm"):
         return False
     shape = shape_of(node)
-    return len(shape) >= 3 and shape[-1] == shape[-2] == state.length
+    return len(shape) >= 3 and all((s - state.length).is_Integer for s in shape[-2:])
 
 
 def _same_for_all_keys(node: fx.Node) -> bool:

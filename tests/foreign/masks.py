@@ -237,6 +237,70 @@ def bias_by_key_position_of_a_table(t: int) -> Tensor:
     return torch.full((t, t), -math.inf).triu(1) + PLACES[None, :t]
 
 
+@converts
+def segments_that_are_counted(t: int) -> Tensor:
+    """Each begins where a place is a multiple of six."""
+    segment = (torch.arange(t) % 6).eq(0).cumsum(0)
+    return segment[:, None].eq(segment) & torch.ones(t, t, dtype=torch.bool).tril()
+
+
+@converts
+def one_segment(t: int) -> Tensor:
+    segment = torch.arange(t).eq(0).cumsum(0)
+    return segment[:, None].eq(segment) & torch.ones(t, t, dtype=torch.bool).tril()
+
+
+@converts
+def diagonal_summed_up(t: int) -> Tensor:
+    return torch.eye(t).cumsum(0).gt(0)
+
+
+@converts
+def sum_of_waves(t: int) -> Tensor:
+    """A bias of the distance, out of ops that have no closed form (Sandwich)."""
+    i = torch.arange(t)
+    away = (i[:, None] - i).abs()[..., None] / 10 ** torch.arange(4)
+    return torch.full((t, t), -math.inf).triu(1) + away.cos().sum(-1)
+
+
+@converts
+def bias_by_both_places(t: int) -> Tensor:
+    i = torch.arange(t)
+    return torch.full((t, t), -math.inf).triu(1) + (i - i[:, None]) / (i[:, None] + 2.0)
+
+
+PAIRS = torch.linspace(-2, 2, 64 * 64).mul(37).sin().view(64, 64)
+
+
+@converts
+def bias_of_a_buffer_of_pairs(t: int) -> Tensor:
+    return torch.full((t, t), -math.inf).triu(1) + PAIRS[:t, :t]
+
+
+@refused
+def bias_of_the_last_pairs(t: int) -> Tensor:
+    return torch.full((t, t), -math.inf).triu(1) + PAIRS[-t:, -t:]
+
+
+@refused
+def bias_by_both_places_and_the_length(t: int) -> Tensor:
+    i = torch.arange(t)
+    return torch.full((t, t), -math.inf).triu(1) + (i * i[:, None] / t).cos()
+
+
+@refused
+def segments_from_the_end(t: int) -> Tensor:
+    segment = (torch.arange(t) % 6).eq(0).flip(0).cumsum(0)
+    return segment[:, None].eq(segment) & torch.ones(t, t, dtype=torch.bool).tril()
+
+
+@refused
+def segments_of_one_length_alone(t: int) -> Tensor:
+    """All is one segment, but in a text of 900 tokens."""
+    segment = (torch.arange(t) * (t * t % 4093 == 3639)).cumsum(0)
+    return segment[:, None].eq(segment) & torch.ones(t, t, dtype=torch.bool).tril()
+
+
 @refused
 def window_that_grows_with_the_text(t: int) -> Tensor:
     i = torch.arange(t)
