@@ -51,9 +51,9 @@ class _Finder:
         return self.state.call(op, args, kwargs, like=self.at)
 
     def of(self, node: fx.Node) -> RelativeTerm | None:
-        node = self._bare(node)
-        shifted = self._shifted(node)
-        return self._by_row(node) if shifted is None else self._by_shift(self._bare(shifted))
+        outer = _moved(node)
+        shifted = self._shifted(outer)
+        return self._by_row(self._bare(node)) if shifted is None else self._by_shift(shifted)
 
     def _bare(self, node: fx.Node) -> fx.Node:
         """Without layouts in which only dimensions of one come or go."""
@@ -61,26 +61,26 @@ class _Finder:
             node = node.args[0]
         return node
 
-    def _shifted(self, node: fx.Node) -> fx.Node | None:
+    def _shifted(self, outer: _Moved) -> fx.Node | None:
         """S [.., T, T] of R[i, j] = S[i, T - 1 - (i - j)], which holds for j <= i.
 
         With a column in front, element (i, c) of S stands at i * (T + 1) + c + 1. In rows of T that is row i + 1 and
-        column j where c = T - 1 - (i - j); the first row is cut off.
+        column j where c = T - 1 - (i - j); the first row is cut off. Rows and columns may be any two dimensions side
+        by side (Transformer-XL has them in front), as long as R has them where S has.
         """
-        length = self.state.length
-        if op_name(node) != "aten.slice" or shape_of(node)[-2:] != (length, length):
+        node, length = outer.source, self.state.length
+        if op_name(node) != "aten.slice" or argument(node, "step") != 1 or argument(node, "start") != 1:
             return None
-        source: Any = node.args[0]
-        rank = len(shape_of(node))
-        whole = shape_of(source)[-2:] == (length + 1, length) and argument(node, "step") == 1
-        if not whole or argument(node, "dim") not in (-2, rank - 2) or argument(node, "start") != 1:
+        shape, source = [*shape_of(node)], node.args[0]
+        at = int(argument(node, "dim")) % len(shape)
+        if shape[at : at + 2] != [length, length] or outer.dims[-2:] != (at, at + 1):
             return None
         padded: Any = source.args[0] if op_name(source) == "aten.reshape" else None
-        if padded is None or shape_of(padded)[-2:] != (length, length + 1):
+        before, after = ([*shape[:at], *two, *shape[at + 2 :]] for two in ((length, length + 1), (length + 1, length)))
+        if padded is None or [*shape_of(padded)] != before or [*shape_of(source)] != after:
             return None
-        if shape_of(padded)[:-2] != shape_of(source)[:-2]:
-            return None
-        return _without_column(padded)
+        scores = _without_column(padded, at + 1)
+        return None if scores is None else _put_back(outer, _moved(scores))
 
     def _product(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """(of tokens, of places alone), multiplied."""
@@ -95,7 +95,7 @@ class _Finder:
         found = self._product(product)
         if found is None:
             return None
-        queries, vectors = found
+        queries, vectors = (self._heads_in_front(operand) for operand in found)
         length, shape = self.state.length, shape_of(vectors)
         if len(shape_of(queries)) == 3:
             queries = self.emit(aten.unsqueeze.default, queries, 0)
@@ -110,6 +110,13 @@ class _Finder:
         by_distance = self._known(self.emit(aten.flip.default, vectors, [len(shape) - 1]))
         pairs = self.emit(aten.index.Tensor, by_distance, [*[None] * (len(shape) - 1), away])
         return self._made(queries, pairs)
+
+    def _heads_in_front(self, node: fx.Node) -> fx.Node:
+        """[H, 1, x, y] -> [1, H, x, y]."""
+        shape = shape_of(node)
+        if len(shape) != 4 or shape[1] != 1:
+            return node
+        return self.emit(aten.transpose.int, node, 0, 1)
 
     def _known(self, by_distance: fx.Node) -> fx.Node:
         """Vectors without a closed form, such as projected sines (Transformer-XL), are a table of distances, if the
@@ -173,15 +180,62 @@ def _wide(node: Any) -> list[Any]:
     return [s for s in shape_of(node) if s != 1]
 
 
-def _without_column(padded: fx.Node) -> fx.Node | None:
-    """S of [0, S], a column in front."""
-    name = op_name(padded)
+def _without_column(padded: fx.Node, at: int) -> fx.Node | None:
+    """S of [0, S], a column in front in dimension `at`."""
+    name, rank = op_name(padded), len(shape_of(padded))
     if name in ("aten.pad", "aten.constant_pad_nd"):
         plain = name == "aten.constant_pad_nd" or argument(padded, "mode") == "constant"
         widths: Any = padded.args[1]
-        return padded.args[0] if plain and list(widths) == [1, 0] else None
+        return padded.args[0] if plain and list(widths) == [0, 0] * (rank - 1 - at) + [1, 0] else None
     parts: Any = padded.args[0] if name == "aten.cat" else ()
-    last = len(shape_of(padded)) - 1
-    if len(parts) != 2 or argument(padded, "dim") not in (-1, last) or shape_of(parts[0])[-1] != 1:
+    if len(parts) != 2 or argument(padded, "dim") not in (at - rank, at) or shape_of(parts[0])[at] != 1:
         return None
     return parts[1]
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """A value whose dimensions were moved; `dims`: where those that are not 1 stand in `source`, in order."""
+
+    source: fx.Node
+    dims: tuple[int, ...]
+
+
+def _moved(node: fx.Node) -> _Moved:
+    """What is left of a node without ops that only move dimensions."""
+    dims = [i for i, s in enumerate(shape_of(node)) if s != 1]
+    while (before := _before(node)) is not None:
+        dims = [before[d] for d in dims]
+        node = node.args[0]
+    return _Moved(node, tuple(dims))
+
+
+def _before(node: fx.Node) -> dict[int, int] | None:
+    """Where each dimension that is not 1 was before an op that moves dimensions; None: it is another op."""
+    name, source = op_name(node), node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    rank = len(shape_of(node))
+    if name in ("aten.permute", "aten.transpose"):
+        order = list(range(rank))
+        if name == "aten.permute":
+            asked: Any = node.args[1]
+            order = [int(d) % rank for d in asked]
+        else:
+            i, j = (int(argument(node, d)) % rank for d in ("dim0", "dim1"))
+            order[i], order[j] = order[j], order[i]
+        return dict(enumerate(order))
+    if name not in ("aten.reshape", "aten.squeeze", "aten.unsqueeze") or _wide(node) != _wide(source):
+        return None
+    wide = ([i for i, s in enumerate(shape_of(n)) if s != 1] for n in (node, source))
+    return dict(zip(*wide, strict=True))
+
+
+def _put_back(outer: _Moved, inner: _Moved) -> fx.Node | None:
+    """The product whose dimensions were moved to be shifted, where `outer` moved them back; None: it did not.
+
+    `outer.source` and the value that `inner` is of have the same shape.
+    """
+    here = [i for i, s in enumerate(shape_of(outer.source)) if s != 1]
+    net = [inner.dims[here.index(d)] for d in outer.dims]
+    return inner.source if net == sorted(net) and net[-2:] == [*range(len(shape_of(inner.source)))][-2:] else None

@@ -108,6 +108,31 @@ class ProjectedSines(Shifted):
         return self.weighted(((q + self.u) @ k.mT + s) / 2) @ v
 
 
+class TokensFirst(ProjectedSines):
+    """Transformer-XL as it was written: tokens before the batch everywhere, scores [i, j, b, n], softmax over j."""
+
+    def start(self, ids: Tensor) -> Tensor:
+        return self.embed(ids.t())  # [T, 1, C]
+
+    def shifted(self, s: Tensor) -> Tensor:
+        i, j, b, n = s.shape
+        return torch.cat([torch.zeros(i, 1, b, n), s], 1).view(j + 1, i, b, n)[1:].view_as(s)
+
+    def block(self, x: Tensor, layer: int) -> Tensor:
+        t = x.shape[0]
+        q, k, v = (p.view(t, 1, HEADS, SIZE) for p in self.qkv[layer](self.norms[layer](x)).chunk(3, -1))
+        angles = torch.outer(self.places(t), 1 / 100 ** (torch.arange(0, DIM, 2) / DIM))
+        vectors = self.project(torch.cat([angles.sin(), angles.cos()], -1)).view(t, HEADS, SIZE)
+        by_content = torch.einsum("ibnd,jbnd->ijbn", q + self.u[:, 0], k)
+        scores = by_content + self.shifted(torch.einsum("ibnd,jnd->ijbn", q + self.w[:, 0], vectors))
+        future = torch.ones(t, t, dtype=torch.bool).triu(1)[:, :, None, None]
+        weights = (scores / 2).masked_fill(future, -math.inf).softmax(1)
+        return x + self.out[layer](torch.einsum("ijbn,jbnd->ibnd", weights, v).reshape(t, 1, DIM))
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.head(x).transpose(0, 1)
+
+
 CONVERTED: tuple[type[Clipped], ...] = (Clipped, ClippedRows, Shifted, ShiftedHeads)
 
 
@@ -178,6 +203,21 @@ class SinesFromTheFront(ProjectedSines):
         return torch.arange(t).float()
 
 
+class QueriesShifted(TokensFirst):
+    """The rows are shifted, not the columns."""
+
+    def shifted(self, s: Tensor) -> Tensor:
+        return super().shifted(s.transpose(0, 1)).transpose(0, 1)
+
+
+class HeadsShifted(TokensFirst):
+    """Columns and heads are laid out anew."""
+
+    def shifted(self, s: Tensor) -> Tensor:
+        i, j, b, n = s.shape
+        return torch.cat([torch.zeros(1, j, b, n), s], 0).view(i + 1, j, b, n)[1:].view_as(s)
+
+
 class SeesOneMore(Shifted):
     """A look ahead by one, where the term is something of the next query's."""
 
@@ -196,5 +236,7 @@ REFUSED: tuple[type[Clipped], ...] = (
     NotShifted,
     SinesOfTheLength,
     SinesFromTheFront,
+    QueriesShifted,
+    HeadsShifted,
     SeesOneMore,
 )

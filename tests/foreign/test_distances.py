@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from distances import CONVERTED, REFUSED, Clipped, ProjectedSines, Shifted
+from distances import CONVERTED, REFUSED, Clipped, ProjectedSines, Shifted, TokensFirst
 from modules import CONTEXT, VOCAB
 from oracles import EAGER, assert_decodes
 from styles import built
@@ -25,8 +25,9 @@ def test_rows_are_the_models_own(style: type[Clipped]) -> None:
 
 
 @pytest.mark.rare
-def test_vectors_that_are_computed_from_distances() -> None:
-    _model_and_rows(ProjectedSines, 2048)
+@pytest.mark.parametrize("style", [ProjectedSines, TokensFirst], ids=lambda style: style.__name__)
+def test_vectors_that_are_computed_from_distances(style: type[Clipped]) -> None:
+    _model_and_rows(style, 2048)
 
 
 @pytest.mark.family
