@@ -16,7 +16,8 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.device import profile
 from treespec_compiler.ir.narrow import FORMS, narrowest
 from treespec_compiler.ir.registry import best_kernel
-from treespec_compiler.ir.weights import Expression, Join, Pack, headers_of
+from treespec_compiler.ir.stored_weights import Pack, headers_of
+from treespec_compiler.ir.weights import Expression, Join
 from treespec_compiler.options import Options
 
 from .framework.manager import Pass

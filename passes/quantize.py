@@ -13,7 +13,8 @@ from treespec_compiler.ir import ops
 from treespec_compiler.ir.narrow import FORMS
 from treespec_compiler.ir.quantize import STORAGES
 from treespec_compiler.ir.registry import best_kernel
-from treespec_compiler.ir.weights import Expression, Quantized, Source, Transpose
+from treespec_compiler.ir.stored_weights import Quantized
+from treespec_compiler.ir.weights import Expression, Source, Transpose
 
 from .framework.manager import Pass
 from .framework.state import GraphState

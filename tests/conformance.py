@@ -248,8 +248,9 @@ def packed(dtype: torch.dtype, *shape: int, bias: bool = True, spoil: bool = Fal
 
 def narrow(dtype: torch.dtype, form: str, rows: int) -> Call:
     random = torch.Generator().manual_seed(9)
-    weight = torch.randint(0, 16, (45, 64), generator=random).float() / 16 - 0.5
-    weight[:, ::32], weight[:, 1::32] = -0.5, 7 / 16  # the ends of four bits
+    levels = 32 if form.startswith("q5") else 16
+    weight = torch.randint(0, levels, (45, 64), generator=random).float() / levels - 0.5
+    weight[:, ::32], weight[:, 1::32] = -0.5, 0.5 - 1 / levels  # the ends of four or five bits
     if form == "q8_0":
         weight = torch.randint(-127, 128, (45, 64), generator=random).float() / 64
         weight[:, ::32] = 127 / 64

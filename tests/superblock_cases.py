@@ -1,4 +1,4 @@
-"""Matrices in GGUF's blocks of 256 values, drawn bit by bit: what gguf makes of them, and their headers."""
+"""Matrices in forms with headers: in GGUF's blocks of 256 values, drawn bit by bit, and in integers with steps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KINDS = {"q4_k": gguf.GGMLQuantizationType.Q4_K, "q6_k": gguf.GGMLQuantizationType.Q6_K}
-HEADERS = {"q4_k": slice(0, 16), "q6_k": slice(192, 210)}
-STEPS = {"q4_k": (0, 2), "q6_k": (208,)}
+KINDS = {form: getattr(gguf.GGMLQuantizationType, form.upper()) for form in ("q4_k", "q5_k", "q6_k")}
+HEADERS = {"q4_k": slice(0, 16), "q5_k": slice(0, 16), "q6_k": slice(192, 210)}
+STEPS = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
 """Where float16 numbers lie in a block."""
 
 
@@ -27,6 +27,16 @@ def raw_blocks(form: str, n: int, k: int, seed: int = 0) -> np.ndarray:
 
 def superblocks(form: str, n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The float32 numbers [n, k] that random blocks stand for, and their headers."""
+    if form not in KINDS:
+        return _integers(int(form[1:]), n, k, seed)
     raw = raw_blocks(form, n, k, seed)
     values = gguf.quants.dequantize(raw.reshape(n, -1), KINDS[form])
     return torch.from_numpy(values), torch.from_numpy(raw[..., HEADERS[form]].copy())
+
+
+def _integers(bits: int, n: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Of so many bits, with steps of 24."""
+    random = torch.Generator().manual_seed(seed)
+    q = torch.randint(-(1 << bits - 1), 1 << bits - 1, (n, k // 32, 32), generator=random).float()
+    steps = torch.rand(n, k // 32, 1, generator=random) / 100
+    return (q * steps).view(n, k), steps.view(torch.uint8)

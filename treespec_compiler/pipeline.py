@@ -7,21 +7,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from .capture.call import CallSpec
 from .capture.capture import Capture, capture
+from .capture.quantized_weights import as_expression, refuse_subclasses
 from .capture.reads import Reads, Traced
 from .capture.weight_ref import WeightRef
 from .codegen import cpu
 from .converted import Converted
-from .errors import InvalidPipeline, PassError, Refusal, Unsupported
+from .errors import InvalidPipeline, PassError
 from .ir import verify
 from .ir.device import profile
 from .ir.specs import Limit
-from .ir.weights import Source
 from .logs import logger, set_logs_from_environment
 from .options import Options
 from .passes.framework.found import built_in
@@ -150,8 +149,9 @@ def check_complete(passes: Sequence[Pass]) -> None:
 
 def _state(captured: Capture, options: Options, sources: dict[str, WeightRef], rank: int) -> GraphState:
     """The state of a captured graph; its weights are added to `sources`, from which they are read."""
-    sources |= {ref.name: ref for ref in captured.weights.values()}
-    weights = {name: Source.of(ref.name, ref.tensor) for name, ref in captured.weights.items()}
+    made = {name: as_expression(ref) for name, ref in captured.weights.items()}
+    sources |= {ref.name: ref for _, refs in made.values() for ref in refs}
+    weights = {name: expression for name, (expression, _) in made.items()}
     return GraphState(
         gm=captured.graph,
         tokens=captured.tokens,
@@ -204,19 +204,6 @@ def check_level(state: GraphState, name: str) -> None:
         found += stage_problems(state)
     if found:
         raise PassError(pass_name=name, problem="; ".join(found))
-
-
-def refuse_subclasses(model: nn.Module) -> None:
-    """Capture sees plain tensors only; a subclass would be opened up into something else."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        plain = (torch.Tensor, nn.Parameter, nn.Buffer)
-        if type(tensor) not in plain:
-            raise Unsupported(
-                Refusal.SUBCLASS,
-                f"{name} is a {type(tensor).__name__}, a tensor subclass: capture reads plain tensors only",
-                node=name,
-                way_out="convert the model before it is quantized or distributed",
-            )
 
 
 def _drop_unused_inputs(state: GraphState) -> None:

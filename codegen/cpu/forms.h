@@ -136,25 +136,49 @@ TS_INLINE vf low_nibble(vu words) {
 #endif
 }
 
-// 32 values of k in four bits each: a step and, with `minimum`, what is added to it, in float16 for every output; then,
-// for every eighth k, a word an output. The step times 0 .. 15 is exact in float32, so that every value is rounded once.
-template <bool minimum>
+// VW steps, of outputs `at` and on: in float16, or `wide`, in float32.
+template <bool wide>
+TS_INLINE vf load_steps(const char* p, int at) {
+  return wide ? load(reinterpret_cast<const float*>(p) + at) : load_half(p + 2 * at);
+}
+
+// The next four bits of every word below the next bit of another one, as a number less `zero`; both words move on.
+template <int BITS, int zero>
+TS_INLINE vf next_level(vu& low, vu& high) {
+  vf level;
+  if constexpr (BITS == 4) {
+    level = low_nibble<zero>(low);
+  } else {
+    level = __builtin_convertvector(reinterpret_cast<vi>((low & 15) | (high & 1) << 4) - zero, vf);
+    high >>= 1;
+  }
+  low >>= 4;
+  return level;
+}
+
+// 32 values of k in four or five bits each: a step and, with `minimum`, what is added to it, for every output; the fifth
+// bits, a word an output; then, for every eighth k, a word an output. A float16 step times 0 .. 31 is exact in float32, and
+// without a minimum the product is all there is, so that every value is rounded once.
+template <bool minimum, int BITS = 4, bool wide = false>
 struct Nibbles {
-  static constexpr int K_BLOCK = 32, SCALES = minimum ? 128 : 64, BYTES = SCALES + 512, ROWS = MAX_ROWS, DIRECT = ROWS, READING = 6;
+  static constexpr int ONE = wide ? 128 : 64, SCALES = minimum ? 2 * ONE : ONE, HIGH = BITS == 5 ? 128 : 0;
+  static constexpr int K_BLOCK = 32, BYTES = SCALES + HIGH + 512, ROWS = MAX_ROWS, DIRECT = ROWS;
+  static constexpr int READING = BITS == 5 ? 7 : 6;
   static constexpr int column(int s, int c) { return in_order(s, c); }
   struct Reader {
     const char* p;
     int first;
     vf step[COLS], least[COLS];
-    vu words[COLS];
+    vu words[COLS], high[COLS];
     TS_INLINE Reader(const char* panel, int s) : p(panel), first(column(s, 0)) {}
     TS_INLINE void begin() {
 #pragma GCC unroll 4
       for (int c = 0; c < COLS; ++c) {
-        step[c] = load_half(p + 2 * (first + c * VW));
-        if (minimum) least[c] = load_half(p + 64 + 2 * (first + c * VW));
+        step[c] = load_steps<wide>(p, first + c * VW);
+        if (minimum) least[c] = load_steps<wide>(p + ONE, first + c * VW);
+        if (BITS == 5) high[c] = load_words(p + SCALES + 4 * (first + c * VW));
       }
-      p += SCALES;
+      p += SCALES + HIGH;
     }
     TS_INLINE void eight() {
 #pragma GCC unroll 4
@@ -164,15 +188,17 @@ struct Nibbles {
     TS_INLINE void next(vf* w) {
 #pragma GCC unroll 4
       for (int c = 0; c < COLS; ++c) {
-        w[c] = minimum ? low_nibble<0>(words[c]) * step[c] + least[c] : low_nibble<8>(words[c]) * step[c];
-        words[c] >>= 4;
+        const vf level = next_level<BITS, minimum ? 0 : 1 << (BITS - 1)>(words[c], high[c]);
+        w[c] = minimum ? level * step[c] + least[c] : level * step[c];
       }
     }
   };
 };
 
-struct Bytes {  // 32 values of k in eight bits each, after a step in float16 for every output
-  static constexpr int K_BLOCK = 32, BYTES = 64 + 1024, ROWS = MAX_ROWS, DIRECT = 2 * ROWS, READING = 6;
+template <bool wide>
+struct Bytes {  // 32 values of k in eight bits each, after a step for every output
+  static constexpr int SCALES = wide ? 128 : 64;
+  static constexpr int K_BLOCK = 32, BYTES = SCALES + 1024, ROWS = MAX_ROWS, DIRECT = 2 * ROWS, READING = 6;
   static constexpr int column(int s, int c) { return in_order(s, c); }
   struct Reader {
     const char* p;
@@ -181,8 +207,8 @@ struct Bytes {  // 32 values of k in eight bits each, after a step in float16 fo
     TS_INLINE Reader(const char* panel, int s) : p(panel), first(column(s, 0)) {}
     TS_INLINE void begin() {
 #pragma GCC unroll 4
-      for (int c = 0; c < COLS; ++c) step[c] = load_half(p + 2 * (first + c * VW));
-      p += 64;
+      for (int c = 0; c < COLS; ++c) step[c] = load_steps<wide>(p, first + c * VW);
+      p += SCALES;
     }
     TS_INLINE void eight() {}
     TS_INLINE void next(vf* w) {
@@ -193,16 +219,20 @@ struct Bytes {  // 32 values of k in eight bits each, after a step in float16 fo
   };
 };
 
-// GGUF's Q4_K: 256 values of k share float16 d and dmin and three words an output, of eight scales and eight minima in
-// six bits each; then words of eight k. Both products are exact in float32, so that every value is rounded once.
-struct FourBitsK {
-  static constexpr int K_BLOCK = 32, BYTES = 576, HEADER = 512, ROWS = MAX_ROWS, DIRECT = ROWS, READING = 6;
+// GGUF's Q4_K and Q5_K: 256 values of k share float16 d and dmin and three words an output, of eight scales and eight
+// minima in six bits each; then, for every 32 k, their fifth bits, a word an output, and words of eight k. Both products are
+// exact in float32, so that every value is rounded once.
+template <int BITS>
+struct BitsK {
+  static constexpr int HIGH = BITS == 5 ? 128 : 0, HEADER = 512;
+  static constexpr int K_BLOCK = 32, BYTES = HEADER / 8 + HIGH + 512, ROWS = MAX_ROWS, DIRECT = ROWS;
+  static constexpr int READING = BITS == 5 ? 7 : 6;
   static constexpr int column(int s, int c) { return in_order(s, c); }
   struct Reader {
     const char *p, *header;
     int first, run = 0;
     vf step[COLS], least[COLS];
-    vu words[COLS];
+    vu words[COLS], high[COLS];
     TS_INLINE Reader(const char* panel, int s) : p(panel), header(panel), first(column(s, 0)) {}
     TS_INLINE static vf number(vu six_bits) { return __builtin_convertvector(reinterpret_cast<vi>(six_bits), vf); }
     TS_INLINE void begin() {
@@ -218,7 +248,9 @@ struct FourBitsK {
         }
         step[c] = load_half(header + 2 * at) * number(scale & 63);
         least[c] = load_half(header + 64 + 2 * at) * number(minimum & 63);
+        if (BITS == 5) high[c] = load_words(p + 4 * at);
       }
+      p += HIGH;
       run = (run + 1) % 8;
     }
     TS_INLINE void eight() {
@@ -228,15 +260,12 @@ struct FourBitsK {
     }
     TS_INLINE void next(vf* w) {
 #pragma GCC unroll 4
-      for (int c = 0; c < COLS; ++c) {
-        w[c] = low_nibble<0>(words[c]) * step[c] - least[c];
-        words[c] >>= 4;
-      }
+      for (int c = 0; c < COLS; ++c) w[c] = next_level<BITS, 0>(words[c], high[c]) * step[c] - least[c];
     }
   };
 };
-template <>
-inline constexpr int RUNS<FourBitsK> = 8;
+template <int BITS>
+inline constexpr int RUNS<BitsK<BITS>> = 8;
 
 // GGUF's Q6_K: 256 values of k share a float16 d and sixteen scales in eight bits; then, for every 32 k, four words of low
 // nibbles of eight k and two words of the high bits of 16 k.

@@ -37,9 +37,14 @@ void with_form(c10::string_view form, const F& f) {
   if (form == "float16") return f(Float16{}, at::kHalf);
   if (form == "q4_0") return f(Nibbles<false>{}, at::kByte);
   if (form == "q4_1") return f(Nibbles<true>{}, at::kByte);
-  if (form == "q8_0") return f(Bytes{}, at::kByte);
-  if (form == "q4_k") return f(FourBitsK{}, at::kByte);
+  if (form == "q5_0") return f(Nibbles<false, 5>{}, at::kByte);
+  if (form == "q5_1") return f(Nibbles<true, 5>{}, at::kByte);
+  if (form == "q8_0") return f(Bytes<false>{}, at::kByte);
+  if (form == "q4_k") return f(BitsK<4>{}, at::kByte);
+  if (form == "q5_k") return f(BitsK<5>{}, at::kByte);
   if (form == "q6_k") return f(SixBitsK{}, at::kByte);
+  if (form == "i4") return f(Nibbles<false, 4, true>{}, at::kByte);
+  if (form == "i8") return f(Bytes<true>{}, at::kByte);
   TORCH_CHECK(false, "packed_linear knows no form ", form);
 }
 
@@ -123,8 +128,8 @@ Tensor packed_embedding(const Tensor& ids_in, const Tensor& packed, int64_t N, c
 }
 
 // The forms by number, as ir/linear.py has them.
-constexpr c10::string_view NUMBERED_FORMS[] = {"", "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0",
-                                                "q4_k", "q6_k"};
+constexpr c10::string_view NUMBERED_FORMS[] = {"",     "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0",
+                                                "q4_k", "q6_k",    "i4",       "i8",      "q5_0", "q5_1", "q5_k"};
 
 c10::string_view numbered_form(int64_t form) {
   TORCH_CHECK(form >= 0 && form < int64_t(std::size(NUMBERED_FORMS)), "packed_linear knows no form number ", form);

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from treespec_compiler.ir.weights import Expression, Pack, Read, Source
+from treespec_compiler.ir.stored_weights import Pack
+from treespec_compiler.ir.weights import Expression, Read, Source
 
 
 class PackedBytes(int):

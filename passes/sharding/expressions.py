@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from treespec_compiler.errors import PassError
-from treespec_compiler.ir.weights import Expression, Join, Lone, Pack, Shard, Slice, Transpose
+from treespec_compiler.ir.stored_weights import Pack
+from treespec_compiler.ir.weights import Expression, Join, Lone, Shard, Slice, Transpose
 
 from .placements import PARTIAL, REPLICATED, Partial, Placement, Segment, Sharded, offsets, sharded
 

@@ -36,7 +36,7 @@ def test_the_file_is_the_model(file):
 
 
 @pytest.mark.family
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantized_blocks_become_the_numbers_they_stand_for(tmp_path, kind):
     kind = gguf.GGMLQuantizationType[kind]
     model = llama(hidden_size=128, intermediate_size=128)
@@ -45,7 +45,9 @@ def test_quantized_blocks_become_the_numbers_they_stand_for(tmp_path, kind):
     weight = model.model.layers[1].mlp.down_proj.weight.detach().numpy()
     stands_for = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
     assert torch.equal(loaded.model.layers[1].mlp.down_proj.weight, torch.from_numpy(stands_for))
-    assert_decodes(loaded, treespec.tree_program(loaded, options=EAGER), 96, rounds=1)
+    program = treespec.tree_program(loaded, options=EAGER)
+    assert kind.name.lower() in program.packed_bytes.forms
+    assert_decodes(loaded, program, 96, rounds=1)
 
 
 def in_large_blocks(path: Path, kind: str) -> Path:
@@ -55,13 +57,15 @@ def in_large_blocks(path: Path, kind: str) -> Path:
 
 
 @pytest.mark.family
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
 def test_large_blocks_are_packed_as_they_are(tmp_path, kind):
     """Rotated heads' rows included, which transformers reorders."""
     loaded = models.load(f"gguf:{in_large_blocks(tmp_path / 'q.gguf', kind)}").model
     program = treespec.tree_program(loaded, options=EAGER)
     matrices = sum(p.numel() for p in loaded.parameters() if p.dim() == 2) - loaded.model.embed_tokens.weight.numel()
-    assert dict(program.packed_bytes.forms) == {kind.lower(): matrices * {"Q4_K": 4.5, "Q6_K": 6.5625}[kind] / 8}
+    assert dict(program.packed_bytes.forms) == {
+        kind.lower(): matrices * {"Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625}[kind] / 8
+    }
     wide = treespec.tree_program(loaded, options={**EAGER, "weights": "float32"})
     rows = [each.prefill([5, 9, 3], each.new_cache(16)) for each in (program, wide)]
     assert torch.equal(*rows)

@@ -41,10 +41,11 @@ def by_value(form: str, n: int, k: int) -> Tensor:
         q = torch.randint(-127, 128, (groups, 32), generator=random).float()
         q[:, 3] = 127
         return (q * d.abs()).view(n, k)
-    q = torch.randint(0, 16, (groups, 32), generator=random).float()
-    q[:, 1], q[:, 2] = 0, 15
-    if form == "q4_0":
-        return ((q - 8) * d).view(n, k)
+    top = 31 if form.startswith("q5") else 15
+    q = torch.randint(0, top + 1, (groups, 32), generator=random).float()
+    q[:, 1], q[:, 2] = 0, top
+    if form.endswith("_0"):
+        return ((q - (top + 1) // 2) * d).view(n, k)
     m = torch.randn(groups, 1, generator=random).half().float()
     m[0] = 2.0**-23
     return (q * d.abs() + m).view(n, k)

@@ -45,8 +45,10 @@ void go(const char* name) {  // random bits, the highest bit of float16 and bflo
 }
 
 int main() {
-  go<BFloat16, 64>("bfloat16"), go<Float16, 64>("float16"), go<Bytes, 64>("q8_0");
-  go<Nibbles<true>, 128>("q4_1"), go<Nibbles<false>, 64>("q4_0"), go<FourBitsK, 128>("q4_k"), go<SixBitsK, 64>("q6_k");
+  go<BFloat16, 64>("bfloat16"), go<Float16, 64>("float16"), go<Bytes<false>, 64>("q8_0"), go<Bytes<true>, 128>("i8");
+  go<Nibbles<true>, 128>("q4_1"), go<Nibbles<false>, 64>("q4_0"), go<Nibbles<false, 4, true>, 128>("i4");
+  go<Nibbles<true, 5>, 128>("q5_1"), go<Nibbles<false, 5>, 64>("q5_0");
+  go<BitsK<4>, 128>("q4_k"), go<BitsK<5>, 128>("q5_k"), go<SixBitsK, 64>("q6_k");
 }
 """
 
@@ -67,4 +69,4 @@ def test_every_vector_width_gives_the_same(tmp_path: Path) -> None:
         subprocess.run([cxx, *flags, str(tmp_path / "widths.cpp"), "-o", str(to)], check=True, timeout=300)
         said.append(subprocess.run([str(to)], check=True, capture_output=True, text=True, timeout=60).stdout)
     assert said[0] == said[1] == said[2]
-    assert [line.split()[1] for line in said[0].splitlines()] == ["0"] * 7
+    assert [line.split()[1] for line in said[0].splitlines()] == ["0"] * 12

@@ -11,9 +11,10 @@ from torch import Tensor
 from treespec_compiler.errors import InvalidWeight
 from treespec_compiler.ir.linear import pack_weight, packed_bytes, packed_linear, unpack_weight
 from treespec_compiler.ir.narrow import FORMS, narrowest
-from treespec_compiler.ir.weights import Pack, Source, Transpose
+from treespec_compiler.ir.stored_weights import Pack
+from treespec_compiler.ir.weights import Source, Transpose
 
-BITS = {"q4_0": 4.5, "q4_1": 5, "q8_0": 8.5, "bfloat16": 16, "float16": 16}
+BITS = {"q4_0": 4.5, "q4_1": 5, "q5_0": 5.5, "q5_1": 6, "q8_0": 8.5, "bfloat16": 16, "float16": 16}
 ROWS = st.sampled_from([1, 5, 31, 32, 33, 70])
 
 
@@ -60,29 +61,30 @@ def of_levels(seed: int, n: int, form: str, denormal: bool = False) -> Tensor:
         q = random(seed + 2, groups, 32, low=-127, high=128)
         q[:, 5] = 127
         return (q * d.abs()).view(n, 64)
-    q = random(seed + 2, groups, 32, high=16)
-    q[:, 7], q[:, 9] = 0, 15
-    if form == "q4_0":
-        return ((q - 8) * d).view(n, 64)
+    top = 31 if form.startswith("q5") else 15
+    q = random(seed + 2, groups, 32, high=top + 1)
+    q[:, 7], q[:, 9] = 0, top
+    if form.endswith("_0"):
+        return ((q - (top + 1) // 2) * d).view(n, 64)
     return (q * d.abs() + half(seed + 3, groups, denormal)).view(n, 64)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), ROWS, st.sampled_from(["q4_0", "q8_0"]), st.booleans())
+@given(st.integers(0, 2**31), ROWS, st.sampled_from(["q4_0", "q5_0", "q8_0"]), st.booleans())
 def test_blocks_come_back_bit_by_bit(seed: int, n: int, form: str, denormal: bool) -> None:
     """With a step that is a normal or a denormal number of float16; negative ones make zeros negative."""
     exact(of_levels(seed, n, form, denormal), form)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), ROWS)
-def test_blocks_with_a_minimum_come_back_bit_by_bit(seed: int, n: int) -> None:
+@given(st.integers(0, 2**31), ROWS, st.sampled_from(["q4_1", "q5_1"]))
+def test_blocks_with_a_minimum_come_back_bit_by_bit(seed: int, n: int, form: str) -> None:
     """Steps are at least a 2^12th of the minimum: below that float32 has lost what they were."""
-    values = of_levels(seed, n, "q4_1").view(-1, 32)
+    values = of_levels(seed, n, form).view(-1, 32)
     d = half(seed, len(values), False).abs()
     m = half(seed + 3, len(values), False)
     weight = torch.where(m.abs() < 4096 * d, values, 15 * torch.ones_like(values)).view(n, 64)
-    exact(weight, "q4_1")
+    exact(weight, form)
 
 
 @settings(max_examples=40, deadline=None)
@@ -109,10 +111,11 @@ def held_by(form: str) -> Tensor:
     """[45, 64] that this form holds and no narrower one."""
     if form in ("bfloat16", "float16"):
         return torch.randn(45, 64).to(FORMS[form].dtype).float()
-    if form != "q4_1":
+    if not form.endswith("_1"):
         return of_levels(3, 45, form)
-    q = random(1, 90, 32, high=16)
-    q[:, 0], q[:, 1] = 0, 15
+    top = 31 if form == "q5_1" else 15
+    q = random(1, 90, 32, high=top + 1)
+    q[:, 0], q[:, 1] = 0, top
     return (q / 64 + 1).view(45, 64)
 
 
@@ -137,7 +140,7 @@ def test_more_than_one_piece_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("form", ["q4_0", "q4_1", "q8_0", "float16"])
+@pytest.mark.parametrize("form", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "float16"])
 def test_numbers_that_are_not_finite_are_refused(form: str, value: float) -> None:
     weight = torch.zeros(32, 32)
     weight[3, 4] = value

@@ -1,4 +1,4 @@
-"""GGUF's blocks of 256 values: a file's numbers are packed to the file's blocks, and other numbers are refused."""
+"""Forms with headers: numbers of such blocks are packed to these very blocks, and other numbers are refused."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from treespec_compiler.errors import InvalidWeight
 from treespec_compiler.ir.kept_blocks import Headers, keep, kept
 from treespec_compiler.ir.linear import pack_weight, packed_bytes, unpack_weight
 from treespec_compiler.ir.narrow import FORMS, narrowest
-from treespec_compiler.ir.weights import Join, Pack, Shard, Slice, Source, Transpose, headers_of
+from treespec_compiler.ir.stored_weights import Pack, headers_of
+from treespec_compiler.ir.weights import Join, Shard, Slice, Source, Transpose
 
-BITS = {"q4_k": 4.5, "q6_k": 6.5625}
+BITS = {"q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625, "i4": 5, "i8": 9}
 form_names = pytest.mark.parametrize("form", BITS)
 
 
@@ -40,13 +41,13 @@ def test_other_numbers_are_refused(form: str) -> None:
     changed = weight.clone()
     changed[39, 511] = 0.1234567
     infinite = headers.clone()
-    infinite[3, 1, 0 if form == "q4_k" else 16 :][:2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
+    infinite[3, 1, {"q6_k": 16, "i4": 2, "i8": 2}.get(form, 0) :][:2] = torch.tensor([0, 0x7C], dtype=torch.uint8)
     for values, known in ((changed, headers), (weight, headers.roll(1, 0)), (weight, None), (weight, infinite)):
         with pytest.raises(InvalidWeight, match=f"a float32 matrix that {form} holds exactly"):
             pack_weight(values, form, known)
     assert narrowest(changed, (form, headers)) == "float32"
     with pytest.raises(InvalidWeight, match=f"that {form} holds"):
-        pack_weight(weight[:, :320], form, headers)
+        pack_weight(weight[:, :330], form, headers)
 
 
 def source(name: str, form: str, n: int, tensors: dict[str, Tensor]) -> Source:
@@ -65,7 +66,7 @@ def test_headers_follow_what_is_made_of_their_tensors(form: str) -> None:
         want = made.build(tensors.__getitem__).contiguous()
         assert torch.equal(unpack_weight(found, made.shape[0], form), want)
     plain = Source.of("plain", tensors["plain"])
-    for unknown in (plain, Join((a, plain)), Join((a, other)), Shard(a, 1, 0, 4), Transpose(a), Join((a, a), 1)):
+    for unknown in (plain, Join((a, plain)), Join((a, other)), Shard(a, 1, 0, 32), Transpose(a), Join((a, a), 1)):
         assert headers_of(unknown, tensors.__getitem__) is None
 
 
@@ -82,4 +83,4 @@ def test_headers_go_with_their_tensor() -> None:
 
 @form_names
 def test_the_form_is_among_the_forms(form: str) -> None:
-    assert FORMS[form].header and FORMS[form].takes(512) and not FORMS[form].takes(320)
+    assert FORMS[form].header and FORMS[form].takes(512) and not FORMS[form].takes(330)

@@ -15,7 +15,8 @@ from torch import Tensor
 from treespec_compiler.errors import InvalidWeight
 from treespec_compiler.ir.linear import pack_weight
 from treespec_compiler.ir.ops import packed_linear
-from treespec_compiler.ir.weights import Expression, Join, Pack, Read, Shard, Source, Table, Transpose
+from treespec_compiler.ir.stored_weights import Pack
+from treespec_compiler.ir.weights import Expression, Join, Read, Shard, Source, Table, Transpose
 
 TENSORS = {
     "q": torch.randn(12, 8),

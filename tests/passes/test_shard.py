@@ -10,7 +10,8 @@ from zoo import make
 
 from treespec_compiler.errors import InvalidOption, Refusal, Unsupported
 from treespec_compiler.ir.provenance import op_name
-from treespec_compiler.ir.weights import Arange, Expression, Join, Lone, Pack, Shard, Slice, Source, Transpose
+from treespec_compiler.ir.stored_weights import Pack
+from treespec_compiler.ir.weights import Arange, Expression, Join, Lone, Shard, Slice, Source, Transpose
 from treespec_compiler.options import Options
 from treespec_compiler.passes.framework.found import built_in
 from treespec_compiler.passes.framework.plan import plan

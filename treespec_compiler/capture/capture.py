@@ -30,6 +30,7 @@ from .found import finder, place
 from .functional import functional_graph
 from .inlined import inline_bodies
 from .mixers import mixers_of
+from .quantized_weights import opened
 from .reads import Reads
 from .rewriting import Rewritten, rewritten, rewritten_for
 from .state_changes import put_logits_first
@@ -96,7 +97,8 @@ def capture(model: nn.Module, call: CallSpec) -> Capture:
                 raise Unsupported(
                     Refusal.CALL, "the model gave no graph: its forward runs no tensor operation on the token ids"
                 )
-            captured = _tidy(traced, model, call, call.length, forward.__globals__)
+            with opened(model):
+                captured = _tidy(traced, model, call, call.length, forward.__globals__)
         unheld = {r.name: r.tensor for r in captured.weights.values() if r.owner is None and r.find is None}
         captured.reads = Reads(model, forward, unheld, removed, traced["code"], filled)
         return captured
@@ -120,7 +122,7 @@ def _trace(
     removed = inherited = known + [each for each in inherited if not each.changed and each.function not in others]
     while True:
         try:
-            with rewritten(removed), tracing(model, traced, call), contextlib.suppress(_Captured):
+            with rewritten(removed), tracing(model, traced, call), opened(model), contextlib.suppress(_Captured):
                 torch.compile(forward, backend=backend, fullgraph=True)(*args, **kwargs)
             return removed
         except Unsupported as refusal:

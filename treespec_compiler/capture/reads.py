@@ -24,6 +24,7 @@ from .alone import alone
 from .call import CallSpec, vocabularies
 from .code import code_digest, inner_code, names_in
 from .fills import refillable, unfilled
+from .quantized_weights import opened
 from .rewriting import Rewritten, rewritten
 from .scripted import has_scripts, scripts_as_python
 from .surroundings import outside_autocast, plain_layers
@@ -112,7 +113,9 @@ class Reads:
             if not _same_tensor(self._read(code, there), tensor()):
                 return f"another tensor is {_plain(source)}"
         with torch.no_grad(), torch.inference_mode(self._inference), torch.no_grad(), outside_autocast():
-            if guards.check(there):
+            with opened(model):
+                same = guards.check(there)
+            if same:
                 return None
             # A second look, where things are as they were during the trace that mean nothing else afterwards.
             with (
@@ -122,6 +125,7 @@ class Reads:
                 unfilled(refillable(model, call)),
                 rewritten(self._removed),
                 scripts_as_python(model),
+                opened(model),
             ):
                 return None if guards.check(there) else _reason(guards.check_verbose(there))
 

@@ -25,6 +25,29 @@ class WeightRef:
     find: Callable[[nn.Module], Tensor | None] | None = None
     listed: bool = False
     """Whether a list or dict of the model's holds it (`found.place`)."""
+    within: tuple[Any, str, Tensor] | None = None
+    """Of a tensor inside of another one, whose attributes are `owner` then: that one, and where the module keeps it."""
+
+    @property
+    def place(self) -> tuple[Any, str, Any]:
+        """The table of a module's, the key, and what was there: the tensor, or the one that it is in."""
+        return (self.owner, self.key, self.tensor) if self.within is None else self.within
+
+    @property
+    def inside(self) -> Tensor | None:
+        """Of a tensor within another, the one in its place now; None where what it was in is of another kind."""
+        assert self.within is not None
+        table, key, outer = self.within
+        now = getter(table)(key)
+        kinds = [(type(t), t.dtype, t.device, t.shape) for t in (now, outer) if isinstance(t, Tensor)]
+        return vars(now).get(self.key) if len(kinds) == 2 and kinds[0] == kinds[1] else None
+
+    def follow(self) -> None:
+        """Take what a module holds now for what was there."""
+        if self.within is not None:
+            table, key, _ = self.within
+            now = getter(table)(key)
+            self.within, self.owner = (table, key, now), vars(now)
 
 
 def getter(table: Any) -> Callable[[str], Any]:

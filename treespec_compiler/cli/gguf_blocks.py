@@ -15,9 +15,9 @@ from ..errors import UnreadableModel
 from ..ir.kept_blocks import Headers, keep
 from ..ir.narrow import FORMS
 
-HEADERS = {"Q4_K": ("q4_k", 0, 16, (0, 2)), "Q6_K": ("q6_k", 192, 210, (16,))}
+HEADERS = {"Q4_K": ("q4_k", 0, 16, (0, 2)), "Q5_K": ("q5_k", 0, 16, (0, 2)), "Q6_K": ("q6_k", 192, 210, (16,))}
 """By GGUF's name of a type: the form, where the header lies in a block, and where steps in float16 lie in the header
-(ggml-common.h, block_q4_K and block_q6_K)."""
+(ggml-common.h, block_q4_K, block_q5_K and block_q6_K)."""
 
 
 def keep_headers(name: str, model: nn.Module, file: Path) -> int:

@@ -1,7 +1,7 @@
 """Headers of quantized blocks, kept beside the tensors that a file's blocks were blown up to.
 
-Who reads a file says what it knows (`keep`); who packs a weight asks (`weights.headers_of`). What is kept is a hint
-only: a form that needs it compares every value, so that headers of other numbers are of no use and do no harm.
+Who reads a file says what it knows (`keep`); who packs a weight asks (`stored_weights.headers_of`). What is kept is a
+hint only: a form that needs it compares every value, so that headers of other numbers are of no use and do no harm.
 """
 
 from __future__ import annotations

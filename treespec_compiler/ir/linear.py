@@ -20,7 +20,10 @@ from .private_torch import OpOverload
 # NOTE the default is no form's name: graphs name theirs, and AOTAutograd drops an argument that equals its default.
 SCHEMA = '(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, str form="") -> Tensor'
 
-NUMBERED_FORMS = ("", "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
+NUMBERED_FORMS = (
+    *("", "float32", "bfloat16", "float16", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k"),
+    *("i4", "i8", "q5_0", "q5_1", "q5_k"),
+)
 """As codegen/cpu/ops.cpp numbers them."""
 
 

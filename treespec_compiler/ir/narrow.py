@@ -8,10 +8,12 @@ A packed weight is [panels, blocks of k, a block]: panel p holds outputs 32 p ..
 | bfloat16 | the same, output j beside output j + 16, so that both are one word of 32 bits | 16 |
 | float16 | the same in order; finite values only | 16 |
 | q8_0 | 32 k: a float16 step an output, then 32 outputs of each k in eight bits: q d | 8.5 |
-| q4_1 | 32 k: a float16 step and minimum an output, then words of eight k for every output: q d + m | 5 |
-| q4_0 | 32 k: a float16 step an output, then such words: (q - 8) d | 4.5 |
-| q4_k, q6_k | 256 k, with steps of steps: `ir.superblocks` | 4.5, 6.5625 |
+| q5_1, q4_1 | 32 k: a float16 step and minimum an output, then words of eight k for every output: q d + m | 6, 5 |
+| q5_0, q4_0 | 32 k: a float16 step an output, then such words: (q - 16) d, (q - 8) d | 5.5, 4.5 |
+| q4_k, q5_k, q6_k | 256 k, with steps of steps: `ir.superblocks` | 4.5, 5.5, 6.5625 |
+| i4, i8 | 32 k: a float32 step an output, then integers: `ir.integers` | 5, 9 |
 
+Five bits have a word an output for the fifth bits of 32 k before the words of eight k.
 The q's are GGUF's block types of these names (ggml-quants.c), laid out for panels. Which form a weight has is found
 from its values: what a quantized file holds can be read off the numbers that it was blown up to. Forms with headers are
 tried where these are known.
@@ -24,12 +26,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .integers import INTEGERS
 from .panels import (
     GROUP,
     PANEL,
     StorageForm,
     by_panel,
     by_row,
+    five_bits,
+    from_five_bits,
     from_nibbles,
     halves,
     nibbles,
@@ -135,22 +140,22 @@ def _steps(groups: Tensor, levels: Sequence[int], least: int, most: int) -> tupl
     return None
 
 
-def _affine(groups: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """d, m and q of groups [G, 32] that are q d + m, rounded once, with float16 d and m and 0 <= q <= 15; or None.
+def _affine(groups: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """d, m and q of groups [G, 32] that are q d + m, rounded once, with float16 d and m and 0 <= q <= most; or None.
 
-    The least value has q = 0 and the largest q = 15 where a quantizer has taken both from the weights; further pairs of
-    levels are tried for groups in which it has not.
+    The least value has q = 0 and the largest q = most where a quantizer has taken both from the weights; further pairs
+    of levels are tried for groups in which it has not.
     """
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)  # NOTE each is vectorised, aminmax is not
     if not (low.isfinite() & high.isfinite()).all():
         return None
     fit = _Fit(groups)
-    for tries, (below, above) in enumerate(_PAIRS):
+    for tries, (below, above) in enumerate(_pairs(most)):
         values, bottom, top = fit.of(groups), fit.of(low), fit.of(high)
         d = ((top - bottom) / (above - below)).half().float()
         m = (bottom - below * d).half().float()
-        q = _rounded((values - m).div_(_divisor(d)), 0, 15)
-        # NOTE the product is exact (11 and 4 bits), so that a fused multiplication and addition gives the same
+        q = _rounded((values - m).div_(_divisor(d)), 0, most)
+        # NOTE the product is exact (11 and 5 bits), so that a fused multiplication and addition gives the same
         holds = _all_same_bits((q * d).add_(m), values) & (d.isfinite() & m.isfinite()).view(-1)
         if fit.take(holds, d, m, q):
             return fit.step, fit.least, fit.levels
@@ -159,7 +164,8 @@ def _affine(groups: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     return None
 
 
-_PAIRS = [(0, top) for top in range(15, 0, -1)] + [(below, 15) for below in range(1, 15)]
+def _pairs(most: int) -> list[tuple[int, int]]:
+    return [(0, top) for top in range(most, 0, -1)] + [(below, most) for below in range(1, most)]
 
 
 def _groups(rows: Tensor) -> Tensor:
@@ -184,34 +190,49 @@ def _decode_q8_0(packed: Tensor) -> Tensor:
     return rows_of(q * numbers(packed[..., :64]).unsqueeze(2))
 
 
-def _encode_q4_0(rows: Tensor) -> Tensor | None:
-    found = _steps(_groups(rows), _FOUR_BITS, -8, 7)
-    if found is None:
-        return None
-    step, q = found
-    panels = len(rows) // PANEL
-    return torch.cat([halves(step, panels), nibbles(q + 8, panels)], 2)
+def _outermost_first(least: int) -> list[int]:
+    """The levels least .. -least - 1 but zero."""
+    return [level for top in range(-least, 0, -1) for level in ((-top, top) if top < -least else (-top,))]
 
 
-_FOUR_BITS = [-8, 7, -7, 6, -6, 5, -5, 4, -4, 3, -3, 2, -2, 1, -1]
+def _signed(bits: int, pack: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor], Tensor | None]:
+    """Levels of either sign, stored from zero on."""
+    least = -(1 << bits - 1)
+    levels = _outermost_first(least)
+
+    def encode(rows: Tensor) -> Tensor | None:
+        found = _steps(_groups(rows), levels, least, -least - 1)
+        if found is None:
+            return None
+        step, q = found
+        panels = len(rows) // PANEL
+        return torch.cat([halves(step, panels), pack(q - least, panels)], 2)
+
+    return encode
 
 
-def _decode_q4_0(packed: Tensor) -> Tensor:
-    return rows_of((from_nibbles(packed[..., 64:]) - 8) * numbers(packed[..., :64]).unsqueeze(2))
+def _from_signed(bits: int, unpack: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda packed: rows_of((unpack(packed[..., 64:]) - (1 << bits - 1)) * numbers(packed[..., :64]).unsqueeze(2))
 
 
-def _encode_q4_1(rows: Tensor) -> Tensor | None:
-    found = _affine(_groups(rows))
-    if found is None:
-        return None
-    step, least, q = found
-    panels = len(rows) // PANEL
-    return torch.cat([halves(step, panels), halves(least, panels), nibbles(q, panels)], 2)
+def _with_minimum(bits: int, pack: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor], Tensor | None]:
+    def encode(rows: Tensor) -> Tensor | None:
+        found = _affine(_groups(rows), (1 << bits) - 1)
+        if found is None:
+            return None
+        step, least, q = found
+        panels = len(rows) // PANEL
+        return torch.cat([halves(step, panels), halves(least, panels), pack(q, panels)], 2)
+
+    return encode
 
 
-def _decode_q4_1(packed: Tensor) -> Tensor:
-    step, least = numbers(packed[..., :64]).unsqueeze(2), numbers(packed[..., 64:128]).unsqueeze(2)
-    return rows_of(from_nibbles(packed[..., 128:]) * step + least)
+def _from_minimum(unpack: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def decode(packed: Tensor) -> Tensor:
+        step, least = numbers(packed[..., :64]).unsqueeze(2), numbers(packed[..., 64:128]).unsqueeze(2)
+        return rows_of(unpack(packed[..., 128:]) * step + least)
+
+    return decode
 
 
 def _of_values(encode: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor, Tensor | None], Tensor | None]:
@@ -221,12 +242,21 @@ def _of_values(encode: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor, T
 FORMS: dict[str, StorageForm] = {
     form.name: form
     for form in (  # narrowest first, and of equal ones the one that is widened faster
-        StorageForm("q4_0", torch.uint8, GROUP, 576, _of_values(_encode_q4_0), _decode_q4_0),
-        StorageForm("q4_1", torch.uint8, GROUP, 640, _of_values(_encode_q4_1), _decode_q4_1),
+        StorageForm("q4_0", torch.uint8, GROUP, 576, _of_values(_signed(4, nibbles)), _from_signed(4, from_nibbles)),
+        StorageForm(
+            "q4_1", torch.uint8, GROUP, 640, _of_values(_with_minimum(4, nibbles)), _from_minimum(from_nibbles)
+        ),
+        StorageForm(
+            "q5_0", torch.uint8, GROUP, 704, _of_values(_signed(5, five_bits)), _from_signed(5, from_five_bits)
+        ),
+        StorageForm(
+            "q5_1", torch.uint8, GROUP, 768, _of_values(_with_minimum(5, five_bits)), _from_minimum(from_five_bits)
+        ),
         StorageForm("q8_0", torch.uint8, GROUP, 1088, _of_values(_encode_q8_0), _decode_q8_0),
         StorageForm("bfloat16", torch.bfloat16, 1, PANEL, _of_values(_encode_bfloat16), _decode_bfloat16),
         StorageForm("float16", torch.float16, 1, PANEL, _of_values(_encode_float16), lambda p: by_row(p.float())),
         *SUPERBLOCKS,
+        *INTEGERS,
     )
 }
 """The narrow ones by name, in the order in which they are tried."""

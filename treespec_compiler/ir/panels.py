@@ -78,6 +78,24 @@ def from_nibbles(part: Tensor) -> Tensor:
     return ((words >> shifts) & 15).flatten(2, 3).float()
 
 
+def five_bits(q: Tensor, panels: int) -> Tensor:
+    """0 .. 31 of [G, 32] -> [p, blocks, 640] bytes: a word of fifth bits an output, the first k's low; `nibbles`."""
+    levels = q.to(torch.int32)
+    high = (levels >> 4).view(panels, PANEL, -1, GROUP)
+    words = high[..., 0].clone()
+    for i in range(1, GROUP):
+        words |= high[..., i] << i
+    fifths = words.transpose(1, 2).contiguous().view(torch.uint8)
+    return torch.cat([fifths, nibbles(levels & 15, panels)], 2)
+
+
+def from_five_bits(part: Tensor) -> Tensor:
+    """The inverse: [p, blocks, 640] bytes -> [p, blocks, 32 k, 32 outputs] float32."""
+    words = part[..., : 4 * PANEL].contiguous().view(torch.int32).unsqueeze(2)
+    shifts = torch.arange(GROUP, dtype=torch.int32, device=part.device).view(GROUP, 1)
+    return from_nibbles(part[..., 4 * PANEL :]) + ((words >> shifts) & 1) * 16.0
+
+
 def rows_of(blocks: Tensor) -> Tensor:
     """[p, blocks, 32 k, 32 outputs] -> [32 p, K]."""
     return by_row(blocks.flatten(1, 2))

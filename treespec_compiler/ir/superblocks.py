@@ -1,22 +1,26 @@
-"""GGUF's blocks of 256 values, Q4_K and Q6_K (ggml-quants.c), laid out for panels: the numbers are the file's own.
+"""GGUF's blocks of 256 values (Q4_K, Q5_K, Q6_K: ggml-quants.c), laid out for panels: the numbers are the file's own.
 
 q4_k, 4.5 bits a weight: float16 d and dmin an output; three words an output, of eight scales s and minima m in six bits
 each; then words of eight k for every output: q d s - dmin m, with s and m of 32 k.
+
+q5_k, 5.5 bits: the same with 0 <= q < 32; a word an output of the fifth bits of every 32 k lies before their words.
 
 q6_k, 6.5625 bits: float16 d an output, and sixteen scales s in eight bits; then, for every 32 k, four words of the low
 nibbles of eight k and two words of the two high bits of sixteen k: (q - 32) d s, with s of 16 k.
 
 A block's header (its steps, scales and minima) cannot be read off its values for certain, as those of smaller blocks
 can: it comes from the file. The integers follow from values and header by a division, and every value is compared.
-Both products are exact in float32 (11 + 6 + 4 bits, 11 + 7 + 5), so that a value is rounded once, by the subtraction.
+All products are exact in float32 (11 + 6 + 5 bits, 11 + 7 + 5), so that a value is rounded once, by the subtraction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .panels import GROUP, PANEL, StorageForm, from_nibbles, nibbles, numbers, rows_of
+from .panels import GROUP, PANEL, StorageForm, five_bits, from_five_bits, from_nibbles, nibbles, numbers, rows_of
 
 BLOCK = 256
 _STEPS = BLOCK // 16
@@ -47,31 +51,37 @@ def _integers(values: Tensor, step: Tensor, least: int, most: int) -> Tensor:
     return quotients.round_().clamp_(least, most).nan_to_num_().add_(0.0)  # NOTE an integer has no negative zero
 
 
-def _encode_q4_k(rows: Tensor, headers: Tensor | None) -> Tensor | None:
-    if headers is None:
-        return None
-    d, dmin = _float16(headers[..., :2]), _float16(headers[..., 2:4])
-    if not (d.isfinite() & dmin.isfinite()).all():
-        return None
-    scales, minima = _six_bits(headers[..., 4:])
-    step, least = (d.unsqueeze(-1) * scales).unsqueeze(-1), (dmin.unsqueeze(-1) * minima).unsqueeze(-1)
-    values = rows.unflatten(1, (-1, BLOCK // GROUP, GROUP))  # [32 p, blocks, 8, 32]
-    q = _integers(values + least, step, 0, 15)
-    if not torch.equal((q * step).sub_(least).view(torch.int32), values.view(torch.int32)):
-        return None
-    words = nibbles(q.flatten(0, 2), len(rows) // PANEL).unflatten(1, (-1, BLOCK // GROUP)).flatten(2)
-    header = [_by_output(headers[..., at:to], item) for at, to, item in ((0, 2, 2), (2, 4, 2), (4, 16, 4))]
-    return torch.cat([*header, words], 2)
+def _with_minima(bits: int, pack: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, Tensor | None], Tensor | None]:
+    def encode(rows: Tensor, headers: Tensor | None) -> Tensor | None:
+        if headers is None:
+            return None
+        d, dmin = _float16(headers[..., :2]), _float16(headers[..., 2:4])
+        if not (d.isfinite() & dmin.isfinite()).all():
+            return None
+        scales, minima = _six_bits(headers[..., 4:])
+        step, least = (d.unsqueeze(-1) * scales).unsqueeze(-1), (dmin.unsqueeze(-1) * minima).unsqueeze(-1)
+        values = rows.unflatten(1, (-1, BLOCK // GROUP, GROUP))  # [32 p, blocks, 8, 32]
+        q = _integers(values + least, step, 0, (1 << bits) - 1)
+        if not torch.equal((q * step).sub_(least).view(torch.int32), values.view(torch.int32)):
+            return None
+        words = pack(q.flatten(0, 2), len(rows) // PANEL).unflatten(1, (-1, BLOCK // GROUP)).flatten(2)
+        header = [_by_output(headers[..., at:to], item) for at, to, item in ((0, 2, 2), (2, 4, 2), (4, 16, 4))]
+        return torch.cat([*header, words], 2)
+
+    return encode
 
 
-def _decode_q4_k(packed: Tensor) -> Tensor:
-    d, dmin = numbers(packed[..., :64]), numbers(packed[..., 64:128])
-    words = packed[..., 128:512].unflatten(2, (3, PANEL, 4)).transpose(2, 3).flatten(3)
-    scales, minima = _six_bits(words)  # [p, blocks, 32 outputs, 8]
-    step = (d.unsqueeze(-1) * scales).transpose(2, 3).flatten(1, 2).unsqueeze(2)  # [p, 8 blocks, 1, 32]
-    least = (dmin.unsqueeze(-1) * minima).transpose(2, 3).flatten(1, 2).unsqueeze(2)
-    q = from_nibbles(packed[..., 512:].unflatten(2, (BLOCK // GROUP, -1)).flatten(1, 2))
-    return rows_of(q * step - least)
+def _from_minima(unpack: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def decode(packed: Tensor) -> Tensor:
+        d, dmin = numbers(packed[..., :64]), numbers(packed[..., 64:128])
+        words = packed[..., 128:512].unflatten(2, (3, PANEL, 4)).transpose(2, 3).flatten(3)
+        scales, minima = _six_bits(words)  # [p, blocks, 32 outputs, 8]
+        step = (d.unsqueeze(-1) * scales).transpose(2, 3).flatten(1, 2).unsqueeze(2)  # [p, 8 blocks, 1, 32]
+        least = (dmin.unsqueeze(-1) * minima).transpose(2, 3).flatten(1, 2).unsqueeze(2)
+        q = unpack(packed[..., 512:].unflatten(2, (BLOCK // GROUP, -1)).flatten(1, 2))
+        return rows_of(q * step - least)
+
+    return decode
 
 
 def _encode_q6_k(rows: Tensor, headers: Tensor | None) -> Tensor | None:
@@ -111,6 +121,7 @@ def _decode_q6_k(packed: Tensor) -> Tensor:
 
 
 SUPERBLOCKS = (
-    StorageForm("q4_k", torch.uint8, BLOCK, 4608, _encode_q4_k, _decode_q4_k, header=16),
+    StorageForm("q4_k", torch.uint8, BLOCK, 4608, _with_minima(4, nibbles), _from_minima(from_nibbles), header=16),
+    StorageForm("q5_k", torch.uint8, BLOCK, 5632, _with_minima(5, five_bits), _from_minima(from_five_bits), header=16),
     StorageForm("q6_k", torch.uint8, BLOCK, 6720, _encode_q6_k, _decode_q6_k, header=18),
 )

@@ -15,19 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidWeight
-from .kept_blocks import Headers, kept
-from .linear import pack_weight
-from .narrow import FORMS
-from .panels import PANEL
-from .quantize import STORAGES, quantized
 
 Read = Callable[[str], Tensor]
 """The tensor of a source, by the source's name."""
 
 
 class Expression(Protocol):
-    """How a tensor is made: `Source | Transpose | Join | Slice | Shard | Lone | Quantized | Pack | Table | Arange`.
-    Equal ones make equal tensors."""
+    """How a tensor is made: `Source | Transpose | Join | Slice | Shard | Lone | Table | Arange`, and what
+    `ir.stored_weights` adds: `Quantized | Dequantized | Pack`. Equal ones make equal tensors."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -80,16 +75,16 @@ class Source:
         """The tensor itself, laid out anew where a reader gives it with other strides (a file has rows in order)."""
         tensor = read(self.name).detach()
         if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
-            raise InvalidWeight(got=f"{self.name} as {_kind(tensor.shape, tensor.dtype)}", expected=str(self))
+            raise InvalidWeight(got=f"{self.name} as {kind(tensor.shape, tensor.dtype)}", expected=str(self))
         if tuple(tensor.stride()) == self.stride or not _dense(self.shape, self.stride):
             return tensor
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=tensor.device).copy_(tensor)
 
     def __str__(self) -> str:
-        return f"{self.name} as {_kind(self.shape, self.dtype)}"
+        return f"{self.name} as {kind(self.shape, self.dtype)}"
 
 
-class _Made:
+class Made:
     """What is made of other expressions."""
 
     @property
@@ -102,7 +97,7 @@ class _Made:
 
 
 @dataclass(frozen=True)
-class _OfOne(_Made):
+class OfOne(Made):
     of: Expression
 
     @property
@@ -119,11 +114,11 @@ class _OfOne(_Made):
 
 
 @dataclass(frozen=True)
-class Transpose(_OfOne):
+class Transpose(OfOne):
     """[K, N] -> [N, K]: a view."""
 
     def __post_init__(self) -> None:
-        _need(len(self.of.shape) == 2, self.of, "a matrix to transpose")
+        need(len(self.of.shape) == 2, self.of, "a matrix to transpose")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,11 +128,11 @@ class Transpose(_OfOne):
         return self.of.build(read).t()
 
     def __str__(self) -> str:
-        return f"transpose({_name(self.of)})"
+        return f"transpose({label(self.of)})"
 
 
 @dataclass(frozen=True)
-class Join(_Made):
+class Join(Made):
     """Concatenation along `dim`, contiguous; one piece alone is that piece, contiguous."""
 
     pieces: tuple[Expression, ...]
@@ -147,10 +142,10 @@ class Join(_Made):
         if not self.pieces:
             raise InvalidWeight(got="no pieces", expected="at least one to join")
         first = self.pieces[0]
-        _need(0 <= self.dim < len(first.shape), first, f"a dimension {self.dim}")
+        need(0 <= self.dim < len(first.shape), first, f"a dimension {self.dim}")
         for piece in self.pieces:
             same = _without(piece.shape, self.dim) == _without(first.shape, self.dim) and piece.dtype == first.dtype
-            _need(same and piece.device == first.device, piece, f"{_kind(first.shape, first.dtype)} but for {self.dim}")
+            need(same and piece.device == first.device, piece, f"{kind(first.shape, first.dtype)} but for {self.dim}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -174,11 +169,11 @@ class Join(_Made):
         return (torch.cat(tensors, self.dim) if len(tensors) > 1 else tensors[0]).contiguous()
 
     def __str__(self) -> str:
-        return f"join({', '.join(map(_name, self.pieces))})"
+        return f"join({', '.join(map(label, self.pieces))})"
 
 
 @dataclass(frozen=True)
-class Shard(_OfOne):
+class Shard(OfOne):
     """Part `index` of `count` equal ones along `dim`, contiguous; never cut inside a `unit` (rows of one head)."""
 
     dim: int
@@ -187,12 +182,12 @@ class Shard(_OfOne):
     unit: int = 1
 
     def __post_init__(self) -> None:
-        _need(0 <= self.dim < len(self.of.shape), self.of, f"a dimension {self.dim}")
+        need(0 <= self.dim < len(self.of.shape), self.of, f"a dimension {self.dim}")
         if not (self.unit > 0 and 0 <= self.index < self.count):
             got = f"part {self.index} of {self.count} in units of {self.unit}"
             raise InvalidWeight(got=got, expected="0 <= index < count, and a positive unit")
         whole = self.of.shape[self.dim] % (self.unit * self.count) == 0
-        _need(whole, self.of, f"a size of dimension {self.dim} that {self.count} units of {self.unit} divide")
+        need(whole, self.of, f"a size of dimension {self.dim} that {self.count} units of {self.unit} divide")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -204,11 +199,11 @@ class Shard(_OfOne):
         return self.of.build(read).narrow(self.dim, self.index * size, size).contiguous()
 
     def __str__(self) -> str:
-        return f"shard({_name(self.of)}, dim {self.dim}, {self.index} of {self.count})"
+        return f"shard({label(self.of)}, dim {self.dim}, {self.index} of {self.count})"
 
 
 @dataclass(frozen=True)
-class Slice(_OfOne):
+class Slice(OfOne):
     """What lies from `start` to `stop` along `dim`: a view."""
 
     dim: int
@@ -216,9 +211,9 @@ class Slice(_OfOne):
     stop: int
 
     def __post_init__(self) -> None:
-        _need(0 <= self.dim < len(self.of.shape), self.of, f"a dimension {self.dim}")
+        need(0 <= self.dim < len(self.of.shape), self.of, f"a dimension {self.dim}")
         inside = 0 <= self.start < self.stop <= self.of.shape[self.dim]
-        _need(inside, self.of, f"{self.start} to {self.stop} in dimension {self.dim}")
+        need(inside, self.of, f"{self.start} to {self.stop} in dimension {self.dim}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -229,11 +224,11 @@ class Slice(_OfOne):
         return self.of.build(read).narrow(self.dim, self.start, self.stop - self.start)
 
     def __str__(self) -> str:
-        return f"slice({_name(self.of)}, dim {self.dim}, {self.start}:{self.stop})"
+        return f"slice({label(self.of)}, dim {self.dim}, {self.start}:{self.stop})"
 
 
 @dataclass(frozen=True)
-class Lone(_OfOne):
+class Lone(OfOne):
     """The tensor on the one rank that `holds` it and zeros on all others, so that the ranks' sum is the tensor."""
 
     holds: bool
@@ -246,77 +241,11 @@ class Lone(_OfOne):
         return self.of.build(read) if self.holds else torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def __str__(self) -> str:
-        return f"lone({_name(self.of)}, {'here' if self.holds else 'elsewhere'})"
+        return f"lone({label(self.of)}, {'here' if self.holds else 'elsewhere'})"
 
 
 @dataclass(frozen=True)
-class Quantized(_OfOne):
-    """A float32 matrix rounded to a `storage`, whose blocks lie along `dim`: what a product sums over.
-
-    `build` raises InvalidWeight where a value is not finite.
-    """
-
-    storage: str
-    dim: int
-
-    def __post_init__(self) -> None:
-        matrix = len(self.of.shape) == 2 and self.of.dtype is torch.float32
-        _need(matrix, self.of, "a float32 matrix to round")
-        whole = self.of.shape[self.dim] % FORMS[STORAGES[self.storage]].k_block == 0
-        _need(whole, self.of, f"whole blocks in dimension {self.dim}")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.of.shape
-
-    def build(self, read: Read) -> Tensor:
-        made = self.of.build(read)
-        return quantized(made, self.storage) if self.dim else quantized(made.t(), self.storage).t().contiguous()
-
-    def __str__(self) -> str:
-        return f"{self.storage}({_name(self.of)})"
-
-
-@dataclass(frozen=True)
-class Pack(_OfOne):
-    """[N, K] -> [panels, K, 32] as `treespec::packed_linear` reads it, or in one of the narrower `FORMS`.
-
-    `build` raises InvalidWeight where the form does not hold every value exactly.
-    """
-
-    form: str = "float32"
-
-    def __post_init__(self) -> None:
-        _need(len(self.of.shape) == 2, self.of, "a matrix to pack")
-        narrow = FORMS.get(self.form)
-        if narrow is None:
-            known = self.form == "float32"
-            _need(known, self.of, f"one of the forms {', '.join(FORMS)}, float32; got {self.form}")
-        else:
-            fits = self.of.dtype is torch.float32 and narrow.takes(self.of.shape[1])
-            _need(fits, self.of, f"float32 with columns in blocks of {narrow.k_block}")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows, columns = self.of.shape
-        narrow = FORMS.get(self.form)
-        return narrow.shape(rows, columns) if narrow is not None else (-(-rows // PANEL), columns, PANEL)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        narrow = FORMS.get(self.form)
-        return self.of.dtype if narrow is None else narrow.dtype
-
-    def build(self, read: Read) -> Tensor:
-        headers = headers_of(self.of, read) if self.form in FORMS and FORMS[self.form].header else None
-        return pack_weight(self.of.build(read), self.form, None if headers is None else headers.bytes)
-
-    def __str__(self) -> str:
-        return f"pack({_name(self.of)})" if self.form == "float32" else f"pack({_name(self.of)}, {self.form})"
-
-
-@dataclass(frozen=True)
-class Table(_Made):
+class Table(Made):
     """Computed from other expressions by a function of their tensors, by name: slopes and biases of scores."""
 
     function: Callable[[Mapping[str, Tensor]], Tensor]
@@ -332,17 +261,15 @@ class Table(_Made):
     def build(self, read: Read) -> Tensor:
         made = self.function({name: expression.build(read) for name, expression in self.inputs})
         if tuple(made.shape) != self.shape or made.dtype != self.dtype:
-            raise InvalidWeight(
-                got=f"a table of {_kind(made.shape, made.dtype)}", expected=_kind(self.shape, self.dtype)
-            )
+            raise InvalidWeight(got=f"a table of {kind(made.shape, made.dtype)}", expected=kind(self.shape, self.dtype))
         return made.detach().to(self.device)
 
     def __str__(self) -> str:
-        return f"table({', '.join(_name(e) for _, e in self.inputs)})"
+        return f"table({', '.join(label(e) for _, e in self.inputs)})"
 
 
 @dataclass(frozen=True)
-class Arange(_Made):
+class Arange(Made):
     """0, 1, .. size - 1, int64."""
 
     size: int
@@ -367,33 +294,16 @@ class Arange(_Made):
         return f"count({self.size})"
 
 
-def headers_of(made: Expression, read: Read) -> Headers | None:
-    """Those of the blocks of a matrix, where its sources have them, of one form (`ir.kept_blocks`)."""
-    if isinstance(made, Source):
-        return kept(read(made.name))
-    if isinstance(made, Join) and made.dim == 0:
-        parts = [headers_of(piece, read) for piece in made.pieces]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts) or len({part.form for part in known}) > 1:
-            return None
-        return Headers(known[0].form, torch.cat([part.bytes for part in known]))
-    if not isinstance(made, (Slice, Shard)) or made.dim > 1 or (headers := headers_of(made.of, read)) is None:
-        return None
-    size = made.shape[made.dim]
-    start = made.start if isinstance(made, Slice) else made.index * size
-    return headers.narrowed(made.dim, start, start + size)
-
-
-def _need(holds: bool, part: Expression, expected: str) -> None:
+def need(holds: bool, part: Expression, expected: str) -> None:
     if not holds:
-        raise InvalidWeight(got=f"{_name(part)} as {_kind(part.shape, part.dtype)}", expected=expected)
+        raise InvalidWeight(got=f"{label(part)} as {kind(part.shape, part.dtype)}", expected=expected)
 
 
-def _name(expression: Expression) -> str:
+def label(expression: Expression) -> str:
     return expression.name if isinstance(expression, Source) else str(expression)
 
 
-def _kind(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+def kind(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.call import CallSpec
+from ..capture.quantized_weights import own_tensors
 from ..capture.state_changes import kept_values
 from ..converted import Converted
 from ..ir import ops
@@ -142,7 +143,8 @@ class Made:
         unread = [weights.read(name) for name in weights.sources - read]
         if state.stage is not None and model is not None:
             held = {weights.read(name).data_ptr() for name in weights.sources}
-            unread += [t for t in (*model.parameters(), *model.buffers()) if t.data_ptr() not in held]
+            everything = own_tensors((*model.parameters(), *model.buffers()))
+            unread += [t for t in everything if t.data_ptr() not in held]
         page_out(unread)
         trim()
 

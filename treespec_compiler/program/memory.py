@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..capture.quantized_weights import own_tensors
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -23,7 +25,7 @@ class Memory:
     @classmethod
     def of(cls, model: nn.Module, packed: int) -> Memory:
         """As of now."""
-        storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
+        storages = [t.untyped_storage() for t in own_tensors((*model.parameters(), *model.buffers())) if not t.is_meta]
         return cls(peak_bytes(), sum({s.data_ptr(): s.nbytes() for s in storages}.values()), int(packed))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InvalidOption
-from ..ir.weights import Expression, Quantized, Source
+from ..ir.stored_weights import Quantized
+from ..ir.weights import Expression, Source
 from ..passes.framework.state import GraphState
 
 

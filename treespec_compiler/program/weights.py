@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.fills import begins
+from ..capture.quantized_weights import own_tensors
 from ..capture.weight_ref import WeightRef, getter
 from ..codegen import cpu
 from .checksums import checksums
@@ -96,7 +97,10 @@ class WeightWatch:
         """Take the present state as the one to compare with; returns what changed since the last time."""
         before, sums = self._seen, self._sums
         for ref in self._weights:
-            ref.tensor = self._there(ref)
+            found = self.current(ref)
+            if found is not None:
+                ref.tensor = found
+                ref.follow()
         self._seen = [Seen.now(ref) for ref in self._weights]
         # What `touched` reads on every call: registered tensors by where they are, others by how they are found.
         self._entries: list[tuple[Any, str, Tensor, int, int | None]] = [
@@ -105,6 +109,9 @@ class WeightWatch:
             if s.ref.owner is not None
         ]
         self._others = [s for s in self._seen if s.ref.owner is None]
+        within = {id(s.ref.within[2]): s.ref.within for s in self._seen if s.ref.within is not None}
+        # NOTE its attributes too: `swap_tensors` gives a tensor those of another one
+        self._outer = [(getter(table), key, outer, vars(outer)) for table, key, outer in within.values()]
         self._training = self._training_flags()
         self._sums = self._checksums(self._weights)
         if not before:
@@ -116,6 +123,8 @@ class WeightWatch:
 
     def current(self, ref: WeightRef) -> Tensor | None:
         """The tensor that the module holds now in the place of `ref`, or None where nothing is."""
+        if ref.within is not None:
+            return ref.inside
         if ref.owner is not None:
             return getter(ref.owner)(ref.key)
         model = self._modules[0]()
@@ -128,6 +137,9 @@ class WeightWatch:
             if look(key) is not tensor or tensor.data_ptr() != pointer:
                 return True
             if version is not None and tensor._version != version:
+                return True
+        for look, key, outer, attributes in self._outer:
+            if look(key) is not outer or vars(outer) is not attributes:
                 return True
         if not self._others:
             return False
@@ -178,7 +190,8 @@ class WeightWatch:
                 return f"a submodule was replaced, added or removed (one of {', '.join(table)})"
         for table, key, ref in self._shared:
             held: Any = table.get(key)
-            if held is not self.current(ref):
+            there, name, _ = ref.place
+            if held is not (self.current(ref) if ref.within is None else getter(there)(name)):
                 return f"{key} no longer shares its tensor with {ref.name}"
         for tensors, own, names in self._names:
             if _names(tensors) - own != names:
@@ -192,7 +205,7 @@ class WeightWatch:
 
 def glance(model: nn.Module) -> list[int]:
     """Checksums of the first row of every parameter and buffer, which tell models apart and read a page of each."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.numel()]
+    tensors = [t for t in own_tensors((*model.parameters(), *model.buffers())) if t.numel()]
     return checksums([t[(0,) * (t.dim() - 1)] for t in tensors], native=False)
 
 
@@ -209,10 +222,10 @@ def _names(table: Mapping[str, Any]) -> set[str]:
 
 def _shared(tables: list[dict[str, Any]], weights: list[WeightRef]) -> list[tuple[dict[str, Any], str, WeightRef]]:
     """Places besides `owner[key]` that hold a weight: tied weights can come apart."""
-    known = {id(ref.tensor): ref for ref in weights}
+    known = {id(ref.place[2]): ref for ref in weights}
     return [
         (table, key, known[id(value)])
         for table in tables
         for key, value in table.items()
-        if id(value) in known and (known[id(value)].owner is not table or known[id(value)].key != key)
+        if id(value) in known and (known[id(value)].place[0] is not table or known[id(value)].place[1] != key)
     ]

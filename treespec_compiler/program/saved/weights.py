@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ...ir.weights import Arange, Expression, Join, Lone, Pack, Quantized, Shard, Slice, Source, Table, Transpose
+from ...ir.stored_weights import Dequantized, Pack, Quantized
+from ...ir.weights import Arange, Expression, Join, Lone, Shard, Slice, Source, Table, Transpose
 from ...passes.attention.score_pack import ScoreTable
 from .graph import GraphReader, GraphWriter
 from .values import CannotLoad, CannotSave, device_of, named, of_name
@@ -27,6 +28,9 @@ def written(made: Expression, graphs: GraphWriter) -> list[Any]:
         return ["shard", written(made.of, graphs), made.dim, made.index, made.count, made.unit]
     if isinstance(made, Lone):
         return ["lone", written(made.of, graphs), made.holds]
+    if isinstance(made, Dequantized):
+        parts = [None if part is None else written(part, graphs) for part in (made.q, made.steps, made.zeros)]
+        return ["dequantized", *parts, named(made.dtype)]
     if isinstance(made, Quantized):
         return ["quantized", written(made.of, graphs), made.storage, made.dim]
     if isinstance(made, Pack):
@@ -56,6 +60,11 @@ def _source(graphs: GraphReader, name: str, shape: Any, dtype: str, device: str,
     return Source(name, tuple(shape), of_name("dtype", dtype), device_of(device), tuple(stride))
 
 
+def _dequantized(graphs: GraphReader, q: Any, steps: Any, zeros: Any, dtype: str) -> Expression:
+    parts = read(q, graphs), read(steps, graphs), None if zeros is None else read(zeros, graphs)
+    return Dequantized(*parts, of_name("dtype", dtype))
+
+
 def _scores(graphs: GraphReader, mask: Any, about: Any, inputs: Any, shape: Any, dtype: str, device: str) -> Expression:
     tokens, kind, heads, limit, seen = about
     function = ScoreTable(graphs.read(mask), tokens, kind, heads, limit, seen)
@@ -72,6 +81,7 @@ _KINDS: dict[str, Callable[..., Expression]] = {
     "shard": lambda graphs, of, *where: Shard(read(of, graphs), *where),
     "lone": lambda graphs, of, holds: Lone(read(of, graphs), holds),
     "quantized": lambda graphs, of, storage, dim: Quantized(read(of, graphs), storage, dim),
+    "dequantized": _dequantized,
     "pack": lambda graphs, of, form: Pack(read(of, graphs), form),
     "arange": lambda graphs, size, device: Arange(size, device_of(device)),
     "scores": _scores,
