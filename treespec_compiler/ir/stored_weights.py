@@ -13,7 +13,7 @@ from .linear import pack_weight
 from .narrow import FORMS
 from .panels import GROUP, PANEL
 from .quantize import STORAGES, quantized
-from .weights import Expression, Join, Made, OfOne, Read, Shard, Slice, Source, label, need
+from .weights import Expression, Join, MadeOf, OfOne, Read, Shard, Slice, Source, label, need
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Quantized(OfOne):
 
 
 @dataclass(frozen=True)
-class Dequantized(Made):
+class Dequantized(MadeOf):
     """(q - zero) step, of integers `q` with a step and a zero for each block: what a library quantized weights to.
 
     `steps` and `zeros` have a number for each block, in every dimension; blocks are of equal size. No `zeros`: 0.

@@ -84,7 +84,7 @@ class Source:
         return f"{self.name} as {kind(self.shape, self.dtype)}"
 
 
-class Made:
+class MadeOf:
     """What is made of other expressions."""
 
     @property
@@ -97,7 +97,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class OfOne(Made):
+class OfOne(MadeOf):
     of: Expression
 
     @property
@@ -132,7 +132,7 @@ class Transpose(OfOne):
 
 
 @dataclass(frozen=True)
-class Join(Made):
+class Join(MadeOf):
     """Concatenation along `dim`, contiguous; one piece alone is that piece, contiguous."""
 
     pieces: tuple[Expression, ...]
@@ -245,7 +245,7 @@ class Lone(OfOne):
 
 
 @dataclass(frozen=True)
-class Table(Made):
+class Table(MadeOf):
     """Computed from other expressions by a function of their tensors, by name: slopes and biases of scores."""
 
     function: Callable[[Mapping[str, Tensor]], Tensor]
@@ -269,7 +269,7 @@ class Table(Made):
 
 
 @dataclass(frozen=True)
-class Arange(Made):
+class Arange(MadeOf):
     """0, 1, .. size - 1, int64."""
 
     size: int
