@@ -211,6 +211,38 @@ def test_bench_real_names_what_it_cannot_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.rare
+def test_bench_cpu_peers(pair: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the peers, which are named and left out."""
+    monkeypatch.setenv("TREESPEC_LOWERING", "eager")
+    model = tmp_path / "model"
+    shutil.copytree(pair.target.removeprefix("hf:"), model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}\n")
+    asked = json.dumps({"category": "qa", "question_id": 300, "turns": ["x = 1\nx = 1\nx ="]})
+    (tmp_path / "question.jsonl").write_text(asked)
+    (tmp_path / "llama_cpp.py").write_text("raise ImportError('none here')")
+    (tmp_path / "openvino.py").write_text("raise ImportError('none here')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    path = tmp_path / "peers.json"
+    given = ["--questions", tmp_path / "question.jsonl", "--model", f"hf:{model}", "--gguf", tmp_path / "none.gguf"]
+    given += ["--openvino", f"int8={tmp_path}", "--storages", "exact", "--max-new-tokens", 6, "--out", path]
+    said = run("bench_cpu_peers.py", *given)
+    report = json.loads(path.read_text())
+    check_run(report["run"])
+    assert str(tmp_path) not in report["run"]["command"]
+    loops = ["Hugging Face", "treespec exact"]
+    assert list(report["runs"]) == [name + more for name in loops for more in ("", ", prompt lookup")]
+    ids = [run["ids"] for runs in report["runs"].values() for run in runs]
+    assert len(ids) == 4 and all(each == ids[0] for each in ids) and report["bandwidth"] > 1e9
+    assert set(report["steps"]) == {"treespec exact"}
+    assert "Left out: llama.cpp Q4_1: none here" in said and "Left out: OpenVINO int8" in said
+    assert "| treespec exact |" in shown("bench_cpu_peers.py", path)
+
+
+def test_bench_cpu_peers_names_what_it_cannot_read() -> None:
+    assert "expected Spec-Bench's question.jsonl" in start("bench_cpu_peers.py").stderr
+
+
+@pytest.mark.rare
 def test_bench_linear(tmp_path: Path) -> None:
     if not cpu.load():
         pytest.skip("no C++ compiler")
