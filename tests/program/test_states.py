@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import sharded
@@ -113,18 +114,74 @@ def test_the_stash_grows_and_is_shared() -> None:
     assert cache.bytes - before == grown  # the rows of what was committed are used again
 
 
-def test_pages_are_not_shared() -> None:
+def begun(program: Any, cache: Any, slot: int, ids: list[int]) -> int:
+    """Prefill a slot that begins with what others have, and compare its row; how many tokens it had."""
+    found = cache.adopt(slot, ids)
+    assert error(program.prefill(ids[found:], cache, slot), eager_row(lfm2(), ids)) <= TOLERANCE
+    return found
+
+
+IDS = [7, 3, 11, 2, 19, 23, 5, 5, 8, 1]
+
+
+def test_a_beginning_is_shared_up_to_where_a_state_was_kept() -> None:
     program, model = lfm2_program(), lfm2()
-    cache = program.new_cache(64, slots=2, page_size=4)
-    ids = [7, 3, 11, 2, 19, 23, 5, 5, 8, 1]
-    program.prefill(ids, cache, 0)
-    assert cache.shared_with(ids) == 0 and cache.adopt(1, ids) == 0
-    assert error(program.prefill(ids, cache, 1), eager_row(model, ids)) <= TOLERANCE
+    cache = program.new_cache(64, slots=3, page_size=4)
+    assert begun(program, cache, 0, IDS) == 0 and len(cache.checkpoints) == 1
+    assert cache.shared_with(IDS) == 2 and begun(program, cache, 1, IDS) == 8
+    assert cache.page_counts.shared == 2
     tree = random_tree(8, 40, 1)
-    program.verify(Forest([(1, tree)]), cache)
-    cache.commit({1: tree.path(5)})
-    ids = ids + [tree.tokens[n] for n in tree.path(5)]
-    assert_rows(model, program.verify(Forest([(1, tree)]), cache), tree, ids)
+    program.verify(Forest([(1, tree), (0, tree)]), cache)
+    cache.commit({1: tree.path(5), 0: tree.path(7)})  # neither moves the other's state, nor what was kept
+    for slot, node in ((1, 5), (0, 7)):
+        path = IDS + [tree.tokens[n] for n in tree.path(node)]
+        assert_rows(model, program.verify(Forest([(slot, tree)]), cache), tree, path)
+    cache.free(0)
+    cache.free(1)
+    assert begun(program, cache, 2, [*IDS[:8], 30, 31]) == 8  # what former slots left is found, too
+
+
+def test_where_texts_part_a_state_is_kept_the_second_time() -> None:
+    program = lfm2_program()
+    cache = program.new_cache(64, slots=4, page_size=2)
+    assert begun(program, cache, 0, IDS) == 0
+    assert begun(program, cache, 1, [*IDS[:6], 30, 31, 32]) == 0  # none was kept behind 6 tokens: all is run again
+    assert begun(program, cache, 2, [*IDS[:6], 33, 34, 35]) == 6
+    assert begun(program, cache, 3, [*IDS[:6], 30, 31, 36]) == 8  # behind the second one's own prompt
+    cache.free(3)
+    assert begun(program, cache, 3, IDS) == 8  # the same prompt: all but what its last token needs
+
+
+def test_states_that_are_kept_are_few() -> None:
+    program, slots = lfm2_program(), 2
+    cache = program.new_cache(64, slots=slots, page_size=2)
+    empty, each = cache.bytes, sum(spec.bytes_per_slot() for spec in program.states)
+    for turn in range(7):
+        begun(program, cache, turn % 2, [turn, *IDS[1:7]])
+        for _ in range(3):  # generated tokens move one along
+            tree = TokenTree.chain([1, 2])
+            program.verify(Forest([(turn % 2, tree)]), cache)
+            cache.commit({turn % 2: [0, 1]})
+        assert len(cache.checkpoints) == min(2 * turn + 2, cache.checkpoints.limit)
+        assert cache.bytes - empty == each * len(cache.checkpoints)
+        assert set(cache.checkpoints._kept) <= set(cache._pages._serial_of)  # each belongs to a page that is known
+        cache.free(turn % 2)
+    assert cache.page_counts.held == 0
+    cache.forget()
+    assert len(cache.checkpoints) == 0 and cache.bytes == empty
+
+
+def test_a_state_goes_with_its_pages() -> None:
+    """Too few pages for two texts: the first one's are taken, and nothing is found of it any more."""
+    program = lfm2_program()
+    cache = program.new_cache(12, slots=2, page_size=2, pages=6)
+    begun(program, cache, 0, IDS)
+    cache.free(0)
+    other = [30, *IDS[1:]]
+    assert begun(program, cache, 1, other) == 0
+    assert len(cache.checkpoints) == 1 and cache.adopt(0, IDS) == 0
+    cache.free(1)
+    assert begun(program, cache, 1, other) == 8
 
 
 @pytest.mark.parametrize("draft", ["ngram", "suffix", "self"])
@@ -167,6 +224,10 @@ def test_an_engine_gives_each_request_what_it_gives_alone() -> None:
         engine.step()
         requests[3].cancel()
         engine.run()
+        prompts += [prompts[4], prompts[5] + [7]]
+        requests += [engine.add(p, max_new_tokens=5, eos_token_id=()) for p in prompts[6:]]
+        engine.run()
+    assert [r.stats.cached_tokens for r in requests[6:]] == [12, 12]  # of 14 and 15 tokens
     for request, prompt in zip(requests, prompts, strict=True):
         wanted = prompt[:]
         for token in request.output.tokens:

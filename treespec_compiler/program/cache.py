@@ -3,8 +3,8 @@
 Tokens 0 .. length-1 of a slot are committed; the uncommitted tree's node j lies at length + j. Where offset n lies in
 the pools is said by the slot's table of pages: on page `table[n // page_size]`, at `n % page_size`. Without `page_size`
 a slot is one page of its own, which grows with what lies in it; with it, slots take pages as they grow, and share what
-they have in common (`pages.Pages`). A decoder with states (`states.StatePools`) shares nothing: a state is of all its
-tokens, and none is kept of fewer.
+they have in common (`pages.Pages`). A decoder with states (`states.StatePools`) shares whole pages up to a border at
+which a state was kept (`checkpoints.Checkpoints`): a state is of all its tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import CacheOverflow, InvalidPath, OutOfPages, StaleCache, UnknownSlot
 from ..ir.specs import AttentionSpec, StateSpec
 from ..tree import TokenTree
+from .checkpoints import Checkpoints, KeptStates
 from .pages import FIRST, PageCounts, Pages
 from .states import StatePools
 
@@ -55,8 +56,11 @@ class TreeCache:
         self.page_size = min(max_tokens, FIRST_PAGE) if page_size is None else page_size
         self._pages: Pages | None = None
         self._tables = [[slot] for slot in range(slots)]
+        self.checkpoints = Checkpoints(slots)
+        self._parted = [0] * slots  # with states: at how many tokens others were seen to go on
         if page_size is not None:
-            self._pages = Pages(slots * -(-max_tokens // page_size) if pages is None else pages, page_size)
+            count = slots * -(-max_tokens // page_size) if pages is None else pages
+            self._pages = Pages(count, page_size, self.checkpoints.drop)
             self._tables = [[] for _ in range(slots)]
             self._tokens: list[list[int]] = [[] for _ in range(slots)]  # committed ones, for the blocks they make
             self._known = [0] * slots  # pages of each slot that are known
@@ -77,6 +81,7 @@ class TreeCache:
     @property
     def bytes(self) -> int:
         states = 0 if self.states is None else self.states.bytes
+        states += self.checkpoints.bytes
         return states + sum(s.numel() * s.element_size() for s in self.storages)
 
     @property
@@ -97,16 +102,11 @@ class TreeCache:
 
     def shared_with(self, tokens: Sequence[int]) -> int:
         """Pages, of those that a slot with these tokens needs, that others hold and it would share (`adopt`)."""
-        pages, size, before, shared = self._pages, self.page_size, FIRST, 0
-        if pages is None or self.states is not None:
+        if self._pages is None:
             return 0
-        for start in range(0, (len(tokens) - 1) // size * size, size):
-            page = pages.find(before, tokens[start : start + size])
-            if page is None:
-                break
-            shared += pages.holders(page) > 0
-            before = pages.serial(page)
-        return shared
+        return sum(
+            self._pages.holders(page) > 0 for page in self._resumable(self._pages.beginning(tokens, len(tokens) - 1))
+        )
 
     def commit(self, path: Sequence[int] | Mapping[int, Sequence[int]]) -> None:
         """Keep the K/V of these nodes and drop every other uncommitted node.
@@ -138,29 +138,38 @@ class TreeCache:
         too. A page that is not full is copied as soon as one of the slots writes to it.
 
         How many of `tokens` are committed by that: never the last one, whose logits somebody wants. Always 0 without
-        `page_size`, and in a decoder with states.
+        `page_size`. In a decoder with states: up to the last page behind which a state was kept.
         """
         self._check_fresh([self._check_slot(slot)])
         pages, table = self._pages, self._tables[slot]
-        if pages is None or self._lengths[slot] or table or self.states is not None:
+        if pages is None or self._lengths[slot] or table:
             return 0
-        size, before, most = self.page_size, FIRST, min(len(tokens) - 1, self.max_tokens)
-        for start in range(0, most // size * size, size):
-            page = pages.find(before, tokens[start : start + size])
-            if page is None:
-                break
+        size, most = self.page_size, min(len(tokens) - 1, self.max_tokens)
+        known = pages.beginning(tokens, most)
+        for page in self._resumable(known):
             pages.hold(page)
             table.append(page)
-            before = pages.serial(page)
         found = len(table) * size
         self._known[slot] = len(table)
-        page, more = self._begun(table, tokens[found : min(most, found + size)])
+        page, more = 0, 0
+        if self.states is None:
+            page, more = self._begun(table, tokens[found : min(most, found + size)])
+        elif table:
+            self.states.restore(slot, self.checkpoints.find(pages.serial(table[-1])))
+        self._parted[slot] = len(known) * size
         if more:
             pages.hold(page)
             table.append(page)
         self._lengths[slot] = found + more
         self._tokens[slot] = [*tokens[: found + more]]
         return found + more
+
+    def _resumable(self, pages: list[int]) -> list[int]:
+        """Those of these pages, the first of a text, behind which a slot can go on."""
+        assert self._pages is not None
+        while self.states is not None and pages and not self.checkpoints.has(self._pages.serial(pages[-1])):
+            pages = pages[:-1]
+        return pages
 
     def _begun(self, table: Sequence[int], tokens: Sequence[int]) -> tuple[int, int]:
         """Of the pages that slots have behind the pages of `table`, one with most of `tokens` at its beginning, and how
@@ -183,6 +192,8 @@ class TreeCache:
         self._outdated.pop(slot, None)
         if self.states is not None:
             self.states.drop(slot)
+            self.checkpoints.leave(slot)
+            self._parted[slot] = 0
         if self._pages is not None:
             self._give_up(slot, 0)
             self._tokens[slot], self._known[slot] = [], 0
@@ -197,9 +208,11 @@ class TreeCache:
 
         They were these nodes of the slot's last call; None: the first ones, in a row.
         """
+        kept: list[tuple[int, KeptStates]] = []
         if self.states is not None:
             path = range(len(tokens)) if nodes is None else nodes
-            self.states.commit(slot, path, first=not self._lengths[slot])
+            # NOTE whoever has the same prompt runs its last token: a state behind that is of no use to it.
+            kept = self._move_state(slot, path, self._lengths[slot] + len(path) - (nodes is None))
         self._lengths[slot] += len(tokens)
         self._trees[slot] = None
         if self._pages is None:
@@ -213,6 +226,23 @@ class TreeCache:
             # NOTE two slots that ran the same tokens at the same time keep one of their pages from here on.
             table[at] = self._pages.know(table[at], before, held[at * size : (at + 1) * size])
             self._known[slot] = at + 1
+        for border, snapshot in kept:
+            serial = self._pages.serial(table[border // size - 1])
+            self.checkpoints.keep(serial, snapshot, slot, nodes is None, border == self._parted[slot])
+
+    def _move_state(self, slot: int, path: Sequence[int], last: int) -> list[tuple[int, KeptStates]]:
+        """By the accepted nodes; (tokens, state behind them) at page borders up to `last` where one is to be kept."""
+        assert self.states is not None
+        begin, kept = self._lengths[slot], list[tuple[int, KeptStates]]()
+        end, done = begin + len(path), begin
+        if self._pages is not None and slot not in self._outdated:
+            for border in sorted({self._parted[slot], last // self.page_size * self.page_size}):
+                if begin < border <= end:
+                    self.states.move(slot, path[done - begin : border - begin], first=not done)
+                    kept.append((border, self.states.snapshot(slot)))
+                    done = border
+        self.states.commit(slot, path[done - begin :], first=not done)
+        return kept
 
     def _give_up(self, slot: int, kept: int) -> None:
         """Drop pages behind the first `kept`, the last first: of known ones, beginnings are kept longest."""

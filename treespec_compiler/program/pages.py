@@ -9,7 +9,7 @@ let go longest ago first.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -41,8 +41,9 @@ class PageCounts:
 class Pages:
     """`count` pages of `size` tokens. All operations take constant time."""
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, size: int, forgotten: Callable[[int], None] = lambda serial: None) -> None:
         self.count, self.size = count, size
+        self._forgotten = forgotten  # called with the serial number of a page of which nothing is known any more
         self._holders = [0] * count
         self._blank = [*reversed(range(count))]  # held by nobody and not known; the last one is taken first
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -98,6 +99,17 @@ class Pages:
         """The page of this block; `before` is the serial number of the one before it."""
         return self._page_of.get((before, tuple(tokens)))
 
+    def beginning(self, tokens: Sequence[int], most: int) -> list[int]:
+        """The pages of these tokens from the first on, as far as they are known, of `most` tokens at most."""
+        before, found = FIRST, list[int]()
+        for start in range(0, most // self.size * self.size, self.size):
+            page = self.find(before, tokens[start : start + self.size])
+            if page is None:
+                break
+            found.append(page)
+            before = self.serial(page)
+        return found
+
     def serial(self, page: int) -> int:
         """The number by which the next block names this page's, which must be known."""
         return self._serial_of[page]
@@ -132,4 +144,5 @@ class Pages:
         block = self._block_of[page]
         if block is not None:
             del self._page_of[block]
+            self._forgotten(self._serial_of[page])
             self._block_of[page], self._serial_of[page] = None, FIRST

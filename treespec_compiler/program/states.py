@@ -57,13 +57,27 @@ class StatePools:
         self._rows[slot] = []
 
     def commit(self, slot: int, nodes: Sequence[int], first: bool) -> None:
+        """`move`, and the slot has no uncommitted nodes any more."""
+        self.move(slot, nodes, first)
+        self.drop(slot)
+
+    def move(self, slot: int, nodes: Sequence[int], first: bool) -> None:
         """Move the slot's state by these uncommitted nodes, a path; `first`: nothing was committed before."""
         if nodes:
             rows = torch.tensor([self._rows[slot][node] for node in nodes], device=self._device)
             for group, states, stashes in zip(self._groups.values(), self._states, self._stashes, strict=True):
                 before = torch.zeros_like(states[:, slot]) if first else states[:, slot]
                 states[:, slot] = advanced(group[0], before, stashes.index_select(1, rows))
-        self.drop(slot)
+
+    def snapshot(self, slot: int) -> list[Tensor]:
+        """The slot's states as they are now, [sites, ..] each, by their shapes."""
+        return [states[:, slot].clone() for states in self._states]
+
+    def restore(self, slot: int, snapshot: Sequence[Tensor]) -> None:
+        """The slot's states are what they were when this was taken, of any slot."""
+        with torch.no_grad():
+            for states, kept in zip(self._states, snapshot, strict=True):
+                states[:, slot] = kept
 
     def _allocate(self, rows: int) -> None:
         """Stashes of so many rows, which begin with what there is."""
