@@ -1,4 +1,7 @@
-"""Modules whose weights torchao quantized: the program computes what they do, stored as narrow, and follows changes."""
+"""Modules whose weights torchao quantized: the program computes what they do, stored as narrow, and follows changes.
+
+Collected where torchao is installed (`conftest.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,6 @@ import pytest
 import torch
 from oracles import EAGER, assert_rows, random_tree
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from zoo import spread
-
-import treespec_compiler as treespec
-from treespec_compiler.capture.quantized_weights import as_expression
-from treespec_compiler.capture.weight_ref import WeightRef
-from treespec_compiler.codegen import cpu
-from treespec_compiler.errors import Refusal, StaleCache, Unsupported
-from treespec_compiler.ir.stored_weights import Dequantized, headers_of
-from treespec_compiler.ir.weights import Join, Slice
-
-pytest.importorskip("torchao.quantization")
 from torchao.quantization import (
     Float8WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
@@ -30,6 +21,16 @@ from torchao.quantization import (
     quantize_,
 )
 from torchao.quantization.quant_primitives import MappingType
+from transformers import LlamaConfig, LlamaForCausalLM
+from zoo import spread
+
+import treespec_compiler as treespec
+from treespec_compiler.capture.quantized_weights import as_expression
+from treespec_compiler.capture.weight_ref import WeightRef
+from treespec_compiler.codegen import cpu
+from treespec_compiler.errors import Refusal, StaleCache, Unsupported
+from treespec_compiler.ir.stored_weights import Dequantized, headers_of
+from treespec_compiler.ir.weights import Join, Slice
 
 VOCAB, WIDTH = 23, 32
 PROMPT = [3, 1, 4, 1, 5]
