@@ -123,12 +123,25 @@ def test_every_known_source_is_an_installed_one_s() -> None:
         "mamba": "mamba_selective_scan",
         "kimi_linear": "chunk_kimi_delta_attention",
         "recurrent_gemma": "RecurrentGemmaRglru._rnn_scan",
+        "minimax": "MiniMaxLightningAttention.forward",
     }.items():
         module = importlib.import_module(f"transformers.models.{where}.modeling_{where}")
         function = inspect.unwrap(operator.attrgetter(name)(module))
         mixer = mixers._MIXERS[name][0]
         assert mixers.source_hash(function) in mixer.hashes
         mixers._test(function, mixer)
+
+
+def test_a_layer_whose_buffers_are_others_is_refused() -> None:
+    """Lightning attention reads decays of its blocks from buffers; the recurrence knows the rates alone."""
+    pytest.importorskip("transformers")
+    model = zoo.tiny_model("minimax")
+    layer = model.model.layers[1].self_attn
+    layer.key_decay[0, 3] *= 1.5
+    with pytest.raises(
+        Unsupported, match=r"model.layers.1.self_attn has buffers that are not what .*LightningAttention"
+    ):
+        mixers.mixers_of(model)
 
 
 def test_code_that_changes_after_a_conversion_is_noticed(monkeypatch) -> None:

@@ -42,8 +42,8 @@ def test_processes_and_exit_codes() -> None:
 @pytest.mark.slow
 def test_a_refusal_is_all_that_is_said() -> None:
     pytest.importorskip("transformers")
-    done = treespec("explain", "hf:minimax", "--random-weights", "--tiny")  # Dynamo warns about its caches
-    assert done.returncode == 1 and done.stderr == "" and done.stdout.startswith("refused  hf:minimax")
+    done = treespec("explain", "hf:deepseek_v4", "--random-weights", "--tiny")  # Dynamo warns about its caches
+    assert done.returncode == 1 and done.stderr == "" and done.stdout.startswith("refused  hf:deepseek_v4")
 
 
 @pytest.mark.rare

@@ -30,8 +30,8 @@ EXACT = ("qwen3", "codegen", "mistral", "qwen2_moe", "deepseek_v3", "doge", "jet
 REFUSED = {"bert": "bidirectional"}
 MIXERS = {
     "zaya": "ZayaCCAProjection",
-    "deepseek_v32": "DeepseekV32Indexer",
-    "minimax": "MiniMaxLightningAttention",
+    "deepseek_v4": "DeepseekV4Attention",
+    "minimax_m3_vl_text": "MiniMaxM3VLIndexer",
 }
 
 

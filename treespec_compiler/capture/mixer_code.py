@@ -221,3 +221,68 @@ def rglru_samples(tokens: int, generator: Generator) -> list[tuple[tuple[Any, ..
         reset[:, 0] = True
         found.append(((None, torch.randn(1, tokens, 6, generator=generator), gate, reset, None), {}))
     return found
+
+
+def lightning_attention(
+    self,
+    hidden_states,
+    position_embeddings,
+    attention_mask,
+    past_key_values=None,
+    **kwargs,
+):
+    """MiniMax-01's lightning attention (arXiv 2501.08313), a whole layer: sums that each head lets fade at a rate of
+    its own, which is the same for all tokens. Its blocks' decays are buffers made of the rates (`lightning_is_made`).
+    """
+    import torch
+
+    if past_key_values is not None:
+        raise NotImplementedError("lightning attention with a state of the model's own")
+    states = self.act_fn(self.qkv_proj(hidden_states))
+    if attention_mask is not None:
+        states = (states * attention_mask[:, :, None]).to(hidden_states.dtype)
+    states = states.unflatten(-1, (self.num_attention_heads, 3 * self.head_dim))
+    q, k, v = torch.split(states, self.head_dim, dim=3)
+    decay = torch.ones_like(v[..., 0]) * -self.slope_rate.reshape(-1)
+    out = torch.ops.treespec.recurrence(q, k, v, decay, None).flatten(2)
+    return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * self.norm(out)), None
+
+
+class _Lightning:
+    """What the layer's forward reads of it, with random weights, in float64."""
+
+    def __init__(self, fade: float, block: int, generator: Generator) -> None:
+        self.num_attention_heads, self.head_dim, self.block_size, self.layer_idx = 3, 4, block, 0
+        self.act_fn, self.norm = torch.nn.functional.silu, lambda x: x * 0.5
+        weights = [torch.randn(n, m, generator=generator).double() for n, m in ((36, 5), (12, 5), (5, 12))]
+        self.qkv_proj, self.output_gate, self.out_proj = (lambda x, w=w: x @ w.T for w in weights)
+        self.slope_rate = fade * torch.rand(3, 1, 1, generator=generator).double()
+        self.query_decay, self.key_decay, self.diagonal_decay = lightning_decays(self.slope_rate, block)
+
+
+def lightning_decays(rate: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a block's tokens since its begin [H, block, 1], to its end, and between two of them [1, H, block, block]."""
+    place = torch.arange(block, device=rate.device) + 1
+    apart = (place[:, None] - place)[None, None]
+    between = torch.where(apart >= 0, -rate * apart, float("-inf"))
+    return torch.exp(-rate * place[:, None]), torch.exp(-rate * (block - place[:, None])), torch.exp(between)
+
+
+def lightning_is_made(layer: Any) -> bool:
+    """Whether the layer's buffers are what its rates make of them, so that nothing but the rates matters."""
+    buffers = layer.query_decay, layer.key_decay, layer.diagonal_decay
+    made = lightning_decays(layer.slope_rate.float(), layer.block_size)
+    return all(
+        mine.shape == theirs.shape and torch.allclose(mine.float(), theirs, atol=2 * torch.finfo(mine.dtype).eps)
+        for mine, theirs in zip(buffers, made, strict=True)
+    )
+
+
+def lightning_samples(tokens: int, generator: Generator) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A layer and arguments for so many tokens: blocks of several sizes, decays near 0 and 1, and a mask of padding."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for fade, block, mask in ((1e-3, 16, False), (0.5, 64, True), (5.0, 256, False)):
+        x = torch.randn(1, tokens, 5, generator=generator).double()
+        padding = torch.rand(1, tokens, generator=generator) < 0.8 if mask else None
+        found.append(((_Lightning(fade, block, generator), x, (x, x), padding), {}))
+    return found

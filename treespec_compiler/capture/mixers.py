@@ -45,6 +45,8 @@ class Mixer:
     hashes: frozenset[str]
     spelled: Callable[..., Any]
     samples: Samples
+    holds: Callable[[Any], bool] | None = None
+    """Of a method: whether a module is one that the test speaks for."""
 
 
 _MIXERS: dict[str, list[Mixer]] = {}
@@ -67,6 +69,17 @@ _enter(
         frozenset({"d1d4609c8cbb6c1b"}),
         mixer_code.rglru_scan,
         mixer_code.rglru_samples,
+    )
+)
+
+
+_enter(
+    Mixer(
+        "MiniMaxLightningAttention.forward",
+        frozenset({"3e77f3c9395f492b"}),
+        mixer_code.lightning_attention,
+        mixer_code.lightning_samples,
+        mixer_code.lightning_is_made,
     )
 )
 
@@ -112,7 +125,14 @@ def mixers_of(model: nn.Module) -> list[Rewritten]:
 
     Raises `Unsupported` for one whose source is another, or that gives other values.
     """
-    return [_believed(function) for function in dict.fromkeys(_called(model))]
+    return [_believed(function, model) for function in dict.fromkeys(_called(model))]
+
+
+def _check_modules(function: FunctionType, holds: Callable[[Any], bool], model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        method = getattr(type(module), function.__name__, None)
+        if callable(method) and inspect.unwrap(method) is function and not holds(module):
+            raise _refused(function, f"{name} has buffers that are not what a {_name(function)} makes of its rates")
 
 
 def _called(model: nn.Module) -> Iterator[FunctionType]:
@@ -131,7 +151,7 @@ def _called(model: nn.Module) -> Iterator[FunctionType]:
                             yield inner
 
 
-def _believed(function: FunctionType) -> Rewritten:
+def _believed(function: FunctionType, model: nn.Module) -> Rewritten:
     before, known = function.__code__, _MIXERS[_name(function)]
     digest = source_hash(function)
     mixer = next((each for each in reversed(known) if digest in each.hashes), None)
@@ -141,6 +161,8 @@ def _believed(function: FunctionType) -> Rewritten:
             f"{function.__name__} is known as a recurrence, but not with this source (hash {digest}): it may compute "
             "something else",
         )
+    if mixer.holds is not None:
+        _check_modules(function, mixer.holds, model)
     if _TESTED.get(function) is not before:
         _test(function, mixer)
         _TESTED[function] = before
