@@ -28,6 +28,7 @@ from .spellings.einsum import spell_einsum
 from .spellings.grouped_experts import spell_counts, spell_grouped
 from .spellings.head_mixes import spell_mixed_scores, spell_mixed_weights
 from .spellings.inverse_permutation import spell_inverse
+from .spellings.joined_pieces import spell_joined_pieces
 from .spellings.meshgrid import spell_meshgrid
 from .spellings.own_places import spell_own_places
 from .spellings.picked_rows import spell_picked_rows
@@ -68,6 +69,7 @@ _SPELLINGS = (
     spell_size,
     spell_only_piece,
     spell_whole_steps,
+    spell_joined_pieces,
     spell_cut_places,
     spell_own_places,
     spell_meshgrid,

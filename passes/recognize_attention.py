@@ -40,7 +40,9 @@ def recognize_attention(state: GraphState) -> int:
     spell_extra_keys(state)
     forms = state.closed_forms()
     for node in list(state.graph.nodes):
-        if op_name(node) == "aten.scaled_dot_product_attention" and not write_out(state, node):
+        if op_name(node) == "aten.scaled_dot_product_attention" and not node.users:
+            state.graph.erase_node(node)  # NOTE dead-code elimination keeps what may draw random numbers
+        elif op_name(node) == "aten.scaled_dot_product_attention" and not write_out(state, node):
             _rewrite(state, forms, node)
             matches += 1
     matches += recognize_eager(state) + recognize_pointwise(state)

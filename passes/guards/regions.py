@@ -23,6 +23,7 @@ LONGEST = 1 << 20
 DECIDED = 4096
 # One length is compared by running the model on that many tokens; above this the context just ends before it.
 LONGEST_RUN = 2048
+MOST_LONE = 2
 
 Guards = Sequence[sympy.Basic]
 
@@ -74,6 +75,18 @@ def reach(guards: Guards, length: sympy.Symbol) -> int | None:
 
 
 def is_lone(guards: Guards, length: sympy.Symbol, other: int) -> bool:
-    """Whether only this one length is excluded: `T != other`."""
+    """Whether no more than MOST_LONE lengths side by side are excluded, this one among them: `T != other`, say.
+
+    A single token is compared with the model anyway.
+    """
     failed = [g for g in guards if not holds(g, length, other)]
-    return other <= LONGEST_RUN and all(holds(g, length, n) for g in failed for n in (other - 1, other + 1))
+
+    def excluded(n: int) -> bool:
+        return n > 1 and not all(holds(g, length, n) for g in failed)
+
+    first, last = other, other
+    while excluded(first - 1) and other - first < MOST_LONE:
+        first -= 1
+    while excluded(last + 1) and last - other < MOST_LONE:
+        last += 1
+    return other <= LONGEST_RUN and last - first < MOST_LONE

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 _MADE = ("aten.full", "aten.ones", "aten.zeros")
 
 
-class _Counted(Exception):
+class Counted(Exception):
     """A value of which a part cannot be computed by itself."""
 
 
@@ -38,7 +38,7 @@ def spell_cut_places(state: GraphState, node: fx.Node) -> bool:
         return False
     try:
         new = _Cut(state, node, end).of(source, dim)
-    except _Counted:
+    except Counted:
         return False
     node.replace_all_uses_with(new)
     state.graph.erase_node(node)
@@ -61,7 +61,7 @@ class _Cut:
     def of(self, node: Any, dim: int) -> fx.Node:
         """The first places of a value in dimension `dim`."""
         if not isinstance(node, fx.Node) or node.op != "call_function" or not isinstance(node.meta["val"], Tensor):
-            raise _Counted
+            raise Counted
         name, rank = op_name(node), len(shape_of(node))
         args: list[Any] = list(node.args)
         if name == "aten.arange":
@@ -71,17 +71,17 @@ class _Cut:
         elif RULES.get(name) is RULES["aten.add"]:
             args = [self._operand(a, dim, rank, shape_of(node)[dim]) for a in args]
         elif name in ("aten.unsqueeze", "aten.squeeze", "aten.transpose", "aten.permute"):
-            args[0] = self.of(args[0], _before(node, dim))
+            args[0] = self.of(args[0], dimension_before(node, dim))
         elif name == "aten.cat" and int(argument(node, "dim")) % rank != dim:
             args[0] = [self.of(part, dim) for part in args[0]]
         else:
-            raise _Counted
+            raise Counted
         return self.emit(node.target, *args, **dict(node.kwargs))
 
     def _counted(self, node: fx.Node) -> fx.Node:
         """arange from 0 in steps of 1."""
         if argument(node, "start", 0) != 0 or argument(node, "step", 1) != 1:
-            raise _Counted
+            raise Counted
         kind = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
         return self.emit(aten.arange.default, self.end, **kind)
 
@@ -92,8 +92,8 @@ class _Cut:
         return self.of(value, place) if place >= 0 and shape_of(value)[place] == size else value
 
 
-def _before(node: fx.Node, dim: int) -> int:
-    """Where a dimension was before an op that only moves dimensions; raises _Counted where it was none."""
+def dimension_before(node: fx.Node, dim: int) -> int:
+    """Where a dimension was before an op that only moves dimensions; raises Counted where it was none."""
     args: tuple[Any, ...] = node.args
     rank, name = len(shape_of(args[0])), op_name(node)
     order = list(range(rank))
@@ -109,5 +109,5 @@ def _before(node: fx.Node, dim: int) -> int:
         i, j = (int(argument(node, which)) % rank for which in ("dim0", "dim1"))
         order[i], order[j] = order[j], order[i]
     if order[dim] < 0:
-        raise _Counted
+        raise Counted
     return order[dim]

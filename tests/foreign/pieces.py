@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from decoders import Style
-from torch import Tensor
+from modules import DIM
+from torch import Tensor, nn
 
 PIECE = 32
 
@@ -55,6 +57,83 @@ class PiecesAlone(Style):
 CONVERTED: tuple[type[Style], ...] = (QueriesInALoop, QueriesSplit, HeadInPieces, HeadOfSplit, PiecesAlone)
 
 
+class Halves(Style):
+    """Something token by token for each half of the text."""
+
+    def done(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+    def cut(self, x: Tensor) -> Sequence[Tensor]:
+        half = x.shape[1] // 2
+        return x[:, :half], x[:, half:]
+
+    def finish(self, x: Tensor) -> Any:
+        return self.head(torch.cat([self.done(piece) for piece in self.cut(x)], dim=1))
+
+
+class FeedForwardInHalves(Halves):
+    """`chunk(2, dim=1)` through a norm and two projections."""
+
+    def setup(self) -> None:
+        self.norm, self.up, self.down = nn.LayerNorm(DIM), nn.Linear(DIM, 32), nn.Linear(32, DIM)
+
+    def done(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+    def cut(self, x: Tensor) -> Sequence[Tensor]:
+        return x.chunk(2, dim=1)
+
+
+class FusedQueriesInHalves(Style):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        t = q.shape[2]
+        seen, half = torch.ones(t, t, dtype=torch.bool).tril(), t // 2
+        parts = ((q[:, :, :half], seen[:half]), (q[:, :, half:], seen[half:]))
+        return torch.cat([nn.functional.scaled_dot_product_attention(own, k, v, rows) for own, rows in parts], 2)
+
+
+JOINED: tuple[type[Style], ...] = (Halves, FeedForwardInHalves, FusedQueriesInHalves)
+
+
+class MeansOfHalves(FeedForwardInHalves):
+    def done(self, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+class HalvesTurned(Halves):
+    def cut(self, x: Tensor) -> Sequence[Tensor]:
+        return super().cut(x)[::-1]
+
+
+class HalvesThatOverlap(Halves):
+    """The token in the middle comes twice, and the first one not at all."""
+
+    def cut(self, x: Tensor) -> Sequence[Tensor]:
+        half = x.shape[1] // 2
+        return x[:, 1 : half + 1], x[:, half:]
+
+
+class HalvesBySize(FeedForwardInHalves):
+    def done(self, x: Tensor) -> Tensor:
+        return x * x.shape[1]
+
+
+class HalvesUnlike(Halves):
+    """Each half has another factor."""
+
+    def finish(self, x: Tensor) -> Any:
+        first, second = self.cut(x)
+        return self.head(torch.cat([first * 1.5, second * 2.5], 1))
+
+
+class HalvesAlone(Style):
+    """Each half of the text sees itself alone."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        parts = zip(*(x.chunk(2, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([super(HalvesAlone, self).attend(a, b, c, layer) for a, b, c in parts], 2)
+
+
 class MeanOfAPiece(Style):
     def finish(self, x: Tensor) -> Any:
         parts = [x[:, i : i + PIECE] for i in range(0, x.shape[1], PIECE)]
@@ -69,4 +148,13 @@ class SmallPieces(QueriesInALoop):
         return torch.cat(found, 2)
 
 
-REFUSED: tuple[type[Style], ...] = (MeanOfAPiece, SmallPieces)
+REFUSED: tuple[type[Style], ...] = (
+    MeanOfAPiece,
+    SmallPieces,
+    MeansOfHalves,
+    HalvesTurned,
+    HalvesThatOverlap,
+    HalvesBySize,
+    HalvesUnlike,
+    HalvesAlone,
+)

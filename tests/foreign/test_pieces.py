@@ -1,11 +1,12 @@
-"""A text of one piece is no loop: it converts, for texts of no more than a piece."""
+"""A text of one piece is no loop: it converts, for texts of no more than a piece. Pieces that are computed alike and
+joined again are computed together."""
 
 from __future__ import annotations
 
 import pytest
-from modules import VOCAB
+from modules import CONTEXT, VOCAB
 from oracles import EAGER, assert_decodes
-from pieces import CONVERTED, PIECE, REFUSED
+from pieces import CONVERTED, JOINED, PIECE, REFUSED
 from styles import built
 from torch import nn
 
@@ -19,6 +20,15 @@ def test_rows_are_the_models_own(style: type[nn.Module]) -> None:
     program = treespec.tree_program(model, options=EAGER)
     assert program.max_context == PIECE
     assert_decodes(model, program, VOCAB, rounds=1, size=9)
+
+
+@pytest.mark.rare
+@pytest.mark.parametrize("style", JOINED, ids=lambda style: style.__name__)
+def test_pieces_are_joined_again(style: type[nn.Module]) -> None:
+    model = built(style)
+    program = treespec.tree_program(model, options=EAGER)
+    assert program.max_context == CONTEXT
+    assert_decodes(model, program, VOCAB, rounds=2, size=9)
 
 
 @pytest.mark.family

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from modules import Tiny
+from modules import CONTEXT, VOCAB, Tiny
 from oracles import EAGER, assert_decodes
+from sharded import cut, stages, uncut
 from supplies import Called
 from torch import nn
-from ways_out import CONTEXT, VOCAB, WAYS, BranchOnValues, Way
+from ways import One, Way
+from ways_of_layers import WAYS as OF_LAYERS
+from ways_out import WAYS, BranchOnValues
 
 import treespec_compiler as treespec
 
 
 @pytest.mark.family
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.before.__name__}: {way.words}")
+@pytest.mark.parametrize("way", WAYS + OF_LAYERS, ids=lambda way: f"{way.before.__name__}: {way.words}")
 def test_the_way_out_works(way: Way) -> None:
     torch.manual_seed(0)
     model: nn.Module = way.before()
@@ -30,6 +33,24 @@ def test_the_way_out_works(way: Way) -> None:
     assert program.max_context == way.options.get("max_context", CONTEXT)
     alone = changed if way.then is None else Called(changed, way.then)
     assert_decodes(alone, program, VOCAB, rounds=1, size=7)
+
+
+@pytest.mark.family
+def test_ranks_that_divide_the_model() -> None:
+    state = uncut(One())
+    with pytest.raises(treespec.Unsupported, match="nothing of this model can be cut for 7 ranks") as refusal:
+        cut(state, 7)
+    assert "choose a number of ranks that divides its heads" in (refusal.value.way_out or "")
+    assert cut(state, 2).whole_groups
+
+
+@pytest.mark.family
+def test_fewer_stages() -> None:
+    state = uncut(Tiny().eval())
+    with pytest.raises(treespec.Unsupported, match="3 stages need 2 places") as refusal:
+        stages(state, "pp=3")
+    assert "choose fewer stages" in (refusal.value.way_out or "")
+    assert len(stages(state, "pp=2")) == 2
 
 
 def test_without_a_way_of_its_own_the_plain_loop_is_left() -> None:

@@ -69,7 +69,8 @@ def specialised(frame: Any, source: str | None = None) -> Unsupported:
         Refusal.SPECIALISED,
         "the model treats the number of tokens as a constant: the trace specialised it",
         source=source,
-        way_out="use torch ops on x.shape[1] instead of int(), len() or a buffer of fixed length",
+        way_out="use torch ops on x.shape[1] instead of int(), len() or a buffer of fixed length; in a loop over "
+        "pieces of the text, pieces as long as the longest text",
     )
 
 
