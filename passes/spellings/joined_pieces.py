@@ -37,7 +37,7 @@ def spell_joined_pieces(state: GraphState, node: fx.Node) -> bool:
     if not _same_size(state, shape_of(node)[dim], state.length) or any(p.meta["val"].dtype != dtype for p in pieces):
         return False
     try:
-        new = Together(state, node).of(pieces, dim)
+        new = AllPieces(state, node).of(pieces, dim)
     except Counted:
         return False
     if not all(_same_size(state, a, b) for a, b in zip(shape_of(new), shape_of(node), strict=True)):
@@ -67,7 +67,7 @@ def _same_size(state: GraphState, a: Any, b: Any) -> bool:
 _FEW = 16
 
 
-class Together:
+class AllPieces:
     """Emits what is done to pieces for all of them, before the node `at`."""
 
     def __init__(self, state: GraphState, at: fx.Node) -> None:
@@ -120,7 +120,7 @@ class Together:
 
 aten = torch.ops.aten
 
-_Rule = Callable[[Together, Sequence[fx.Node], int], list[Any]]
+_Rule = Callable[[AllPieces, Sequence[fx.Node], int], list[Any]]
 
 
 def _split(pieces: Sequence[fx.Node], dim: int) -> fx.Node | None:
@@ -152,7 +152,7 @@ def _size(value: Any) -> Any:
     return value.meta["val"].node.expr if isinstance(value, fx.Node) else sympy.Integer(value)
 
 
-def _pointwise(together: Together, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
+def _pointwise(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
     rank = len(shape_of(pieces[0]))
     found: list[Any] = []
     for operands in zip(*(p.args for p in pieces), strict=True):
@@ -162,54 +162,54 @@ def _pointwise(together: Together, pieces: Sequence[fx.Node], dim: int) -> list[
         if place < 0 and not alike:
             raise Counted
         broadcast = place < 0 or (alike and shape_of(first)[place] == 1)
-        found.append(first if broadcast else together.of(operands, place))
+        found.append(first if broadcast else whole.of(operands, place))
     return found
 
 
-def _moved(together: Together, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
-    return [together.of([p.args[0] for p in pieces], dimension_before(pieces[0], dim)), *together.same(pieces, 1)]
+def _moved(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
+    return [whole.of([p.args[0] for p in pieces], dimension_before(pieces[0], dim)), *whole.same(pieces, 1)]
 
 
-def _rows(together: Together, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
+def _rows(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
     """Of the first operand, where the last dimension is another one."""
     if dim == len(shape_of(pieces[0])) - 1:
         raise Counted
-    return [together.of([p.args[0] for p in pieces], dim), *together.same(pieces, 1)]
+    return [whole.of([p.args[0] for p in pieces], dim), *whole.same(pieces, 1)]
 
 
-def _product(together: Together, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
+def _product(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
     """Of the rows of the first operand, which has all dimensions of the result."""
     rank = len(shape_of(pieces[0]))
     if dim != rank - 2 or any(len(shape_of(p.args[0])) != rank for p in pieces):
         raise Counted
-    return _rows(together, pieces, dim)
+    return _rows(whole, pieces, dim)
 
 
-def _normalised(together: Together, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
+def _normalised(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
     over: Any = pieces[0].args[1]
     if dim >= len(shape_of(pieces[0])) - len(over):
         raise Counted
-    return _rows(together, pieces, dim)
+    return _rows(whole, pieces, dim)
 
 
-def _along(together: Together, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
+def _along(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
     """An op along another dimension, which keeps all of them."""
     over: Any = argument(pieces[0], "dim")
     if not isinstance(over, int) or over % len(shape_of(pieces[0])) == dim:
         raise Counted
-    return [together.of([p.args[0] for p in pieces], dim), *together.same(pieces, 1)]
+    return [whole.of([p.args[0] for p in pieces], dim), *whole.same(pieces, 1)]
 
 
-def _attention(together: Together, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
+def _attention(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
     """Of the queries, under the rows of a mask that are theirs."""
     first = pieces[0]
     masks = [argument(p, "attn_mask") for p in pieces]
     if dim != len(shape_of(first)) - 2 or argument(first, "is_causal") or not all(map(_is_tensor, masks)):
         raise Counted
-    queries = together.of([p.args[0] for p in pieces], dim)
+    queries = whole.of([p.args[0] for p in pieces], dim)
     if not all(_alike((p.args[1:3], p.args[4:]), (first.args[1:3], first.args[4:])) for p in pieces):
         raise Counted
-    rows = together.of(masks, len(shape_of(masks[0])) - 2)
+    rows = whole.of(masks, len(shape_of(masks[0])) - 2)
     return [queries, *first.args[1:3], rows, *first.args[4:]]
 
 
