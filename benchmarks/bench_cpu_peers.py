@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -181,11 +182,15 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             for each in there:
                 each.end()
     run = describe_run(len(given.cores))
-    run["command"] = " ".join(without_paths(word) for word in run["command"].split())
+    run["command"] = without_paths(run["command"])
     return {
         "benchmark": "cpu peers",
         "run": run,
-        "settings": {"model": given.model, "new_tokens": given.max_new_tokens, "cores": sorted(given.cores)},
+        "settings": {
+            "model": without_paths(given.model),
+            "new_tokens": given.max_new_tokens,
+            "cores": sorted(given.cores),
+        },
         "bandwidth": max(reads),
         "missing": missing,
         "questions": [q.describe() | {"answer": n} for q, n in zip(questions, answers)],
@@ -195,10 +200,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def without_paths(word: str) -> str:
-    """A word of the command line, of whose paths only the last part says anything to others."""
-    name, equals, value = word.rpartition("=")
-    return f"{name}{equals}{Path(value).name}" if Path(value).is_absolute() else word
+def without_paths(text: str) -> str:
+    """Of absolute paths only the last part says anything to others."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/]+/)*([^\s/]+)", r"\1", text)
 
 
 def warmed_up(loops: list[Loop], questions: Any, end: int, most: int, say: Any) -> list[int]:
