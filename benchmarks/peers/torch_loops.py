@@ -16,7 +16,7 @@ from protocol import Answer, serve
 LOOKUP = {"prompt_lookup_num_tokens": 10}
 """Hugging Face's prompt lookup, as its documentation sets it."""
 ROWS = (1, 4, 8, 16)
-ROUNDS = 30
+ROUNDS = 15
 
 
 class _Times:
