@@ -38,7 +38,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
             *(operator.gt, operator.ge, operator.and_, operator.or_),
         )
     },
-    **{f"torch.{f.__name__}": f for f in (torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not)},
+    **{
+        f"torch.{f.__name__}": f
+        for f in (torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_sum)
+    },
     **{f"math.{f.__name__}": f for f in (math.floor, math.ceil, math.trunc)},
 }
 _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
