@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from modules import CONTEXT, VOCAB
 from oracles import EAGER, assert_decodes
@@ -30,15 +28,6 @@ def test_learned_keys_with_alibi() -> None:
 @pytest.mark.parametrize("style", [s for s in CONVERTED if s is not KeysAlibi], ids=lambda style: style.__name__)
 def test_rows_are_the_models_own(style: type[nn.Module]) -> None:
     _exact(style)
-
-
-@pytest.mark.rare
-def test_its_program_is_found_again(tmp_path: Path) -> None:
-    options = EAGER | {"program_cache": str(tmp_path)}
-    treespec.tree_program(built(KeysAlibi), options=options)
-    assert [*tmp_path.rglob("*.program")]
-    model = built(KeysAlibi)
-    assert_decodes(model, treespec.tree_program(model, options=options), VOCAB, rounds=1, size=9)
 
 
 @pytest.mark.rare

@@ -204,3 +204,7 @@ def test_a_constant_that_is_no_tensor_is_not_saved() -> None:
     graph.output(graph.get_attr("inner.weight"))
     with pytest.raises(CannotSave, match=r"inner\.weight"):
         GraphWriter(SizeTexts(None)).write(fx.GraphModule(root, graph))
+
+
+def test_a_sum_of_sizes_has_a_name() -> None:
+    assert target_of(target_text(torch.sym_sum)) is torch.sym_sum
