@@ -16,7 +16,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
 TEXT = "def main():\n    "
-COMMAND = [sys.executable, "-m", "treespec_compiler.cli.main", "serve", "demo", "--draft", "ngram", "--port", "0"]
+COMMAND = [sys.executable, "-m", "treespec_compiler", "serve", "demo", "--draft", "ngram", "--port", "0"]
 COMMAND += ["--option", "lowering=eager", "--policy", "2,1", "--name", "code"]
 
 
