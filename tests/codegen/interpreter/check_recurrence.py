@@ -73,7 +73,7 @@ def test_every_form(name, delta, forest):
     compare(replace(SHAPES[name], delta=delta), forest)
 
 
-@pytest.mark.family
+@pytest.mark.rare
 @exact_bfloat16()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["qwen", "kimi"])
@@ -81,7 +81,7 @@ def test_narrow_types(name, dtype):
     compare(replace(SHAPES[name], dtype=dtype, kept=dtype), "trees")
 
 
-@pytest.mark.family
+@pytest.mark.rare
 @pytest.mark.parametrize("fade", [0.0, 1e-6, 40.0, float("inf")])
 @pytest.mark.parametrize("name", ["qwen", "mamba1"])
 @pytest.mark.parametrize("forest", ["grown trees", "prompts"])
@@ -101,7 +101,7 @@ def test_what_is_not_finite_stays_on_its_path(name, which, chain):
     assert rows == [node != 2 if not which else 2 not in tree.path(node) for node in range(len(tree))]
 
 
-@pytest.mark.family
+@pytest.mark.rare
 @pytest.mark.parametrize("name", ["mamba2", "mamba1", "qwen"])
 def test_rows_of_no_request_are_zero(name):
     """Padding in front and behind, a request without nodes, and operands of odd strides."""
@@ -120,7 +120,7 @@ def test_rows_of_no_request_are_zero(name):
     assert not got[0, :2].any() and not got[0, -3:].any() and got[0, 2:-3].isfinite().all()
 
 
-@pytest.mark.family
+@pytest.mark.rare
 @pytest.mark.parametrize("chain", [False, True], ids=["tree", "chain"])
 def test_a_kernel_is_confirmed_before_its_first_use(chain):
     recurrence_check.confirm(TREE_RECURRENCE, QWEN, chain, CPU)
