@@ -147,6 +147,7 @@ class TestTransformers:
 
     @pytest.mark.family
     @pytest.mark.parametrize(("name", "experts"), [("dbrx", "DbrxExperts"), ("longcat_flash", "LongcatFlashExperts")])
+    @pytest.mark.rare
     def test_what_the_documentation_says(self, name: str, experts: str) -> None:
         model, converted = self.small(name), self.small(name)
         assert_decodes(model, treespec.tree_program(model, options=EAGER), 96, rounds=1)

@@ -41,6 +41,7 @@ def test_wrong_arguments(capsys):
     assert "--nodes: got [0]" in capsys.readouterr().err
 
 
+@pytest.mark.rare
 def test_the_interpreter_is_refused_before_the_model_is_read():
     pytest.importorskip("triton", reason="needs triton")
     root = str(Path(__file__).parents[2])

@@ -58,6 +58,7 @@ def test_a_setting_of_the_loop_is_followed() -> None:
     assert_decodes(model, again, VOCAB, rounds=1, size=7)
 
 
+@pytest.mark.rare
 def test_a_global_that_the_loop_reads_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built(CachedLoop)
     assert treespec.tree_program(model, options=EAGER).sites[0].mask.window == 6
@@ -121,6 +122,7 @@ def test_layers_have_tables_of_their_own() -> None:
     assert_decodes(model, program, VOCAB, rounds=1, size=7)
 
 
+@pytest.mark.rare
 def test_what_its_user_keeps_there_later_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lengths_read, "KEPT", {})
     model = built(KeptInAGlobal)

@@ -59,6 +59,7 @@ def test_a_window_is_not_guessed_from_an_example() -> None:
     assert refusal.value.kind is Refusal.SPECIALISED
 
 
+@pytest.mark.rare
 def test_a_block_mask_is_what_its_function_is() -> None:
     model = built(Blocked)
     program = treespec.tree_program(model, blocks(IDS), options=EAGER | {"max_context": 64})

@@ -282,6 +282,7 @@ def test_structured_trace_has_an_artifact_for_every_pass(caplog: pytest.LogCaptu
     ]
 
 
+@pytest.mark.rare
 def test_reproducer_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     breaking("mine", "wrong meaning", after="select rows")
     with pytest.raises(PassError) as error:

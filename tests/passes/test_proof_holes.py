@@ -381,6 +381,7 @@ class EvenByArithmetic(Tiny):
         return self.head(x * (1 + torch.full((1,), (tokens * tokens + tokens) % 2, dtype=torch.int16)))
 
 
+@pytest.mark.rare
 def test_a_context_ends_where_arithmetic_on_the_length_is_not_looked_at_any_more() -> None:
     model = _model(EvenByArithmetic)
     program = treespec.tree_program(model, options=EAGER)

@@ -225,6 +225,7 @@ def test_the_way_out_works() -> None:
         program.verify(TokenTree.chain(range(10)), cache)
 
 
+@pytest.mark.rare
 def test_an_assertion_becomes_the_context() -> None:
     class Asserts(Tiny):
         def start(self, ids: Tensor) -> Tensor:

@@ -150,6 +150,7 @@ def test_wrong_tapped_outputs_are_refused(monkeypatch: pytest.MonkeyPatch, outpu
     assert program.verify_seconds == seconds
 
 
+@pytest.mark.rare
 def test_a_wrong_early_exit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     program = treespec.tree_program(_model(), options=INDUCTOR)
     cache = program.new_cache(16)

@@ -167,6 +167,7 @@ def test_other_weights_and_another_dtype_are_followed():
 @pytest.mark.parametrize(
     "asked", ["logits", (), ("hidden:4",), ("hidden:-1",), ("hidden:01",), ("hidden",), ("logit",), (1,), 3]
 )
+@pytest.mark.family
 def test_unknown_names_are_refused_by_what_there_is(program, asked):
     cache = program.new_cache(64)
     for call in (program.verify, program.extend):

@@ -158,6 +158,7 @@ def test_the_meaning_holds_after_every_pass() -> None:
     compiled(tiny(), "int8", verify_each="semantic")
 
 
+@pytest.mark.rare
 def test_a_saved_program_is_found(tmp_path: Path) -> None:
     model = tiny()
     first = compiled(model, "int8", program_cache=str(tmp_path))

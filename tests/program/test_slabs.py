@@ -56,6 +56,7 @@ def calls_of(made: Any) -> int:
     return sum(n.op == "call_function" for n in made.state.graph.nodes)
 
 
+@pytest.mark.rare
 def test_repeated_layers_are_one_compile_and_the_same_program(compiles: Compiles) -> None:
     model = zoo.make("llama", num_hidden_layers=LAYERS)
     made = program(model)

@@ -51,7 +51,7 @@ def llama() -> nn.Module:
     return make("llama", num_hidden_layers=4)
 
 
-@pytest.mark.parametrize(("name", "slots"), [("gpt2", 3), ("falcon", 2)])
+@pytest.mark.parametrize(("name", "slots"), [("gpt2", 3), pytest.param("falcon", 2, marks=pytest.mark.rare)])
 def test_bit_by_bit_what_the_resident_program_says(name: str, slots: int, tmp_path: Path) -> None:
     model = make(name, num_hidden_layers=4)
     program = streamed(model, tmp_path, slots)

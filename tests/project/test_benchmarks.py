@@ -325,6 +325,7 @@ def test_wrong_arguments_end_in_one_line(script, arguments, text):
     assert text in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
+@pytest.mark.rare
 def test_bench_batch(pair: SimpleNamespace, tmp_path: Path) -> None:
     path = tmp_path / "batch.json"
     arguments = ["--requests", 1, 3, "--new-tokens", 6, "--rounds", 1, "--prompt-tokens", 20, "--alone"]

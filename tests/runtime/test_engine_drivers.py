@@ -151,6 +151,7 @@ class Crowd(RuleBasedStateMachine):
         self.engine.close()
 
 
+@pytest.mark.rare
 def test_a_crowd_in_any_order(pair):
     from hypothesis.stateful import run_state_machine_as_test
 

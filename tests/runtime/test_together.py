@@ -117,7 +117,8 @@ BESIDE = 64_000_000
 """Bytes that converting and running any model takes beside its weights: graphs, proofs, activations."""
 
 
-@pytest.mark.parametrize(("mesh", "share"), [("tp=2", 0.51), pytest.param("pp=2", 0.61, marks=pytest.mark.rare)])
+@pytest.mark.rare
+@pytest.mark.parametrize(("mesh", "share"), [("tp=2", 0.51), ("pp=2", 0.61)])
 def test_ranks_open_a_folder_and_hold_their_slices(tmp_path: Path, mesh: str, share: float) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "eos_token_id": None}

@@ -30,7 +30,7 @@ def wait_until_it_listens_no_more(url: str) -> None:
     raise AssertionError("it did not happen")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.rare)])
 def test_a_second_signal_ends_it_at_once(number):
     """While an answer is under way that would take minutes."""
     command = [*COMMAND, "--max-tokens", "200000"]
