@@ -123,7 +123,16 @@ class TwoSidedAlibi(Alibi):
         return q @ k.transpose(-1, -2) - 0.5 * (i[:, None] - i[None, :]).abs()
 
 
-@pytest.mark.parametrize("attention", [ScaledByKey, CappedMask, SinkKept, TwoSidedAlibi])
+def test_a_bias_by_the_key_s_place_is_read_there() -> None:
+    model = built(ScaledByKey)
+    program = tree_program(model, options=EAGER)
+    assert_decodes(model, program, VOCAB, rounds=1)
+    with torch.no_grad():
+        model.attention[0].per_key.mul_(-1.5)  # type: ignore[union-attr, operator]
+    assert_decodes(model, program, VOCAB, rounds=1)
+
+
+@pytest.mark.parametrize("attention", [CappedMask, SinkKept, TwoSidedAlibi])
 def test_refused(attention: Any) -> None:
     with pytest.raises(Unsupported) as refusal:
         tree_program(built(attention), options=EAGER)
