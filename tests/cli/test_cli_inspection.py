@@ -27,6 +27,7 @@ def treespec(*arguments: object, **environment: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_processes_and_exit_codes() -> None:
     done = treespec("explain", "py:graph_cases:decoder", "--option", "kernels=aten")
     assert done.returncode == 0 and done.stderr == ""

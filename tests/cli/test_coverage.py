@@ -110,6 +110,7 @@ def test_the_page_counts_by_class_and_says_why_not() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_the_command_resumes_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines, output, data = tmp_path / "lines.jsonl", tmp_path / "docs" / "coverage.md", tmp_path / "coverage.json"
     lines.write_text(json.dumps(Result("gpt2", "A", "exact", 1e-7, 1e-8, 2, ["k <= q"]).__dict__) + "\n")

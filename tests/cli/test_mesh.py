@@ -24,6 +24,7 @@ from treespec_compiler.errors import RankLost
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_explain_says_where_weights_lie(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["explain", "hf:gpt2", "--random-weights", "--tiny", "--mesh", "tp=2"]
     assert main([*arguments, "--json"]) == 0

@@ -30,6 +30,7 @@ def test_refused(style: type[Part]) -> None:
         treespec.tree_program(built(style), options=EAGER)
 
 
+@pytest.mark.rare
 def test_what_changes_is_noticed() -> None:
     model = built(Part)
     first = treespec.tree_program(model, options=EAGER)

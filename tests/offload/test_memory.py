@@ -69,6 +69,7 @@ def test_resident_set_stays_below_the_budget(tmp_path: Path) -> None:
 @pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [None, 120_000_000], ids=["resident", "streamed"])
+@pytest.mark.rare
 def test_opening_a_model_takes_what_is_made_of_it(budget: int | None, tmp_path: Path) -> None:
     """The file is of bfloat16, which as float32 would take twice its size, and what is packed beside that."""
     file = saved(tmp_path / "model", torch.bfloat16)

@@ -123,6 +123,7 @@ def test_one_matmul_for_all_experts() -> None:
     assert not any(s.startswith("u") for s in sizes)
 
 
+@pytest.mark.rare
 def test_matrices_in_another_order_are_left_alone() -> None:
     _, new, _, _ = applied(build(SwappedMatrices), normalize.PASS)
     assert "treespec.grouped_linear" not in new

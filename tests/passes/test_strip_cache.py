@@ -135,6 +135,7 @@ def test_the_model_runs_between_calls_of_the_program() -> None:
     assert treespec.tree_program(model, example(), ROLES, EAGER) is program
 
 
+@pytest.mark.rare
 def test_generate_gives_the_models_own_tokens() -> None:
     model = built(CachedDecoder)
     program = treespec.tree_program(model, example(), ROLES, EAGER)

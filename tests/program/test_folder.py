@@ -165,6 +165,7 @@ def test_the_models_own_defaults_come_with_it(tmp_path: Path) -> None:
     assert out.stats.finish_reason == "eos" and len(out.sequences[0]) <= len(PROMPT) + 3
 
 
+@pytest.mark.rare
 def test_drafts_come_with_it(tmp_path: Path) -> None:
     model = model_of("llama")
     where = tmp_path / "out"
@@ -312,6 +313,7 @@ def test_a_program_that_is_more_than_data_is_not_written(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.rare
 def test_only_a_folder_of_its_own_is_replaced(folder: Path, tmp_path: Path) -> None:
     model = model_of("llama")
     compiled(model, folder)

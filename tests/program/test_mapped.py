@@ -69,6 +69,7 @@ def compiled(where: Path, vocab: int) -> TreeProgram:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="no /proc")
+@pytest.mark.rare
 def test_a_loaded_folder_keeps_one_mapped_copy(tmp_path: Path) -> None:
     made = compiled(tmp_path / "large", 24_000)
     assert made.memory.peak > made.memory.model + made.memory.packed > 100 << 20

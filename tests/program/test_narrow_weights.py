@@ -62,6 +62,7 @@ def test_logits_are_those_of_float32_storage(dtype: torch.dtype) -> None:
     assert_decodes(model, narrow, VOCAB, rounds=1)
 
 
+@pytest.mark.rare
 def test_blocks_are_found_in_the_values() -> None:
     model = tiny()
     for parameter in model.parameters():

@@ -48,12 +48,14 @@ def test_a_convolution_and_a_recurrence_each(name: str) -> None:
         *((name, prompt, size) for name in ("mamba", "kimi_linear") for prompt, size in ((1, 11), (64, 80), (65, 11))),
     ],
 )
+@pytest.mark.rare
 def test_three_rounds(name: str, prompt: int, size: int) -> None:
     assert_decodes(model_of(name), program_of(name), VOCAB, size=size, prompt=prompt)
 
 
 @pytest.mark.family
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.rare
 def test_prompts_in_pieces_and_trees_by_level(name: str) -> None:
     model = model_of(name)
     program = treespec.tree_program(model, options={**EAGER, "prefill_chunk": 7})

@@ -33,6 +33,7 @@ def test_three_rounds(prompt: int, size: int) -> None:
     assert_decodes(lfm2(), lfm2_program(), lfm2_program().vocab_size, size=size, prompt=prompt)
 
 
+@pytest.mark.rare
 def test_a_prompt_in_pieces() -> None:
     program = treespec.tree_program(lfm2(), options={**EAGER, "prefill_chunk": 3})
     assert_decodes(lfm2(), program, program.vocab_size, rounds=1, prompt=10)
@@ -245,6 +246,7 @@ def test_compiled_once_for_all_sizes(lowering: str) -> None:
     assert program.compile_count == count == 1
 
 
+@pytest.mark.rare
 def test_a_mesh_is_refused() -> None:
     with pytest.raises(Unsupported, match="keeps a state") as caught:
         sharded.cut(sharded.uncut(lfm2()), 2)

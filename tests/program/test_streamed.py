@@ -132,6 +132,7 @@ def test_two_programs_on_one_store(llama: nn.Module, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.rare
 def test_a_disk_that_fails_ends_the_call_and_no_more(llama: nn.Module, tmp_path: Path) -> None:
     program = streamed(llama, tmp_path)
     rows = said(program)

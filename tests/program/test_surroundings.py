@@ -65,6 +65,7 @@ def test_models_that_are_compiled_already(how: str) -> None:
     assert _generated(COMPILED[how](_model())) == _wanted()
 
 
+@pytest.mark.rare
 def test_generate_inside_a_compiled_function() -> None:
     model = _model()
 

@@ -98,6 +98,7 @@ def test_an_open_cache_sees_versioned_changes() -> None:
     assert error(program.prefill(PROMPT, cache), eager_row(model, PROMPT)) <= TOLERANCE
 
 
+@pytest.mark.rare
 def test_generate_sees_changes_through_data() -> None:
     model = tiny()
     model.config = None

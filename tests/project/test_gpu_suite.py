@@ -161,6 +161,7 @@ def test_a_tied_head_stays_tied(monkeypatch):
     )
 
 
+@pytest.mark.rare
 def test_variants(sections):
     found = sections["variants"]
     assert found["joined_bytes"] > 0 and not found.get("skipped")

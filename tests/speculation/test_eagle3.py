@@ -141,6 +141,7 @@ def test_any_decoder_has_the_states_that_a_head_reads(tmp_path, name):
     check(told, target, config, weights, [*tokens, 8], 3)
 
 
+@pytest.mark.rare
 def test_low_middle_and_high_states_are_read_where_nothing_is_said(tmp_path):
     target = llama(2, layers=8, hidden=32)
     config, weights = head(tmp_path, target)

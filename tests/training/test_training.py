@@ -237,6 +237,7 @@ def test_a_head_learns_and_is_read_by_its_name(target, program, tmp_path, kind):
     assert sum(accepted) / 6 > before + 0.8
 
 
+@pytest.mark.rare
 def test_a_small_model_learns_and_is_one_of_transformers(target, program, tmp_path):
     transformers = pytest.importorskip("transformers")
     training = replace(PLAN.training, steps=60, evaluate_every=60, rate=1e-2)
