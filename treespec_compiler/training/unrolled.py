@@ -35,13 +35,13 @@ def unrolled(
     at = torch.arange(places, device=embedded.device)
     q, k, v, beside = head.projected(embedded, head.fused(text.hidden[:places]), at)
     seen = torch.ones(places, places, dtype=torch.bool, device=q.device).tril()[first:]
-    logits, output = head.attended(q[:, first:], k, v, seen, beside[first:])
-    yield logits
+    normed, output = head.attended(q[:, first:], k, v, seen, beside[first:])
+    yield head.logits(normed)
     for d in range(1, min(depth, roots)):
         rows = roots - d
         new_q, new_k, new_v, beside = head.projected(*inner(d, output[:rows]), at[first : first + rows] + d)
         own = torch.eye(rows, rows, dtype=torch.bool, device=q.device)
         seen = torch.cat([seen[:rows], own], 1)
         k, v = torch.cat([k, new_k], 1), torch.cat([v, new_v], 1)
-        logits, output = head.attended(new_q, k, v, seen, beside)
-        yield logits
+        normed, output = head.attended(new_q, k, v, seen, beside)
+        yield head.logits(normed)

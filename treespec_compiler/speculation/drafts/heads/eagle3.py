@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....ir.private_torch import OpOverload
 from .checkpoint import Tensors, unreadable
+from .products import Product
 from .rotation import frequencies, rotated
 
 LAYOUTS = ("midlayer", "layers.0")
@@ -114,30 +116,32 @@ class Eagle3:
         taps: int,
         target_hidden: int,
         tensors: Tensors,
+        kernel: OpOverload | None = None,
     ) -> None:
-        """Of a head that reads so many hidden states of that width; all of `tensors` are taken. Gradients reach them
-        where they want any. Raises UnreadableModel."""
+        """Of a head that reads so many hidden states of that width; all of `tensors` are taken. Without a kernel for
+        its products (`products.product_kernel`) gradients reach them. Raises UnreadableModel."""
         self.shape = shape = HeadShape.read(folder, config, target_hidden)
         self._taps = taps
         h, fused = shape.hidden, target_hidden * taps
         layer = next((name for name in LAYOUTS if f"{name}.hidden_norm.weight" in tensors), LAYOUTS[0])
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self._fc, self._fc_bias = tensors.take("fc.weight", h, fused), tensors.perhaps("fc.bias", h)
+        self._fc = Product(tensors.take("fc.weight", h, fused), tensors.perhaps("fc.bias", h), kernel)
         self._fc_norms = self._norms_of_fused(tensors)
         self._embedding_norm = tensors.take(f"{layer}.input_layernorm.weight", h)
         self._hidden_norm = tensors.take(f"{layer}.hidden_norm.weight", h)
         self._mlp_norm = tensors.take(f"{layer}.post_attention_layernorm.weight", h)
         named = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)]
-        self._qkv = torch.cat([tensors.take(f"{attention}.{name}.weight", n, 2 * h) for name, n in named])
+        qkv = torch.cat([tensors.take(f"{attention}.{name}.weight", n, 2 * h) for name, n in named])
         biases = [tensors.perhaps(f"{attention}.{name}.bias", n) for name, n in named]
-        self._qkv_bias = _joined(folder, f"{attention}'s biases", biases)
-        self._o = tensors.take(f"{attention}.o_proj.weight", h, q)
-        self._o_bias = tensors.perhaps(f"{attention}.o_proj.bias", h)
+        self._qkv = Product(qkv, _joined(folder, f"{attention}'s biases", biases), kernel)
+        o, o_bias = tensors.take(f"{attention}.o_proj.weight", h, q), tensors.perhaps(f"{attention}.o_proj.bias", h)
+        self._o = Product(o, o_bias, kernel)
         gate_up = [tensors.take(f"{mlp}.{name}.weight", shape.intermediate, h) for name in ("gate_proj", "up_proj")]
-        self._gate_up = torch.cat(gate_up)
-        self._down = tensors.take(f"{mlp}.down_proj.weight", h, shape.intermediate)
-        self._norm, self._head = tensors.take("norm.weight", h), tensors.take("lm_head.weight", shape.draft_vocab, h)
+        self._gate_up = Product(torch.cat(gate_up), None, kernel)
+        self._down = Product(tensors.take(f"{mlp}.down_proj.weight", h, shape.intermediate), None, kernel)
+        self._norm = tensors.take("norm.weight", h)
+        self._head = Product(tensors.take("lm_head.weight", shape.draft_vocab, h), None, kernel)
         self.embedding = tensors.perhaps("embed_tokens.weight", shape.vocab, h)
         """None: the head was trained with the target's."""
         self.ids = _ids(folder, tensors, shape)
@@ -157,12 +161,11 @@ class Eagle3:
     @property
     def weight_bytes(self) -> int:
         """Of what one call reads, a few rows of the embedding left out."""
-        read = (self._qkv, self._o, self._gate_up, self._down, self._head)
-        return sum(weight.numel() * weight.element_size() for weight in read)
+        return sum(each.bytes for each in (self._qkv, self._o, self._gate_up, self._down, self._head))
 
     def zeros(self, count: int) -> Tensor:
         """Stand-ins for the target's hidden states [count, taps * D]."""
-        return self._fc.new_zeros(count, self._fc.shape[1])
+        return self._norm.new_zeros(count, self._fc.columns)
 
     def fused(self, hidden: Tensor) -> Tensor:
         """[T, taps * D], the target's hidden states side by side -> [T, h]."""
@@ -170,7 +173,7 @@ class Eagle3:
             parts = hidden.chunk(len(self._fc_norms), -1)
             normed = [self._normed(part, norm) for part, norm in zip(parts, self._fc_norms, strict=True)]
             hidden = torch.cat(normed, -1)
-        return F.linear(hidden, self._fc, self._fc_bias)
+        return self._fc(hidden)
 
     def projected(self, embedded: Tensor, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of embeddings and fused states [T, h] at places [T]: q [heads, T, E], k and v [key heads, T, E], and what
@@ -179,21 +182,25 @@ class Eagle3:
         normed = self._normed(hidden, self._hidden_norm)
         both = torch.cat([self._normed(embedded, self._embedding_norm), normed], -1)
         heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-        flat = F.linear(both, self._qkv, self._qkv_bias).unflatten(-1, (-1, shape.head_dim)).transpose(0, 1)
+        flat = self._qkv(both).unflatten(-1, (-1, shape.head_dim)).transpose(0, 1)
         q, k, v = flat.split(heads)
         angles = places[:, None].float() * self._frequencies
         cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
         return rotated(q, cos, sin), rotated(k, cos, sin), v, normed if shape.norm_before_residual else hidden
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of q over k and v [key heads, S, E], where `seen` [T, S] says; logits [T, draft vocabulary] and the
-        output that stands for fused states at the next place [T, h]."""
+        """Attention of q over k and v [key heads, S, E], where `seen` [T, S] says: what logits are made of, and the
+        output that stands for fused states at the next place, both [T, h]."""
         mixed = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, enable_gqa=True)[0]
-        x = beside + F.linear(mixed.transpose(0, 1).flatten(1), self._o, self._o_bias)
-        gate, up = F.linear(self._normed(x, self._mlp_norm), self._gate_up).chunk(2, -1)
-        x = x + F.linear(F.silu(gate) * up, self._down)
+        x = beside + self._o(mixed.transpose(0, 1).flatten(1))
+        gate, up = self._gate_up(self._normed(x, self._mlp_norm)).chunk(2, -1)
+        x = x + self._down(F.silu(gate) * up)
         normed = self._normed(x, self._norm)
-        return F.linear(normed, self._head), normed if self.shape.norm_output else x
+        return normed, normed if self.shape.norm_output else x
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[T, draft vocabulary] of the first of what `attended` gives. Of a prompt's rows the last one is enough."""
+        return self._head(normed)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.shape.eps)

@@ -18,6 +18,7 @@ from ...cost.latency import LatencyTable, Point
 from .checkpoint import Tensors, read_config, read_tensors, unreadable
 from .eagle3 import Eagle3, taps
 from .own_cache import HeadCache
+from .products import product_kernel
 
 TIMED_ROWS = (1, 2, 4, 8, 16)
 TIMED_CONTEXT = 128
@@ -63,7 +64,7 @@ class LoadedHead:
     def of(cls, opened: OpenedHead, target: TreeProgram) -> LoadedHead:
         """Of tensors that nobody else takes; raises as `read`."""
         folder, reads = opened.folder, opened.reads
-        head = Eagle3(folder, opened.config, len(reads), opened.width, opened.tensors)
+        head = Eagle3(folder, opened.config, len(reads), opened.width, opened.tensors, product_kernel(target))
         if head.shape.vocab != target.vocab_size:
             got, expected = f"a head for {head.shape.vocab} ids", f"this target's {target.vocab_size}"
             raise unreadable(folder, got, expected)
@@ -102,8 +103,8 @@ class LoadedHead:
         for _ in range(TIMED_CALLS):
             began = perf_counter()
             q, k, v, beside = self.head.projected(hidden, hidden, at)
-            logits, _ = self.head.attended(q, *places.add(k, v), seen, beside)
-            logits[0, 0].item()  # a device is waited for
+            normed, _ = self.head.attended(q, *places.add(k, v), seen, beside)
+            self.head.logits(normed)[0, 0].item()  # a device is waited for
             seconds.append(perf_counter() - began)
             places.drop()
         return min(seconds)

@@ -66,8 +66,8 @@ class LoadedParallel:
         began = perf_counter()
         embedded, states, places = self.slots.inputs(like, like, torch.arange(1, device=like.device))
         q, k, v, beside = head.projected(embedded, states, places)
-        logits, _ = head.attended(q, *cache.add(k, v), cache.chain(len(places)), beside)
-        logits = logits + self.slots.behind(like)
+        normed, _ = head.attended(q, *cache.add(k, v), cache.chain(len(places)), beside)
+        logits = head.logits(normed) + self.slots.behind(like)
         logits[0, 0].item()  # a device is waited for
         return perf_counter() - began
 
@@ -129,9 +129,9 @@ class ParallelSession(HeadSession):
         embedded, states, places = self._slots.inputs(self._embedded(tokens, states), states, places)
         q, k, v, beside = self._head.projected(embedded, states, places)
         seen = self._places.chain(len(places))
-        logits, _ = self._head.attended(q, *self._places.add(k, v), seen, beside)
+        normed, _ = self._head.attended(q, *self._places.add(k, v), seen, beside)
         self._places.commit(count)
-        return logits[count - 1 :]
+        return self._head.logits(normed[count - 1 :])
 
     def _level(self, proposal: Proposal, nodes: Sequence[int], run: dict[int, int]) -> Tensor:
         return self._behind([proposal.depths[node] for node in nodes], [proposal.tokens[node] for node in nodes])

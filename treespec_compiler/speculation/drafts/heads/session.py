@@ -97,8 +97,7 @@ class HeadSession:
             hidden, after = torch.cat(self._hidden), self._after
             self._hidden, self._after = [], []
             for start in range(0, len(after), chunk):
-                rows, self._outputs = self._append(after[start : start + chunk], hidden[start : start + chunk])
-            self._rows = rows
+                self._rows, self._outputs = self._append(after[start : start + chunk], hidden[start : start + chunk])
         assert self._rows is not None
         del self._outputs[1:]
         return self._rows
@@ -107,9 +106,9 @@ class HeadSession:
         """Commit places of these tokens; logits [1, draft vocabulary] and output of the last one."""
         first = self._places.committed
         places = torch.arange(first, first + len(tokens), device=hidden.device)
-        logits, output = self._run(tokens, self._head.fused(hidden), places, self._places.chain(len(tokens)))
+        normed, output = self._run(tokens, self._head.fused(hidden), places, self._places.chain(len(tokens)))
         self._places.commit()
-        return logits[-1:], [output[-1]]
+        return self._head.logits(normed[-1:]), [output[-1]]
 
     def _level(self, proposal: Proposal, nodes: Sequence[int], run: dict[int, int]) -> Tensor:
         """Logits [nodes, draft vocabulary] of nodes whose parents were run."""
@@ -119,9 +118,9 @@ class HeadSession:
         depths = torch.tensor([proposal.depths[node] for node in nodes], device=hidden.device)
         tokens = [proposal.tokens[node] for node in nodes]
         seen = self._places.grow(parents)
-        logits, output = self._run(tokens, hidden, self._places.committed - 1 + depths, seen)
+        normed, output = self._run(tokens, hidden, self._places.committed - 1 + depths, seen)
         self._outputs += output.unbind()
-        return logits
+        return self._head.logits(normed)
 
     def _run(self, tokens: Sequence[int], hidden: Tensor, places: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         ids = torch.tensor(tokens, device=hidden.device)
