@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from treespec_compiler.speculation.drafts.heads.products import Product, product_kernel
+from treespec_compiler.speculation.drafts.heads.products import HeadProduct, product_kernel
 
 
 def target(kernels="auto", dtype=torch.float32):
@@ -28,20 +28,20 @@ def test_a_packed_product_is_the_product(kernel, rows, biased):
     torch.manual_seed(0)
     weight, x = torch.randn(70, 96).bfloat16().float(), torch.randn(96, rows).t()
     bias = torch.randn(70) if biased else None
-    product = Product(weight, bias, kernel)
+    product = HeadProduct(weight, bias, kernel)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(product(x).double(), wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_what_a_file_has_in_sixteen_bits_is_read_in_sixteen(kernel):
     weight = torch.randn(64, 96)
-    assert Product(weight.bfloat16().float(), None, kernel).bytes == 2 * weight.numel()
-    assert Product(weight, None, kernel).bytes == 4 * weight.numel(), "no narrower form holds it"
+    assert HeadProduct(weight.bfloat16().float(), None, kernel).bytes == 2 * weight.numel()
+    assert HeadProduct(weight, None, kernel).bytes == 4 * weight.numel(), "no narrower form holds it"
 
 
 def test_gradients_reach_a_weight_that_is_not_packed():
     weight = torch.randn(8, 4, requires_grad=True)
-    Product(weight)(torch.ones(2, 4)).sum().backward()
+    HeadProduct(weight)(torch.ones(2, 4)).sum().backward()
     torch.testing.assert_close(weight.grad, torch.full((8, 4), 2.0))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ....ir.private_torch import OpOverload
 from .checkpoint import Tensors, unreadable
-from .products import Product
+from .products import HeadProduct
 from .rotation import frequencies, rotated
 
 LAYOUTS = ("midlayer", "layers.0")
@@ -126,7 +126,7 @@ class Eagle3:
         layer = next((name for name in LAYOUTS if f"{name}.hidden_norm.weight" in tensors), LAYOUTS[0])
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self._fc = Product(tensors.take("fc.weight", h, fused), tensors.perhaps("fc.bias", h), kernel)
+        self._fc = HeadProduct(tensors.take("fc.weight", h, fused), tensors.perhaps("fc.bias", h), kernel)
         self._fc_norms = self._norms_of_fused(tensors)
         self._embedding_norm = tensors.take(f"{layer}.input_layernorm.weight", h)
         self._hidden_norm = tensors.take(f"{layer}.hidden_norm.weight", h)
@@ -134,14 +134,14 @@ class Eagle3:
         named = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)]
         qkv = torch.cat([tensors.take(f"{attention}.{name}.weight", n, 2 * h) for name, n in named])
         biases = [tensors.perhaps(f"{attention}.{name}.bias", n) for name, n in named]
-        self._qkv = Product(qkv, _joined(folder, f"{attention}'s biases", biases), kernel)
+        self._qkv = HeadProduct(qkv, _joined(folder, f"{attention}'s biases", biases), kernel)
         o, o_bias = tensors.take(f"{attention}.o_proj.weight", h, q), tensors.perhaps(f"{attention}.o_proj.bias", h)
-        self._o = Product(o, o_bias, kernel)
+        self._o = HeadProduct(o, o_bias, kernel)
         gate_up = [tensors.take(f"{mlp}.{name}.weight", shape.intermediate, h) for name in ("gate_proj", "up_proj")]
-        self._gate_up = Product(torch.cat(gate_up), None, kernel)
-        self._down = Product(tensors.take(f"{mlp}.down_proj.weight", h, shape.intermediate), None, kernel)
+        self._gate_up = HeadProduct(torch.cat(gate_up), None, kernel)
+        self._down = HeadProduct(tensors.take(f"{mlp}.down_proj.weight", h, shape.intermediate), None, kernel)
         self._norm = tensors.take("norm.weight", h)
-        self._head = Product(tensors.take("lm_head.weight", shape.draft_vocab, h), None, kernel)
+        self._head = HeadProduct(tensors.take("lm_head.weight", shape.draft_vocab, h), None, kernel)
         self.embedding = tensors.perhaps("embed_tokens.weight", shape.vocab, h)
         """None: the head was trained with the target's."""
         self.ids = _ids(folder, tensors, shape)

@@ -22,7 +22,7 @@ def product_kernel(target: TreeProgram) -> OpOverload | None:
     return None if kernel is None else kernel.target
 
 
-class Product:
+class HeadProduct:
     """x @ weight.T + bias of a weight [N, K]: x [T, K] -> [T, N]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, kernel: OpOverload | None = None) -> None:
