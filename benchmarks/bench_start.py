@@ -199,6 +199,7 @@ def measure(name: str, options: argparse.Namespace, caches: Path) -> dict[str, A
     """One run in a process of its own, whose caches lie in a folder."""
     folders = {"TREESPEC_CACHE_DIR": "treespec", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp"}
     environment = dict(os.environ)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages have their byte code, and so has a second run
     for variable, folder in folders.items():
         (caches / folder).mkdir(exist_ok=True)
         environment[variable] = str(caches / folder)

@@ -16,6 +16,7 @@ from torch import fx
 
 from treespec_compiler.errors import Unsupported
 from treespec_compiler.ir.inputs import ROWS
+from treespec_compiler.ir.outputs import HEAD, PREFIX
 from treespec_compiler.ir.private_torch import enable_python_dispatcher
 
 from .framework.manager import Pass
@@ -23,9 +24,6 @@ from .framework.state import GraphState
 from .residual.stream import after_layer, cuts, head_input
 
 aten = torch.ops.aten
-
-PREFIX = "hidden:"
-HEAD = f"{PREFIX}head"
 
 
 def tap(state: GraphState, names: Iterable[str]) -> int:

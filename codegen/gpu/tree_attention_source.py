@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treespec_compiler.ir import formulas
 from treespec_compiler.ir.specs import MaskSpec
 
 from .. import tables
-from ..printer import HELPERS, TRITON, Printer
-from .templates import template
 from .tree_attention_spec import AttentionKernel, Config
+
+if TYPE_CHECKING:
+    from ..printer import Printer
 
 TEMPLATE = "tree_attention.py.jinja"
 DISTANCE_TABLE = "tl.load(bias + {head} * distances + tl.maximum({distance}, 0)).to(tl.float32)"
@@ -23,6 +23,12 @@ DISTANCE_TABLE = "tl.load(bias + {head} * distances + tl.maximum({distance}, 0))
 @functools.lru_cache(256)
 def source(spec: AttentionKernel) -> str:
     """The text of a module with two kernels: `attend`, and `merge` for when `attend` shares the keys out."""
+    # NOTE sympy and Jinja are imported here, not by every process that enters the kernel into the registry
+    from treespec_compiler.ir import formulas
+
+    from ..printer import HELPERS
+    from .templates import template
+
     formula = formulas.score(spec.softcap, spec.slopes, spec.bias)
     printer = _printer(spec, "")
     score = printer.doprint(formula)
@@ -45,6 +51,8 @@ def source(spec: AttentionKernel) -> str:
 
 def _printer(spec: AttentionKernel, key: str) -> Printer:
     """`key`: the code of a key's position. Distances and scores are tiles [BLOCK_M, keys]."""
+    from ..printer import TRITON, Printer
+
     names = {"s": "s", "q": "q_pos[:, None]", "k": key, "d": "distance", "h": "head[:, None]"}
     tables: dict[str, Callable[..., str]] = {
         "slopes": lambda head: "slope[:, None]",
@@ -55,6 +63,8 @@ def _printer(spec: AttentionKernel, key: str) -> Printer:
 
 def _beyond_causal(spec: AttentionKernel) -> Any:
     """The predicate on keys of a query's own path, in positions and distances."""
+    from treespec_compiler.ir import formulas
+
     return formulas.by_distance(formulas.without_causal(formulas.predicate(spec.mask)))
 
 

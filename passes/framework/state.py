@@ -1,12 +1,16 @@
-"""What travels through the pipeline: one graph and what has been proved about it."""
+"""What travels through the pipeline: one graph and what has been proved about it.
+
+NOTE a program that was found on a disk is such a state, and runs without the passes: what they analyse with is imported
+when one of them asks.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import sympy
 import torch
 from torch import Tensor, fx
 
@@ -18,12 +22,15 @@ from treespec_compiler.ir.specs import EVERY_ROW, AttentionSpec, Limit, LogitsSp
 from treespec_compiler.ir.streaming import Streaming
 from treespec_compiler.ir.weights import Expression
 
-from ..forms.closed_form import ClosedForms
-from ..forms.evaluate import cone
-from ..sharding.mesh import RankShare
-from ..splitting.stage import StageShare, Unsplit
-from ..streaming.budget import Budget
 from .weights import Weights
+
+if TYPE_CHECKING:
+    import sympy
+
+    from ..forms.closed_form import ClosedForms
+    from ..sharding.mesh import RankShare
+    from ..splitting.stage import StageShare, Unsplit
+    from ..streaming.budget import Budget
 
 
 class OtherLength(Protocol):
@@ -118,8 +125,17 @@ class GraphState:
         """A fake value like the model's logits, which a stage that is not the last one does not give."""
         return self.whole.logits if self.whole is not None else self.logits.meta["val"]
 
+    @property
+    def graph_digest(self) -> str:
+        """Of the graph's code and of shapes and dtypes of its inputs: how fast it is depends on no more of it."""
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder" and "val" in node.meta]
+        shapes = [f"{node.name}:{tuple(node.meta['val'].shape)}:{node.meta['val'].dtype}" for node in inputs]
+        return hashlib.sha256("\0".join((self.gm.code, *shapes)).encode()).hexdigest()
+
     def closed_forms(self) -> ClosedForms:
         """The closed forms of the graph as it is; one that was rewritten since gets others."""
+        from ..forms.closed_form import ClosedForms
+
         if self._forms is None:
             self._forms = ClosedForms(self.gm, self.constants, self.position_inputs, self.tokens)
         return self._forms
@@ -128,6 +144,8 @@ class GraphState:
         """Something is proved by the values of this node: when a weight that it is computed from changes, it is proved
         again.
         """
+        from ..forms.evaluate import cone
+
         self.proved_from |= {n.name for n in cone(node) if n.name in self.weights}
 
     def rewritten(self) -> None:

@@ -82,20 +82,30 @@ def written(tmp_path_factory: pytest.TempPathFactory, llama: tuple[Path, Any]) -
 
 
 @pytest.fixture(scope="module")
-def alone(written: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the processes without transformers, with the C++ kernels: half a minute of the compiler."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "cpu").mkdir()
+    for path in (cache_dir() / "cpu").glob("*.so"):
+        if path.stat().st_size:
+            shutil.copy2(path, cache / "cpu")
+    return cache
+
+
+def without_transformers(cache: Path, *folders: str) -> list[Any]:
+    script = Path(__file__).with_name("without_transformers.py")
+    own = os.environ | {"TREESPEC_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, script, *folders], capture_output=True, text=True, env=own)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.fixture(scope="module")
+def alone(written: dict[str, tuple[Path, Any]], cache: Path) -> dict[str, Any]:
     """What the folders say without transformers; Llama's twice more, lowered by Inductor."""
     named = {name: f"eager={folder}" for name, (folder, _) in written.items()}
     named |= dict.fromkeys(("inductor", "inductor again"), f"inductor={written['llama'][0]}")
-    script = Path(__file__).with_name("without_transformers.py")
-    cache = tmp_path_factory.mktemp("cache")
-    built = [path for path in (cache_dir() / "cpu").glob("*.so") if path.stat().st_size]
-    (cache / "cpu").mkdir()
-    for path in built:  # the C++ kernels: half a minute of the compiler
-        shutil.copy2(path, cache / "cpu")
-    own = os.environ | {"TREESPEC_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, script, *named.values()], capture_output=True, text=True, env=own)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(named, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(named, without_transformers(cache, *named.values())[:-1], strict=True))
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -110,6 +120,11 @@ def test_a_folder_that_inductor_lowered_is_the_model(written: Any, alone: dict[s
 
 def test_what_was_compiled_once_is_kept(alone: dict[str, Any]) -> None:
     assert alone["inductor again"] == {**alone["inductor"], "compiled": 0}
+
+
+def test_a_process_that_runs_kept_code_imports_what_runs_it(written: Any, alone: dict[str, Any], cache: Path) -> None:
+    found, needless = without_transformers(cache, f"inductor={written['llama'][0]}")
+    assert found == alone["inductor again"] and needless == []
 
 
 @pytest.fixture

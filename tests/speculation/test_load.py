@@ -169,7 +169,7 @@ def test_chains_where_they_are_asked_for():
 
 def test_trees_of_a_seed_do_not_follow_the_load():
     class Unmeasured:
-        name, graph_module = "d", None
+        name, graph_digest = "d", None
 
     target = draft = Unmeasured()
     policy = Loaded(clock=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import treespec_compiler as treespec
 from treespec_compiler.errors import InvalidOption, UnreadableModel, Unsupported
-from treespec_compiler.passes.tap import HEAD
+from treespec_compiler.ir.outputs import HEAD
 from treespec_compiler.program.tree_program import tree_program
 from treespec_compiler.speculation.drafts.heads.medusa import MedusaDraft, MedusaHeads
 from treespec_compiler.speculation.drafts.protocol import DraftRequest

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from .code import code_digest, imported_modules, inner_code, names_in
 from .state_names import ALWAYS, BOOKKEEPING, NOT_READ, TRUSTED
+from .tensor_bytes import tensor_bytes
 from .whereabouts import HEAP, Whereabouts
 
 # Objects; a model of 30 layers has some ten thousand.
@@ -337,12 +338,6 @@ class PythonState:
 
     def _nothing(self, value: Any, path: str, strict: bool) -> None:
         """Holds nothing that a model computes with."""
-
-
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The numbers of a tensor, in order."""
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
 
 
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented)}

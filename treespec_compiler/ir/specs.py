@@ -1,4 +1,8 @@
-"""What the passes proved: masks, positions and attention sites as small values."""
+"""What the passes proved: masks, positions and attention sites as small values.
+
+What runs a program reads the values alone; sympy, in which their predicates are written, comes with the first question
+for one.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,12 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 
-from .predicates import CAUSAL, K, Q, function, parse, text
+if TYPE_CHECKING:
+    import sympy
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class MaskSpec:
 
     @property
     def formula(self) -> str:
+        from .predicates import text
+
         return " and ".join(map(text, self.terms))
 
     def visible(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -63,12 +69,18 @@ class MaskSpec:
 
 @functools.cache
 def _functions(terms: tuple[Any, ...]) -> tuple[Callable[[Any, Any], Any], ...]:
+    from .predicates import K, Q, function
+
     return tuple(function(term, (Q, K)) for term in terms)
 
 
 @functools.cache
 def _terms(window: int, chunk: int, pattern: str) -> tuple[Any, ...]:
     """A further kind of mask is one more term here."""
+    import sympy
+
+    from .predicates import CAUSAL, K, Q, parse
+
     near = [sympy.Lt(Q - K, window)] if window else []
     together = [sympy.Eq(sympy.floor(Q / chunk), sympy.floor(K / chunk))] if chunk else []
     return (CAUSAL, *near, *together, *([parse(pattern)] if pattern else []))
@@ -173,6 +185,8 @@ class LogitsSpec:
     @classmethod
     def of(cls, shape: Sequence[Any], length: sympy.Expr) -> LogitsSpec:
         """What a shape in terms of the number of tokens says; sizes of 1 are batches or, without tokens, rows."""
+        import sympy
+
         sizes = [sympy.sympify(s) for s in shape]
         wide = [i for i, s in enumerate(sizes) if s != 1 and s != length]
         last = not any(length in s.free_symbols for s in sizes)

@@ -18,7 +18,6 @@ from torch import Tensor
 from ..errors import InvalidOption, UnreadableModel
 from ..options import Lowering, Options
 from ..passes.framework.state import GraphState
-from ..passes.residual.early_exit import HEAD_NORM, HEAD_PROJECTION, early_exit
 from ..tree import Forest, TokenTree
 from .cache import TreeCache
 from .cuda_graphs import GraphStats
@@ -62,6 +61,8 @@ def exit_graph(layers: int, head: ExitHead | None = None) -> Derive:
     """Makes the graph of the first `layers` attention layers, and the head's tensors; raises `Unsupported`."""
 
     def derive(state: GraphState) -> tuple[GraphState, Mapping[str, Tensor]]:
+        from ..passes.residual.early_exit import HEAD_NORM, HEAD_PROJECTION, early_exit
+
         state = state.copy()
         if head is None:
             early_exit(state, layers)
@@ -124,6 +125,11 @@ class EarlyExitProgram:
     def compile_count(self) -> int:
         """How often the exit's graph was compiled."""
         return self._tally.count
+
+    @property
+    def graph_digest(self) -> str:
+        """See `GraphState.graph_digest`."""
+        return self._executor().state.graph_digest
 
     @property
     def graph_module(self) -> torch.fx.GraphModule:

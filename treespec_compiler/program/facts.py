@@ -169,6 +169,11 @@ class ProgramFacts:
         return self._executor.graph_stats
 
     @property
+    def graph_digest(self) -> str:
+        """See `GraphState.graph_digest`."""
+        return self._made.state.graph_digest
+
+    @property
     def graph_module(self) -> torch.fx.GraphModule:
         """The rewritten graph, before lowering."""
         return self._made.state.gm

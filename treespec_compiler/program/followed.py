@@ -19,7 +19,6 @@ from .cache import TreeCache
 from .executor import Tally
 from .made import Made
 from .optimizer_steps import steps
-from .saved import programs
 
 log = logger(__name__)
 
@@ -77,6 +76,8 @@ class Followed:
 
     def _found(self, model: nn.Module) -> Made | None:
         """What was saved of this model, where it holds for it as it is."""
+        from .saved import programs
+
         found = programs.find(model, self.call, self.options)
         if found is None:
             return None
@@ -96,6 +97,8 @@ class Followed:
 
     def keep(self) -> None:
         """Save what was made and compared with the model."""
+        from .saved import programs
+
         model, made = self.model, self.made
         if programs.store_of(self.options) is None:
             return
@@ -107,6 +110,8 @@ class Followed:
 
     def distrust(self, reason: str) -> None:
         """What was found saved is not the model: it is converted, and saved in its place."""
+        from .saved import programs
+
         model, saved = self.model, self.made.saved
         assert model is not None and saved is not None
         log.warning("the saved program %s is given up, and the model converted again: %s", saved.path, reason)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ..capture.alone import alone
 from ..errors import InvalidOption, MissingCompiler
@@ -107,6 +106,7 @@ def lower_inductor(gm: fx.GraphModule, names: Sequence[str], examples: Sequence[
 
 def _fresh_mode() -> Any:
     from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     # 0 and 1 are not special: a tree of one node runs on the same code as any other.
     env = ShapeEnv(specialize_zero_one=False, duck_shape=True)
@@ -278,8 +278,8 @@ def _called(call: fx.Node) -> Lowered:
 def _like(mode: Any, fake: Any) -> Any:
     """A value between slabs, for a compile of its own: its symbols are told by the sizes of `EXAMPLE`."""
     sizes = [int(s) if isinstance(s, int) else s.node.hint for s in fake.shape]
-    kinds = [DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DUCK for s in fake.shape]
-    return _with_symbols(mode, torch.empty(sizes, dtype=fake.dtype, device=fake.device), kinds)
+    dynamic = [not isinstance(s, int) for s in fake.shape]
+    return _with_symbols(mode, torch.empty(sizes, dtype=fake.dtype, device=fake.device), dynamic)
 
 
 def _compiled_graph(compiled: Any) -> Any | None:
@@ -350,10 +350,13 @@ def _fake(mode: Any, name: str, tensor: Tensor) -> Any:
         return mode.from_tensor(tensor, static_shapes=True)
     symbols = known.symbols
     sizes = [EXAMPLE[symbols[i]] if i in symbols else s for i, s in enumerate(tensor.shape)]
-    kinds = [DimDynamic.DUCK if i in symbols else DimDynamic.STATIC for i in range(tensor.dim())]
-    return _with_symbols(mode, torch.empty(sizes, dtype=tensor.dtype, device=tensor.device), kinds)
+    dynamic = [i in symbols for i in range(tensor.dim())]
+    return _with_symbols(mode, torch.empty(sizes, dtype=tensor.dtype, device=tensor.device), dynamic)
 
 
-def _with_symbols(mode: Any, example: Tensor, kinds: list[DimDynamic]) -> Any:
+def _with_symbols(mode: Any, example: Tensor, dynamic: list[bool]) -> Any:
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    kinds = [DimDynamic.DUCK if each else DimDynamic.STATIC for each in dynamic]
     context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
     return mode.from_tensor(example, symbolic_context=context)

@@ -20,7 +20,6 @@ from ..offload.paging import page_out, trim
 from ..options import Options
 from ..passes.framework.state import GraphState
 from ..passes.framework.weights import PackedBytes, Weights
-from ..passes.fuse import unfit
 from .executor import Bound, Executor, Tally
 from .saved.store import Entry
 from .semantics import lengths_check, semantic_check
@@ -115,6 +114,8 @@ class Made:
 
     def unfit(self, changes: Changes, narrower: bool = False) -> str | None:
         """What is stored in a form that does not hold its new values; None: nothing. See `passes.fuse.unfit`."""
+        from ..passes.fuse import unfit
+
         found = unfit(self.state, self.state.weights.sources if narrower else changes.any, narrower)
         return None if found is None else f"{found} has values for which another form is right"
 

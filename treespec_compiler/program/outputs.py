@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..errors import InvalidOption
+from ..ir.outputs import HEAD, PREFIX
 from ..ir.verify import LOGITS
 from ..passes.framework.state import GraphState
-from ..passes.tap import HEAD, PREFIX, tap
 from .executor import Executor
 
 
@@ -36,6 +36,8 @@ def taps_of(outputs: Sequence[str], layers: int) -> tuple[str, ...]:
 
 def tapped(state: GraphState, taps: tuple[str, ...]) -> tuple[GraphState, Mapping[str, Tensor]]:
     """A copy of the graph that returns these hidden states as well; raises `Unsupported` where it has no such value."""
+    from ..passes.tap import tap
+
     state = state.copy()
     tap(state, taps)
     return state, {}

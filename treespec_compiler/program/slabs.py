@@ -13,7 +13,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 from torch import SymInt, Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
@@ -176,7 +175,7 @@ def kind(value: Any) -> Hashable | None:
     if not isinstance(value, Tensor):
         return None
     sizes = [s.node.expr if isinstance(s, SymInt) else s for s in value.shape]
-    if not all(isinstance(s, (int, sympy.Symbol)) for s in sizes):
+    if not all(isinstance(s, int) or s.is_Symbol for s in sizes):
         return None
     strides = tuple(str(s) for s in value.stride())
     return value.dtype, value.device, tuple(map(str, sizes)), strides

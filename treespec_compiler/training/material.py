@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InvalidOption
-from ..passes.tap import PREFIX
+from ..ir.outputs import PREFIX
 from ..program.tree_program import TreeProgram
 from ..versions import __version__
 from .students.eagle3 import eagle3

@@ -30,6 +30,7 @@ class DeferredState(GraphState):
     _here: tuple[Any, Any, Any]
     _names: list[str]
     _logits: tuple[torch.dtype, torch.device, int]
+    _digest: str
 
     @classmethod
     def of(
@@ -53,7 +54,7 @@ class DeferredState(GraphState):
         state._names = [row["name"] for row in nodes if row["op"] == "placeholder"]
         check_filled(state._names, state)
         check_kernels(map(target_of, {row["target"] for row in nodes if row["op"] == "call_function"}))
-        state._logits = logits
+        state._logits, state._digest = logits, str(text["graph_digest"])
         state._read, state._broken = (lambda: read_graph(text, tensors)), broken
         return state
 
@@ -99,6 +100,10 @@ class DeferredState(GraphState):
     @property
     def placeholders(self) -> list[str]:
         return list(self._names) if self._read is not None else super().placeholders
+
+    @property
+    def graph_digest(self) -> str:
+        return self._digest if self._read is not None else super().graph_digest
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...capture.reads import Followable
 from ...capture.weight_ref import WeightRef
 from ...converted import Converted
 from ...ir.specs import Limit
 from ...passes.framework.state import GraphState
 from .deferred import Broken, DeferredState, check_kernels
 from .state import history_of, history_text, state_of, state_text
+
+if TYPE_CHECKING:
+    from ...capture.reads import Followable
 
 
 def document(converted: Converted, others: frozenset[str] = frozenset()) -> tuple[dict[str, Any], dict[str, Tensor]]:

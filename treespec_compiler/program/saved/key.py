@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ...capture.call import CallSpec
 from ...capture.code import code_digest
-from ...capture.python_state import PythonState, Undigested, tensor_bytes
+from ...capture.python_state import PythonState, Undigested
 from ...capture.reads import Traced
+from ...capture.tensor_bytes import tensor_bytes
 from ...capture.unguarded import global_hooks
 from ...capture.whereabouts import Whereabouts
 from ...options import Options

@@ -6,12 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ...ir.inputs import input_of
-from ...ir.private_torch import FakeTensorMode
 from ...ir.specs import AttentionSpec, Limit, LogitsSpec, MaskSpec, PositionSpec, StateSpec
 from ...passes.framework.manager import History, PassRecord
 from ...passes.framework.state import GraphState
@@ -27,9 +24,6 @@ PLAIN = (
     *("portable", "storage", "outputs", "padding"),
 )
 
-# Any number above 1: the dimension is symbolic.
-_EXAMPLE_TOKENS = 11
-
 
 def state_text(state: GraphState, others: frozenset[str] = frozenset()) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON, tensors by the names it has for them); `others`: as of `target_text`. Raises CannotSave."""
@@ -44,6 +38,7 @@ def state_text(state: GraphState, others: frozenset[str] = frozenset()) -> tuple
     found: dict[str, Any] = {name: getattr(state, name) for name in PLAIN}
     found |= {
         "graph": graphs.write(state.gm),
+        "graph_digest": state.graph_digest,
         "weights": {name: weight_text(made, graphs) for name, made in state.weights.items()},
         "sites": [asdict(site) | {"dtype": named(site.dtype)} for site in state.sites],
         "states": [asdict(site) | {"dtype": named(site.dtype)} for site in state.states],
@@ -103,18 +98,10 @@ def check_filled(placeholders: Iterable[str], state: GraphState) -> None:
         raise CannotLoad(f"the inputs {', '.join(sorted(unknown))[:80]}, which nothing fills")
 
 
-class _OfNoLine(ShapeEnv):
-    """Sizes of a saved graph come from no line of code. Looking for one imports torch.export and its partitioners."""
-
-    def _get_user_frame(self) -> None:
-        return None
-
-
 def _reader(text: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[GraphReader, Any, Any]:
-    mode = FakeTensorMode(shape_env=_OfNoLine(), allow_non_fake_inputs=True)
-    sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, DimDynamic.DUCK])  # type: ignore[var-annotated]
-    tokens = mode.from_tensor(torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64), symbolic_context=sizes)
-    length: Any = tokens.shape[1]
+    from .fresh_length import fresh_length  # NOTE it imports sympy, which programs that only run do without
+
+    length, mode = fresh_length()
     return GraphReader(text["texts"], tensors, mode, length), length.node.expr, mode
 
 

@@ -21,14 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...capture.python_state import tensor_bytes
+from ...capture.tensor_bytes import tensor_bytes
 from ...logs import logger
 from ...user_cache import cache_dir, replacing
 from .values import CannotLoad
 
 log = logger(__name__)
 
-SCHEMA = "treespec program 1"
+SCHEMA = "treespec program 2"
 SUFFIX = ".program"
 MOST_BYTES = 256 << 20
 MOST_FILES = 256

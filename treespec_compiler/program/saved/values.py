@@ -10,15 +10,17 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
 from ...ir.library import definition
 from ...ir.private_torch import FakeTensor, OpOverload
 from ...ir.registry import USERS_NAMESPACE
+
+if TYPE_CHECKING:
+    import sympy
 
 
 class CannotSave(Exception):
@@ -179,7 +181,7 @@ class SizeTexts:
     def _expression(self, expr: Any) -> Any:
         if expr == self.length:
             return "T"
-        if isinstance(expr, sympy.Integer):
+        if expr.is_Integer:
             return int(expr)
         name = type(expr).__name__
         if name not in _OPERATIONS or (name == "Pow" and not expr.args[1].is_Integer):

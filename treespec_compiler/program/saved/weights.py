@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...ir.stored_weights import Dequantized, Pack, Quantized
 from ...ir.weights import Arange, Expression, Join, Lone, Shard, Slice, Source, Table, Transpose
-from ...passes.attention.score_pack import ScoreTable
 from .graph import GraphReader, GraphWriter
 from .values import CannotLoad, CannotSave, device_of, named, of_name
+
+if TYPE_CHECKING:
+    from ...passes.attention.score_pack import ScoreTable
 
 
 def written(made: Expression, graphs: GraphWriter) -> list[Any]:
@@ -37,8 +39,11 @@ def written(made: Expression, graphs: GraphWriter) -> list[Any]:
         return ["pack", written(made.of, graphs), made.form]
     if isinstance(made, Arange):
         return ["arange", made.size, str(made.device)]
-    if isinstance(made, Table) and isinstance(made.function, ScoreTable):
-        return _table(made, made.function, graphs)
+    if isinstance(made, Table):
+        from ...passes.attention.score_pack import ScoreTable
+
+        if isinstance(made.function, ScoreTable):
+            return _table(made, made.function, graphs)
     raise CannotSave(f"a weight made by {type(made).__name__}")
 
 
@@ -66,6 +71,8 @@ def _dequantized(graphs: GraphReader, q: Any, steps: Any, zeros: Any, dtype: str
 
 
 def _scores(graphs: GraphReader, mask: Any, about: Any, inputs: Any, shape: Any, dtype: str, device: str) -> Expression:
+    from ...passes.attention.score_pack import ScoreTable
+
     tokens, kind, heads, limit, seen = about
     function = ScoreTable(graphs.read(mask), tokens, kind, heads, limit, seen)
     of = tuple((name, read(part, graphs)) for name, part in inputs)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....ir.outputs import PREFIX
 from ....ir.verify import LOGITS
-from ....passes.tap import PREFIX
 from ....program.tree_program import TreeProgram
 from ...cost.latency import LatencyTable, Point
 from .checkpoint import Tensors, read_config, read_tensors, unreadable

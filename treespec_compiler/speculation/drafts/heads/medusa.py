@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....errors import InvalidOption
-from ....passes.tap import HEAD
+from ....ir.outputs import HEAD
 from ....program.tree_program import TreeProgram
 from ...cost.latency import LatencyTable, Point
 from ...policies.protocol import Limits, TreePolicy
