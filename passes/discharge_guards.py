@@ -29,6 +29,8 @@ log = logger(__name__)
 
 # Analyses of other regions; each takes as long as the first.
 MOST_REGIONS = 8
+# A context of fewer tokens is no use.
+SHORTEST = 64
 
 _SAME = "make the forward pass the same for every number of tokens"
 
@@ -48,55 +50,98 @@ def discharge_guards(state: GraphState) -> int:
 
 def decide_guards(state: GraphState, analyse: Callable[[int], GraphState], max_context: int | None) -> list[Limit]:
     """Decide every guard on the number of tokens; returns the capacity limits found. Raises `Unsupported`."""
-    limits: list[Limit] = []
-    regions: list[Guards] = [about_length(state.guards, state.length)]
-    ceiling = max_context or LONGEST
+    found = _Found(state, about_length(state.guards, state.length), max_context or LONGEST)
     for _ in range(MOST_REGIONS):
-        if (limit := decided(regions, state.length)) is not None and limit not in limits:
-            limits.append(limit)
-            ceiling = min(ceiling, DECIDED)
-        other = uncovered(regions, state.length, ceiling)
+        other = found.next_length()
         if other is None:
-            return limits
-        guard = next(g for g in regions[0] if not holds(g, state.length, other))
-        try:
-            there = analyse(other)
-        except PassError:  # a bug of ours says nothing about the model
-            raise
-        except (TreespecError, AssertionError, RuntimeError, IndexError, ValueError) as error:
-            if is_lone(regions[0], state.length, other) and _specialised(error):
-                state.lone_lengths.append(other)  # compared with the model itself once there is something to run
-                regions.append([sympy.Eq(state.length, other)])
-                continue
-            if other < _example(state):
-                raise Unsupported(
-                    Refusal.BRANCH,
-                    f"the model takes another branch unless {guard} (T = {state.length} tokens), and with {other} "
-                    f"tokens it cannot be analysed: {str(error).splitlines()[0]}",
-                    way_out=_SAME,
-                ) from error
-            what = "there is no graph (a table ends, or the code raises)"
-            if isinstance(error, Unsupported) and error.kind not in _ENDS:
-                what = f"the model cannot be converted ({error.reason})"
-            limits.append(Limit(other - 1, f"from {other} tokens on {what}: {guard}"))
-            ceiling = other - 1
-            continue
-        if same_program(there, state, reach(there.guards, there.length)):
-            regions.append(about_length(there.guards, there.length, state.length))
-        elif same_program(there, state, reach(state.guards, state.length)):
-            regions = [
-                about_length(there.guards, there.length),
-                about_length(state.guards, state.length, there.length),
-            ]
-            state.become(there)
-        else:
-            raise _too_short(guard, state, other, "does something else there")
-    raise Unsupported(
-        Refusal.BRANCH,
-        f"the model branches on the number of tokens in more than {MOST_REGIONS} ways: "
-        f"{', '.join(map(str, regions[0]))}",
-        way_out=_SAME,
-    )
+            return found.limits
+        _decide(found, analyse, other)
+    other = found.next_length()
+    if other is not None and other <= SHORTEST:
+        raise Unsupported(
+            Refusal.BRANCH,
+            f"the model branches on the number of tokens in more than {MOST_REGIONS} ways: "
+            f"{', '.join(map(str, found.regions[0]))}",
+            way_out=f"{_SAME}; in a loop over pieces of the text, take pieces as long as the longest text",
+        )
+    if other is not None:
+        found.ends_before(other, f"the model branches on the number of tokens in more than {MOST_REGIONS} ways")
+    return found.limits
+
+
+class _Found:
+    """The regions of lengths that are known to be the same program, and where the context ends."""
+
+    def __init__(self, state: GraphState, region: Guards, ceiling: int) -> None:
+        self.state, self.regions, self.ceiling = state, [region], ceiling
+        self.limits: list[Limit] = []
+        self.failed: set[int] = set()
+        """Lengths that the trace takes for constants."""
+
+    def next_length(self) -> int | None:
+        limit = decided(self.regions, self.state.length)
+        if limit is not None and limit not in self.limits:
+            self.limits.append(limit)
+            self.ceiling = min(self.ceiling, DECIDED)
+        return uncovered(self.regions, self.state.length, self.ceiling)
+
+    def ends_before(self, other: int, why: str) -> None:
+        self.limits.append(Limit(other - 1, f"from {other} tokens on {why}"))
+        self.ceiling = other - 1
+
+    def is_alone(self, other: int) -> bool:
+        """Whether a length that the trace takes for a constant stands alone: it is then compared with the model itself
+        once there is something to run."""
+        if not is_lone(self.regions[:1], self.state.length, other) and not is_lone(
+            self.regions, self.state.length, other
+        ):
+            return False
+        self.state.lone_lengths.append(other)
+        self.failed.discard(other)
+        self.regions.append([sympy.Eq(self.state.length, other)])
+        return True
+
+
+def _decide(found: _Found, analyse: Callable[[int], GraphState], other: int) -> None:
+    """Analyse the model with `other` tokens, which no region holds."""
+    state = found.state
+    if other in found.failed and found.is_alone(other):
+        return
+    while other in found.failed:
+        other += 1
+    guard = next(g for g in found.regions[0] if not holds(g, state.length, other))
+    try:
+        there = analyse(other)
+    except PassError:  # a bug of ours says nothing about the model
+        raise
+    except (TreespecError, AssertionError, RuntimeError, IndexError, ValueError) as error:
+        if _specialised(error) and found.is_alone(other):
+            return
+        if _specialised(error) and not found.failed:
+            found.failed.add(other)  # as where the last of several pieces is one token: the next length shows more
+            return
+        if other < _example(state):
+            raise Unsupported(
+                Refusal.BRANCH,
+                f"the model takes another branch unless {guard} (T = {state.length} tokens), and with {other} "
+                f"tokens it cannot be analysed: {str(error).splitlines()[0]}",
+                way_out=_SAME,
+            ) from error
+        what = "there is no graph (a table ends, or the code raises)"
+        if isinstance(error, Unsupported) and error.kind not in _ENDS:
+            what = f"the model cannot be converted ({error.reason})"
+        found.ends_before(min({other, *found.failed}), f"{what}: {guard}")
+        return
+    if same_program(there, state, reach(there.guards, there.length)):
+        found.regions.append(about_length(there.guards, there.length, state.length))
+    elif same_program(there, state, reach(state.guards, state.length)):
+        found.regions = [
+            about_length(there.guards, there.length),
+            about_length(state.guards, state.length, there.length),
+        ]
+        state.become(there)
+    else:
+        raise _too_short(guard, state, other, "does something else there")
 
 
 def _example(state: GraphState) -> int:

@@ -21,12 +21,31 @@ def decided(form: Form) -> Form:
     if not form.expr.free_symbols & telling:
         return form
     known: dict[Any, Any] = {}
+    for extreme in form.expr.atoms(Application):
+        if extreme.func.__name__ in ("Min", "Max") and extreme.free_symbols & telling:
+            found = _least_or_most(extreme, form)
+            if found != extreme:
+                known[extreme] = found
+    if known:
+        return decided(Form(form.expr.xreplace(known), form.shape))
     for atom in form.expr.atoms(Relational):
         if atom.free_symbols & telling:
             found = _settled(atom, form)
             if found != atom:
                 known[atom] = found
     return Form(form.expr.xreplace(known), form.shape) if known else form
+
+
+def _least_or_most(extreme: Any, form: Form) -> Any:
+    """A `Min` or `Max` without the numbers that it never is, such as T - 1 as the least of it and an index below T."""
+    kept = list(extreme.args)
+    for number in extreme.args:
+        for other in kept:
+            gap = other - number if extreme.func.__name__ == "Min" else number - other
+            if other is not number and _always(sympy.LessThan(gap, 0, evaluate=False), form):
+                kept.remove(number)
+                break
+    return kept[0] if len(kept) == 1 else extreme.func(*kept)
 
 
 def _settled(atom: Any, form: Form) -> Any:

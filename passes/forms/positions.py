@@ -22,6 +22,7 @@ from treespec_compiler.ir.provenance import op_name, source_line
 from treespec_compiler.ir.specs import Limit
 
 from ..framework.state import GraphState, refuse
+from ..locality.token_rules import RULES
 from .by_value import LONGEST, SampledValues, proved_up_to, same_bits, same_up_to, signature
 from .closed_form import ClosedForms, Form, axis, shape_of
 from .evaluate import cone
@@ -45,12 +46,7 @@ _SIZE_OPS = {
 }  # fmt: skip
 
 
-_COMPARISONS = {"aten.eq", "aten.ne", "aten.lt", "aten.le", "aten.gt", "aten.ge"}
-_OF_ANSWERS = {
-    "aten.bitwise_not", "aten.logical_not", "aten.bitwise_and", "aten.logical_and", "aten.bitwise_or",
-    "aten.logical_or", "aten.__and__", "aten.__or__", "aten.add", "aten.mul", "aten.sub", "aten.rsub", "aten.where",
-    "aten._to_copy",
-}  # fmt: skip
+_MOVES = {"aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.expand", "aten.transpose", "aten.permute"}
 
 
 def position_cut(state: GraphState) -> dict[fx.Node, Cut]:
@@ -58,7 +54,7 @@ def position_cut(state: GraphState) -> dict[fx.Node, Cut]:
     forms = state.closed_forms()
     cut: dict[fx.Node, Cut] = {}
     for node in state.graph.nodes:
-        _refuse_length_as_number(state, node)
+        _refuse_length_as_number(state, forms, node)
         if node.op == "output" or not any(forms.of(user) is None for user in node.users):
             continue
         if _follows(state, forms, node):
@@ -179,7 +175,7 @@ def _descend(state: GraphState, forms: ClosedForms, node: fx.Node, cut: dict[fx.
             _descend(state, forms, source, cut)
         return
     offset = None if form.is_bool else _offset(form.expr, axis(at))
-    if offset is not None and _counts(state, node, at, offset):
+    if offset is not None and (offset >= 0 or not sources) and _counts(state, node, at, offset):
         if offset < 0:
             raise refuse(Refusal.POSITIONS, f"positions start below zero: {text}", node)
         cut[node] = Cut("position", at, offset)
@@ -188,13 +184,14 @@ def _descend(state: GraphState, forms: ClosedForms, node: fx.Node, cut: dict[fx.
     if sliced is not None:
         cut[node] = Cut("table", at, sliced)
         return
-    if not sources or not (_may_descend(form, at) or _answers(state, forms, node, at)):
+    if not sources or not (_may_descend(form, at) or _by_token(state, forms, node, at)):
         raise refuse(
             Refusal.POSITIONS,
             f"positions are not i + constant but {text}",
             node,
             "positions must count the tokens one by one",
         )
+    _refuse_length_as_number(state, None, node)
     for source in sources:
         _descend(state, forms, source, cut)
 
@@ -205,7 +202,7 @@ def _offset(expr: Any, symbol: sympy.Symbol) -> int | None:
 
 
 def _may_descend(form: Form, at: int) -> bool:
-    """A function of the position that no bound cuts off, or a read of a table at `position + constant`.
+    """A function of the position in one piece, or a read of a table at `position + constant`.
 
     The operands then decide, and the function itself is applied to the tree's positions.
     """
@@ -215,16 +212,23 @@ def _may_descend(form: Form, at: int) -> bool:
     return not any(symbol in chosen.free_symbols for chosen in _choices(expr))
 
 
-def _answers(state: GraphState, forms: ClosedForms, node: fx.Node, at: int) -> bool:
-    """Whether each position is compared with a number, such as 0, or something is made of such answers token by token:
-    a node's own position gives its answer.
+def _by_token(state: GraphState, forms: ClosedForms, node: fx.Node, at: int) -> bool:
+    """Whether positions are clamped, compared, wrapped or chosen between, or such numbers are computed with, token by
+    token: a node's own position gives its number, as one of a text's places does (ChatGLM's clipped positions).
     """
-    if op_name(node) in _COMPARISONS:
-        return type(node.args[1]) in (int, float)
-    if op_name(node) not in _OF_ANSWERS:
+    name = op_name(node)
+    if RULES.get(name) is not RULES["aten.add"] and name not in _MOVES and not _reads(node):
         return False
     followed = [(a, forms.of(a)) for a in node.all_input_nodes if _follows(state, forms, a)]
-    return all(form is not None and (_may_descend(form, at) or _answers(state, forms, a, at)) for a, form in followed)
+    return all(
+        form is not None
+        and (_may_descend(form, _dim(form, state)) or a.op != "call_function" or _by_token(state, forms, a, at))
+        for a, form in followed
+    )
+
+
+def _dim(form: Form, state: GraphState) -> int:
+    return next(iter(_token_dims(state, form)), 0)
 
 
 def _choices(expr: Any) -> Iterator[Any]:
@@ -247,7 +251,12 @@ def _table_slice(state: GraphState, forms: ClosedForms, node: fx.Node, at: int) 
     return start if isinstance(start, int) and start >= 0 and step == 1 else None
 
 
-def _refuse_length_as_number(state: GraphState, node: fx.Node) -> None:
+def _refuse_length_as_number(state: GraphState, forms: ClosedForms | None, node: fx.Node) -> None:
+    """`forms`: what has a form without the number of tokens is let pass; it is asked for again where it stays in the
+    graph, below the cut (None)."""
+    form = None if forms is None else forms.of(node)
+    if form is not None and state.length not in form.expr.free_symbols:
+        return
     if node.op != "call_function" or op_name(node) in _SIZE_OPS:
         return
     value = node.meta.get("val")
@@ -294,8 +303,9 @@ def table_limits(state: GraphState) -> list[tuple[fx.Node, int | None, int]]:
             if offset is not None:
                 found.append((node, offset, int(size) - offset))
                 continue
-            limit = _first_outside(form.expr, axis(dims[0]), int(size))
-            limit = limit or _leaves_table(forms, index, dims[0], form, int(size))
+            grows = _may_descend(form, dims[0])
+            limit = _first_outside(form.expr, axis(dims[0]), int(size)) if grows else None
+            limit = limit or _leaves_table(state, index, dims[0], form, int(size), grows)
             if limit is not None:
                 found.append((node, None, limit))
     return found
@@ -322,19 +332,29 @@ def _first_outside(expr: Any, symbol: sympy.Symbol, size: int) -> int | None:
     return low
 
 
-def _leaves_table(forms: ClosedForms, index: fx.Node, at: int, form: Form, size: int) -> int | None:
-    """The first position whose number, read from another table, is no row of a table; None: none is."""
+def _leaves_table(state: GraphState, index: fx.Node, at: int, form: Form, size: int, grows: bool) -> int | None:
+    """The first position whose number, read from another table or, unless it `grows` with the position, computed in
+    whatever way, is no row of a table; None: none is."""
+    forms = state.closed_forms()
     read = next(iter(form.tables), None)
-    if read is None or form.expr.free_symbols != {axis(at)}:
-        return None
-    lengths = [int(s) for s, i in zip(forms.tables[str(read.func)].shape, read.args, strict=True) if i == axis(at)]
+    lengths = [] if grows else [_LOOKED_AT]
+    if read is not None:
+        if form.expr.free_symbols != {axis(at)}:
+            return None
+        tables = zip(forms.tables[str(read.func)].shape, read.args, strict=True)
+        lengths = [int(s) for s, i in tables if i == axis(at)] or lengths
     if not lengths:
         return None
-    numbers = SampledValues(index, forms.gm, forms.tokens, forms.constants, None).at(
-        lengths[0], [None] * len(form.shape)
-    )
-    outside = ((numbers < 0) | (numbers >= size)).movedim(at, 0).reshape(lengths[0], -1).any(1).nonzero()
-    return int(outside[0]) if len(outside) else None
+    length = min(lengths[0], state.max_context or lengths[0])
+    numbers = SampledValues(index, forms.gm, forms.tokens, forms.constants, None).at(length, [None] * len(form.shape))
+    outside = ((numbers < 0) | (numbers >= size)).movedim(at, 0).reshape(length, -1).any(1).nonzero()
+    if len(outside):
+        return int(outside[0])
+    return None if read is not None or length < _LOOKED_AT else length
+
+
+# Positions whose numbers are computed one by one; a context ends here where they do not grow with the position.
+_LOOKED_AT = 1 << 18
 
 
 def _reads(node: fx.Node) -> list[tuple[fx.Node, int, Any]]:

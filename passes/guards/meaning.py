@@ -30,6 +30,7 @@ def meaning(state: GraphState, reach: int | None = None) -> tuple[Any, ...]:
     """What must agree for two analyses to be the same program of at most `reach` tokens: sites, masks, and the data
     graph op by op."""
     names: dict[Any, int] = {}
+    sizes: dict[Any, int] = {}
 
     def key(value: Any) -> Any:
         if hasattr(value, "op"):
@@ -41,8 +42,10 @@ def meaning(state: GraphState, reach: int | None = None) -> tuple[Any, ...]:
         return str(value)
 
     rows: list[Any] = []
+    read = _read(state)
     for node in state.graph.nodes:
-        names[node] = len(names)
+        if node not in read:
+            continue  # such as a size that only a spelling which is gone asked for
         what: Any = str(node.target) if node.op == "call_function" else node.op
         if node.op == "placeholder":
             what = state.weights.label(node.name) or "input"
@@ -51,12 +54,28 @@ def meaning(state: GraphState, reach: int | None = None) -> tuple[Any, ...]:
         args, kwargs = node.args, node.kwargs
         if node.target is ops.causal_attention:
             args, kwargs = _attention_args(node, reach), {}
-        rows.append((node.op, what, key(args), key(kwargs)))
+        row = (node.op, what, key(args), key(kwargs))
+        if isinstance(node.meta.get("val"), torch.SymInt) and node.op == "call_function":
+            if row in sizes:
+                names[node] = sizes[row]  # a size may be asked for once or twice
+                continue
+            sizes[row] = len(rows)
+        names[node] = len(rows)
+        rows.append(row)
     masks = tuple(
         (_within(s.mask, reach), s.scale, s.heads, s.kv_heads, s.softcap, s.bias, s.sinks, s.activation)
         for s in state.sites
     )
     return masks, tuple(rows), tuple(_contents(state.constants[name]) for name in state.weights.derived)
+
+
+def _read(state: GraphState) -> set[Any]:
+    """Every input, and the nodes that the output is computed from."""
+    read: set[Any] = set()
+    for node in reversed(state.graph.nodes):
+        if node.op != "call_function" or node in read:
+            read |= {node, *node.all_input_nodes}
+    return read
 
 
 def _attention_args(node: Any, reach: int | None) -> tuple[Any, ...]:

@@ -74,15 +74,17 @@ def reach(guards: Guards, length: sympy.Symbol) -> int | None:
     return None if LONGEST in inside or not inside else max(inside)
 
 
-def is_lone(guards: Guards, length: sympy.Symbol, other: int) -> bool:
-    """Whether no more than MOST_LONE lengths side by side are excluded, this one among them: `T != other`, say.
+def is_lone(regions: Sequence[Guards], length: sympy.Symbol, other: int) -> bool:
+    """Whether no more than MOST_LONE lengths side by side lie in none of the regions, this one among them: `T != other`,
+    say.
 
     A single token is compared with the model anyway.
     """
-    failed = [g for g in guards if not holds(g, length, other)]
+    # Of one region, the guards that the length itself breaks: another guard may end the region elsewhere.
+    asked = [[g for g in region if not holds(g, length, other)] if len(regions) == 1 else region for region in regions]
 
     def excluded(n: int) -> bool:
-        return n > 1 and not all(holds(g, length, n) for g in failed)
+        return n > 1 and not any(all(holds(g, length, n) for g in region) for region in asked)
 
     first, last = other, other
     while excluded(first - 1) and other - first < MOST_LONE:

@@ -20,11 +20,9 @@ from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
 from ..framework.state import GraphState
-from ..guards.numeric import of_whole_numbers
-from ..guards.regions import DECIDED
 from ..locality.token_rules import RULES
 from .cut_places import Counted, dimension_before
-from .sizes import refresh
+from .sizes import refresh, same_size
 
 
 def spell_joined_pieces(state: GraphState, node: fx.Node) -> bool:
@@ -34,37 +32,18 @@ def spell_joined_pieces(state: GraphState, node: fx.Node) -> bool:
         return False
     dim = int(argument(node, "dim")) % len(shape_of(node))
     dtype = node.meta["val"].dtype
-    if not _same_size(state, shape_of(node)[dim], state.length) or any(p.meta["val"].dtype != dtype for p in pieces):
+    if not same_size(state, shape_of(node)[dim], state.length) or any(p.meta["val"].dtype != dtype for p in pieces):
         return False
     try:
         new = AllPieces(state, node).of(pieces, dim)
     except Counted:
         return False
-    if not all(_same_size(state, a, b) for a, b in zip(shape_of(new), shape_of(node), strict=True)):
+    if not all(same_size(state, a, b) for a, b in zip(shape_of(new), shape_of(node), strict=True)):
         return False
     node.replace_all_uses_with(new)
     state.graph.erase_node(node)
     refresh(state, new)
     return True
-
-
-def _same_size(state: GraphState, a: Any, b: Any) -> bool:
-    """Whether two sizes are the same for every number of tokens that the trace is for; of a few, each is looked at."""
-    gap = a - b
-    if gap == 0 or sympy.simplify(gap) == 0:
-        return True
-    if gap.free_symbols - {state.length}:
-        return False
-    guards = [of_whole_numbers(g, state.length) for g in state.guards]
-    known = [g for g in guards if g is not None]
-    if len(known) < len(guards):
-        return False
-    inside = [n for n in range(2, DECIDED + 1) if all(g(n) for g in known)]
-    few = bool(inside) and inside[-1] < _FEW
-    return few and all(gap.xreplace({state.length: sympy.Integer(n)}) == 0 for n in inside)
-
-
-_FEW = 16
 
 
 class AllPieces:
@@ -106,10 +85,24 @@ class AllPieces:
             if covered is not None:
                 return covered
         name = op_name(first)
+        if first.target is operator.getitem:
+            return self._part(pieces, dim)
         rule = _RULES.get(name) or (_pointwise if RULES.get(name) is RULES["aten.add"] else None)
         if rule is None:
             raise Counted
         return self.state.call(first.target, tuple(rule(self, pieces, dim)), dict(first.kwargs), like=self.at)
+
+    def _part(self, pieces: Sequence[fx.Node], dim: int) -> fx.Node:
+        """One of several results: a part along another dimension, or an extreme and its place."""
+        sources: list[Any] = [p.args[0] for p in pieces]
+        name = op_name(sources[0])
+        rule = _reduced if name in _EXTREMES else _along if name in _PARTED else None
+        if rule is None or not all(s.target is sources[0].target and s.kwargs == sources[0].kwargs for s in sources):
+            raise Counted
+        several = self.state.call(
+            sources[0].target, tuple(rule(self, sources, dim)), dict(sources[0].kwargs), like=self.at
+        )
+        return self.state.call(operator.getitem, (several, *self.same(pieces, 1)), like=self.at)
 
     def same(self, pieces: Sequence[fx.Node], start: int) -> list[Any]:
         """The arguments from `start` on, which must be the same for all pieces."""
@@ -119,6 +112,9 @@ class AllPieces:
 
 
 aten = torch.ops.aten
+
+_EXTREMES = ("aten.max", "aten.min")
+_PARTED = ("aten.split", "aten.split_with_sizes", "aten.chunk")
 
 _Rule = Callable[[AllPieces, Sequence[fx.Node], int], list[Any]]
 
@@ -142,10 +138,10 @@ def _slices(state: GraphState, pieces: Sequence[fx.Node], dim: int) -> fx.Node |
         along = int(argument(piece, "dim")) % len(shape_of(piece))
         if piece.args[0] is not source or along != dim or argument(piece, "step") != 1:
             return None
-        if not _same_size(state, _size(argument(piece, "start") or 0), place):
+        if not same_size(state, _size(argument(piece, "start") or 0), place):
             return None
         place = place + shape_of(piece)[dim]
-    return source if _same_size(state, place, shape_of(source)[dim]) else None
+    return source if same_size(state, place, shape_of(source)[dim]) else None
 
 
 def _size(value: Any) -> Any:
@@ -195,9 +191,46 @@ def _normalised(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[A
 def _along(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
     """An op along another dimension, which keeps all of them."""
     over: Any = argument(pieces[0], "dim")
-    if not isinstance(over, int) or over % len(shape_of(pieces[0])) == dim:
+    if not isinstance(over, int) or over % len(shape_of(pieces[0].args[0])) == dim:
         raise Counted
     return [whole.of([p.args[0] for p in pieces], dim), *whole.same(pieces, 1)]
+
+
+def _reduced(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
+    """A sum, mean or extreme over other dimensions, which stay as ones or go."""
+    rank = len(shape_of(pieces[0].args[0]))
+    asked: Any = argument(pieces[0], "dim")
+    if asked is None or asked == []:
+        raise Counted
+    gone = {int(d) % rank for d in (asked if isinstance(asked, (list, tuple)) else [asked])}
+    kept = list(range(rank)) if argument(pieces[0], "keepdim") else [d for d in range(rank) if d not in gone]
+    if kept[dim] in gone:
+        raise Counted
+    return [whole.of([p.args[0] for p in pieces], kept[dim]), *whole.same(pieces, 1)]
+
+
+def _reshaped(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
+    """Where as many elements stand in front of the pieces' rows, and behind them, as before."""
+    source, sizes = pieces[0].args[0], pieces[0].args[1]
+    before, after = shape_of(source), shape_of(pieces[0])
+    front, rows = sympy.prod(after[:dim]), after[dim]
+    found = [i for i, s in enumerate(before) if s == rows and sympy.prod(before[:i]) == front]
+    behind = [p.args[1][dim + 1 :] for p in pieces]
+    if len(found) != 1 or not all(
+        _alike((p.args[1][:dim], b), (sizes[:dim], behind[0])) for p, b in zip(pieces, behind)
+    ):
+        raise Counted
+    new = whole.of([p.args[0] for p in pieces], found[0])
+    length = whole.state.call(aten.sym_size.int, (new, found[0]), like=whole.at)
+    return [new, [*sizes[:dim], length, *sizes[dim + 1 :]]]
+
+
+def _joined(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
+    """A `cat` along another dimension."""
+    parts: list[Any] = [p.args[0] for p in pieces]
+    if int(argument(pieces[0], "dim")) % len(shape_of(pieces[0])) == dim or len({len(p) for p in parts}) != 1:
+        raise Counted
+    return [[whole.of(part, dim) for part in zip(*parts, strict=True)], *whole.same(pieces, 1)]
 
 
 def _attention(whole: AllPieces, pieces: Sequence[fx.Node], dim: int) -> list[Any]:
@@ -240,6 +273,10 @@ _RULES: dict[str, _Rule] = {
     "aten.rms_norm": _normalised,
     "aten.softmax": _along,
     "aten.log_softmax": _along,
+    **dict.fromkeys(("aten.amax", "aten.amin", "aten.sum", "aten.mean", "aten.logsumexp", "aten.var"), _reduced),
+    "aten.reshape": _reshaped,
+    "aten.cat": _joined,
+    "aten.slice": _along,
     "aten.unsqueeze": _moved,
     "aten.squeeze": _moved,
     "aten.transpose": _moved,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -14,6 +15,8 @@ from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import shape_of
 from ..framework.state import GraphState
+from ..guards.numeric import of_whole_numbers
+from ..guards.regions import DECIDED
 
 
 def spell_size(state: GraphState, node: fx.Node) -> bool:
@@ -24,13 +27,43 @@ def spell_size(state: GraphState, node: fx.Node) -> bool:
     plain = value.node.expr.replace(
         lambda e: type(e).__name__ == "FloorDiv", lambda e: sympy.floor(e.args[0] / e.args[1])
     )
-    if plain != state.length:
+    if plain != state.length and not (_lengths(state) and same_size(state, value.node.expr, state.length)):
         return False
     new = state.call(torch.ops.aten.sym_size.int, (state.node(state.tokens), 1), like=node)
     node.replace_all_uses_with(new)
     state.graph.erase_node(node)
     refresh(state, new)
     return True
+
+
+def same_size(state: GraphState, a: Any, b: Any) -> bool:
+    """Whether two sizes are the same for every number of tokens that the trace is for; of a few, each is looked at."""
+    gap = a - b
+    if gap == 0:
+        return True
+    few = _lengths(state) if not gap.free_symbols - {state.length} else ()
+    if few:
+        return all(gap.xreplace({state.length: sympy.Integer(n)}) == 0 for n in few)
+    return bool(sympy.simplify(gap) == 0)
+
+
+def _lengths(state: GraphState) -> tuple[int, ...]:
+    """The numbers of tokens that the trace is for, where they are few; (): they are many."""
+    return _inside(tuple(state.guards), state.length)
+
+
+@functools.lru_cache(maxsize=64)
+def _inside(guards: tuple[Any, ...], length: sympy.Symbol) -> tuple[int, ...]:
+    functions = [of_whole_numbers(g, length) for g in guards]
+    known = [f for f in functions if f is not None]
+    if len(known) < len(functions):
+        return ()
+    if any(all(f(n) for f in known) for n in range(FEW, DECIDED + 1)):
+        return ()
+    return tuple(n for n in range(2, FEW) if all(f(n) for f in known))
+
+
+FEW = 16
 
 
 def same_sizes(a: fx.Node, b: fx.Node) -> bool:
@@ -50,10 +83,16 @@ def refresh(state: GraphState, changed: fx.Node, skip: Collection[str] = ()) -> 
             continue
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with state.fake_mode, enable_python_dispatcher():
-            value = node.target(*args, **kwargs)
+            value = _LAID_OUT.get(node.target, node.target)(*args, **kwargs)
         if _shapes(value) != _shapes(node.meta["val"]):
             node.meta["val"] = value
             stale.add(node)
+
+
+# NOTE a view is only legal for the strides of the trace, which may be others now.
+_LAID_OUT: dict[Any, Any] = dict.fromkeys(
+    (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default), torch.ops.aten.reshape.default
+)
 
 
 def _shapes(value: Any) -> list[str]:

@@ -59,6 +59,29 @@ class XPos(ComplexRope):
         return Style.attend(self, self.turn(q), self.turn(k, -1), v, layer)
 
 
+class ClippedPositions(ComplexRope):
+    """ChatGLM: a place that ends with the prompt, and one that counts what follows it, each turns a half of a head."""
+
+    def turn(self, x: Tensor) -> Tensor:
+        place = torch.arange(x.shape[2]).clamp(max=x.shape[2] - 1)
+        return torch.cat([self.by(x[..., :2], place.clamp(max=5)), self.by(x[..., 2:], (place - 5).clamp(min=0))], -1)
+
+    def by(self, x: Tensor, place: Tensor) -> Tensor:
+        angle = place[:, None] * torch.tensor([0.7, 0.7])
+        return x * angle.cos() + torch.cat([-x[..., 1:], x[..., :1]], -1) * angle.sin()
+
+
+class ClippedTable(Style):
+    """Learned positions of which the last one goes on, and another table that begins anew."""
+
+    def setup(self) -> None:
+        self.rounds = nn.Embedding(7, DIM)
+
+    def positions(self, ids: Tensor) -> Tensor:
+        place = torch.arange(ids.shape[1])
+        return self.wpe(place.clamp(max=6)) + self.rounds(place % 7)
+
+
 class DeepNorm(Style):
     """Post-norm with a factor on the residual; GLU feed-forward."""
 
@@ -199,6 +222,8 @@ CONVERTED: tuple[type[nn.Module], ...] = (
     ComplexRope,
     PartialRopeInterleaved,
     XPos,
+    ClippedPositions,
+    ClippedTable,
     DeepNorm,
     Universal,
     ValueResidual,
