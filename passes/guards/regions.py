@@ -75,8 +75,7 @@ def reach(guards: Guards, length: sympy.Symbol) -> int | None:
 
 
 def is_lone(regions: Sequence[Guards], length: sympy.Symbol, other: int) -> bool:
-    """Whether no more than MOST_LONE lengths side by side lie in none of the regions, this one among them: `T != other`,
-    say.
+    """Whether no more than MOST_LONE lengths side by side, this one among them, lie in none of the regions (`T != n`).
 
     A single token is compared with the model anyway.
     """

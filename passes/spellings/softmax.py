@@ -1,6 +1,6 @@
 """One spelling of softmax over the last dimension: exponentials over their sum, with or without a maximum taken off.
 
-    exp(x) / sum(exp(x))                    softmax(x)
+    exp(x) / sum(exp(x))                    softmax(x); so too exp(x) v / sum(exp(x))
     exp(x - logsumexp(x)), exp(log_softmax(x))      softmax(x)
     exp(x) / (1 + sum(exp(x)))              softmax([x, 0]) without its last column ("softmax one", Miller 2023)
     exp(x - m) / (exp(-m) + sum(exp(x - m)))        the same
@@ -27,7 +27,10 @@ aten = torch.ops.aten
 def spell_softmax(state: GraphState, node: fx.Node) -> bool:
     """Rewrite a softmax that is spelled out to `aten.softmax`; False for anything else."""
     name = op_name(node)
-    found = _quotient(state, node) if name == "aten.div" else _exponential(state, node) if name == "aten.exp" else None
+    if name == "aten.div":
+        found = _quotient(state, node, node) or _late_quotient(state, node)
+    else:
+        found = _exponential(state, node) if name == "aten.exp" else None
     if found is None:
         return False
     node.replace_all_uses_with(found)
@@ -55,10 +58,23 @@ def _exponential(state: GraphState, node: fx.Node) -> fx.Node | None:
     return _softmax(state, x, node) if _over_last(total, x) else None
 
 
-def _quotient(state: GraphState, node: fx.Node) -> fx.Node | None:
+def _late_quotient(state: GraphState, node: fx.Node) -> fx.Node | None:
+    """The product of a softmax with values where it is divided behind the product."""
+    product: Any = node.args[0]
+    if op_name(product) not in ("aten.matmul", "aten.bmm") or shape_of(product) != shape_of(node):
+        return None
+    below: Any = node.args[1]
+    if not isinstance(below, fx.Node) or shape_of(below) != (*shape_of(node)[:-1], 1):
+        return None  # one number a row
+    weights = _quotient(state, node, product)
+    return None if weights is None else state.call(product.target, (weights, product.args[1]), like=node)
+
+
+def _quotient(state: GraphState, node: fx.Node, over: fx.Node) -> fx.Node | None:
+    """The softmax that `node` is, a quotient over `over`: itself, or a product with exponentials."""
     if argument(node, "rounding_mode") is not None:
         return None
-    top, below = node.args[:2]
+    top, below = over.args[0], node.args[1]
     if not isinstance(top, fx.Node) or not isinstance(below, fx.Node) or op_name(top) != "aten.exp":
         return None
     x: Any = top.args[0]

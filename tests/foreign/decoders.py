@@ -128,6 +128,16 @@ class SoftmaxOne(Style):
         return e / ((-m).exp() + e.sum(-1, keepdim=True))
 
 
+class DividedBehind(Style):
+    """Exponentials times values, and only then over their sum and one (softmax one, with the maximum taken off)."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        scores = (q @ k.mT / 2).masked_fill(future(q.shape[2]), -math.inf)
+        most = scores.amax(-1, keepdim=True).clamp(min=0)
+        e = (scores - most).exp()
+        return e @ v / (e.sum(-1, keepdim=True) + (-most).exp())
+
+
 class LearnedScale(Style):
     def setup(self) -> None:
         self.scale = nn.Parameter(torch.rand(HEADS, 1, 1) + 0.5)
@@ -228,6 +238,7 @@ CONVERTED: tuple[type[nn.Module], ...] = (
     SoftmaxByLogSumExp,
     SoftmaxOfLogs,
     SoftmaxOne,
+    DividedBehind,
     LearnedScale,
     ScaledByLogLength,
     BucketsAndALargeNumber,

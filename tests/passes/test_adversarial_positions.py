@@ -95,16 +95,22 @@ class LastAlone(Tiny):
         return self.head(x * (1 + ~last * 0.5))
 
 
-@refused("")
+@converts
 class Clamped(Tiny):
     def positions(self, ids: Tensor) -> Tensor:
         return self.wpe(torch.arange(ids.shape[1]).clamp(max=7))
 
 
-@refused("")
+@converts
 class Wrapped(Tiny):
     def positions(self, ids: Tensor) -> Tensor:
         return self.wpe(torch.arange(ids.shape[1]) % 8)
+
+
+@refused("number of tokens")
+class ClampedInTheMiddle(Tiny):
+    def positions(self, ids: Tensor) -> Tensor:
+        return self.wpe(torch.arange(ids.shape[1]).clamp(max=ids.shape[1] // 2))
 
 
 @refused("")
