@@ -83,16 +83,16 @@ def refresh(state: GraphState, changed: fx.Node, skip: Collection[str] = ()) -> 
             continue
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with state.fake_mode, enable_python_dispatcher():
-            value = _LAID_OUT.get(node.target, node.target)(*args, **kwargs)
+            value = _target(node)(*args, **kwargs)
         if _shapes(value) != _shapes(node.meta["val"]):
             node.meta["val"] = value
             stale.add(node)
 
 
-# NOTE a view is only legal for the strides of the trace, which may be others now.
-_LAID_OUT: dict[Any, Any] = dict.fromkeys(
-    (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default), torch.ops.aten.reshape.default
-)
+def _target(node: fx.Node) -> Any:
+    """NOTE a view is only legal for the strides of the trace, which may be others now."""
+    view = op_name(node) in ("aten.view", "aten._unsafe_view") and node.target is not torch.ops.aten.view.dtype
+    return torch.ops.aten.reshape.default if view else node.target
 
 
 def _shapes(value: Any) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 import treespec_compiler as treespec
 
 
-@pytest.mark.family
+@pytest.mark.rare
 @pytest.mark.parametrize("style", CONVERTED, ids=lambda style: style.__name__)
 def test_rows_are_the_models_own(style: type[nn.Module]) -> None:
     model = built(style)
