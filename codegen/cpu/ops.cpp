@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "checksum.h"
+#include "encode.h"
 #include "linear.h"
 
 namespace treespec {
@@ -337,6 +338,27 @@ void commit_path(at::TensorList pools, const Tensor& src_in, const Tensor& dst_i
   }
 }
 
+// [N, K] float32 -> [panels, blocks, bytes] in `bits` bits a level, or nothing where a group has none of the `levels`.
+Tensor encoded(const Tensor& weight, int64_t bits, bool minimum, at::IntArrayRef levels) {
+  TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == at::kFloat && weight.dim() == 2 &&
+                  weight.size(1) % GROUP == 0 && levels.size() % 2 == 0 && (bits == 4 || bits == 5 || bits == 8),
+              "encoded takes a contiguous float32 matrix whose columns are in blocks of 32, pairs of levels, 4, 5 or 8 bits");
+  Tries tries;
+  for (size_t i = 0; i < levels.size(); i += 2) tries.emplace_back(int(levels[i]), int(levels[i + 1]));
+  const int64_t rows = weight.size(0), columns = weight.size(1), panels = (rows + PANEL - 1) / PANEL;
+  const int64_t bytes = (minimum ? 4 : 2) * PANEL + (bits == 8 ? 32 : bits == 5 ? 20 : 16) * PANEL;
+  Tensor packed = at::detail::empty_cpu({panels, columns / GROUP, bytes}, at::kByte);
+  const float* from = weight.const_data_ptr<float>();
+  char* to = reinterpret_cast<char*>(packed.mutable_data_ptr<uint8_t>());
+  std::atomic<bool> all{true};
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    const auto encode = bits == 4 ? encode_panel<4> : bits == 5 ? encode_panel<5> : encode_panel<8>;
+    for (int64_t p = begin; p < end && all; ++p)
+      if (!encode(from, rows, columns, p * PANEL, minimum, tries, to + p * (columns / GROUP) * bytes)) all = false;
+  });
+  return all ? packed : at::detail::empty_cpu({0}, at::kByte);
+}
+
 std::vector<int64_t> checksums(const std::vector<Tensor>& tensors) {
   struct Block {
     const char* bytes;
@@ -382,4 +404,5 @@ TORCH_LIBRARY_IMPL(treespec_cpu, CPU, m) {
   m.impl("tree_attention.numbered", TORCH_FN(treespec::tree_attention_numbered));
   m.impl("commit_path", TORCH_FN(treespec::commit_path));
   m.impl("checksums", TORCH_FN(treespec::checksums));
+  m.impl("encoded", TORCH_FN(treespec::encoded));
 }

@@ -8,8 +8,8 @@ from superblock_cases import superblocks
 from torch import Tensor
 
 from treespec_compiler.codegen import cpu
-from treespec_compiler.ir import ops
-from treespec_compiler.ir.narrow import FORMS, narrowest
+from treespec_compiler.ir import encoders, ops
+from treespec_compiler.ir.narrow import FORMS, _compiled, encode, narrowest
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ compiler")
 
@@ -92,3 +92,42 @@ def test_what_is_no_such_weight_is_an_error(form: str) -> None:
         cpu.PACKED_LINEAR(x, torch.randn(2, 64, 32), None, 40, form)
     with pytest.raises(RuntimeError, match="knows no form int3"):
         cpu.PACKED_LINEAR(x, packed, None, 40, "int3")
+
+
+LEVELS = [form for form, each in FORMS.items() if each.levels is not None]
+
+
+def in_torch(weight: Tensor, form: str, monkeypatch: pytest.MonkeyPatch) -> Tensor | None:
+    with monkeypatch.context() as without:
+        without.setattr(encoders, "_ENCODERS", {})
+        return encode(weight, FORMS[form])
+
+
+@pytest.mark.parametrize("form", LEVELS)
+def test_compiled_code_finds_the_same_blocks(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n, k in SIZES:
+        weight = by_value(form, n, k)
+        weight[n // 2] = 0.0
+        found, expected = _compiled(weight, FORMS[form]), in_torch(weight, form, monkeypatch)
+        assert found is not None and expected is not None and torch.equal(found, expected)
+        assert torch.equal(ops.unpack_weight(found, n, form).view(torch.int32), weight.view(torch.int32))
+
+
+@pytest.mark.parametrize("form", LEVELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, 1.0 + 2**-20])
+def test_compiled_code_finds_nothing_for_another_number(
+    form: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = by_value(form, 33, 64)
+    weight[32, 40] = value
+    assert _compiled(weight, FORMS[form]) is None and in_torch(weight, form, monkeypatch) is None
+    assert encode(weight, FORMS[form]) is None
+
+
+@pytest.mark.parametrize("form", LEVELS)
+def test_compiled_code_tells_zeros_of_either_sign_apart(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = by_value(form, 33, 64)
+    weight[32, 40] = -0.0  # a negative step has that for its level 0, where the group has no other zero
+    found, expected = _compiled(weight, FORMS[form]), in_torch(weight, form, monkeypatch)
+    assert (found is None) is (expected is None)
+    assert found is None or expected is None or torch.equal(found, expected)

@@ -22,10 +22,12 @@ tried where these are known.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from .encoders import encoder_of
 from .integers import INTEGERS
 from .panels import (
     GROUP,
@@ -43,6 +45,9 @@ from .panels import (
     same_bits,
 )
 from .superblocks import SUPERBLOCKS
+
+Pack: TypeAlias = Callable[[Tensor, int], Tensor]
+Unpack: TypeAlias = Callable[[Tensor], Tensor]
 
 CHUNK = 1 << 17
 """Values that are looked at and packed at a time: what stays in a core's cache, and bounds the memory it takes."""
@@ -239,20 +244,24 @@ def _of_values(encode: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor, T
     return lambda rows, headers: encode(rows)
 
 
+def _signed_form(name: str, bits: int, width: int, pack: Pack, unpack: Unpack) -> StorageForm:
+    encode = _of_values(_signed(bits, pack))
+    return StorageForm(name, torch.uint8, GROUP, width, encode, _from_signed(bits, unpack), (bits, False))
+
+
+def _form_with_minimum(name: str, bits: int, width: int, pack: Pack, unpack: Unpack) -> StorageForm:
+    encode = _of_values(_with_minimum(bits, pack))
+    return StorageForm(name, torch.uint8, GROUP, width, encode, _from_minimum(unpack), (bits, True))
+
+
 FORMS: dict[str, StorageForm] = {
     form.name: form
     for form in (  # narrowest first, and of equal ones the one that is widened faster
-        StorageForm("q4_0", torch.uint8, GROUP, 576, _of_values(_signed(4, nibbles)), _from_signed(4, from_nibbles)),
-        StorageForm(
-            "q4_1", torch.uint8, GROUP, 640, _of_values(_with_minimum(4, nibbles)), _from_minimum(from_nibbles)
-        ),
-        StorageForm(
-            "q5_0", torch.uint8, GROUP, 704, _of_values(_signed(5, five_bits)), _from_signed(5, from_five_bits)
-        ),
-        StorageForm(
-            "q5_1", torch.uint8, GROUP, 768, _of_values(_with_minimum(5, five_bits)), _from_minimum(from_five_bits)
-        ),
-        StorageForm("q8_0", torch.uint8, GROUP, 1088, _of_values(_encode_q8_0), _decode_q8_0),
+        _signed_form("q4_0", 4, 576, nibbles, from_nibbles),
+        _form_with_minimum("q4_1", 4, 640, nibbles, from_nibbles),
+        _signed_form("q5_0", 5, 704, five_bits, from_five_bits),
+        _form_with_minimum("q5_1", 5, 768, five_bits, from_five_bits),
+        StorageForm("q8_0", torch.uint8, GROUP, 1088, _of_values(_encode_q8_0), _decode_q8_0, (8, False)),
         StorageForm("bfloat16", torch.bfloat16, 1, PANEL, _of_values(_encode_bfloat16), _decode_bfloat16),
         StorageForm("float16", torch.float16, 1, PANEL, _of_values(_encode_float16), lambda p: by_row(p.float())),
         *SUPERBLOCKS,
@@ -281,8 +290,23 @@ def narrowest(weight: Tensor, known: tuple[str, Tensor] | None = None) -> str:
 
 
 def _holds(form: StorageForm, weight: Tensor, headers: Tensor | None = None) -> bool:
+    if not form.takes(weight.shape[1]):
+        return False
     pieces = _pieces(weight, headers)
-    return form.takes(weight.shape[1]) and all(form.encode(rows, part) is not None for _, rows, part in pieces)
+    return _compiled(weight, form) is not None or all(form.encode(rows, part) is not None for _, rows, part in pieces)
+
+
+def _compiled(weight: Tensor, form: StorageForm) -> Tensor | None:
+    """The packed weight from compiled code; None: there is none for it, or it found no levels for a group."""
+    encoder = encoder_of(weight) if form.levels is not None and weight.dtype is torch.float32 else None
+    if encoder is None or form.levels is None:
+        return None
+    bits, minimum = form.levels
+    if minimum:
+        levels = _pairs((1 << bits) - 1)
+    else:
+        levels = [(0, top) for top in (_EIGHT_BITS if bits == 8 else _outermost_first(-(1 << bits - 1)))]
+    return encoder(weight, bits, minimum, levels[: SOON + 1])
 
 
 def encode(weight: Tensor, form: StorageForm, headers: Tensor | None = None) -> Tensor | None:
@@ -290,6 +314,9 @@ def encode(weight: Tensor, form: StorageForm, headers: Tensor | None = None) -> 
 
     `headers`: [N, blocks, form.header] bytes, where the form has them.
     """
+    found = _compiled(weight, form)
+    if found is not None:
+        return found
     packed = torch.empty(form.shape(*weight.shape), dtype=form.dtype, device=weight.device)
     for panel, rows, known in _pieces(weight, headers):
         part = form.encode(rows, known)

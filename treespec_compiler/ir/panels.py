@@ -27,6 +27,8 @@ class StorageForm:
     """Its second argument: the headers of the blocks, [32 p, blocks, header] bytes, where the form has `header`."""
     decode: Callable[[Tensor], Tensor]
     """[p, blocks, width] -> [32 p, K] float32."""
+    levels: tuple[int, bool] | None = None
+    """Bits of a level, and whether a group has a minimum, where an `encoders.Encoder` may look for the groups."""
     header: int = 0
     """Bytes of a block that cannot be found from its values: they are known of a file (`ir.kept_blocks`), or not."""
 
