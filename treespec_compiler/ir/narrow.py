@@ -46,8 +46,8 @@ from .panels import (
 )
 from .superblocks import SUPERBLOCKS
 
-Pack: TypeAlias = Callable[[Tensor, int], Tensor]
-Unpack: TypeAlias = Callable[[Tensor], Tensor]
+PackLevels: TypeAlias = Callable[[Tensor, int], Tensor]
+UnpackLevels: TypeAlias = Callable[[Tensor], Tensor]
 
 CHUNK = 1 << 17
 """Values that are looked at and packed at a time: what stays in a core's cache, and bounds the memory it takes."""
@@ -244,12 +244,12 @@ def _of_values(encode: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor, T
     return lambda rows, headers: encode(rows)
 
 
-def _signed_form(name: str, bits: int, width: int, pack: Pack, unpack: Unpack) -> StorageForm:
+def _signed_form(name: str, bits: int, width: int, pack: PackLevels, unpack: UnpackLevels) -> StorageForm:
     encode = _of_values(_signed(bits, pack))
     return StorageForm(name, torch.uint8, GROUP, width, encode, _from_signed(bits, unpack), (bits, False))
 
 
-def _form_with_minimum(name: str, bits: int, width: int, pack: Pack, unpack: Unpack) -> StorageForm:
+def _form_with_minimum(name: str, bits: int, width: int, pack: PackLevels, unpack: UnpackLevels) -> StorageForm:
     encode = _of_values(_with_minimum(bits, pack))
     return StorageForm(name, torch.uint8, GROUP, width, encode, _from_minimum(unpack), (bits, True))
 
