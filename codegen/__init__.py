@@ -7,7 +7,7 @@ import torch
 from treespec_compiler.ir import library, ops
 from treespec_compiler.ir.registry import register_kernel
 
-from . import aten, aten_chosen_attention, aten_convolution, aten_recurrence, cpu
+from . import aten, aten_chosen_attention, aten_convolution, aten_exponential_recurrence, aten_recurrence, cpu
 from .gpu import (
     accept,
     commit,
@@ -25,6 +25,12 @@ register_kernel(ops.tree_attention, aten.TREE_ATTENTION, name="aten", optional=a
 register_kernel(ops.tree_chosen_attention, aten_chosen_attention.TREE_CHOSEN_ATTENTION, name="aten", priority=10)
 register_kernel(ops.tree_convolution, aten_convolution.TREE_CONVOLUTION, name="aten", priority=10)
 register_kernel(ops.tree_recurrence, aten_recurrence.TREE_RECURRENCE, name="aten", priority=10)
+register_kernel(
+    ops.tree_exponential_recurrence,
+    aten_exponential_recurrence.TREE_EXPONENTIAL_RECURRENCE,
+    name="aten",
+    priority=10,
+)
 for _op, _target, _optional in (
     (ops.tree_attention, cpu.TREE_ATTENTION, cpu.OPTIONAL),
     (ops.packed_linear, cpu.PACKED_LINEAR, None),

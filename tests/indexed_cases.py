@@ -82,6 +82,63 @@ class OneHead(Indexed):
         return torch.matmul(weights.unsqueeze(-2), products.relu()).squeeze(-2)
 
 
+class Blocks(Indexed):
+    """As MiniMax M3 writes it: each group of heads chooses blocks of keys, and sees its own one besides."""
+
+    size, best, local, groups = 4, 2, 1, 2
+
+    def block_scores(self, h: Tensor, layer: int) -> Tensor:
+        """[1, groups, T, blocks]."""
+        made, tokens = self.index[layer], h.shape[1]
+        q = made["index_q"](h).view(1, tokens, INDEX_HEADS, INDEX_DIM)[:, :, : self.groups].transpose(1, 2)
+        k = made["index_k"](h).view(1, tokens, 1, INDEX_DIM).transpose(1, 2)
+        scores = torch.matmul(q.float(), k.float().transpose(-1, -2))
+        scores = scores.masked_fill(self.later(tokens), -math.inf)
+        count = -(-tokens // self.size)
+        if count * self.size - tokens:
+            scores = nn.functional.pad(scores, (0, count * self.size - tokens), value=self.filling)
+        return self.pooled(scores.view(1, self.groups, tokens, count, self.size))
+
+    filling = -math.inf
+
+    def later(self, tokens: int) -> Tensor:
+        place = torch.arange(tokens)
+        return place[None, None, None, :] > place[None, None, :, None]
+
+    def pooled(self, scores: Tensor) -> Tensor:
+        return scores.amax(-1)
+
+    def own(self, tokens: int) -> Tensor:
+        """[1, T, local]: blocks that a token sees in any case."""
+        return (torch.arange(tokens)[None, :, None] // self.size - torch.arange(self.local)).clamp(min=0)
+
+    def chosen_blocks(self, best: Tensor) -> Tensor:
+        """[1, groups, T, n]; -1 where there are fewer."""
+        values, places = best.topk(min(self.best, best.shape[-1]), dim=-1)
+        return places.masked_fill(values == -math.inf, -1)
+
+    def block(self, x: Tensor, layer: int) -> Tensor:
+        h, tokens = self.norms[layer](x), x.shape[1]
+        q, k, v = (self.split(part) for part in self.qkv[layer](h).chunk(3, -1))
+        best = self.block_scores(h, layer)
+        if self.local:
+            best = best.scatter(-1, self.own(tokens).unsqueeze(1).expand(-1, self.groups, -1, -1), math.inf)
+        places = self.chosen_blocks(best)
+        count = best.shape[-1]
+        marks = places.new_full((1, self.groups, tokens, count + 1), -math.inf, dtype=q.dtype)
+        marks = marks.scatter(-1, places.masked_fill(places < 0, count), 0.0)[..., :count]
+        kept = (marks == 0.0).repeat_interleave(self.size, dim=-1)[..., :tokens]
+        keep = kept.repeat_interleave(q.shape[1] // self.groups, dim=1) & self.seen(tokens)
+        bias = torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(q.dtype).min)
+        return x + self.out[layer](self.join(scaled_dot_product_attention(q, k, v, bias)))
+
+
+class LocalBlocks(Blocks):
+    """More blocks are seen in any case than are chosen: their infinite scores tie."""
+
+    local = 3
+
+
 # -- no choice of a path's own tokens, or none that is proved --------------------------------------------------------
 
 
@@ -172,3 +229,46 @@ class Sigmoid(Indexed):
     def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         s = (q @ k.transpose(2, 3)).sigmoid().masked_fill(~mask.unsqueeze(1), 0.0)
         return s @ v
+
+
+# -- blocks that are not those of a path -----------------------------------------------------------------------------
+
+
+class BlocksAhead(Blocks):
+    """The best blocks of all tokens, those behind included."""
+
+    def later(self, tokens: int) -> Tensor:
+        return super().later(tokens) & False
+
+
+class FilledBlocks(Blocks):
+    """What fills the last block up has a score."""
+
+    filling = 0.0
+
+
+class MeanBlocks(Blocks):
+    """A block's mean, of which tokens that are not there are a part."""
+
+    def pooled(self, scores: Tensor) -> Tensor:
+        return scores.clamp(min=-9).mean(-1)
+
+
+class NextBlock(Blocks):
+    """The block behind a token's own is seen in any case, once it is there."""
+
+    def own(self, tokens: int) -> Tensor:
+        last = (tokens - 1) // self.size
+        return (torch.arange(tokens)[None, :, None] // self.size + 1).clamp(max=last)
+
+
+class OtherBlocks(Blocks):
+    """Sees the block in front of the one that was chosen."""
+
+    def chosen_blocks(self, best: Tensor) -> Tensor:
+        return super().chosen_blocks(best) - 1
+
+
+class HalfOfTheBlocks(Blocks):
+    def chosen_blocks(self, best: Tensor) -> Tensor:
+        return best.topk((best.shape[-1] + 1) // 2, dim=-1).indices

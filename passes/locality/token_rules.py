@@ -261,6 +261,7 @@ RULES: dict[str, AxisRule] = {f"aten.{name}": _pointwise for name in _POINTWISE}
     "treespec.causal_attention": _attention,
     "treespec.causal_convolution": _causal_convolution,
     "treespec.recurrence": _recurrence,
+    "treespec.exponential_recurrence": _recurrence,
     "aten.linear": _linear,
     "aten.matmul": _matmul,
     "aten.bmm": _matmul,

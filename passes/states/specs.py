@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from treespec_compiler.ir.exponential_recurrence import state_size
 from treespec_compiler.ir.library import arguments
 from treespec_compiler.ir.provenance import layer_path, source_line
 from treespec_compiler.ir.specs import StateSpec
-from treespec_compiler.ir.states import CONVOLUTION, RECURRENCE, kind_over_sequence
+from treespec_compiler.ir.states import CONVOLUTION, EXPONENTIAL, RECURRENCE, kind_over_sequence
 
 from ..framework.state import GraphState
 
@@ -59,4 +60,18 @@ def _recurrence(call: Mapping[str, Any]) -> _Kept:
     return _Kept((heads, key_dim, value_dim), width, v.dtype, text, (key_heads,))
 
 
-_KEPT: dict[str, Callable[[Mapping[str, Any]], _Kept]] = {CONVOLUTION: _convolution, RECURRENCE: _recurrence}
+def _exponential(call: Mapping[str, Any]) -> _Kept:
+    k: Tensor = call["k"]
+    v: Tensor = call["v"]
+    (key_heads, key_dim), (heads, value_dim) = map(int, k.shape[2:]), map(int, v.shape[2:])
+    width = key_heads * key_dim + heads * (value_dim + 2)
+    text = "S = exp(g) S + exp(i) k [v, 1]^T, over exp(m), m = max(m + g, i)"
+    shape = (heads, state_size(key_dim, value_dim))
+    return _Kept(shape, width, v.dtype, text, (key_heads, key_dim, int(call["from_zero"])))
+
+
+_KEPT: dict[str, Callable[[Mapping[str, Any]], _Kept]] = {
+    CONVOLUTION: _convolution,
+    RECURRENCE: _recurrence,
+    EXPONENTIAL: _exponential,
+}

@@ -20,6 +20,15 @@ from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.program.own_choices import own_choices
 
 
+OTHER_BLOCKS = (
+    cases.FilledBlocks,
+    cases.MeanBlocks,
+    cases.NextBlock,
+    cases.OtherBlocks,
+    cases.HalfOfTheBlocks,
+)
+
+
 @remember
 def model_of(kind: type[nn.Module]) -> nn.Module:
     torch.manual_seed(3)
@@ -45,6 +54,16 @@ def test_an_indexer_is_exact(kind: type[nn.Module]) -> None:
         assert_decodes(model_of(kind), program, VOCAB, rounds=1, prompt=prompt)
 
 
+@pytest.mark.rare
+def test_a_choice_of_blocks_is_exact() -> None:
+    """Prompts below, at and above the borders of blocks of 4."""
+    kind, program = cases.Blocks, program_of(cases.Blocks)
+    assert {s.formula for s in program.sites} == {"k <= q and in one of the 2 blocks of 4 of largest index score"}
+    for prompt in (1, 3, 4, 5, 20):
+        assert_decodes(model_of(kind), program, VOCAB, rounds=1, prompt=prompt)
+    assert_decodes(model_of(kind), program, VOCAB, rounds=3, size=80, prompt=15)
+
+
 def test_its_keys_are_kept_beside_k_and_v() -> None:
     program = program_of(cases.Indexed)
     site, cache = program.sites[0], program.new_cache(32, slots=2)
@@ -60,7 +79,7 @@ def test_its_keys_are_kept_beside_k_and_v() -> None:
 
 
 @pytest.mark.rare
-@pytest.mark.parametrize("kind", [cases.Indexed, cases.OneHead])
+@pytest.mark.parametrize("kind", [cases.Indexed, cases.OneHead, cases.LocalBlocks])
 def test_forests_levels_pieces_and_commits(kind: type[nn.Module]) -> None:
     """Where scores tie as well: each row is that of a run in which every token chose as the last of its own path."""
     model = model_of(kind)
@@ -132,10 +151,12 @@ def test_a_program_chooses_as_the_model_s_own_decoding(name: str) -> None:
         (cases.Places, "the mask depends on the content of the tokens"),
         (cases.OtherActivation, "the mask depends on the content of the tokens"),
         (cases.Normed, "the mask depends on the content of the tokens"),
+        (cases.BlocksAhead, "bidirectional|hides no|mask"),
         (cases.Windowed, "an indexer chooses keys under the mask k <= q and q - k < 10"),
         (cases.WindowedIndex, "an indexer chooses keys under the mask k <= q and q - k < 10"),
         (cases.Biased, "the mask depends on the content of the tokens"),
         (cases.Sigmoid, "attention"),
+        *((kind, "the mask depends on the content of the tokens") for kind in OTHER_BLOCKS),
     ],
 )
 def test_what_is_not_proved_is_refused(kind: type[nn.Module], reason: str) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..logs import logger
 from .call import CallSpec, call_module
 from .marks import CONTAINERS, ValueMark, tensors_of
+from .unwritten import ParametersUnwritten
 
 log = logger(__name__)
 
@@ -235,7 +236,8 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[str, ValueMark]], 
 def refillable(model: nn.Module, call: CallSpec) -> list[Fill]:
     """The filled attributes that forward, run on the example's tokens or more, fills again with what they hold.
 
-    The model is as it was afterwards. Anything else, such as a mask that its user set, is no such attribute.
+    The model is as it was afterwards. Anything else, such as a mask that its user set, is no such attribute, and none is
+    one where forward, with what it filled gone, would write parameters: it would scale its weights once more.
     """
     filled = [fill for fill in fills(model) if fill.filled]
     if not filled or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
@@ -263,7 +265,7 @@ def _refilled(model: nn.Module, call: CallSpec, filled: list[Fill]) -> list[Fill
     there = call.with_length(length)
     kept = filled
     for _ in range(_TRIES):
-        with as_it_was(model), on_copies(model), unfilled(kept), torch.no_grad():
+        with as_it_was(model), on_copies(model), unfilled(kept), torch.no_grad(), ParametersUnwritten(model):
             try:
                 call_module(model, *there.args, **there.kwargs)
             except Exception as error:

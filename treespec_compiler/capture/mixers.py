@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 
 from ..errors import InvalidMixer, Refusal, Unsupported
 from ..ir import ops  # noqa: F401  (defines the ops that `mixer_code` calls)
-from . import mixer_code
+from . import exponential_mixers, mixer_code
 from .rewriting import Rewritten
 
 Samples = Callable[[int, Generator], Sequence[tuple[tuple[Any, ...], dict[str, Any]]]]
@@ -47,6 +47,8 @@ class Mixer:
     samples: Samples
     holds: Callable[[Any], bool] | None = None
     """Of a method: whether a module is one that the test speaks for."""
+    otherwise: str = ""
+    """What is to be said of a module that is not."""
 
 
 _MIXERS: dict[str, list[Mixer]] = {}
@@ -61,6 +63,7 @@ for _spelled, _samples, _hashes in (
     (mixer_code.chunk_kimi_delta_attention, mixer_code.kimi_samples, {"c9aeba3911244dd1"}),
     (mixer_code.mamba2_chunk_scan, mixer_code.mamba2_samples, {"b2c0a466a354947a"}),
     (mixer_code.mamba_selective_scan, mixer_code.mamba_samples, {"7741d95862eac581"}),
+    (exponential_mixers.rwkv_linear_attention, exponential_mixers.rwkv_samples, {"265020813d708d8f"}),
 ):
     _enter(Mixer(_spelled.__name__, frozenset(_hashes), _spelled, _samples))
 _enter(
@@ -80,6 +83,17 @@ _enter(
         mixer_code.lightning_attention,
         mixer_code.lightning_samples,
         mixer_code.lightning_is_made,
+        "has buffers that are not what a MiniMaxLightningAttention makes of its rates",
+    )
+)
+_enter(
+    Mixer(
+        "xLSTMBackend.forward",
+        frozenset({"8adb0c56b7692adc"}),
+        exponential_mixers.mlstm_backend,
+        exponential_mixers.mlstm_samples,
+        exponential_mixers.mlstm_is_known,
+        "calls kernels of the mLSTM that are not known, or with other numbers than its configuration's",
     )
 )
 
@@ -128,11 +142,11 @@ def mixers_of(model: nn.Module) -> list[Rewritten]:
     return [_believed(function, model) for function in dict.fromkeys(_called(model))]
 
 
-def _check_modules(function: FunctionType, holds: Callable[[Any], bool], model: nn.Module) -> None:
+def _check_modules(function: FunctionType, mixer: Mixer, holds: Callable[[Any], bool], model: nn.Module) -> None:
     for name, module in model.named_modules():
         method = getattr(type(module), function.__name__, None)
         if callable(method) and inspect.unwrap(method) is function and not holds(module):
-            raise _refused(function, f"{name} has buffers that are not what a {_name(function)} makes of its rates")
+            raise _refused(function, f"{name} {mixer.otherwise}")
 
 
 def _called(model: nn.Module) -> Iterator[FunctionType]:
@@ -162,7 +176,7 @@ def _believed(function: FunctionType, model: nn.Module) -> Rewritten:
             "something else",
         )
     if mixer.holds is not None:
-        _check_modules(function, mixer.holds, model)
+        _check_modules(function, mixer, mixer.holds, model)
     if _TESTED.get(function) is not before:
         _test(function, mixer)
         _TESTED[function] = before

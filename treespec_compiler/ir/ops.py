@@ -7,6 +7,7 @@ from .attention import tree_attention
 from .chosen_attention import tree_chosen_attention
 from .commit import commit_path
 from .convolution import causal_convolution, tree_convolution
+from .exponential_recurrence import exponential_recurrence, tree_exponential_recurrence
 from .grouped_linear import grouped_linear
 from .linear import pack_weight, packed_bytes, packed_linear, unpack_weight
 from .packed_embedding import packed_embedding
@@ -20,6 +21,7 @@ __all__ = [
     "causal_attention",
     "causal_convolution",
     "commit_path",
+    "exponential_recurrence",
     "fetch",
     "greedy_accept",
     "grouped_linear",
@@ -33,6 +35,7 @@ __all__ = [
     "tree_attention",
     "tree_chosen_attention",
     "tree_convolution",
+    "tree_exponential_recurrence",
     "tree_recurrence",
     "unpack_weight",
 ]

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from . import convolution, recurrence
+from . import convolution, exponential_recurrence, recurrence
 from .library import definition
 from .private_torch import OpOverload
 from .specs import StateSpec
 
-CONVOLUTION, RECURRENCE = "convolution", "recurrence"
+CONVOLUTION, RECURRENCE, EXPONENTIAL = "convolution", "recurrence", "exponential recurrence"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,14 @@ KINDS: Mapping[str, StateKind] = {
         recurrence.tree_recurrence,
         5,
         lambda spec, state, nodes: recurrence.advance(state, nodes, spec.sizes[0]),
+    ),
+    EXPONENTIAL: StateKind(
+        exponential_recurrence.exponential_recurrence,
+        exponential_recurrence.tree_exponential_recurrence,
+        6,
+        lambda spec, state, nodes: exponential_recurrence.advance(
+            state, nodes, spec.sizes[0], spec.sizes[1], bool(spec.sizes[2])
+        ),
     ),
 }
 

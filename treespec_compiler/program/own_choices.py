@@ -4,7 +4,8 @@ Which of equal scores torch.topk takes depends on how many stand behind them. So
 a whole text may choose, for a token in its middle, otherwise than it did when that token was the last one. A program
 chooses as decoding does (`ir.chosen_attention`). In `own_choices`, a run of the model on a whole text does so as well:
 torch.topk, asked for the largest of each row of a square that hides what lies behind its diagonal, answers each row
-from what stands before it. Every answer is one that torch.topk may give for the whole row.
+from what stands before it, and so for a square whose columns are blocks of tokens. Every answer is one that torch.topk
+may give for the whole row.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _TOPK = (torch.topk, torch.Tensor.topk)
 
 def own_choices(state: GraphState) -> contextlib.AbstractContextManager[Any]:
     """For runs of the model that this is the graph of; without an indexer in it, nothing is changed."""
-    return _OwnChoices() if any(map(_chooses, state.graph.nodes)) else contextlib.nullcontext()
+    blocks = {arguments(node)["block"] for node in state.graph.nodes if _chooses(node)}
+    return _OwnChoices(sorted(blocks)) if blocks else contextlib.nullcontext()
 
 
 def _chooses(node: fx.Node) -> bool:
@@ -37,12 +39,19 @@ def _chooses(node: fx.Node) -> bool:
 
 
 class _OwnChoices(TorchFunctionMode):
+    """`blocks`: of how many tokens a column may be."""
+
+    def __init__(self, blocks: list[int]) -> None:
+        super().__init__()
+        self.blocks = blocks
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         found = _largest(*args, **kwargs) if func in _TOPK else None
-        return func(*args, **kwargs) if found is None or not _causal(found[0]) else _by_row(*found)
+        block = None if found is None else next((b for b in self.blocks if _causal(found[0], b)), None)
+        return func(*args, **kwargs) if found is None or block is None else _by_row(*found, block)
 
 
 def _largest(
@@ -52,21 +61,24 @@ def _largest(
     return (input, k) if largest and out is None and input.dim() > 1 and dim in (-1, input.dim() - 1) else None
 
 
-def _causal(scores: Tensor) -> bool:
-    """Whether [.., T, T], with minus infinity above the diagonal and nowhere on it."""
-    if scores.shape[-1] != scores.shape[-2] or not scores.is_floating_point():
+def _causal(scores: Tensor, block: int) -> bool:
+    """Whether [.., T, blocks], with minus infinity behind each token's own block and not for that one."""
+    rows, columns = scores.shape[-2:]
+    if columns != -(-rows // block) or not scores.is_floating_point():
         return False
-    behind = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    on = scores.diagonal(dim1=-2, dim2=-1)
+    own = torch.arange(rows, device=scores.device) // block
+    behind = torch.arange(columns, device=scores.device) > own[:, None]
+    on = scores.gather(-1, own[:, None].expand(*scores.shape[:-1], 1))
     return bool((scores[..., behind] == -torch.inf).all()) and not bool((on == -torch.inf).any())
 
 
-def _by_row(scores: Tensor, k: int) -> Any:
-    """As torch.topk, row i from its first i + 1 numbers; hidden ones follow in their order."""
+def _by_row(scores: Tensor, k: int, block: int) -> Any:
+    """As torch.topk, row i from the blocks of its first i + 1 tokens; hidden ones follow in their order."""
     values = scores.new_full((*scores.shape[:-1], k), -torch.inf)
     indices = torch.arange(k, device=scores.device).expand(values.shape).clone()
     for i in range(scores.shape[-2]):
-        own = min(k, i + 1)
-        best = scores[..., i, : i + 1].topk(own, -1)
+        there = i // block + 1
+        own = min(k, there)
+        best = scores[..., i, :there].topk(own, -1)
         values[..., i, :own], indices[..., i, :own] = best.values, best.indices
     return torch.return_types.topk((values, indices))
