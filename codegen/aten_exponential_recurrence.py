@@ -32,7 +32,7 @@ BLOCK = 64
 """Nodes of a chain that are computed together: the work grows with the square."""
 
 MOST = 2**23
-"""Exponents of pairs of nodes that are held at a time: where there are more, rows are computed one group after another."""
+"""Exponents of pairs of nodes that are held at a time: where there are more, rows are computed in groups."""
 
 
 @dataclass(frozen=True)

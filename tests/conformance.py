@@ -363,6 +363,12 @@ CALLS: dict[str, dict[str, Callable[[torch.dtype], Call]]] = {
         "NaN in a node": lambda dtype: Call(**state_calls.convolution(dtype, [6], spoilt=True)),
         "more than 64 nodes": lambda dtype: Call(**state_calls.convolution(dtype, [3, 70])),
     },
+    "tree_exponential_recurrence": {
+        "what a token adds is read": lambda dtype: Call(**state_calls.exponential(dtype, [7, 1, 4], False, True)),
+        "with a bonus": lambda dtype: Call(**state_calls.exponential(dtype, [5, 9], True, False)),
+        "exponents that no number holds": lambda dtype: Call(**state_calls.exponential(dtype, [9], True, False, 300.0)),
+        "more than 64 nodes": lambda dtype: Call(**state_calls.exponential(dtype, [70], False, False)),
+    },
     "tree_recurrence": {
         "a delta rule": lambda dtype: Call(**state_calls.recurrence(dtype, [7, 1, 4], delta=True)),
         "plain writes": lambda dtype: Call(**state_calls.recurrence(dtype, [5, 9], delta=False)),

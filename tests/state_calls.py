@@ -9,6 +9,7 @@ from oracles import random_tree
 from torch import Tensor
 
 from treespec_compiler.ir import ops
+from treespec_compiler.ir.exponential_recurrence import state_size
 from treespec_compiler.ir.specs import StateSpec
 from treespec_compiler.program.batch import Part, pack
 from treespec_compiler.program.cache import TreeCache
@@ -40,6 +41,26 @@ def convolution(dtype: torch.dtype, sizes: list[int], groups: int = CHANNELS, sp
         x[..., -1] = torch.nan
     weight, bias = torch.randn(CHANNELS, CHANNELS // groups, LAG + 1).to(dtype), torch.randn(CHANNELS).to(dtype)
     return {"arguments": (x, weight, bias, stash, state, *rest, LAG, 1, groups), "written": (3,)}
+
+
+def exponential(
+    dtype: torch.dtype, sizes: list[int], bonus: bool, from_zero: bool, spread: float = 3.0
+) -> dict[str, Any]:
+    """Arguments of `tree_exponential_recurrence`, and which of them it writes; gates up to a few times `spread`."""
+    torch.manual_seed(0)
+    width, shape = KEY_HEADS * KEY + HEADS * (VALUE + 2), (HEADS, state_size(KEY, VALUE))
+    spec = StateSpec(0, "exponential recurrence", "r", "", "", shape, width, dtype, "", (KEY_HEADS, KEY, from_zero))
+    stash, state, rest = _metadata(spec, sizes)
+    count = sum(sizes)
+    q, k = (torch.randn(1, count, KEY_HEADS, KEY).to(dtype) for _ in "qk")
+    v = torch.randn(1, count, HEADS, VALUE).to(dtype)
+    decay, gate, extra = (
+        x.to(dtype) for x in (-torch.rand(1, count, HEADS), *spread * torch.randn(2, 1, count, HEADS))
+    )
+    return {
+        "arguments": (q, k, v, decay, gate, extra if bonus else None, stash, state, *rest, from_zero),
+        "written": (6,),
+    }
 
 
 def recurrence(

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 
 def block_index(parts: Parts, node: fx.Node) -> dict[str, Any] | None:
-    """The indexer's arguments, as `treespec::attention` has them, of a bool mask [1, H, T, T] that says what is kept."""
+    """The indexer's arguments, as `treespec::attention` has them, of a bool mask [1, H, T, T] of what is kept."""
     length = parts.state.length
     if op_name(node) == "aten.repeat_interleave" and argument(node, "dim") in (1, -3):
         if not isinstance(node.args[1], int):

@@ -117,7 +117,9 @@ class ChoiceReader(Parts):
         k = behind(transposed, "aten.unsqueeze", "aten._to_copy", "aten.transpose", "aten.squeeze", until=self._keys)
         if not self._keys(k) or len(shape_of(q)) != 4 or shape_of(q)[:2] != (1, self.state.length):
             return None
-        if shape_of(weights) != (1, self.state.length, 1, shape_of(q)[2]) or not all(map(self.depends, (q, weights, k))):
+        if shape_of(weights) != (1, self.state.length, 1, shape_of(q)[2]) or not all(
+            map(self.depends, (q, weights, k))
+        ):
             return None
         if shape_of(transposed) != (1, 1, shape_of(k)[2], self.state.length):
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import operator
@@ -124,6 +125,8 @@ def test_every_known_source_is_an_installed_one_s() -> None:
         "kimi_linear": "chunk_kimi_delta_attention",
         "recurrent_gemma": "RecurrentGemmaRglru._rnn_scan",
         "minimax": "MiniMaxLightningAttention.forward",
+        "rwkv": "rwkv_linear_attention",
+        "xlstm": "xLSTMBackend.forward",
     }.items():
         module = importlib.import_module(f"transformers.models.{where}.modeling_{where}")
         function = inspect.unwrap(operator.attrgetter(name)(module))
@@ -142,6 +145,58 @@ def test_a_layer_whose_buffers_are_others_is_refused() -> None:
         Unsupported, match=r"model.layers.1.self_attn has buffers that are not what .*LightningAttention"
     ):
         mixers.mixers_of(model)
+
+
+@pytest.mark.family
+def test_a_backend_that_calls_other_kernels_is_refused() -> None:
+    """An mLSTM's own source does not name what it calls: partial functions that `__init__` made."""
+    pytest.importorskip("transformers")
+    from transformers.models.xlstm import modeling_xlstm as own
+
+    model = zoo.tiny_model("xlstm")
+    backend = model.backbone.blocks[1].mlstm_layer.mlstm_backend
+    assert len(mixers.mixers_of(model)) == 1
+    known = backend._inference_fn
+
+    def other(*args: Any, **kwargs: Any) -> Any:
+        return own.mlstm_recurrent_sequence_native(*args, **kwargs)
+
+    for changes in ({"mlstm_sequence_kernel": other}, {"eps": 1e-3}, {"mlstm_step_kernel": None}):
+        backend._inference_fn = functools.partial(known.func, **(known.keywords | changes))
+        with pytest.raises(Unsupported, match=r"blocks.1.mlstm_layer.mlstm_backend calls kernels of the mLSTM"):
+            mixers.mixers_of(model)
+
+
+def nonlinear(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """An sLSTM's heart: the state goes through a function of itself. [1, T, D] of x and of gates."""
+    state, out = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        state = torch.sigmoid(gate[:, t]) * state + torch.tanh(x[:, t] + 0.5 * state)
+        out.append(state)
+    return torch.stack(out, 1)
+
+
+def nonlinear_as_recurrence(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    ones = torch.ones_like(x)[..., None]
+    decay = torch.nn.functional.logsigmoid(gate)
+    return torch.ops.treespec.recurrence(ones, ones, torch.tanh(x)[..., None], decay, None)[..., 0]
+
+
+class Nonlinear(Mixed):
+    def mixed(self, q: Any, k: Any, v: Any, decay: Any, ids: Any) -> Any:
+        return nonlinear(q.flatten(2), k.flatten(2)).unflatten(2, q.shape[2:])
+
+
+def test_a_nonlinear_recurrence_is_no_sum_whatever_is_said_of_it() -> None:
+    def of_it(tokens: int, generator: Generator) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        return [((*torch.randn(2, 1, tokens, 5, generator=generator),), {})]
+
+    treespec.register_mixer(nonlinear, nonlinear_as_recurrence, of_it)
+    with pytest.raises(Unsupported, match=r"nonlinear gives other values for [0-9]+ tokens") as caught:
+        program_of(Nonlinear())
+    assert caught.value.kind is Refusal.MIXER
 
 
 def test_code_that_changes_after_a_conversion_is_noticed(monkeypatch) -> None:

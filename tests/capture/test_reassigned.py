@@ -100,3 +100,37 @@ class Counting(Tiny):
 def test_a_second_call_that_does_something_else() -> None:
     with pytest.raises(treespec.Unsupported, match="a second call takes another branch"):
         treespec.tree_program(build(Counting), options=EAGER)
+
+
+class ScaledOnce(Tiny):
+    """The first run in evaluation scales a weight and says so, as RWKV's does."""
+
+    def setup(self) -> None:
+        self.scaled = False
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if not self.scaled:
+            with torch.no_grad():
+                self.embed.weight.div_(2)
+            self.scaled = True
+        return super().forward(ids)
+
+
+def test_weights_that_a_first_run_scales_are_not_scaled_again() -> None:
+    """Whether forward fills an attribute again is looked at by running it with the attribute as it begins."""
+    torch.manual_seed(1)
+    model = ScaledOnce()
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]))
+    before = model.embed.weight.detach().clone()
+    program = treespec.tree_program(model, options=EAGER)
+    assert model.scaled and torch.equal(model.embed.weight, before)
+    assert_decodes(model, program, VOCAB, rounds=1)
+
+
+def test_one_that_was_not_run_yet_is_refused() -> None:
+    model = ScaledOnce()
+    before = model.embed.weight.detach().clone()
+    with pytest.raises(treespec.Unsupported, match=r"changes state in place: embed\.weight"):
+        treespec.tree_program(model, options=EAGER)
+    assert not model.scaled and torch.equal(model.embed.weight, before)

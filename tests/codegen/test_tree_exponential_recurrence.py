@@ -53,6 +53,7 @@ def joined(before: Values, after: Values) -> Values:
     return [None if a is None or b is None else torch.cat([a, b], 1) for a, b in zip(before, after, strict=True)]
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize(
     "op", [ops.tree_exponential_recurrence, TREE_EXPONENTIAL_RECURRENCE], ids=["reference", "aten"]
 )

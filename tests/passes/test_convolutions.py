@@ -83,6 +83,72 @@ def test_a_causal_convolution_is_exact(kind: type[Convolved]) -> None:
         assert_decodes(model, program, VOCAB, rounds=2, prompt=prompt)
 
 
+class Shifted(Convolved):
+    """Each token beside the one before it, as RWKV writes it."""
+
+    back = 1
+
+    def shifted(self, x: Tensor) -> Tensor:
+        """x [1, T, D]."""
+        return nn.ZeroPad2d((0, 0, self.back, -self.back))(x)
+
+    def convolved(self, x: Tensor, layer: int) -> Tensor:
+        return x + 0.5 * self.shifted(x.transpose(1, 2)).transpose(1, 2)
+
+
+class ShiftedByJoin(Shifted):
+    def shifted(self, x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(1, 1, DIM), x[:, :-1]], 1)
+
+
+class ShiftedByTwo(Shifted):
+    back = 2
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("kind", [Shifted, ShiftedByJoin, ShiftedByTwo])
+def test_tokens_that_are_moved_back_are_exact(kind: type[Shifted]) -> None:
+    torch.manual_seed(2)
+    model = kind()
+    program = treespec.tree_program(model, options=EAGER)
+    assert [(s.kind, s.shape) for s in program.states] == [("convolution", (kind.back, DIM))] * 2
+    for prompt in (1, 3):
+        assert_decodes(model, program, VOCAB, rounds=2, prompt=prompt)
+
+
+class ShiftedAhead(Shifted):
+    back = -1
+
+
+class ShiftedOnes(Shifted):
+    """What stands in front of the tokens is not zero."""
+
+    def shifted(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 1, -1), value=1.0)
+
+
+class JoinedEnd(Shifted):
+    """The last token stands in front of the first."""
+
+    def shifted(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, -1:], x[:, :-1]], 1)
+
+
+class ShiftedUnevenly(Shifted):
+    """Two zeros in front, one token cut behind, and one in front."""
+
+    def shifted(self, x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(1, 1, DIM), x[:, 1:]], 1)
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("kind", [ShiftedAhead, ShiftedOnes, JoinedEnd, ShiftedUnevenly])
+def test_tokens_that_are_moved_otherwise_are_refused(kind: type[Shifted]) -> None:
+    with pytest.raises(Unsupported, match="mixes tokens") as caught:
+        treespec.tree_program(kind(), options=EAGER)
+    assert "test_convolutions.py" in str(caught.value.source)
+
+
 class AheadByOne(Convolved):
     def convolved(self, x: Tensor, layer: int) -> Tensor:
         return self.conv1d(x, layer, padding=self.reach)[..., 1 : x.shape[2] + 1]

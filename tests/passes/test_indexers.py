@@ -19,7 +19,6 @@ from treespec_compiler import Forest, TokenTree
 from treespec_compiler.errors import Refusal, Unsupported
 from treespec_compiler.program.own_choices import own_choices
 
-
 OTHER_BLOCKS = (
     cases.FilledBlocks,
     cases.MeanBlocks,

@@ -14,7 +14,15 @@ import treespec_compiler as treespec
 from treespec_compiler import Forest, TokenTree
 
 pytest.importorskip("transformers")
-NAMES = {"qwen3_next": {}, "mamba2": {"chunk_size": 16}, "mamba": {}, "kimi_linear": {}, "minimax": {"block_size": 16}}
+NAMES = {
+    "qwen3_next": {},
+    "mamba2": {"chunk_size": 16},
+    "mamba": {},
+    "kimi_linear": {},
+    "minimax": {"block_size": 16},
+    "rwkv": {},
+    "xlstm": {"chunk_size": 16},
+}
 VOCAB = 40
 
 
@@ -34,8 +42,9 @@ def program_of(name: str) -> Any:
 def test_a_convolution_and_a_recurrence_each(name: str) -> None:
     kinds = [s.kind for s in program_of(name).states]
     wanted = {"recurrence"} if name == "minimax" else {"convolution", "recurrence"}
-    assert set(kinds) == wanted and kinds[-1] == "recurrence"
-    assert (len(program_of(name).sites) == 0) is (name in ("mamba", "mamba2"))
+    wanted = {"rwkv": {"convolution", "exponential recurrence"}, "xlstm": {"exponential recurrence"}}.get(name, wanted)
+    assert set(kinds) == wanted and (name == "rwkv" or kinds[-1] != "convolution")
+    assert (len(program_of(name).sites) == 0) is (name in ("mamba", "mamba2", "rwkv", "xlstm"))
 
 
 @pytest.mark.family
@@ -44,8 +53,13 @@ def test_a_convolution_and_a_recurrence_each(name: str) -> None:
     [
         *(("qwen3_next", prompt, size) for prompt, size in ((1, 11), (63, 11), (64, 80), (65, 11), (130, 11))),
         *(("mamba2", prompt, size) for prompt, size in ((1, 11), (15, 11), (16, 80), (17, 11))),
+        *(("xlstm", prompt, size) for prompt, size in ((1, 11), (15, 11), (16, 80), (17, 11), (33, 11))),
         *(("minimax", prompt, size) for prompt, size in ((1, 11), (15, 11), (16, 80), (17, 11), (33, 11))),
-        *((name, prompt, size) for name in ("mamba", "kimi_linear") for prompt, size in ((1, 11), (64, 80), (65, 11))),
+        *(
+            (name, prompt, size)
+            for name in ("mamba", "kimi_linear", "rwkv")
+            for prompt, size in ((1, 11), (64, 80), (65, 11))
+        ),
     ],
 )
 @pytest.mark.rare

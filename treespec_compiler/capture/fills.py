@@ -236,8 +236,8 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[str, ValueMark]], 
 def refillable(model: nn.Module, call: CallSpec) -> list[Fill]:
     """The filled attributes that forward, run on the example's tokens or more, fills again with what they hold.
 
-    The model is as it was afterwards. Anything else, such as a mask that its user set, is no such attribute, and none is
-    one where forward, with what it filled gone, would write parameters: it would scale its weights once more.
+    The model is as it was afterwards. Anything else, such as a mask that its user set, is no such attribute, and none
+    is one where forward, with what it filled gone, would write parameters: it would scale its weights once more.
     """
     filled = [fill for fill in fills(model) if fill.filled]
     if not filled or any(t.is_meta for t in (*model.parameters(), *model.buffers())):

@@ -1,8 +1,8 @@
 """`treespec::exponential_recurrence` over one whole sequence, and `treespec::tree_exponential_recurrence` over trees.
 
-Sums whose weights are exponentials of gates that no number bounds (RWKV's time mixing, xLSTM's mLSTM): a head keeps them
-divided by exp(m), where m is the largest exponent so far. A head's sums S [Dk, Dv + 1] begin with zeros, their last
-column sums the weights alone, and token t does
+Sums whose weights are exponentials of gates that no number bounds (RWKV's time mixing, xLSTM's mLSTM): a head keeps
+them divided by exp(m), where m is the largest exponent so far. A head's sums S [Dk, Dv + 1] begin with zeros, their
+last column sums the weights alone, and token t does
 
     m_t = max(m_(t-1) + decay_t, gate_t)
     S_t = exp(m_(t-1) + decay_t - m_t) S_(t-1) + exp(gate_t - m_t) k_t [v_t, 1]^T        out_t = [S_t^T q_t, m_t]
