@@ -133,8 +133,8 @@ def tree_reference(
             for each in seen_nodes(ancestors, i, r.nodes - r.end + i):
                 keys, *rest = unstashed(stash[r.rows[each]].to(v.dtype), key_heads, key_dim, heads)
                 before, now = now, step(now, for_every_head(keys, heads), *rest)
-            own = (for_every_head(x[0, i], heads) for x in (q, k))
-            out[0, i] = read(before, now, *own, v[0, i], None if bonus is None else bonus[0, i])
+            own_q, own_k = (for_every_head(x[0, i], heads) for x in (q, k))
+            out[0, i] = read(before, now, own_q, own_k, v[0, i], None if bonus is None else bonus[0, i])
     return out
 
 
