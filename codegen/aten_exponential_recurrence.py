@@ -36,7 +36,7 @@ MOST = 2**23
 
 
 @dataclass(frozen=True)
-class _Nodes:
+class _Tokens:
     """Of n nodes: k [n, Hk, Dk], v [n, H, Dv], decay and gate [n, H]."""
 
     k: Tensor
@@ -71,8 +71,8 @@ def tree_exponential_recurrence(
         for at in range(r.begin, r.end, size):
             here = slice(at, min(at + size, r.end))
             kept = r.rows[: r.old]
-            old = _Nodes(*unstashed(stash[kept].to(wide), key_heads, key_dim, v.shape[2]))
-            new = _Nodes(*(x[0, here].to(wide) for x in (k, v, decay, gate)))
+            old = _Tokens(*unstashed(stash[kept].to(wide), key_heads, key_dim, v.shape[2]))
+            new = _Tokens(*(x[0, here].to(wide) for x in (k, v, decay, gate)))
             path = ancestors[here] if not whole else ancestors.new_empty(here.stop - at, 0)
             seen = topology(path, len(kept) + here.stop - at).bool()
             own = None if bonus is None else bonus[0, here].to(wide)
@@ -88,7 +88,7 @@ def tree_exponential_recurrence(
     return out
 
 
-def _joined(old: _Nodes, new: _Nodes) -> tuple[_Nodes, Tensor]:
+def _joined(old: _Tokens, new: _Tokens) -> tuple[_Tokens, Tensor]:
     """All of them, and which have something that is not finite: of those nothing goes into any sum, and their decays
     are stashed as NaN."""
     k, v, decay, gate = (torch.cat(pair) for pair in zip(vars(old).values(), vars(new).values(), strict=True))
@@ -97,10 +97,10 @@ def _joined(old: _Nodes, new: _Nodes) -> tuple[_Nodes, Tensor]:
     lost = lost | ~k.isfinite().flatten(1).all(1) | ~v.isfinite().flatten(1).all(1)
     wide = lost[:, None, None]
     empty = decay.masked_fill(lost[:, None], 0.0), gate.masked_fill(lost[:, None], 0.0)
-    return _Nodes(k.masked_fill(wide, 0.0), v.masked_fill(wide, 0.0), *empty), lost
+    return _Tokens(k.masked_fill(wide, 0.0), v.masked_fill(wide, 0.0), *empty), lost
 
 
-def _read(q: Tensor, nodes: _Nodes, lost: Tensor, bonus: Tensor | None, state: Sums, seen: Tensor) -> Tensor:
+def _read(q: Tensor, nodes: _Tokens, lost: Tensor, bonus: Tensor | None, state: Sums, seen: Tensor) -> Tensor:
     """[n, H, Dv + 2] of the last n nodes; `seen` [n, all]: the ancestors of each and itself."""
     heads, (sums, largest) = nodes.v.shape[1], state
     values, step, found = with_ones(nodes.v), max(1, MOST // nodes.decay.numel()), []

@@ -22,12 +22,12 @@ from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
 
 from ..forms.closed_form import axis, shape_of
-from .choice_parts import Parts, at_most, behind, expression, scaled, topk_of
+from .choice_parts import ChoiceParts, at_most, behind, expression, scaled, topk_of
 
 aten = torch.ops.aten
 
 
-def block_index(parts: Parts, node: fx.Node) -> dict[str, Any] | None:
+def block_index(parts: ChoiceParts, node: fx.Node) -> dict[str, Any] | None:
     """The indexer's arguments, as `treespec::attention` has them, of a bool mask [1, H, T, T] of what is kept."""
     length = parts.state.length
     if op_name(node) == "aten.repeat_interleave" and argument(node, "dim") in (1, -3):
@@ -60,7 +60,7 @@ def _cuts(node: fx.Node, size: sympy.Expr) -> bool:
     return whole and argument(node, "dim") in (3, -1) and len(shape_of(node)) == 4 and shape_of(node)[3] == size
 
 
-def _marked(parts: Parts, node: Any, blocks: sympy.Expr) -> fx.Node | None:
+def _marked(parts: ChoiceParts, node: Any, blocks: sympy.Expr) -> fx.Node | None:
     """The topk whose choices, but for those of minus infinity, a table of blocks marks: [1, H, T, blocks]."""
     if op_name(node) != "aten.eq" or not isinstance(node.args[1], (int, float)):
         return None
@@ -94,7 +94,7 @@ def _where_finite(index: Any, blocks: sympy.Expr) -> fx.Node | None:
     return found if found is not None and topk_of(lowest.args[0], 0) is found else None
 
 
-def _chosen_blocks(parts: Parts, topk: fx.Node, block: int, blocks: sympy.Expr) -> dict[str, Any] | None:
+def _chosen_blocks(parts: ChoiceParts, topk: fx.Node, block: int, blocks: sympy.Expr) -> dict[str, Any] | None:
     chosen, best = at_most(argument(topk, "k"), blocks), argument(topk, "self")
     local = 0
     if op_name(best) == "aten.scatter":
@@ -112,7 +112,7 @@ def _chosen_blocks(parts: Parts, topk: fx.Node, block: int, blocks: sympy.Expr) 
     return {**product, "index_mask": masked[1], "chosen": chosen, "block": block, "local": local}
 
 
-def _local_blocks(parts: Parts, node: fx.Node, block: int) -> int | None:
+def _local_blocks(parts: ChoiceParts, node: fx.Node, block: int) -> int | None:
     """How many blocks, a token's own and those in front of it, are given an infinite score."""
     index = argument(node, "index")
     if argument(node, "value", None) != math.inf or argument(node, "dim") not in (3, -1) or parts.depends(index):
@@ -128,7 +128,7 @@ def _local_blocks(parts: Parts, node: fx.Node, block: int) -> int | None:
     return int(count)
 
 
-def _in_blocks(parts: Parts, best: fx.Node, block: int, blocks: sympy.Expr) -> fx.Node | None:
+def _in_blocks(parts: ChoiceParts, best: fx.Node, block: int, blocks: sympy.Expr) -> fx.Node | None:
     """Scores [1, H, T, T] of which `best` [1, H, T, blocks] is the largest in each block."""
     split: Any = best.args[0]
     if op_name(split) != "aten.reshape" or list(best.args[1]) not in ([-1], [4]):
@@ -148,7 +148,7 @@ def _in_blocks(parts: Parts, best: fx.Node, block: int, blocks: sympy.Expr) -> f
     return filled if shape_of(filled) == (*front, length) else None
 
 
-def _product(parts: Parts, node: Any) -> dict[str, Any] | None:
+def _product(parts: ChoiceParts, node: Any) -> dict[str, Any] | None:
     """scale * q [1, H, T, D] @ k [1, 1, D, T], computed in the type of q and k or a wider one."""
     node, scale = scaled(node)
     if op_name(node) != "aten.matmul" or not all(map(parts.depends, node.args[:2])):

@@ -20,7 +20,7 @@ from ..framework.state import GraphState
 aten = torch.ops.aten
 
 
-class Parts:
+class ChoiceParts:
     """Reads parts of a choice. Nodes that it makes, in front of `at`, are dead code if the attempt fails."""
 
     def __init__(self, state: GraphState, forms: ClosedForms, at: fx.Node) -> None:

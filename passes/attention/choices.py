@@ -23,7 +23,7 @@ from ..forms.closed_form import ClosedForms, shape_of
 from ..forms.patterns import HIDDEN
 from ..framework.state import GraphState
 from .block_choices import block_index
-from .choice_parts import Parts, at_most, behind, scaled, topk_of
+from .choice_parts import ChoiceParts, at_most, behind, scaled, topk_of
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ class Choice:
     index: dict[str, Any]
 
 
-class ChoiceReader(Parts):
+class ChoiceReader(ChoiceParts):
     """Reads masks [1, heads, T, T]: bool, or numbers that are added to scores."""
 
     def __init__(self, state: GraphState, forms: ClosedForms, at: fx.Node) -> None:
