@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from .source_hash import source_hash
+
 
 def rwkv_linear_attention(time_decay, time_first, key, value, state=None, return_state=False):
     """RWKV-4 (arXiv 2305.13048): every channel is a head, whose token counts by exp(key), and at first by more."""
@@ -81,8 +83,6 @@ MLSTM_KERNELS = {
 
 def mlstm_is_known(backend: nn.Module) -> bool:
     """Whether what the backend calls are the functions that the test speaks for."""
-    from .mixers import source_hash
-
     wrapper: Any = backend._inference_fn
     given = dict(wrapper.keywords)
     inner = [given.pop(f"mlstm_{name}_kernel", None) for name in ("chunkwise", "sequence", "step")]

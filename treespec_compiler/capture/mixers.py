@@ -8,10 +8,7 @@ or another value, is a refusal.
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import inspect
-import textwrap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from ..errors import InvalidMixer, Refusal, Unsupported
 from ..ir import ops  # noqa: F401  (defines the ops that `mixer_code` calls)
 from . import exponential_mixers, mixer_code
 from .rewriting import Rewritten
+from .source_hash import source_hash, syntax_of
 
 Samples = Callable[[int, Generator], Sequence[tuple[tuple[Any, ...], dict[str, Any]]]]
 """Arguments (positional, named) for so many tokens, several sets of them."""
@@ -182,7 +180,7 @@ def _believed(function: FunctionType, model: nn.Module) -> Rewritten:
         _TESTED[function] = before
     spelled = mixer.spelled
     assert isinstance(spelled, FunctionType)
-    return Rewritten(function, before, spelled.__code__, (), _syntax(spelled))
+    return Rewritten(function, before, spelled.__code__, (), syntax_of(spelled))
 
 
 _TESTED: weakref.WeakKeyDictionary[FunctionType, CodeType] = weakref.WeakKeyDictionary()
@@ -223,33 +221,3 @@ def _refused(function: FunctionType, reason: str) -> Unsupported:
         source=f"{code.co_filename}:{code.co_firstlineno}, in {function.__name__}",
         way_out="say what it computes: treespec.register_mixer (docs/hybrids.md)",
     )
-
-
-def source_hash(function: FunctionType) -> str:
-    """Of the function and of those of its file that it calls, without comments, docstrings and decorators."""
-    pending, found = [function], dict[str, str]()
-    while pending:
-        each = pending.pop()
-        if each.__qualname__ in found:
-            continue
-        found[each.__qualname__] = ast.unparse(_syntax(each))
-        for name in each.__code__.co_names:
-            value = each.__globals__.get(name)
-            inner = inspect.unwrap(value) if callable(value) else None
-            if isinstance(inner, FunctionType) and inner.__module__ == function.__module__:
-                pending.append(inner)
-    text = "\n".join(found[name] for name in sorted(found))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _syntax(function: FunctionType) -> ast.FunctionDef:
-    """Of a function, without its decorators and its docstring; of one without a source, a body that says so."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
-        tree = ast.parse(f"def {function.__name__}():\n    {function.__code__.co_code!r}").body[0]
-    assert isinstance(tree, ast.FunctionDef)
-    tree.decorator_list = []
-    if ast.get_docstring(tree) is not None:
-        tree.body = tree.body[1:] or [ast.Pass()]
-    return tree
