@@ -16,7 +16,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv
 
 from treespec_compiler.ir.arguments import argument
 from treespec_compiler.ir.provenance import op_name
@@ -44,14 +43,16 @@ def block_index(parts: ChoiceParts, node: fx.Node) -> dict[str, Any] | None:
     block = wide.args[1]
     if not isinstance(block, int) or block < 2:
         return None
-    blocks = -FloorDiv(-length, block)
-    chosen = _marked(parts, wide.args[0], blocks) if shape_of(node)[2:] in _squares(length, block) else None
+    blocks = _count(parts, block)
+    square = shape_of(node)[2:] in ((length, length), (length, block * blocks))  # of whole blocks the two are one
+    chosen = _marked(parts, wide.args[0], blocks) if square else None
     return None if chosen is None else _chosen_blocks(parts, chosen, block, blocks)
 
 
-def _squares(length: sympy.Expr, block: int) -> list[Any]:
-    """The last two sizes of a mask: a whole number of blocks of keys is T or, in other words, that."""
-    return [(length, length), (length, -block * FloorDiv(-length, block))]
+def _count(parts: ChoiceParts, block: int) -> sympy.Expr:
+    """How many blocks T tokens have, the last of which may be a part, as shapes say it."""
+    tokens: Any = parts.state.node(parts.state.tokens).meta["val"].shape[1]
+    return sympy.sympify(expression(-(-tokens // block)))
 
 
 def _cuts(node: fx.Node, size: sympy.Expr) -> bool:
