@@ -68,8 +68,8 @@ class OverHeads(Tiny):
 
 class JoinedPositions(Tiny):
     def positions(self, ids: Tensor) -> Tensor:
-        later = torch.arange(ids.shape[1] - 1)
-        return self.wpe(torch.cat([torch.zeros(1, dtype=torch.int64), later]))  # here
+        later = torch.arange(ids.shape[1] - 1)  # here
+        return self.wpe(torch.cat([torch.zeros(1, dtype=torch.int64), later]))
 
 
 class ReducedPositions(Tiny):
