@@ -58,6 +58,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.family
 def test_as_aot_export_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, arguments = CALLS[name]
     model = make().eval()

@@ -74,6 +74,7 @@ def test_another_value_is_refused(cls: type[Tiny], words: str) -> None:
         treespec.tree_program(build(cls), options=EAGER)
 
 
+@pytest.mark.rare
 def test_marks_of_buffers_survive_a_failed_trace() -> None:
     class Broken(Moved):
         def finish(self, x: Tensor) -> Tensor:

@@ -235,6 +235,7 @@ def test_what_a_layer_made_itself_is_written(monkeypatch: pytest.MonkeyPatch) ->
     assert made.traces == 4  # the embedding, a layer with one tensor given twice, one with two, one with the end
 
 
+@pytest.mark.rare
 def test_a_state_that_layers_write(monkeypatch: pytest.MonkeyPatch) -> None:
     example = (torch.arange(9)[None], torch.arange(9)), {"input_pos": "positions"}
     made = both(monkeypatch, CachedDecoder().eval(), *example)

@@ -181,6 +181,7 @@ def script():
     return Path(__file__).parents[2] / "benchmarks" / "autotune.py"
 
 
+@pytest.mark.rare
 def test_the_script_says_what_is_missing():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(script().parents[1])}
     done = subprocess.run([sys.executable, str(script())], env=environment, capture_output=True, text=True)

@@ -63,6 +63,7 @@ def test_a_sample_is_exact(name: str) -> None:
 @pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "phimoe"])
+@pytest.mark.rare
 def test_batched_experts_are_exact(name: str) -> None:
     assert tiny_model(name, experts="batched_mm").config._experts_implementation == "batched_mm"
     result = check_type(name, experts="batched_mm")
@@ -81,6 +82,7 @@ def test_a_sample_is_refused_by_name(name: str) -> None:
 @pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.rare
 def test_another_token_mixer_is_refused_by_its_class(name: str) -> None:
     result = check_type(name)
     assert result.verdict == "refused", result

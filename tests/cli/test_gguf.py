@@ -58,6 +58,7 @@ def in_large_blocks(path: Path, kind: str) -> Path:
 
 @pytest.mark.family
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.rare
 def test_large_blocks_are_packed_as_they_are(tmp_path, kind):
     """Rotated heads' rows included, which transformers reorders."""
     loaded = models.load(f"gguf:{in_large_blocks(tmp_path / 'q.gguf', kind)}").model

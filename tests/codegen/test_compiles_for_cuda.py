@@ -270,6 +270,7 @@ def test_launches_of_scored_attention(steps: dict[str, Step]) -> None:
     assert launches["triton"] <= 5 * layers + 2
 
 
+@pytest.mark.rare
 def test_experts_are_grouped_products(steps: dict[str, Step]) -> None:
     launches, layers = step_of(steps, "mixtral").launches(), LAYERS["mixtral"]
     assert launches["extern_kernels._grouped_mm"] == 2 * layers  # gate and up together, down

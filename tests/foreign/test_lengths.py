@@ -82,6 +82,7 @@ def test_a_list_that_the_loop_reads_is_followed() -> None:
         lengths_read.REACHES[0] = 4
 
 
+@pytest.mark.rare
 def test_what_was_kept_before_is_the_same() -> None:
     model = built(KeptByLength)
     model(torch.ones(1, 9, dtype=torch.int64))
@@ -196,6 +197,7 @@ class SingledOut(Tiny):
         return m
 
 
+@pytest.mark.rare
 def test_where_lengths_may_be_singled_out_the_context_ends_with_those_that_were_looked_at() -> None:
     try:
         context = treespec.tree_program(built(SingledOut), options=EAGER).max_context

@@ -32,6 +32,7 @@ def test_the_table_of_positions_ends_earlier_behind_a_prefix() -> None:
     assert program.max_context == 64  # places of the text are counted without the prefix
 
 
+@pytest.mark.rare
 def test_caches_in_a_list_stay_as_they_are() -> None:
     model = built(WrittenCache)
     before = [cache.clone() for cache in model.cache_k]

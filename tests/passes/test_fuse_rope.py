@@ -233,6 +233,7 @@ def test_what_is_not_proved_is_left(model: Any, caplog: Any) -> None:
     assert caplog.text.count(f"rotation and attention stay apart: {REFUSED[model]}") == model.layers
 
 
+@pytest.mark.rare
 def test_only_where_there_is_a_kernel() -> None:
     """On a CPU the pipeline is the same as without the pass; with a kernel it runs by itself and the op is bound."""
     program: Any = treespec.tree_program(Half(), options=EAGER)

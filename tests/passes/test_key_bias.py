@@ -203,6 +203,7 @@ class Restricted(KeyBias):
         return every
 
 
+@pytest.mark.rare
 def test_a_selection_of_keys_bounds_the_context() -> None:
     model = built(Restricted)
     program = treespec.tree_program(model, options=EAGER)

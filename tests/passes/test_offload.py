@@ -91,6 +91,7 @@ def _calls(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target in (fetch, release)]
 
 
+@pytest.mark.rare
 def test_each_fetch_and_release_is_needed() -> None:
     state = converted(sizes()[0] + 2 * sizes()[1])
     assert state.streaming is not None and problems(state.graph, state.level) == []

@@ -86,6 +86,7 @@ def test_path_oracle(name: str) -> None:
         assert torch.equal(value, before[buffer]) and value._version == 0, buffer
 
 
+@pytest.mark.rare
 def test_a_window_of_the_mask_is_kept() -> None:
     class Windowed(CachedDecoder):
         def mask(self, input_pos: Tensor) -> Tensor:
@@ -149,6 +150,7 @@ def test_generate_gives_the_models_own_tokens() -> None:
     assert out.sequences[0].tolist() == ids
 
 
+@pytest.mark.rare
 def test_before_and_after() -> None:
     state = captured(built(CachedDecoder), example(), ROLES)
     run_passes(state, [normalize.PASS])

@@ -293,6 +293,7 @@ def test_what_cannot_be_recorded_is_an_error_where_it_was_asked_for(program):
         program.verify(tree(3), cache)
 
 
+@pytest.mark.rare
 def test_the_option(program, monkeypatch):
     program._followed.rebuild(program._model(), "a test")
     assert program.graph_stats.off == "the model is on cpu"

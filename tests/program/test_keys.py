@@ -35,6 +35,7 @@ class Scaled(modules.NanoGPT):
 
 
 @pytest.mark.parametrize("values", [(Silent(2.0), Silent(3.0)), ([2.0], [3.0]), ((2,), (3,))])
+@pytest.mark.family
 def test_constants_with_equal_names_are_two_programs(values: tuple[Any, Any]) -> None:
     torch.manual_seed(0)
     model = Scaled().eval()

@@ -46,6 +46,7 @@ def test_ranks_together_say_what_the_model_says(name: str) -> None:
 @pytest.mark.family
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.rare
 def test_stages_together_say_what_the_model_says(name: str) -> None:
     model = tiny_model(name)
     whole = uncut(model)

@@ -172,6 +172,7 @@ def test_refresh_takes_a_narrower_form() -> None:
     assert error(program.prefill(PROMPT, program.new_cache(16)), eager_row(model, PROMPT)) <= TOLERANCE
 
 
+@pytest.mark.rare
 def test_a_kernel_that_knows_no_forms_is_given_float32() -> None:
     """Of the kernels, only one that takes the argument `form` is asked for it."""
     model = rounded(tiny())

@@ -82,6 +82,7 @@ def program(model):
     return tree_program(model, options=EAGER)
 
 
+@pytest.mark.rare
 def test_grown_in_a_forest_after_commits(model, program):
     cache = program.new_cache(64, slots=2)
     program.prefill(PREFIX, cache, 1)
@@ -148,6 +149,7 @@ def test_compiled_once_and_without_another_copy_of_the_graph(model):
     assert (compile_calls(), program.compile_count) == before and program.compile_count == 2
 
 
+@pytest.mark.rare
 def test_other_weights_and_another_dtype_are_followed():
     model = zoo.make("llama")
     program = tree_program(model, options=EAGER)
@@ -211,6 +213,7 @@ def test_a_layer_that_something_bypasses_has_no_hidden_state():
     assert found["hidden:2"].shape == (2, 64)
 
 
+@pytest.mark.rare
 def test_one_layer_has_nothing_to_compare_its_end_with():
     program = tree_program(zoo.make("llama", num_hidden_layers=1), options=EAGER)
     cache = program.new_cache(64)

@@ -71,6 +71,7 @@ def test_plain_module(make: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.family
 def test_chain_is_plain_decoding(name: str) -> None:
     model, program = model_of(name), program_of(name)
     ids = [i * 7 % zoo.VOCAB for i in range(20)]
@@ -141,6 +142,7 @@ def test_a_freed_slot_is_used_again() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+@pytest.mark.family
 def test_chunked_prefill(name: str) -> None:
     model = model_of(name)
     chunked = treespec.tree_program(model, options={**EAGER, "prefill_chunk": 5})

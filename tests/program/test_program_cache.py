@@ -130,6 +130,7 @@ def test_another_state_is_another_program(saved: Home, change: Callable[[Any], N
 
 
 @pytest.mark.parametrize("change", [adapted, scaled], ids=lambda change: change.__name__)
+@pytest.mark.family
 def test_a_found_program_is_followed_through_changes(saved: Home, change: Callable[[Any], None]) -> None:
     model = saved.model()
     assert saved.right(model).from_cache
@@ -172,6 +173,7 @@ def test_a_hook_on_every_module_is_another_program(saved: Home) -> None:
         handle.remove()
 
 
+@pytest.mark.rare
 def test_options_are_part_of_it(saved: Home) -> None:
     assert not saved.right(saved.model(), max_context=96).from_cache
     assert not saved.right(saved.model(), kernels="aten").from_cache
@@ -182,6 +184,7 @@ def test_versions_are_part_of_it(saved: Home, monkeypatch: pytest.MonkeyPatch) -
     assert not saved.right(saved.model()).from_cache
 
 
+@pytest.mark.rare
 def test_treespecs_own_source_is_part_of_it(saved: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_own_source", lambda: "another")
     assert not saved.right(saved.model()).from_cache
@@ -209,6 +212,7 @@ def test_an_example_is_part_of_it(saved: Home) -> None:
     ids=str,
 )
 @pytest.mark.family
+@pytest.mark.rare
 def test_what_asks_for_a_conversion_gets_one(saved: Home, options: dict[str, Any]) -> None:
     assert not saved.right(saved.model(), **options).from_cache
     assert len(saved.files) == 1

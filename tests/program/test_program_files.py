@@ -128,6 +128,7 @@ def test_another_schema_is_not_read(saved: Home, caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owners here")
+@pytest.mark.rare
 def test_what_another_user_wrote_is_not_read(
     saved: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,11 +139,13 @@ def test_what_another_user_wrote_is_not_read(
     assert "another user" in caplog.text
 
 
+@pytest.mark.rare
 def test_a_file_larger_than_any_program_is_not_read(saved: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "LARGEST", 1000)
     assert not saved.right(saved.model()).from_cache
 
 
+@pytest.mark.rare
 def test_a_program_of_another_models_tensors_is_not_used(saved: Home) -> None:
     rewrite(saved, lambda text: text.replace('"head.weight"', '"../head.weight"'))
     assert not saved.right(saved.model()).from_cache
@@ -152,6 +155,7 @@ def full(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.rare
 def test_a_full_disk_is_named(home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(store, "save_file", full)
     with caplog.at_level(logging.WARNING, LOGGER):

@@ -125,6 +125,7 @@ def test_transposed_weights_are_rounded_along_what_is_summed() -> None:
     assert_is_target(model, program)
 
 
+@pytest.mark.rare
 def test_new_values_are_rounded_anew() -> None:
     model = tiny()
     program = compiled(model, "int8")
@@ -190,6 +191,7 @@ def test_a_model_without_a_whole_block_is_refused() -> None:
         compiled(tiny(width=16), "int8")
 
 
+@pytest.mark.rare
 def test_a_matrix_in_a_list_is_refused() -> None:
     class Listed(nn.Module):
         def __init__(self) -> None:

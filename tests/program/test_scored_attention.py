@@ -77,6 +77,7 @@ def test_positional_position_ids() -> None:
         assert error(rows[node], expected) <= 1e-4
 
 
+@pytest.mark.rare
 def test_a_relative_bias_follows_its_weight() -> None:
     model = built(Bucketed)
     program = tree_program(model, options=EAGER)
@@ -123,6 +124,7 @@ class TwoSidedAlibi(Alibi):
         return q @ k.transpose(-1, -2) - 0.5 * (i[:, None] - i[None, :]).abs()
 
 
+@pytest.mark.rare
 def test_a_bias_by_the_key_s_place_is_read_there() -> None:
     model = built(ScaledByKey)
     program = tree_program(model, options=EAGER)

@@ -53,6 +53,7 @@ def test_another_branch_within_it_is_refused():
     assert caught.value.kind is Refusal.BRANCH
 
 
+@pytest.mark.rare
 def test_a_length_that_does_not_run_is_refused():
     with pytest.raises(treespec.Unsupported, match="itself fails on a prompt of 50 tokens") as caught:
         treespec.tree_program(Fails(50).eval(), options=EAGER)

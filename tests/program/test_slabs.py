@@ -75,6 +75,7 @@ def test_kinds_of_layers_in_turn(compiles: Compiles) -> None:
     assert len(compiles.graphs) > 1 and compiles.calls < calls_of(made) * 0.8
 
 
+@pytest.mark.rare
 def test_a_few_layers_stay_one_graph(compiles: Compiles) -> None:
     model = zoo.make("llama")
     assert_decodes(model, program(model), zoo.VOCAB)

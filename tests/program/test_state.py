@@ -119,6 +119,7 @@ def test_a_change_is_followed(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("SCALE", 2.0), ("factor", lambda: 3.0), ("TABLE", torch.full((VOCAB,), 2.0))]
 )
+@pytest.mark.family
 def test_globals_are_followed(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     program = treespec.tree_program(model, options=EAGER)
@@ -252,6 +253,7 @@ def test_a_program_keeps_no_module_alive() -> None:
     assert gone() is None
 
 
+@pytest.mark.rare
 def test_autocast_around_a_program_is_left_aside() -> None:
     model, other = build(), build()
     program = treespec.tree_program(model, options=EAGER)

@@ -196,6 +196,7 @@ def test_generated_ids_are_the_model_s(draft: str) -> None:
     assert out.sequences[0].tolist() == wanted
 
 
+@pytest.mark.rare
 def test_sampled_tokens_follow_the_model() -> None:
     """Recursive rejection accepts or draws anew: over many seeds, the next token has the model's distribution."""
     model, prompt, draws = lfm2(), [2, 3, 4, 2, 3], 300

@@ -58,6 +58,7 @@ def test_dynamic_rope_is_refused() -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"multi_query": False, "num_kv_heads": 4}], ids=["mqa", "mha"])
+@pytest.mark.family
 def test_alibi_that_is_rounded_to_bfloat16(fields: dict[str, object]) -> None:
     """Falcon multiplies slopes and positions in bfloat16: past 256 the bias is no slope times distance any more."""
     model = tiny_model("falcon", alibi=True, **fields)

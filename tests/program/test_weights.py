@@ -117,6 +117,7 @@ def test_tied_weights_that_come_apart() -> None:
     assert wrong(program, model) <= TOLERANCE
 
 
+@pytest.mark.rare
 def test_a_mask_buffer_is_proved_again() -> None:
     """The proof read the buffer's values; other values need another proof, or a refusal."""
     model = tiny(RopeTril)

@@ -80,6 +80,7 @@ def decode(pair: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> S
     return SimpleNamespace(shown=said, path=folder / "decode.json")
 
 
+@pytest.mark.rare
 def test_bench_decode(decode: SimpleNamespace) -> None:
     report = json.loads(decode.path.read_text())
     check_run(report["run"])

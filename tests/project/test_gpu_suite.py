@@ -172,6 +172,7 @@ def test_variants(sections):
     assert any("what could be the default" in title for title in titles)
 
 
+@pytest.mark.rare
 def test_splits(sections):
     (sweep,) = sections["splits"]["sweeps"]
     assert sweep["us"].keys() >= {"1", "2", str(sweep["chosen"])} and min(sweep["us"].values()) > 0

@@ -44,6 +44,7 @@ def test_the_reference_is_what_hugging_face_generates(target, truth):
 
 @pytest.mark.parametrize("expansion", [(1,), (1, 1, 3), (3, 2, 1), (4, 4, 4)])
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.1, 3.0])
+@pytest.mark.family
 def test_same_ids_as_eager_greedy(target, truth, noise, expansion):
     draft = noisy_copy(noise)
     ids = torch.tensor([PROMPT])
@@ -54,11 +55,13 @@ def test_same_ids_as_eager_greedy(target, truth, noise, expansion):
 
 
 @pytest.mark.parametrize("vocab", [100, 128, 160])
+@pytest.mark.family
 def test_vocabularies_of_different_sizes(target, truth, vocab):
     out = treespec.generate(target, PROMPT, draft=llama(2, vocab=vocab), max_new_tokens=48, options=EAGER)
     assert out.sequences.tolist() == [truth]
 
 
+@pytest.mark.rare
 def test_two_drafts_and_no_draft(target, truth):
     drafts = [noisy_copy(0.05), llama(3, hidden=32, layers=1)]
     for draft in (drafts, None, target):

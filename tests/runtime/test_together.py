@@ -45,6 +45,7 @@ def test_ranks_generate_what_one_process_does(tmp_path: Path) -> None:
         assert reason == (None if name == "several" else "length")
 
 
+@pytest.mark.rare
 def test_stages_generate_what_one_process_does(tmp_path: Path) -> None:
     last, first = ranks("stages", tmp_path, mesh="pp=2")
     for name in ("greedy", "sampled"):

@@ -103,6 +103,7 @@ def check(told, target, config, weights, tokens, least):
 
 @pytest.mark.parametrize(("layout", "packaged"), [("midlayer", False), ("layers.0", True)])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.family
 def test_every_row_is_the_references(tmp_path, target, kind, packaged, layout):
     config, weights = head(tmp_path, target, layout, packaged, **KINDS[kind])
     told = Told(target, tmp_path)
@@ -181,6 +182,7 @@ def test_the_output_is_the_targets_own(tmp_path, target, policy, beside):
 
 
 @pytest.mark.parametrize(("verifier", "sampler"), [("recursive", "without-replacement"), ("multi-step", "iid")])
+@pytest.mark.family
 def test_sampled_output_has_the_targets_distribution(tmp_path, monkeypatch, verifier, sampler):
     """Every outcome of every choice, of a head that has no row for one of the three tokens."""
     small = llama(4, vocab=3, layers=3)

@@ -178,6 +178,7 @@ def test_output_is_exact(target, policy, draft):
         assert out.stats.accepted > 0
 
 
+@pytest.mark.rare
 def test_merged_with_a_model_draft(target):
     truth = greedy(module_row(target), PROMPT, 32)
     drafts = [llama(7, layers=1), "early-exit:2", "ngram"]
@@ -216,6 +217,7 @@ def test_layers_are_chosen_by_agreement_and_cost():
     assert out.stats.tokens_per_step > 3
 
 
+@pytest.mark.rare
 def test_an_exit_of_another_model_is_refused(target):
     other = treespec.tree_program(llama(8), options=EAGER)
     with pytest.raises(InvalidOption, match="early-exit:1 of another model"):

@@ -84,6 +84,7 @@ def test_the_output_is_the_targets_own(tmp_path, target, policy):
     assert sampled.stats.tokens == 20
 
 
+@pytest.mark.rare
 def test_heads_that_know_the_target_are_accepted(tmp_path):
     """A target whose next token depends on the last one alone, and heads that were made to know it."""
     target = llama(5, vocab=24, hidden=32)
