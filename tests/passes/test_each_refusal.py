@@ -65,9 +65,9 @@ class Counts(Small):
         return self.head(x * float(x.shape[1]))
 
 
-class Clamped(Small):
+class BelowZero(Small):
     def positions(self, ids: Tensor) -> Tensor:
-        return self.wpe(torch.arange(ids.shape[1]).clamp(max=40))
+        return torch.arange(-3, ids.shape[1] - 3)[:, None] * self.wpe.weight[:1]
 
 
 class Bidirectional(Small):
@@ -187,7 +187,7 @@ DECODERS: dict[Refusal, Case] = {
     Refusal.SPECIALISED: (Fixed, _converted),
     Refusal.BRANCH: (Lone, _converted),
     Refusal.LENGTH: (Counts, _converted),
-    Refusal.POSITIONS: (Clamped, _converted),
+    Refusal.POSITIONS: (BelowZero, _converted),
     Refusal.MASK: (Bidirectional, _converted),
     Refusal.CONTENT: (HiddenByContent, _converted),
     Refusal.ATTENTION: (Replaced, _converted),

@@ -53,6 +53,28 @@ def test_another_branch_within_it_is_refused():
     assert caught.value.kind is Refusal.BRANCH
 
 
+class OneToken(Singles):
+    """At one length a single token of many means something else; it is named in the code, or by an attribute."""
+
+    def __init__(self, at: int, vocab: int = 4096, named: int | None = None) -> None:
+        super().__init__(at)
+        self.tokens, self.head, self.named = nn.Embedding(vocab, 32), nn.Linear(32, vocab), named
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.marked = ids == (4001 if self.named is None else self.named)
+        return super().forward(ids)
+
+    def other(self, x: Tensor) -> Tensor:
+        return torch.where(self.marked[..., None], -x, x)
+
+
+@pytest.mark.parametrize("named", [None, 3999], ids=["by the code", "by an attribute"])
+def test_a_token_that_means_something_else_at_one_length_is_found(named):
+    with pytest.raises(treespec.Unsupported, match="50 tokens takes another branch") as caught:
+        treespec.tree_program(OneToken(50, named=named).eval(), options=EAGER)
+    assert caught.value.kind is Refusal.BRANCH
+
+
 @pytest.mark.rare
 def test_a_length_that_does_not_run_is_refused():
     with pytest.raises(treespec.Unsupported, match="itself fails on a prompt of 50 tokens") as caught:

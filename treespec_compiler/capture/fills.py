@@ -65,8 +65,8 @@ class Fill:
     def filled(self) -> bool:
         """Whether it holds something else than at the beginning."""
         now, begin = self.value, self.begin()
-        if now is MISSING:  # of a module that has none of its own, the class's is read
-            now = getattr(type(self.module), self.name, MISSING)
+        if now is MISSING:  # the class's is read, if there is one
+            return False
         if isinstance(now, Tensor):
             return not isinstance(begin, Tensor) or now.shape != begin.shape
         if isinstance(now, CONTAINERS):

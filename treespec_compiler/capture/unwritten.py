@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .quantized_weights import own_tensors
+
 
 class WritesParameters(RuntimeError):
     """Forward was about to write a parameter in place."""
@@ -18,7 +20,7 @@ class ParametersUnwritten(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()} - {0}
+        self.held = {_memory(parameter) for parameter in own_tensors(model.parameters())} - {None, 0}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -35,4 +37,12 @@ class ParametersUnwritten(TorchDispatchMode):
     def _holds(self, value: Any) -> bool:
         if isinstance(value, (list, tuple)):
             return any(map(self._holds, value))
-        return isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self.held
+        return isinstance(value, Tensor) and any(_memory(part) in self.held for part in own_tensors([value]))
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Where its numbers lie; None: it has none of its own, as a wrapper of other tensors."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None

@@ -30,6 +30,7 @@ from ..tree import TokenTree
 from .batch import Batch, Part, pack
 from .cache import TreeCache
 from .links import Link
+from .named_tokens import named_tokens
 from .own_choices import own_choices
 from .rounding import is_rounding, relative_error, tolerance
 from .target import as_target
@@ -37,6 +38,8 @@ from .target import as_target
 log = logger(__name__)
 
 STATEFUL = ("stateful", "rows", "bound")
+# Of a length that stands alone, besides the first one.
+MOST_PROMPTS = 8
 
 # Logits [S, V] of a chain of tokens.
 Reference = Callable[[list[int]], Tensor]
@@ -238,7 +241,7 @@ def lengths_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
     # a longer prompt than the program ever runs
     lengths = {n for n in (1, 2, *state.lone_lengths) if longest is None or n <= longest}
     for length in sorted(lengths, reverse=True):
-        error = _lone_error(model, call, state, length)
+        error = _lone_error(model, call, state, length, lone=length in state.lone_lengths)
         if error <= allowed:
             continue
         # The same prompt again: a table that is swapped in every call is right in every other one.
@@ -259,10 +262,17 @@ def lengths_check(model: nn.Module, call: CallSpec, state: GraphState) -> None:
         )
 
 
-def _lone_error(model: nn.Module, call: CallSpec, state: GraphState, length: int) -> float:
-    """As `_length_error`, where the model may not take so many tokens."""
+def _lone_error(model: nn.Module, call: CallSpec, state: GraphState, length: int, lone: bool) -> float:
+    """As `_length_error`, where the model may not take so many tokens; of several prompts where the length is `lone`.
+
+    A branch at one length may do nothing but for some token: those that the model names are all looked at.
+    """
+    vocab = int(state.logits_value.shape[-1])
+    named = [token for token in named_tokens(model, vocab) if token not in state.padding] if lone else []
+    parts = [named[i : i + length] for i in range(0, len(named), length)][:MOST_PROMPTS]
     try:
-        return _length_error(model, call, state, length)
+        errors = [_length_error(model, call, state, length, part) for part in ([], *parts)]
+        return next((error for error in errors if error != error), max(errors))
     except TreespecError:
         raise
     except Exception as error:
@@ -274,10 +284,14 @@ def _lone_error(model: nn.Module, call: CallSpec, state: GraphState, length: int
         ) from error
 
 
-def _length_error(model: nn.Module, call: CallSpec, state: GraphState, length: int) -> float:
-    """How far the graph is from the model on a prompt of this many tokens, where the model says something itself."""
+def _length_error(model: nn.Module, call: CallSpec, state: GraphState, length: int, first: Sequence[int] = ()) -> float:
+    """How far the graph is from the model on a prompt of this many tokens, where the model says something itself.
+
+    `first`: what the prompt begins with, where the model may begin with it.
+    """
     value = state.logits_value
-    ids = seen_first([(7 * i + 1) % int(value.shape[-1]) for i in range(length)], state.padding)
+    given = [*first, *((7 * i + 1) % int(value.shape[-1]) for i in range(length))]
+    ids = seen_first(given[:length], state.padding)
     with kept(model, state.caches), as_target(model, state), own_choices(state):
         expected = _run(model, call, ids, value.device, state.model_logits)
     numbers = ~expected.isnan().any(-1)
