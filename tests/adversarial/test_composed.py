@@ -1,6 +1,6 @@
 """Exact or refused: decoders nobody chose. A new seed in every run, printed; TREESPEC_SEED repeats one.
 
-TREESPEC_DECODERS sets how many (64 in CI), in parts that run side by side; thousands on demand, with a tally that can
+TREESPEC_DECODERS sets how many (48 in CI), in parts that run side by side; thousands on demand, with a tally that can
 be interrupted and taken up again: `python tests/adversarial/tally.py --decoders 5000`.
 """
 

@@ -46,6 +46,7 @@ def test_a_folder_says_what_the_model_says(
     assert alone["ids"] == pair.expected and alone["stats"]["nodes"] == alone["stats"]["steps"]
 
 
+@pytest.mark.rare
 def test_a_folder_explains_itself(folder: Path, pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "explain", str(folder))
     model = answer(capsys, "explain", pair.target, "--option", "lowering=eager")

@@ -16,6 +16,7 @@ import treespec_compiler as treespec
 IDS = torch.tensor([3, 1, 4, 1])
 
 
+@pytest.mark.rare
 def test_another_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built(ScaledByContext)
     program = treespec.tree_program(model, options=EAGER)

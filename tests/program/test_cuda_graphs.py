@@ -90,6 +90,7 @@ def test_the_bucket_holds_the_call():
     assert bucket([Part(s, tree(1)) for s in range(65)]) is None
 
 
+@pytest.mark.rare
 def test_padding_writes_nowhere_and_belongs_to_no_request(program):
     cache = program.new_cache(max_tokens=32, slots=3)
     cache._lengths = [4, 9, 0]

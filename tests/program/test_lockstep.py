@@ -54,6 +54,7 @@ def test_stages_together_say_what_the_model_says(name: str) -> None:
         assert_ranks_decode(model, stages(whole, mesh), VOCAB, rounds=1)
 
 
+@pytest.mark.rare
 def test_ranks_that_differ_are_an_error() -> None:
     model = tiny_model("gpt2", vocab_size=95)  # no halves: each rank has the whole head
     ranks = Lockstep(cut(uncut(model), 2), 64)

@@ -112,6 +112,7 @@ def test_a_long_prompt_comes_in_chunks(model):
     assert error(found["logits"], eager_row(model, ids)) <= TOLERANCE
 
 
+@pytest.mark.rare
 def test_nothing_is_paid_where_nothing_is_tapped(model):
     program = tree_program(model, options={**EAGER, "max_context": 200})
     code, cache = program.graph_module.code, program.new_cache(64)

@@ -53,6 +53,7 @@ def test_a_window_wider_than_the_trace_is_kept() -> None:
     assert_decodes(model, program, zoo.VOCAB, rounds=1, prompt=60)
 
 
+@pytest.mark.rare
 def test_positions_argument() -> None:
     """The caller gives positions: they are the tree's as well."""
     model = model_of("llama")

@@ -232,12 +232,14 @@ class Unregistered(nn.Module):
         return self.inner(input_ids) * self.tables[0]
 
 
+@pytest.mark.rare
 def test_a_tensor_that_no_module_keeps(home: Home, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, LOGGER):
         home.right(Unregistered(home.model()).eval())
     assert "is not saved" in caplog.text and not home.files
 
 
+@pytest.mark.rare
 def test_code_that_reads_the_environment(home: Home, caplog: pytest.LogCaptureFixture) -> None:
     asks = 'self.factor * (2 if os.environ.get("TWICE") else 1)'
     with caplog.at_level(logging.INFO, LOGGER):

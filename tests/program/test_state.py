@@ -152,6 +152,7 @@ def test_hooks_on_every_module_are_followed() -> None:
     assert _row(model, program) <= TOLERANCE
 
 
+@pytest.mark.rare
 def test_a_state_that_returns_is_not_converted_again() -> None:
     model = build()
     program = treespec.tree_program(model, options=EAGER)

@@ -126,6 +126,7 @@ def test_the_plain_loop_reads_logits_of_any_form(form):
 
 
 @pytest.mark.parametrize(("prompt", "count"), [([1, 99], 3), ([1, 2], 60)])
+@pytest.mark.family
 def test_the_plain_loop_names_an_error_of_the_models_own(prompt, count):
     with pytest.raises(ModelFailed, match=r"The model itself failed on .* tokens: got IndexError"):
         treespec.generate(Foreign("tensor").eval(), prompt, max_new_tokens=count, on_unsupported="fallback")

@@ -156,6 +156,7 @@ def test_padding_on_the_right_is_refused(model):
         ours(model, torch.tensor([[1, 2, 3]]), torch.tensor([[1, 0, 1]]))
 
 
+@pytest.mark.rare
 def test_a_full_context_is_an_error(model):
     for ids in (IDS, IDS.expand(2, -1)):
         with pytest.raises(ContextOverflow, match="below 16"):

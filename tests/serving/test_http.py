@@ -335,6 +335,7 @@ def resident() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_many_clients_of_which_a_third_leave():
     """Many a time, or for a minute: every answer is the single request's, and nothing is left behind.
 
