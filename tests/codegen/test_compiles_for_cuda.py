@@ -281,6 +281,7 @@ MODELS = pytest.mark.parametrize("name", ["plain llama", "gemma2", "mixtral"])
 
 
 @MODELS
+@pytest.mark.rare
 def test_pools_and_weights_are_read_where_they_are(steps: dict[str, Step], name: str) -> None:
     step = step_of(steps, name)
     assert not re.search(r"\b(clone|copy_|contiguous|auto_functionalized)\b", step.code)
@@ -294,6 +295,7 @@ def test_pools_and_weights_are_read_where_they_are(steps: dict[str, Step], name:
 
 
 @MODELS
+@pytest.mark.rare
 def test_nothing_waits_for_the_device(steps: dict[str, Step], name: str) -> None:
     waits = r"\.item\(|\.tolist\(|\.cpu\(|nonzero|synchronize|_local_scalar_dense|device='cpu'|empty_strided_cpu"
     step = step_of(steps, name)

@@ -111,6 +111,7 @@ def test_a_layer_in_the_place_of_another_is_wrong() -> None:
         assert problems(copy.graph, copy.level)
 
 
+@pytest.mark.rare
 def test_a_weight_read_after_its_layer_is_wrong() -> None:
     state = converted(sizes()[0] + 2 * sizes()[1])
     copy = state.copy()

@@ -102,6 +102,7 @@ def test_bench_decode(decode: SimpleNamespace) -> None:
     assert "identical: yes" in decode.shown and "speed identity:" in decode.shown
 
 
+@pytest.mark.rare
 def test_tables_from_a_file(decode: SimpleNamespace) -> None:
     said = shown("bench_decode.py", decode.path)
     assert "| --- | ---: |" in said and "treespec without a draft" in said and "identical: yes" in said
