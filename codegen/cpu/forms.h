@@ -6,7 +6,8 @@
 //
 // ROWS: of x, multiplied at once. DIRECT: up to so many a panel is widened in registers, for every block of rows anew;
 // above, once, to memory. Measured with 1536 x 1536: bfloat16, 16 and 28 rows, 700 us and 1050 against 1100 and 1350;
-// four bits at 28 rows 1700 against 1200. READING: the time to read a weight, in eighths of reading a float32 one.
+// four bits at 28 rows 1700 against 1200. TOGETHER: up to so many rows both strips of a panel are summed at once. READING:
+// the time to read a weight, in eighths of reading a float32 one.
 #pragma once
 #include <algorithm>
 
@@ -30,6 +31,11 @@ constexpr int COLS = 4, MAX_ROWS = 6;
 #endif
 constexpr int STRIP = COLS * VW;  // outputs of a panel summed at once
 constexpr int STRIPS_A_PANEL = PANEL / STRIP;
+
+// A form's TOGETHER. Vectors of 16 have one strip a panel, and those of 4 have chains enough in one. Measured on Zen 3, one
+// thread, 60 MB (float32 120), M=1, ms: float32 17.3 -> 12.1, bfloat16 7.9 -> 5.3, float16 7.7 -> 6.1, q8_0 9.5 -> 6.1,
+// q4_1 10.4 -> 9.5, q4_0 12.5 -> 11.1; with five and six bits registers do not suffice, and nothing is gained.
+constexpr int most_together(int rows) { return VW == 8 ? rows : 0; }
 
 typedef uint32_t vu __attribute__((vector_size(VW * 4)));
 typedef uint32_t vu_at4 __attribute__((vector_size(VW * 4), aligned(4), may_alias));
@@ -75,7 +81,8 @@ constexpr int RUNS = 1;
 constexpr int in_order(int s, int c) { return s * STRIP + c * VW; }
 
 struct Float32 {
-  static constexpr int K_BLOCK = 1, BYTES = PANEL * 4, ROWS = MAX_ROWS, DIRECT = ROWS, READING = 8;
+  static constexpr int K_BLOCK = 1, BYTES = PANEL * 4, ROWS = MAX_ROWS, DIRECT = ROWS;
+  static constexpr int TOGETHER = most_together(3), READING = 8;
   static constexpr int column(int s, int c) { return in_order(s, c); }
   struct Reader {
     const char* p;
@@ -91,7 +98,8 @@ struct Float32 {
 
 // A word of 32 bits holds output j below output j + 16: one shift, one mask.
 struct BFloat16 {
-  static constexpr int K_BLOCK = 1, BYTES = PANEL * 2, ROWS = MAX_ROWS, DIRECT = 4 * ROWS, READING = 4;
+  static constexpr int K_BLOCK = 1, BYTES = PANEL * 2, ROWS = MAX_ROWS, DIRECT = 4 * ROWS;
+  static constexpr int TOGETHER = most_together(3), READING = 4;
   static constexpr int column(int s, int c) { return c / (COLS / 2) * 16 + (s * (COLS / 2) + c % (COLS / 2)) * VW; }
   struct Reader {
     const char* p;
@@ -110,7 +118,8 @@ struct BFloat16 {
 };
 
 struct Float16 {
-  static constexpr int K_BLOCK = 1, BYTES = PANEL * 2, ROWS = std::min(8, MAX_ROWS), DIRECT = 2 * ROWS, READING = 5;
+  static constexpr int K_BLOCK = 1, BYTES = PANEL * 2, ROWS = std::min(8, MAX_ROWS), DIRECT = 2 * ROWS;
+  static constexpr int TOGETHER = most_together(3), READING = 5;
   static constexpr int column(int s, int c) { return in_order(s, c); }
   struct Reader {
     const char* p;
@@ -163,7 +172,7 @@ template <bool minimum, int BITS = 4, bool wide = false>
 struct Nibbles {
   static constexpr int ONE = wide ? 128 : 64, SCALES = minimum ? 2 * ONE : ONE, HIGH = BITS == 5 ? 128 : 0;
   static constexpr int K_BLOCK = 32, BYTES = SCALES + HIGH + 512, ROWS = MAX_ROWS, DIRECT = ROWS;
-  static constexpr int READING = BITS == 5 ? 7 : 6;
+  static constexpr int TOGETHER = most_together(BITS == 5 ? 0 : 1), READING = BITS == 5 ? 7 : 6;
   static constexpr int column(int s, int c) { return in_order(s, c); }
   struct Reader {
     const char* p;
@@ -198,7 +207,8 @@ struct Nibbles {
 template <bool wide>
 struct Bytes {  // 32 values of k in eight bits each, after a step for every output
   static constexpr int SCALES = wide ? 128 : 64;
-  static constexpr int K_BLOCK = 32, BYTES = SCALES + 1024, ROWS = MAX_ROWS, DIRECT = 2 * ROWS, READING = 6;
+  static constexpr int K_BLOCK = 32, BYTES = SCALES + 1024, ROWS = MAX_ROWS, DIRECT = 2 * ROWS;
+  static constexpr int TOGETHER = most_together(2), READING = 6;
   static constexpr int column(int s, int c) { return in_order(s, c); }
   struct Reader {
     const char* p;
@@ -226,7 +236,7 @@ template <int BITS>
 struct BitsK {
   static constexpr int HIGH = BITS == 5 ? 128 : 0, HEADER = 512;
   static constexpr int K_BLOCK = 32, BYTES = HEADER / 8 + HIGH + 512, ROWS = MAX_ROWS, DIRECT = ROWS;
-  static constexpr int READING = BITS == 5 ? 7 : 6;
+  static constexpr int TOGETHER = most_together(BITS == 5 ? 0 : 1), READING = BITS == 5 ? 7 : 6;
   static constexpr int column(int s, int c) { return in_order(s, c); }
   struct Reader {
     const char *p, *header;
@@ -270,7 +280,8 @@ inline constexpr int RUNS<BitsK<BITS>> = 8;
 // GGUF's Q6_K: 256 values of k share a float16 d and sixteen scales in eight bits; then, for every 32 k, four words of low
 // nibbles of eight k and two words of the high bits of 16 k.
 struct SixBitsK {
-  static constexpr int K_BLOCK = 32, BYTES = 840, HEADER = 576, ROWS = MAX_ROWS, DIRECT = ROWS, READING = 7;
+  static constexpr int K_BLOCK = 32, BYTES = 840, HEADER = 576, ROWS = MAX_ROWS, DIRECT = ROWS;
+  static constexpr int TOGETHER = 0, READING = 7;
   static constexpr int column(int s, int c) { return in_order(s, c); }
   struct Reader {
     const char *p, *header;

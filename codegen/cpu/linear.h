@@ -31,59 +31,85 @@ struct Target {
   int64_t step;
 };
 
-// M rows of x times strip s of a panel.
-template <class Form, int M>
+// What reads S strips of a panel, from s on.
+template <class Form, int S>
+TS_INLINE std::array<typename Form::Reader, S> readers_of(const char* panel, int s) {
+  using Reader = typename Form::Reader;
+  if constexpr (S == 1)
+    return {Reader(panel, s)};
+  else
+    return {Reader(panel, s), Reader(panel, s + 1)};
+}
+
+// Strips of a panel that are summed at once for M rows: all, where one alone has fewer chains of additions than hide how
+// long an addition takes.
+template <class Form>
+constexpr int together(int M) {
+  return M <= Form::TOGETHER ? STRIPS_A_PANEL : 1;
+}
+
+// M rows of x times S strips of a panel, from s on.
+template <class Form, int M, int S>
 void strip(const float* x, int64_t ldx, const char* panel, int64_t K, int s, const Target& to) {
-  vf sum[M][COLS];
+  vf sum[S][M][COLS];
+#pragma GCC unroll 2
+  for (int i = 0; i < S; ++i)
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int c = 0; c < COLS; ++c) sum[m][c] = to.bias ? load(to.bias + Form::column(s, c)) : vf{};
-  typename Form::Reader reader(panel, s);
+      for (int c = 0; c < COLS; ++c) sum[i][m][c] = to.bias ? load(to.bias + Form::column(s + i, c)) : vf{};
+  std::array<typename Form::Reader, S> readers = readers_of<Form, S>(panel, s);
   const auto rows = [&](const float* at) __attribute__((always_inline)) {
-    vf weight[COLS];
-    reader.next(weight);
+    vf weight[S][COLS];
+#pragma GCC unroll 2
+    for (int i = 0; i < S; ++i) readers[i].next(weight[i]);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const float value = at[m * ldx];
+#pragma GCC unroll 2
+      for (int i = 0; i < S; ++i)
 #pragma GCC unroll 4
-      for (int c = 0; c < COLS; ++c) sum[m][c] += weight[c] * value;
+        for (int c = 0; c < COLS; ++c) sum[i][m][c] += weight[i][c] * value;
     }
   };
-  constexpr int LINES = (Form::BYTES / STRIPS_A_PANEL + 63) / 64;
-  const char* ahead = to.ahead + Form::BYTES / STRIPS_A_PANEL * s;
+  constexpr int SHARE = Form::BYTES / STRIPS_A_PANEL, LINES = (SHARE * S + 63) / 64;
+  const char* ahead = to.ahead + SHARE * s;
   for (int64_t k = 0; k < K; k += Form::K_BLOCK, ahead += to.step * Form::K_BLOCK) {
 #pragma GCC unroll 20
     for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead + line * 64);
-    reader.begin();
+#pragma GCC unroll 2
+    for (int i = 0; i < S; ++i) readers[i].begin();
     if constexpr (Form::K_BLOCK == 1) {
       rows(x + k);
     } else {
-      for (int i = 0; i < Form::K_BLOCK; i += 8) {
-        reader.eight();
+      for (int j = 0; j < Form::K_BLOCK; j += 8) {
+#pragma GCC unroll 2
+        for (int i = 0; i < S; ++i) readers[i].eight();
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) rows(x + k + i + j);
+        for (int l = 0; l < 8; ++l) rows(x + k + j + l);
       }
     }
   }
+#pragma GCC unroll 2
+  for (int i = 0; i < S; ++i)
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int c = 0; c < COLS; ++c) {
-      const int column = Form::column(s, c), left = to.n - column;
-      if (left >= VW)
-        store(to.out + m * to.ldo + column, sum[m][c]);
-      else if (left > 0)
-        store_first(to.out + m * to.ldo + column, sum[m][c], left);
-    }
+      for (int c = 0; c < COLS; ++c) {
+        const int column = Form::column(s + i, c), left = to.n - column;
+        if (left >= VW)
+          store(to.out + m * to.ldo + column, sum[i][m][c]);
+        else if (left > 0)
+          store_first(to.out + m * to.ldo + column, sum[i][m][c], left);
+      }
 }
 
 using Strip = void (*)(const float*, int64_t, const char*, int64_t, int, const Target&);
 
-// strips<Form>[M]: `strip` for M rows.
+// STRIPS<Form>[M]: `strip` for M rows.
 template <class Form, size_t... M>
 constexpr std::array<Strip, sizeof...(M) + 1> strips_of(std::index_sequence<M...>) {
-  return {nullptr, strip<Form, M + 1>...};
+  return {nullptr, strip<Form, M + 1, together<Form>(M + 1)>...};
 }
 template <class Form>
 constexpr auto STRIPS = strips_of<Form>(std::make_index_sequence<Form::ROWS>());
@@ -175,9 +201,10 @@ void linear_panels(const float* x, int64_t M, int64_t K, const char* packed, con
       const int64_t m0 = M * i / blocks, m1 = M * (i + 1) / blocks;
       to.out = out + m0 * N + first;
       if (shared) to.ahead = w + bytes + i * (bytes / 2), to.step = bytes / 2 / K;
-      const auto run = widened ? STRIPS<Float32>[m1 - m0] : STRIPS<Form>[m1 - m0];
+      const int rows = int(m1 - m0), step = widened ? together<Float32>(rows) : together<Form>(rows);
+      const auto run = widened ? STRIPS<Float32>[rows] : STRIPS<Form>[rows];
       const char* panel = widened ? reinterpret_cast<const char*>(wide.data()) : w;
-      for (int s = 0; s < STRIPS_A_PANEL; ++s)
+      for (int s = 0; s < STRIPS_A_PANEL; s += step)
         if (Form::column(s, 0) < n) run(x + m0 * K, K, panel, K, s, to);
     }
   }

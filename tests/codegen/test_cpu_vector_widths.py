@@ -28,7 +28,7 @@ void go(const char* name) {  // random bits, the highest bit of float16 and bflo
   std::vector<float> wide(P * K * PANEL);
   for (int p = 0; p < P; ++p) widen<Form>(w.data() + p * SIZE, K, wide.data() + p * K * PANEL, w.data());
   int differing = 0;
-  for (int M : {1, 5, 7, 20, 60}) {
+  for (int M : {1, 2, 3, 4, 5, 7, 20, 60}) {
     std::vector<float> x(M * K), a(M * N), b(M * N);
     for (auto& v : x) v = rand() / 1e9f;
     linear_panels<Form>(x.data(), M, K, w.data(), nullptr, a.data(), N, 0, P);

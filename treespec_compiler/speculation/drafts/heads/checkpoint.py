@@ -14,6 +14,8 @@ from ....errors import InvalidOption, UnreadableModel
 
 FIX = "Name the folder of a published head, with its config.json and model.safetensors."
 PICKLED = "pytorch_model.bin"
+SHIPPED = Path(__file__).parent / "shipped"
+"""Heads that come with the package: one folder for each kind and target, as `parallel/smollm2`."""
 
 
 def unreadable(folder: Path | str, problem: str, expected: str) -> UnreadableModel:
@@ -23,15 +25,23 @@ def unreadable(folder: Path | str, problem: str, expected: str) -> UnreadableMod
 def named_folder(argument: str, kind: str, usage: str) -> tuple[Path, tuple[str, int]]:
     """The folder of `draft="kind:argument"`, and what it is known by as long as its configuration is not written anew.
 
+    A name that is no folder here may be that of a head in `SHIPPED`.
     Raises InvalidOption without an argument, UnreadableModel where there is no configuration.
     """
     if not argument:
         raise InvalidOption(name="draft", got=kind, expected=usage)
     folder = Path(argument).expanduser()
+    if not folder.exists() and argument in shipped(kind):
+        folder = SHIPPED / kind / argument
     try:
         return folder, (str(folder.resolve()), (folder / "config.json").stat().st_mtime_ns)
     except OSError as error:
         raise unreadable(folder, f"{type(error).__name__}: {error}", "a folder with config.json") from error
+
+
+def shipped(kind: str) -> list[str]:
+    """Names of the heads of this kind that come with the package, in order."""
+    return sorted(config.parent.name for config in (SHIPPED / kind).glob("*/config.json"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
