@@ -26,13 +26,7 @@ from treespec_compiler.ir.private_torch import OpOverload
 from treespec_compiler.ir.recurrence import for_every_head
 from treespec_compiler.ir.state_requests import request_rows
 
-from .aten import topology
-
-BLOCK = 64
-"""Nodes of a chain that are computed together: the work grows with the square."""
-
-MOST = 2**23
-"""Exponents of pairs of nodes that are held at a time: where there are more, rows are computed in groups."""
+from .aten_blocks import MOST, node_blocks
 
 
 @dataclass(frozen=True)
@@ -66,24 +60,18 @@ def tree_exponential_recurrence(
     wide, (key_heads, key_dim) = torch.promote_types(v.dtype, torch.float32), k.shape[2:]
     for r in request_rows(state, node_offsets, prefix_lens, tree_lens, state_slots, state_rows):
         before = r.committed.to(wide)
-        whole = not ancestors.shape[1] and not r.old  # a chain, all of it new
-        size = BLOCK if whole else r.end - r.begin
-        for at in range(r.begin, r.end, size):
-            here = slice(at, min(at + size, r.end))
-            kept = r.rows[: r.old]
-            old = _Tokens(*unstashed(stash[kept].to(wide), key_heads, key_dim, v.shape[2]))
+        for block in node_blocks(r, ancestors):
+            here, behind = block.here, slice(len(block.old), None)
+            old = _Tokens(*unstashed(stash[block.old].to(wide), key_heads, key_dim, v.shape[2]))
             new = _Tokens(*(x[0, here].to(wide) for x in (k, v, decay, gate)))
-            path = ancestors[here] if not whole else ancestors.new_empty(here.stop - at, 0)
-            seen = topology(path, len(kept) + here.stop - at).bool()
             own = None if bonus is None else bonus[0, here].to(wide)
             nodes, lost = _joined(old, new)
             sums = unpacked(before, key_dim, from_zero)
-            out[0, here] = _read(q[0, here].to(wide), nodes, lost, own, sums, seen).to(out.dtype)
-            marked = nodes.decay[len(kept) :].masked_fill(lost[len(kept) :, None], torch.nan)
-            kinds = nodes.k[len(kept) :], nodes.v[len(kept) :], marked, nodes.gate[len(kept) :]
-            written = stashed(*kinds)
-            stash[r.rows[r.nodes - r.end + at : r.nodes - r.end + here.stop]] = written.to(stash.dtype)
-            if here.stop < r.end:
+            out[0, here] = _read(q[0, here].to(wide), nodes, lost, own, sums, block.seen).to(out.dtype)
+            marked = nodes.decay[behind].masked_fill(lost[behind, None], torch.nan)
+            written = stashed(nodes.k[behind], nodes.v[behind], marked, nodes.gate[behind])
+            stash[block.own] = written.to(stash.dtype)
+            if not block.ends:
                 before = advance(before[None], written[None], key_heads, key_dim, from_zero)[0]
     return out
 

@@ -17,13 +17,7 @@ from treespec_compiler.ir.private_torch import OpOverload
 from treespec_compiler.ir.recurrence import advance, by_row, for_every_head, unstashed
 from treespec_compiler.ir.state_requests import request_rows
 
-from .aten import topology
-
-BLOCK = 64
-"""Nodes of a chain that are solved together: the work grows with the square."""
-
-MOST = 2**23
-"""Decays of pairs of nodes that are held at a time: where there are more, rows are computed one group after another."""
+from .aten_blocks import MOST, node_blocks
 
 
 @dataclass(frozen=True)
@@ -54,21 +48,15 @@ def tree_recurrence(
     wide = torch.promote_types(v.dtype, torch.float32)
     for r in request_rows(state, node_offsets, prefix_lens, tree_lens, state_slots, state_rows):
         before = r.committed.to(wide)
-        whole = not ancestors.shape[1] and not r.old  # a chain, all of it new
-        size = BLOCK if whole else r.end - r.begin
-        for at in range(r.begin, r.end, size):
-            here = slice(at, min(at + size, r.end))
-            kept = r.rows[: r.old]
-            old = _Nodes(*unstashed(stash[kept].to(wide), k.shape[2], before.shape))
+        for block in node_blocks(r, ancestors):
+            here = block.here
+            old = _Nodes(*unstashed(stash[block.old].to(wide), k.shape[2], before.shape))
             new = _Nodes(k[0, here].to(wide), v[0, here].to(wide), decay[0, here].to(wide))
-            path = ancestors[here] if not whole else ancestors.new_empty(here.stop - at, 0)
-            seen = topology(path, len(kept) + here.stop - at).bool()
             rates = None if beta is None else beta[0, here].to(wide)
-            found, written = _solved(q[0, here].to(wide), new, rates, old, before, seen)
+            found, written = _solved(q[0, here].to(wide), new, rates, old, before, block.seen)
             out[0, here] = found.to(out.dtype)
-            own = r.rows[r.nodes - r.end + at : r.nodes - r.end + here.stop]
-            stash[own] = written.to(stash.dtype)
-            if here.stop < r.end:
+            stash[block.own] = written.to(stash.dtype)
+            if not block.ends:
                 before = advance(before[None], written[None], k.shape[2])[0]
     return out
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from families import some_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from modules import CONTEXT, HEADS, VOCAB, Tiny
@@ -88,7 +89,7 @@ def _alone(q: Tensor, k: Tensor) -> Tensor:
     return _filled([CAUSAL[0], WINDOW[0](1)], q, k) + SLOPES[0](torch.ones(HEADS, 1, 1), q, k)
 
 
-@settings(max_examples=10)
+@settings(max_examples=len(some_of(range(72))))
 @given(masks())
 @example((1, True, _alone, [CAUSAL[0], WINDOW[0](1)]))
 def test_random_compositions_are_proved_and_decode(drawn: Any) -> None:

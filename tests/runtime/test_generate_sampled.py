@@ -354,7 +354,7 @@ def check_law(model, draft, ids, arguments, tokens: int, total: int) -> None:
     assert z < 4, f"chi-square {statistic:.1f} with {freedom} degrees of freedom"
 
 
-@pytest.mark.family
+@pytest.mark.rare
 @pytest.mark.slow
 @pytest.mark.parametrize("verifier", ["naive", "multi-step", "recursive", "traversal", "block"])
 def test_chi_square_with_tiny_models(verifier):

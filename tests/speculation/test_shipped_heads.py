@@ -46,11 +46,12 @@ def test_they_are_found_by_name_and_are_small():
     assert f"{read_config(folder)['training']['tokens_per_step']} tokens a step" in card
 
 
-def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
+def test_a_folder_of_that_name_is_written_with_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()
+    assert named_folder("smollm2", "parallel", "")[0] == SHIPPED / "parallel" / "smollm2"
     with pytest.raises(UnreadableModel, match="smollm2"):
-        named_folder("smollm2", "parallel", "")
+        named_folder("./smollm2", "parallel", "")
 
 
 def test_another_kind_has_none_of_that_name():

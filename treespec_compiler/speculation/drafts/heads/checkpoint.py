@@ -25,14 +25,12 @@ def unreadable(folder: Path | str, problem: str, expected: str) -> UnreadableMod
 def named_folder(argument: str, kind: str, usage: str) -> tuple[Path, tuple[str, int]]:
     """The folder of `draft="kind:argument"`, and what it is known by as long as its configuration is not written anew.
 
-    A name that is no folder here may be that of a head in `SHIPPED`.
+    The name of a head in `SHIPPED` is that one; a folder of the same name is written with a path, `./name`.
     Raises InvalidOption without an argument, UnreadableModel where there is no configuration.
     """
     if not argument:
         raise InvalidOption(name="draft", got=kind, expected=usage)
-    folder = Path(argument).expanduser()
-    if not folder.exists() and argument in shipped(kind):
-        folder = SHIPPED / kind / argument
+    folder = SHIPPED / kind / argument if argument in shipped(kind) else Path(argument).expanduser()
     try:
         return folder, (str(folder.resolve()), (folder / "config.json").stat().st_mtime_ns)
     except OSError as error:

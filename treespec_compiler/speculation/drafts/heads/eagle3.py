@@ -203,7 +203,9 @@ class Eagle3:
         return self._head(normed)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.shape.eps)
+        # By hand: `F.rms_norm` takes five times as long for a row on a CPU.
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.shape.eps)).to(x.dtype) * weight
 
 
 def _joined(folder: Path, name: str, parts: list[Tensor | None]) -> Tensor | None:
