@@ -80,8 +80,9 @@ def shape_of_tensor(tensor: Tensor) -> Shape:
 
 
 def shape_of(node: fx.Node) -> Shape:
-    """Symbolic shape of a tensor node."""
-    return shape_of_tensor(node.meta["val"])
+    """Symbolic shape of a tensor node; a number has no dimensions."""
+    value = node.meta["val"]
+    return shape_of_tensor(value) if isinstance(value, Tensor) else ()
 
 
 def rename(form: Form, mapping: dict[int, Any]) -> Any:
