@@ -30,6 +30,7 @@ from .spellings.head_mixes import spell_mixed_scores, spell_mixed_weights
 from .spellings.inverse_permutation import spell_inverse
 from .spellings.joined_pieces import spell_joined_pieces
 from .spellings.meshgrid import spell_meshgrid
+from .spellings.other_names import spell_other_name
 from .spellings.own_places import spell_own_places
 from .spellings.picked_rows import spell_picked_rows
 from .spellings.pieces import spell_only_piece, spell_whole_steps
@@ -67,6 +68,7 @@ _SYNONYMS = {
 _OF_TWO: dict[Any, Any] = {aten.min.other: aten.minimum.default, aten.max.other: aten.maximum.default}
 _SPELLINGS = (
     spell_size,
+    spell_other_name,
     spell_only_piece,
     spell_whole_steps,
     spell_joined_pieces,

@@ -6,10 +6,11 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import lengths_listed
 import lengths_read
 import pytest
 import torch
-from lengths import CONVERTED, EndsAt, EndsSoon, Length, RowsInALoop
+from lengths import CONVERTED, EndsAt, EndsSoon, RowsInALoop
 from lengths_read import (
     CachedLoop,
     FunctionInAnAttribute,
@@ -28,10 +29,12 @@ from styles import built
 import treespec_compiler as treespec
 from treespec_compiler.errors import Refusal
 
+STYLES = [*CONVERTED, *lengths_read.CONVERTED, *lengths_listed.CONVERTED]
+
 
 @pytest.mark.family
-@pytest.mark.parametrize("style", [*CONVERTED, *lengths_read.CONVERTED], ids=lambda style: style.__name__)
-def test_rows_are_the_models_own(style: type[Length]) -> None:
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)
+def test_rows_are_the_models_own(style: type[Any]) -> None:
     model = built(style)
     program = treespec.tree_program(model, options=EAGER)
     graph = program.graph_module
@@ -40,11 +43,11 @@ def test_rows_are_the_models_own(style: type[Length]) -> None:
 
 
 @pytest.mark.family
-@pytest.mark.parametrize("style", REFUSED, ids=lambda style: style.__name__)
-def test_refused(style: type[Length]) -> None:
+@pytest.mark.parametrize("style", [*REFUSED, *lengths_listed.REFUSED], ids=lambda style: style.__name__)
+def test_refused(style: type[Any]) -> None:
     with pytest.raises(treespec.Unsupported) as refusal:
         treespec.tree_program(built(style), options=EAGER)
-    assert refusal.value.kind in (Refusal.SPECIALISED, Refusal.MASK)
+    assert refusal.value.kind in (Refusal.SPECIALISED, Refusal.MASK, Refusal.POSITIONS)
 
 
 @pytest.mark.rare

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from modules import DIM, Tiny
+from modules import DIM, VOCAB, Tiny
 from oracles import EAGER, assert_decodes
 from pass_cases import applied
 from torch import Tensor
+from torch.nn import functional as F
 
 import treespec_compiler as treespec
 from treespec_compiler.ir.provenance import op_name
@@ -136,3 +137,27 @@ def test_synonyms() -> None:
     assert not wordy & set(new) and {"aten.cat", "aten.mul", "aten.sub", "aten.clamp", "aten.gt", "aten.neg"} <= set(
         new
     )
+
+
+def test_ops_by_other_names() -> None:
+    def function(x: Tensor) -> Tensor:
+        left, right = x[:, :8], x[:, 8:]
+        y = torch.hstack([left, right.relu()]) + torch.column_stack([right, left]) + left.tile(2) + x.fliplr()
+        y = y + torch.dstack([left[None], F.rrelu(right)[None]])[0] + torch.vstack([x])
+        return y / (1 + torch.linalg.norm(x, dim=-1, keepdim=True)) + F.pairwise_distance(x, y)[:, None]
+
+    treed = model(function)
+    _, new, _, _ = applied(treed, normalize.PASS)
+    assert not {"aten.hstack", "aten.dstack", "aten.tile", "aten.fliplr", "aten.rrelu", "aten.pairwise_distance"} & set(
+        new
+    )
+    assert_decodes(treed, treespec.tree_program(treed, options=EAGER), VOCAB, rounds=1, size=6)
+
+
+@pytest.mark.family
+@pytest.mark.parametrize(
+    "mixed", [lambda x: x.flipud(), lambda x: torch.vstack([x[1:], x[:1]]), lambda x: x[:1].tile(x.shape[0], 1)]
+)
+def test_tokens_by_other_names_are_mixed(mixed: Function) -> None:
+    with pytest.raises(treespec.Unsupported):
+        treespec.tree_program(model(mixed), options=EAGER)

@@ -26,6 +26,7 @@ from ..logs import logger
 from .checks import caught, check_at
 from .context_variables import context_reads_at, explain_context
 from .empty_picks import branch_at
+from .listed_places import imported, listed_places
 from .one_turn import turn_at
 from .picked_loops import loop_at
 from .regions import Stretch, regions_at
@@ -77,7 +78,7 @@ def rewritten_for(
             continue
         others = [each for each in known if each is not old]
         found = _without_check(function, body, line) if checks else None
-        found = found or _without_branch(function, body, line)
+        found = found or _without_branch(function, body, line) or _with_places(function, body, line)
         read = () if old is None else old.read
         if found is None and (known_now := _without_context(function, body, line)) is not None:
             found, read = known_now[:2], (*read, *known_now[2])
@@ -134,6 +135,17 @@ def _without_branch(
         return None
     _Replaced(found).visit(body)
     ast.fix_missing_locations(body)
+    code = _compiled(body, function)
+    return None if code is None else (body, code)
+
+
+def _with_places(function: FunctionType, body: ast.FunctionDef, line: int) -> tuple[ast.FunctionDef, CodeType] | None:
+    """The function with tensors of places where lists of them index."""
+    found = listed_places(function, body, line)
+    if found is None:
+        return None
+    _Replaced(found).visit(body)
+    imported(body)
     code = _compiled(body, function)
     return None if code is None else (body, code)
 
