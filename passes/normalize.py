@@ -29,6 +29,7 @@ from .spellings.grouped_experts import spell_counts, spell_grouped
 from .spellings.head_mixes import spell_mixed_scores, spell_mixed_weights
 from .spellings.inverse_permutation import spell_inverse
 from .spellings.joined_pieces import spell_joined_pieces
+from .spellings.maps import write_out_maps
 from .spellings.meshgrid import spell_meshgrid
 from .spellings.other_names import spell_other_name
 from .spellings.own_places import spell_own_places
@@ -96,7 +97,7 @@ _END = 2**62  # slices to the end are written with the largest int64
 
 
 def normalize(state: GraphState) -> int:
-    matches = 0
+    matches = write_out_maps(state)
     for node in list(state.graph.nodes):
         if node.op != "call_function":
             continue

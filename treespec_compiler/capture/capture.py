@@ -29,6 +29,7 @@ from .flex import spell_flex_attention
 from .found import finder, place
 from .functional import functional_graph
 from .inlined import inline_bodies
+from .maps import mark_maps
 from .mixers import mixers_of
 from .quantized_weights import opened
 from .reads import Reads
@@ -192,6 +193,7 @@ def _export(gm: fx.GraphModule, inputs: list[Any]) -> dict[str, Any]:
 
     inline_bodies(gm)
     spell_flex_attention(gm)
+    mark_maps(gm)
     refuse_control_flow(gm)
     context = TracingContext.get()
     mode = context.fake_mode
