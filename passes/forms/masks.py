@@ -21,6 +21,7 @@ from treespec_compiler.ir.specs import MaskSpec
 
 from .biases import LONGEST_BIAS, NotAMask, bias_kind, longest_rows
 from .closed_form import Form, axis
+from .own_keys import hides_itself, own_far_below
 from .patterns import HIDDEN as HIDDEN
 from .patterns import chunk_of_values, pattern_of_form, pattern_of_values, whole_prefix
 from .turning_point import root
@@ -152,6 +153,8 @@ def _analytic(
     if any(map(_undecided, cells.values())):
         cells = _cells(expr, q, k, text, every=True)
     hidden = {p for p, value in cells.items() if _is_hidden(value)}
+    if not chunk and hides_itself(cells, hidden):
+        return Scoring(MaskSpec(limit=LONGEST_BIAS), "distance", text)
     shown = {value for p, value in cells.items() if p not in hidden}
     if len(shown) > 1:
         raise NotAMask(f"the scores change differently at different distances: {text}")
@@ -314,6 +317,8 @@ def _biased_table(
         return None
     values = values.expand(*values.shape[:-2], limit, limit).reshape(-1, limit, limit)
     shown = values > HIDDEN
+    if not bool(shown.diagonal(dim1=1, dim2=2).any()):
+        shown = shown | own_far_below(values, shown)
     if bool((values[shown] == 0).all()) or not bool((shown == shown[:1]).all()) or bool(values[shown].isinf().any()):
         return None
     by_distance = values[:, :, 0]  # distances 0 .. limit - 1

@@ -307,6 +307,37 @@ def window_that_grows_with_the_text(t: int) -> Tensor:
     return (i[None] <= i[:, None]) & (i[:, None] - i[None] < max(t - 4, 3))
 
 
+@converts
+def own_key_far_below(t: int) -> Tensor:
+    """As in Reformer: a token sees itself where nothing comes before it."""
+    bias = torch.zeros(t, t).masked_fill(torch.eye(t, dtype=torch.bool), -5e4)
+    return bias.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -math.inf)
+
+
+@converts
+def own_key_far_below_by_places(t: int) -> Tensor:
+    i = torch.arange(t)
+    return torch.where(i[:, None] == i, -1e5, 0.0).masked_fill(i[:, None] < i, -1e9)
+
+
+@refused
+def own_key_as_far_as_later_ones(t: int) -> Tensor:
+    """The first token sees all."""
+    return torch.zeros(t, t).masked_fill(torch.ones(t, t, dtype=torch.bool).triu(), -1e9)
+
+
+@refused
+def own_key_below_later_ones(t: int) -> Tensor:
+    bias = torch.zeros(t, t).masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -1e5)
+    return bias.masked_fill(torch.eye(t, dtype=torch.bool), -1e9)
+
+
+@refused
+def later_keys_little_below_the_own(t: int) -> Tensor:
+    i = torch.arange(t)
+    return torch.where(i[:, None] == i, -5e4, 0.0).masked_fill(i[:, None] < i, -50005.0)
+
+
 @refused
 def one_ahead(t: int) -> Tensor:
     return torch.arange(t) <= torch.arange(1, t + 1)[:, None]
