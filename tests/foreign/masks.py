@@ -304,7 +304,7 @@ def segments_of_one_length_alone(t: int) -> Tensor:
 @refused
 def window_that_grows_with_the_text(t: int) -> Tensor:
     i = torch.arange(t)
-    return (i[None] <= i[:, None]) & (i[:, None] - i[None] < max(t - 4, 3))
+    return (i[None] <= i[:, None]) & (i[:, None] - i[None] < max(t - 4, 8))
 
 
 @converts

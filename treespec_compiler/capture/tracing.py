@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -15,7 +15,6 @@ import sympy
 import torch
 from torch import nn
 from torch._guards import TracingContext
-from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
@@ -52,7 +51,6 @@ def tracing(model: nn.Module, traced: Mapping[str, Any], call: CallSpec) -> Iter
             plain_layers(),
             _no_garbage_collection(),
             _stopped_where_specialised(),
-            _sides_of_sizes(),
             _quiet("torch._guards", "torch.fx.experimental.symbolic_shapes"),
             torch.compiler.set_stance("default"),  # one that the user set is for the user's own compilations
         ):
@@ -105,30 +103,6 @@ def _stopped_where_specialised() -> Iterator[None]:
         set_(self, symbol, value, *rest)
 
     with mock.patch.object(ShapeEnv, "_set_replacement", stop):
-        yield
-
-
-@contextlib.contextmanager
-def _sides_of_sizes() -> Iterator[None]:
-    """`min(x.shape[1], 64)` is the smaller of both, on the condition that it is: lengths beyond are another branch.
-
-    A trace that keeps `Min(64, T)` for a size has nothing to compare it with.
-    """
-
-    def one_of(larger: bool, given: Callable[[SymNode, SymNode], SymNode]) -> Callable[[SymNode, SymNode], SymNode]:
-        def pick(self: Any, other: Any) -> Any:
-            if self.hint is None or other.hint is None:  # decided by values
-                return given(self, other)
-            # The bound itself is on this side, whichever it is: both mean the same there.
-            above = self.hint >= other.hint
-            if not (self.ge(other) if above else self.le(other)).guard_bool("", 0):
-                raise AssertionError(f"got {self} and {other} in another order than their hints, expected the same")
-            return self if above == larger else other
-
-        return pick
-
-    smallest, largest = one_of(False, SymNode.sym_min), one_of(True, SymNode.sym_max)
-    with mock.patch.object(SymNode, "sym_min", smallest), mock.patch.object(SymNode, "sym_max", largest):
         yield
 
 
