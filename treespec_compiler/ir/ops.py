@@ -10,6 +10,7 @@ from .convolution import causal_convolution, tree_convolution
 from .exponential_recurrence import exponential_recurrence, tree_exponential_recurrence
 from .grouped_linear import grouped_linear
 from .linear import pack_weight, packed_bytes, packed_linear, unpack_weight
+from .mapping import mapped, unmapped
 from .packed_embedding import packed_embedding
 from .recurrence import recurrence, tree_recurrence
 from .sequence_attention import attention, causal_attention
@@ -25,6 +26,7 @@ __all__ = [
     "fetch",
     "greedy_accept",
     "grouped_linear",
+    "mapped",
     "pack_weight",
     "packed_bytes",
     "packed_embedding",
@@ -37,5 +39,6 @@ __all__ = [
     "tree_convolution",
     "tree_exponential_recurrence",
     "tree_recurrence",
+    "unmapped",
     "unpack_weight",
 ]
