@@ -123,7 +123,8 @@ def _is_whole(node: fx.Node, new: fx.Node) -> bool:
     one, every = node.meta["val"], new.meta["val"]
     pairs = zip(one, every, strict=True) if isinstance(one, (list, tuple)) else [(one, every)]
     return all(
-        not isinstance(a, torch.Tensor) or (a.dtype == b.dtype and [*map(str, a.shape)] == [*map(str, b.shape)][1:])
+        not isinstance(a, torch.Tensor)
+        or (a.dtype == b.dtype and b.dim() == a.dim() + 1 and [*map(str, a.shape)] == [*map(str, b.shape)][1:])
         for a, b in pairs
     )
 
@@ -186,7 +187,9 @@ def _reduced(overload: Any) -> _Rule:
         if node.target is overload:
             return named(map_, node)
         source: Any = node.args[0]
-        return map_.emit(overload, map_.whole[source], list(range(1, _rank(source) + 1)), **node.kwargs)
+        dims = list(range(1, _rank(source) + 1))
+        # NOTE no dimensions would be all of them
+        return map_.emit(overload, map_.whole[source], dims, **node.kwargs) if dims else None
 
     return rule
 

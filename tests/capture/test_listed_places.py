@@ -44,6 +44,7 @@ def test_a_list_that_only_indexes_is_a_tensor(lines: str, at: int, stand_in: str
         ("return table[[i for i in range(t) if i]]", 2),
         ("range = x; return table[range(t)]", 3),
         ("y = x + 1; return table[range(t)]", 2),
+        ("return table[tuple(range(t))]", 2),
     ],
 )
 def test_others_are_left(lines: str, at: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import FunctionType
 
 _IMPORT = "import torch as _treespec_torch"
-_LISTS = ("list", "tuple")
+_LIST = "list"  # a tuple alone would be a number for each dimension
 
 
 def listed_places(function: FunctionType, body: ast.FunctionDef, line: int) -> dict[int, ast.expr] | None:
@@ -22,7 +22,7 @@ def listed_places(function: FunctionType, body: ast.FunctionDef, line: int) -> d
     None: there are none. The function must then know their names (`imported`).
     """
     names = {*function.__code__.co_varnames, *function.__code__.co_freevars, *function.__code__.co_cellvars}
-    if any(n in names or function.__globals__.get(n) not in (None, getattr(builtins, n)) for n in ("range", *_LISTS)):
+    if any(n in names or function.__globals__.get(n) not in (None, getattr(builtins, n)) for n in ("range", _LIST)):
         return None
     indices = [e for node in ast.walk(body) if isinstance(node, ast.Subscript) for e in _parts(node.slice)]
     found: dict[int, ast.expr] = {}
@@ -54,7 +54,7 @@ def _parts(index: ast.expr) -> Iterator[ast.expr]:
 
 
 def _numbers(node: ast.expr) -> ast.Call | None:
-    """The `range` whose numbers a list, tuple, comprehension or range holds, in their order."""
+    """The `range` whose numbers a list, comprehension or range holds, in their order."""
     if isinstance(node, ast.ListComp) and len(node.generators) == 1:
         loop = node.generators[0]
         same = isinstance(node.elt, ast.Name) and isinstance(loop.target, ast.Name) and node.elt.id == loop.target.id
@@ -65,7 +65,7 @@ def _numbers(node: ast.expr) -> ast.Call | None:
         return None
     if any(isinstance(a, ast.Starred) for a in node.args):
         return None
-    if node.func.id in _LISTS and len(node.args) == 1:
+    if node.func.id == _LIST and len(node.args) == 1:
         return _numbers(node.args[0])
     return node if node.func.id == "range" and node.args else None
 
