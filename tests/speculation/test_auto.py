@@ -176,29 +176,6 @@ def test_a_draft_that_another_one_makes_superfluous_is_left_out():
     assert None not in Controller(Auto(), cost, [better, worse]).plan(0, 100)
 
 
-def test_slow_speculation_leaves_out_the_worst_draft_and_then_the_other():
-    """Two drafts by whose records trees pay; nothing of either is accepted any more, and they take long."""
-    cost = CostModel(table(1.0, 0.05), [table(0.02, 0.0), table(0.02, 0.0)], 0.02)
-    memories = [Acceptance([400.0, 9, 9, 9], [accepted, 1, 0, 0]) for accepted in (360.0, 240.0)]
-    controller = Controller(Auto(), cost, memories)
-    plans = controller.plan(0, 1000)
-    assert None not in plans
-    proposal = Proposal.merge([Proposal([1, token], [-1, 0], [0, 1], [0, 0]) for token in (5, 7)])
-
-    def steps_until_another_plan() -> int:
-        before, steps = controller._current, 0
-        while controller._current is before and steps < 100:
-            controller.observe(proposal, [0], 1, 1.2, 1.0, 0.1)
-            steps += 1
-        return steps
-
-    assert steps_until_another_plan() <= 16
-    assert controller._current == [plans[0], None] and not memories[0].patience and memories[1].patience
-    proposal = Proposal([1, 5], [-1, 0], [0, 1], [0, 0])
-    assert steps_until_another_plan() <= 16
-    assert controller._current is controller._none and memories[0].patience
-
-
 def test_only_chains_where_only_chains_are_allowed():
     memory = Acceptance()
     memory.tried, memory.accepted = [50.0, 20, 20, 20], [20.0, 8, 4, 2]

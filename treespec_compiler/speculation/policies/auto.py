@@ -190,8 +190,7 @@ class Controller:
         self._verify = self._predicted = self._others = self._tokens = 0.0
 
     def _check(self, nodes: int, tokens: int, verify: float, draft: float, rest: float) -> None:
-        """Learn the overhead, and leave out the worst draft where speculation is slower than plain decoding, whatever
-        was predicted."""
+        """Learn the overhead, and end speculation that is slower than plain decoding, whatever was predicted."""
         predicted = self.cost.verify(nodes, self.context)
         others = sum(arm.plan.seconds for arm in self.arms if arm.plan is not None) - predicted + self.cost.overhead
         self._verify = self._verify * CHECK_DECAY + min(verify, OUTLIER * predicted)
@@ -205,31 +204,16 @@ class Controller:
         if self._steps >= CHECK_STEPS or (
             self._steps >= FIRST_CHECK_STEPS and self._verify + self._others > plain * FIRST_CHECK_MARGIN
         ):
-            if self._verify + self._others > plain * CHECK_MARGIN:
-                self._leave_out_worst()
-            elif plain > self._verify + self._others:
-                for arm in self.arms:
-                    if arm.plan is not None:
+            slower = self._verify + self._others > plain * CHECK_MARGIN
+            for arm in self.arms:
+                if arm.plan is not None:
+                    if slower:
+                        self._give_up(arm, 4)
+                    elif plain > self._verify + self._others:
                         arm.memory.patience = 0
-
-    def _leave_out_worst(self) -> None:
-        """What others guess may be worth its time without the draft that guesses least for its own."""
-        used = [i for i, arm in enumerate(self.arms) if arm.plan is not None]
-        gains = {i: self._gain(i) for i in used}
-        worst = min(used, key=lambda i: gains[i][0] / max(gains[i][1], 1e-12))
-        self._give_up(self.arms[worst], 4)
-        self._restart()
-        if len(used) > 1:
-            self._current = [None if arm.plan is None else arm.plan.tree for arm in self.arms]
-        else:
-            self._current, self._due = self._none, FIRST_WAIT
-
-    def _gain(self, index: int) -> tuple[float, float]:
-        """Accepted tokens a step that a draft has alone, by what was seen of it, and the seconds that it adds."""
-        arm = self.arms[index]
-        assert arm.plan is not None
-        now = self._valued(index, arm.plan.tree, arm.memory.rates())
-        return (now.tokens - 1) * arm.memory.share_alone, now.seconds - self.cost.verify(1, self.context)
+            if slower:
+                self._current, self._due = self._none, FIRST_WAIT
+                self._restart()
 
     def _replan(self, remaining: int) -> None:
         for index, arm in enumerate(self.arms):
@@ -314,7 +298,13 @@ class Controller:
         if len(used) < 2:
             return
         plain = self.cost.verify(1, self.context)
-        gains = {i: self._gain(i) for i in used}
+
+        def gain(i: int) -> tuple[float, float]:
+            plan = self.arms[i].plan
+            assert plan is not None
+            return (plan.tokens - 1) * self.arms[i].memory.share_alone, plan.seconds - plain
+
+        gains = {i: gain(i) for i in used}
         for i in sorted(used, key=lambda i: gains[i][0] / max(gains[i][1], 1e-12)):
             others = [j for j in gains if j != i]
             if not others:
