@@ -45,9 +45,12 @@ class SlopeOfEachHead(Style):
         away = place[:, None] - place
 
         def one(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
-            return (q @ k.mT / 2 - slope * away).masked_fill(away < 0, -math.inf).softmax(-1) @ v
+            return (q @ k.mT / 2 - self.bias(slope, away)).masked_fill(away < 0, -math.inf).softmax(-1) @ v
 
         return torch.vmap(one, in_dims=(1, 1, 1, 0), out_dims=1)(q, k, v, self.slopes)
+
+    def bias(self, slope: Tensor, away: Tensor) -> Tensor:
+        return slope * away
 
 
 class WeightsOfEachHead(Style):
@@ -112,20 +115,11 @@ class SumOfColumns(Style):
         return self.head(torch.vmap(lambda column: column - column.mean(), in_dims=1, out_dims=1)(x[0])[None])
 
 
-class SumOfANumber(Style):
+class SumOfANumber(SlopeOfEachHead):
     """A sum over no dimension, beside which a sum over none named is one over all."""
 
-    def setup(self) -> None:
-        self.register_buffer("slopes", 2.0 ** -torch.arange(1.0, HEADS + 1))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        place = torch.arange(q.shape[2])
-        away = place[:, None] - place
-
-        def one(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
-            return (q @ k.mT / 2 - slope.sum() * away).masked_fill(away < 0, -math.inf).softmax(-1) @ v
-
-        return torch.vmap(one, in_dims=(1, 1, 1, 0), out_dims=1)(q, k, v, self.slopes)
+    def bias(self, slope: Tensor, away: Tensor) -> Tensor:
+        return slope.sum() * away
 
 
 class Sorted(Style):
