@@ -6,9 +6,11 @@
     python benchmarks/bench_batch.py --show benchmarks/results/cpu/batch.json --markdown
 
 For each number of requests every loop runs the same prompts, in turn, several times: all requests begin at once, and
-each gives the same number of tokens. Tokens a second are those of all requests together, prompts included. Hugging
-Face's `generate` gets them as one batch padded on the left, `generate_batch` is its continuous batching; one that fails
-on this machine is left out, and the report says why. The best chain and the best tree are those of the fastest medians.
+each gives the same number of tokens. So the last ones run alone where a draft is better for some than for others; with
+`--waves 3` there are three prompts for each place, as under a load that goes on. Tokens a second are those of all
+requests together, prompts included. Hugging Face's `generate` gets them as one batch padded on the left,
+`generate_batch` is its continuous batching; one that fails on this machine is left out, and the report says why. The
+best chain and the best tree are those of the fastest medians.
 
 Whether `auto` costs anything where speculation does not pay is a question of single percents, on machines that are
 noisier: rounds are compared in pairs, by the clock and by CPU seconds, with the interval of the median ratio;
@@ -97,15 +99,22 @@ def engine_loop(name: str, model: Any, size: int, room: int, **settings: Any) ->
     return Loop(name, run, engine.close)
 
 
-def generate_loop(model: Any) -> Loop:
+def generate_loop(model: Any, size: int) -> Loop:
+    """Batches of `size` prompts, one after the other."""
+
     def run(prompts: list[list[int]], new: int) -> tuple[list[list[int]], dict[str, float]]:
+        found = [tokens for at in range(0, len(prompts), size) for tokens in batch(prompts[at : at + size], new)]
+        return found, {}
+
+    def batch(prompts: list[list[int]], new: int) -> list[list[int]]:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
         settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         with torch.no_grad():
             out = model.generate(ids, attention_mask=mask, **settings)
-        return out[:, longest:].tolist(), {}
+        found: list[list[int]] = out[:, longest:].tolist()
+        return found
 
     return Loop(GENERATE, run)
 
@@ -127,7 +136,7 @@ def loops_for(given: argparse.Namespace, model: Any, draft: Any, size: int, room
     found = [engine_loop(name, model, size, room) for name in (PLAIN, *([CONTROL] if given.control else []))]
     for policy in (*given.chains, *given.trees, AUTO):
         found.append(engine_loop(policy, model, size, room, draft=draft, policy=policy))
-    return found + ([] if given.alone else [generate_loop(model), continuous_loop(copy.deepcopy(model))])
+    return found + ([] if given.alone else [generate_loop(model, size), continuous_loop(copy.deepcopy(model))])
 
 
 def compare(loops: list[Loop], prompts: list[list[int]], given: argparse.Namespace) -> dict[str, bool]:
@@ -234,6 +243,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, help="Spec-Bench's question.jsonl, asked with the chat template")
     parser.add_argument("--chains", nargs="*", default=list(CHAINS))
     parser.add_argument("--trees", nargs="*", default=list(TREES))
+    parser.add_argument("--waves", type=int, default=1, help="prompts for each place: who ends makes room for the next")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--alone", action="store_true", help="without Hugging Face's loops")
@@ -248,7 +258,7 @@ def main() -> None:
     loaded = load(given.target)
     draft: Any = [load(n, role="draft").model if n == "demo" or n.startswith("hf:") else n for n in given.draft]
     draft = draft[0] if len(draft) == 1 else draft
-    prompts = prompts_of(given, loaded.tokenizer, max(given.requests))
+    prompts = prompts_of(given, loaded.tokenizer, max(given.requests) * given.waves)
     room = max(map(len, prompts)) + given.new_tokens
     batches: list[dict[str, Any]] = []
     with progress(len(given.requests)) as say:
@@ -256,7 +266,7 @@ def main() -> None:
             say(f"{size} requests")
             loops = loops_for(given, loaded.model, draft, size, room)
             settle()
-            same = compare(loops, prompts[:size], given)
+            same = compare(loops, prompts[: size * given.waves], given)
             batches.append({"requests": size, "same": same, "loops": [loop.describe() for loop in loops]})
     report = {
         "benchmark": "batch",
