@@ -17,6 +17,8 @@
 namespace treespec {
 
 constexpr int GROUP = 32;
+typedef int32_t vi_at4 __attribute__((vector_size(VW * 4), aligned(4), may_alias));
+
 using Tries = std::vector<std::pair<int, int>>;  // levels of the least and of the largest value
 
 struct Found {
@@ -27,40 +29,46 @@ struct Found {
 inline float as_half(float x) { return static_cast<float>(c10::Half(x)); }
 
 // NOTE bits are compared: -0.0 is another number than 0.0, and a value that is not finite has no step.
-inline bool same_values(const float* values, const Found& found) {
-  int32_t other = 0;
-  for (int i = 0; i < GROUP; ++i) {
-    // the product is exact (11 and 8 bits), so that one instruction for both rounds as two do
-    const float made = float(found.levels[i]) * found.step + found.least;
-    int32_t a, b;
-    std::memcpy(&a, &made, 4), std::memcpy(&b, values + i, 4);
-    other |= a ^ b;
-  }
-  return other == 0;
+inline vi other_bits(vf made, vf values) { return reinterpret_cast<vi>(made) ^ reinterpret_cast<vi>(values); }
+
+inline bool all_zero(vi bits) {
+  int32_t any = 0;
+  for (int i = 0; i < VW; ++i) any |= bits[i];
+  return any == 0;
 }
 
-// The same without a minimum: nothing is added, which would turn -0.0 to 0.0.
-inline bool same_products(const float* values, const Found& found) {
-  int32_t other = 0;
-  for (int i = 0; i < GROUP; ++i) {
-    const float made = float(found.levels[i]) * found.step;
-    int32_t a, b;
-    std::memcpy(&a, &made, 4), std::memcpy(&b, values + i, 4);
-    other |= a ^ b;
+// Levels of the values for `found.step` and `found.least`; whether these make the values, bit by bit.
+template <bool minimum>
+inline bool take_levels(const float* values, int lowest, int highest, Found& found) {
+  const float divisor = found.step == 0 ? 1 : found.step;
+  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer, to an even one of two
+  const vf bottom = splat(float(lowest)), top = splat(float(highest));
+  vi other = {};
+  for (int i = 0; i < GROUP; i += VW) {
+    const vf value = load(values + i);
+    vf level = (value - found.least) / divisor;
+    level = level > bottom ? level : bottom;  // NaN: lowest
+    level = level < top ? level : top;
+    level = level + magic - magic;
+    *reinterpret_cast<vi_at4*>(found.levels + i) = __builtin_convertvector(level, vi);
+    // a level times a float16 step is exact (11 and 8 bits), so that one instruction for both rounds as two do; without a
+    // minimum nothing is added, which would turn -0.0 to 0.0
+    other |= other_bits(minimum ? level * found.step + found.least : level * found.step, value);
   }
-  return other == 0;
+  return all_zero(other);
 }
 
 inline bool find_levels(const float* values, int lowest, int highest, bool minimum, const Tries& tries, Found& found) {
-  float low = values[0], high = values[0];
-  uint32_t infinite = 0;
-  for (int i = 0; i < GROUP; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, values + i, 4);
-    infinite |= (bits & 0x7f800000u) == 0x7f800000u;
-    low = std::min(low, values[i]), high = std::max(high, values[i]);
+  vf least = load(values), most = least;
+  vi infinite = {};
+  for (int i = 0; i < GROUP; i += VW) {
+    const vf value = load(values + i);
+    infinite |= (reinterpret_cast<vi>(value) & 0x7f800000) == 0x7f800000;
+    least = value < least ? value : least, most = value > most ? value : most;
   }
-  if (infinite) return false;
+  if (!all_zero(infinite)) return false;
+  float low = least[0], high = most[0];
+  for (int i = 1; i < VW; ++i) low = std::min(low, least[i]), high = std::max(high, most[i]);
   for (const auto& [below, above] : tries) {
     if (minimum) {
       found.step = as_half((high - low) / float(above - below));
@@ -70,12 +78,8 @@ inline bool find_levels(const float* values, int lowest, int highest, bool minim
       found.least = 0;
     }
     if (!std::isfinite(found.step) || !std::isfinite(found.least)) continue;
-    const float divisor = found.step == 0 ? 1 : found.step;
-    for (int i = 0; i < GROUP; ++i) {
-      const float level = std::nearbyint((values[i] - found.least) / divisor);
-      found.levels[i] = int32_t(level > lowest ? std::min(level, float(highest)) : float(lowest));  // NaN: lowest
-    }
-    if (minimum ? same_values(values, found) : same_products(values, found)) return true;
+    if (minimum ? take_levels<true>(values, lowest, highest, found) : take_levels<false>(values, lowest, highest, found))
+      return true;
   }
   return false;
 }

@@ -20,7 +20,7 @@ from treespec_compiler.capture.python_state import PythonState, Undigested
 from treespec_compiler.errors import InvalidOption, Unsupported
 from treespec_compiler.ir import ops, registry
 from treespec_compiler.options import Options
-from treespec_compiler.program import machine
+from treespec_compiler.program import machine, made
 from treespec_compiler.program.saved import programs
 from treespec_compiler.program.tree_program import TreeProgram
 
@@ -57,6 +57,15 @@ def test_stats_say_where_the_program_came_from(saved: Home) -> None:
     assert found.stats.program_from_cache and not cold.stats.program_from_cache
     assert found.stats.as_dict()["program_from_cache"]
     assert torch.equal(found.sequences, cold.sequences)
+
+
+def test_single_lengths_are_looked_at_again_for_other_weights_alone(
+    saved: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Any] = []
+    monkeypatch.setattr(made, "lengths_check", lambda *given: looked.append(given))
+    assert saved.program(saved.model()).from_cache and not looked
+    assert saved.program(saved.model(seed=1)).from_cache and len(looked) == 1
 
 
 def test_other_weights_are_no_other_program(saved: Home) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from torch import nn
 
@@ -71,8 +71,10 @@ class Followed:
                 )
         return made
 
-    def _convert(self, model: nn.Module, converted: Converted | None = None) -> Made:
-        return Made(model, self.call, self.options, self.tally, self._tallies, converted)
+    def _convert(
+        self, model: nn.Module, converted: Converted | None = None, looked_at: Sequence[int] | None = None
+    ) -> Made:
+        return Made(model, self.call, self.options, self.tally, self._tallies, converted, looked_at)
 
     def _found(self, model: nn.Module) -> Made | None:
         """What was saved of this model, where it holds for it as it is."""
@@ -82,7 +84,7 @@ class Followed:
         if found is None:
             return None
         try:
-            made = self._convert(model, found.converted)
+            made = self._convert(model, found.converted, looked_at=found.sums)
             # Other weights may have a narrower form than those that it was made of.
             reason = made.unfit_anywhere() if made.made_of != found.sums else None
         except TreespecError as error:
