@@ -330,8 +330,8 @@ def test_wrong_arguments_end_in_one_line(script, arguments, text):
 @pytest.mark.rare
 def test_bench_batch(pair: SimpleNamespace, tmp_path: Path) -> None:
     path = tmp_path / "batch.json"
-    arguments = ["--requests", 1, 3, "--new-tokens", 6, "--rounds", 1, "--prompt-tokens", 20, "--alone"]
-    arguments += ["--waves", 2, "--control", "--chains", "chain:2", "--trees", "2,1", "--target", pair.target, "--draft", pair.draft]
+    arguments = ["--requests", 1, 3, "--new-tokens", 6, "--rounds", 1, "--prompt-tokens", 20, "--alone", "--waves", 2]
+    arguments += ["--control", "--chains", "chain:2", "--trees", "2,1", "--target", pair.target, "--draft", pair.draft]
     said = run("bench_batch.py", *arguments, "--output", path)
     report = json.loads(path.read_text())
     check_run(report["run"])
