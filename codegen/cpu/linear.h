@@ -114,6 +114,9 @@ constexpr std::array<Strip, sizeof...(M) + 1> strips_of(std::index_sequence<M...
 template <class Form>
 constexpr auto STRIPS = strips_of<Form>(std::make_index_sequence<Form::ROWS>());
 
+// Of float32, which many rows of every form are multiplied by: compiled once, in products.cpp.
+Strip float32_strip(int rows);
+
 // The panel as float32, [K, PANEL]: what many rows are multiplied with.
 template <class Form>
 void widen(const char* panel, int64_t K, float* out, const char* ahead) {
@@ -202,7 +205,7 @@ void linear_panels(const float* x, int64_t M, int64_t K, const char* packed, con
       to.out = out + m0 * N + first;
       if (shared) to.ahead = w + bytes + i * (bytes / 2), to.step = bytes / 2 / K;
       const int rows = int(m1 - m0), step = widened ? together<Float32>(rows) : together<Form>(rows);
-      const auto run = widened ? STRIPS<Float32>[rows] : STRIPS<Form>[rows];
+      const Strip run = widened ? float32_strip(rows) : STRIPS<Form>[rows];
       const char* panel = widened ? reinterpret_cast<const char*>(wide.data()) : w;
       for (int s = 0; s < STRIPS_A_PANEL; s += step)
         if (Form::column(s, 0) < n) run(x + m0 * K, K, panel, K, s, to);

@@ -10,7 +10,7 @@
 #include "attention.h"
 #include "checksum.h"
 #include "encode.h"
-#include "linear.h"
+#include "products.h"
 
 namespace treespec {
 namespace {
@@ -30,36 +30,26 @@ bool worth_threads(int64_t work) {
   return work >= (sleeps ? 2'000'000 : 300'000) && at::get_num_threads() > 1 && !at::in_parallel_region();
 }
 
-// f(an instance of the form's struct, the dtype it is stored as).
-template <typename F>
-void with_form(c10::string_view form, const F& f) {
-  if (form.empty() || form == "float32") return f(Float32{}, at::kFloat);
-  if (form == "bfloat16") return f(BFloat16{}, at::kBFloat16);
-  if (form == "float16") return f(Float16{}, at::kHalf);
-  if (form == "q4_0") return f(Nibbles<false>{}, at::kByte);
-  if (form == "q4_1") return f(Nibbles<true>{}, at::kByte);
-  if (form == "q5_0") return f(Nibbles<false, 5>{}, at::kByte);
-  if (form == "q5_1") return f(Nibbles<true, 5>{}, at::kByte);
-  if (form == "q8_0") return f(Bytes<false>{}, at::kByte);
-  if (form == "q4_k") return f(BitsK<4>{}, at::kByte);
-  if (form == "q5_k") return f(BitsK<5>{}, at::kByte);
-  if (form == "q6_k") return f(SixBitsK{}, at::kByte);
-  if (form == "i4") return f(Nibbles<false, 4, true>{}, at::kByte);
-  if (form == "i8") return f(Bytes<true>{}, at::kByte);
-  TORCH_CHECK(false, "packed_linear knows no form ", form);
+const Product& product_of(c10::string_view form) {
+  const Product* found = find_product(form.empty() ? std::string_view("float32") : std::string_view(form.data(), form.size()));
+  TORCH_CHECK(found, "packed_linear knows no form ", form);
+  return *found;
 }
 
-template <class Form>
-void run_linear(const Tensor& x, const Tensor& packed, const float* bias, Tensor& out, int64_t N, int64_t K) {
+at::ScalarType stored_as(c10::string_view form) {
+  if (form.empty() || form == "float32") return at::kFloat;
+  return form == "bfloat16" ? at::kBFloat16 : form == "float16" ? at::kHalf : at::kByte;
+}
+
+void run_linear(const Product& product, const Tensor& x, const Tensor& packed, const float* bias, Tensor& out, int64_t N,
+                int64_t K) {
   const int64_t M = K ? x.numel() / K : out.numel() / N, panels = packed.size(0);
   const float* xs = x.const_data_ptr<float>();
   const char* ws = static_cast<const char*>(packed.const_data_ptr());
   float* to = out.mutable_data_ptr<float>();
-  const auto run = [&](int64_t begin, int64_t end) {
-    linear_panels<Form>(xs, M, K, ws, bias, to, N, begin, end);
-  };
+  const auto run = [&](int64_t begin, int64_t end) { product.panels(xs, M, K, ws, bias, to, N, begin, end); };
   // 1M units take about 50 us on one core (Zen 5): reading a float32 weight costs as much as using it for 8 rows
-  if (worth_threads(panels * PANEL * K * (Form::READING + M) / 8))
+  if (worth_threads(panels * PANEL * K * (product.reading + M) / 8))
     at::parallel_for(0, panels, 1, run);
   else
     run(0, panels);
@@ -68,15 +58,12 @@ void run_linear(const Tensor& x, const Tensor& packed, const float* bias, Tensor
 // Its k, after a look at whether it is a packed weight of this form with `rows` outputs.
 int64_t columns_of(const Tensor& packed, int64_t rows, c10::string_view form) {
   TORCH_CHECK(packed.dim() == 3 && packed.is_contiguous(), "packed must come from pack_weight");
-  int64_t K = 0;
-  with_form(form, [&](auto kind, at::ScalarType dtype) {
-    using Form = decltype(kind);
-    const int64_t bytes = packed.size(2) * packed.element_size();
-    TORCH_CHECK(packed.scalar_type() == dtype && bytes == Form::BYTES * RUNS<Form>,
-                "packed must come from pack_weight(weight, \"", form, "\"), got ", packed.scalar_type(), " ",
-                packed.sizes());
-    K = packed.size(1) * Form::K_BLOCK * RUNS<Form>;
-  });
+  const Product& product = product_of(form);
+  const int64_t bytes = packed.size(2) * packed.element_size();
+  TORCH_CHECK(packed.scalar_type() == stored_as(form) && bytes == product.bytes * product.runs,
+              "packed must come from pack_weight(weight, \"", form, "\"), got ", packed.scalar_type(), " ",
+              packed.sizes());
+  const int64_t K = packed.size(1) * product.k_block * product.runs;
   TORCH_CHECK(rows > (packed.size(0) - 1) * PANEL && rows <= packed.size(0) * PANEL, "out_features ", rows,
               " does not fit ", packed.size(0), " panels of ", PANEL);
   return K;
@@ -98,7 +85,7 @@ Tensor packed_linear(const Tensor& input, const Tensor& packed, const std::optio
   at::DimVector shape(x.sizes().begin(), x.sizes().end());
   shape.back() = N;
   Tensor out = at::detail::empty_cpu(shape, at::kFloat);
-  with_form(form, [&](auto kind, at::ScalarType) { run_linear<decltype(kind)>(x, packed, b, out, N, K); });
+  run_linear(product_of(form), x, packed, b, out, N, K);
   return out;
 }
 
@@ -117,14 +104,12 @@ Tensor packed_embedding(const Tensor& ids_in, const Tensor& packed, int64_t N, c
   const int64_t* id = ids.const_data_ptr<int64_t>();
   float* to = out.mutable_data_ptr<float>();
   const char* from = static_cast<const char*>(packed.const_data_ptr());
-  with_form(form, [&](auto kind, at::ScalarType) {
-    using Form = decltype(kind);
-    const int64_t bytes = K / Form::K_BLOCK * Form::BYTES;
-    for (int64_t i = 0; i < ids.numel(); ++i) {
-      TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < N, "got id ", id[i], ", expected 0 to ", N - 1);
-      widen_column<Form>(from + id[i] / PANEL * bytes, K, int(id[i] % PANEL), to + i * K);
-    }
-  });
+  const Product& product = product_of(form);
+  const int64_t bytes = K / product.k_block * product.bytes;
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < N, "got id ", id[i], ", expected 0 to ", N - 1);
+    product.column(from + id[i] / PANEL * bytes, K, int(id[i] % PANEL), to + i * K);
+  }
   return out;
 }
 
