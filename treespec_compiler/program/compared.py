@@ -11,7 +11,7 @@ from ..capture.call import CallSpec
 from ..capture.surroundings import outside_autocast
 from ..stages import stage
 from .executor import Executor, Tally
-from .net import FOUND_PREFIX, PREFIX, Comparison, Runs, check_program, check_variant
+from .net import Comparison, Runs, check_program, check_variant
 
 
 class Compared:
@@ -32,7 +32,7 @@ class Compared:
             return False
         with alone(), outside_autocast(), stage("comparing with the model"):
             compiled = executor.tally.seconds
-            self.last = check_program(program, model, call, FOUND_PREFIX if found else PREFIX)
+            self.last = check_program(program, model, call, found_saved=found)
             self._took(self.last.seconds, executor.tally, compiled)
         self._done.add(executor)
         return True

@@ -39,6 +39,7 @@ from .target import RoundedModel
 
 log = logger(__name__)
 
+# Tokens before the longer request's trees, more where numbers in the graph are larger.
 PREFIX = 257  # past one chunk of a prompt, and past the windows and buckets of most models
 FOUND_PREFIX = 33  # of a program that another process saved, which was compared behind more tokens then
 MOST = 600  # longer literals are left to the proofs: the eager model's time grows with them
@@ -111,10 +112,11 @@ class _Path:
     rows: dict[int, Tensor]
 
 
-def check_program(program: Runs, model: nn.Module, call: CallSpec, prefix: int = PREFIX) -> Comparison:
+def check_program(program: Runs, model: nn.Module, call: CallSpec, found_saved: bool = False) -> Comparison:
     """What it found; raises `Unsupported` where a row is not the model's, on two prompts of two.
 
-    `prefix`: tokens before the longer request's trees, more where numbers in the graph are larger.
+    A program that was `found_saved` was compared before it was saved: here behind fewer tokens, and at first with a
+    model that sees what it filled before.
     """
     began, found = time.perf_counter(), Comparison()
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
@@ -122,10 +124,15 @@ def check_program(program: Runs, model: nn.Module, call: CallSpec, prefix: int =
         return found
     exact = Exact(model, call, program.state.model_logits)
     target = RoundedModel(model, program.state)
+
+    def differs(seed: int, as_first: bool) -> str | None:
+        prefix = FOUND_PREFIX if found_saved else PREFIX
+        return _difference(program, model, call, exact, target, found, prefix, seed, as_first)
+
     with kept(model, program.state.caches):
-        wrong = _difference(program, model, call, exact, target, found, prefix, seed=0)
+        wrong = differs(0, as_first=not found_saved)
         # NOTE routing may flip where two experts are as good, on one prompt; a wrong program is so on both.
-        if wrong is not None and _difference(program, model, call, exact, target, found, prefix, seed=1) is not None:
+        if wrong is not None and differs(1, as_first=True) is not None:
             raise _refusal(f"the program does not compute what the model does: {wrong}")
     found.seconds = time.perf_counter() - began
     log.info("compared with the model: %s", found)
@@ -146,13 +153,14 @@ def _difference(
     found: Comparison,
     prefix: int,
     seed: int,
+    as_first: bool,
 ) -> str | None:
     for path in _paths(program, prefix, seed):
         spec = program.state.model_logits
         # A model that gives the last token's logits alone runs anew for each row.
         wanted = path.rows if not spec.last else {at: path.rows[at] for at in (min(path.rows), max(path.rows))}
         with target.run(), own_choices(program.state):
-            expected = eager_rows(model, call, path.ids, wanted, program.device, spec)
+            expected = eager_rows(model, call, path.ids, wanted, program.device, spec, as_first)
         for at, row in wanted.items():
             with target.run(), own_choices(program.state):
                 result = judged(exact, path.ids, at, row, expected[at])

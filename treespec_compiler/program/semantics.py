@@ -48,13 +48,19 @@ Rounding = Callable[[list[int], Tensor, Tensor], bool]
 
 
 def eager_logits(
-    model: nn.Module, call: CallSpec, ids: list[int], device: torch.device, spec: LogitsSpec = EVERY_ROW
+    model: nn.Module,
+    call: CallSpec,
+    ids: list[int],
+    device: torch.device,
+    spec: LogitsSpec = EVERY_ROW,
+    as_first: bool = True,
 ) -> Tensor:
     """Logits [S, V] of the model itself, called as it was captured; [1, V] where it gives those of the last token.
 
-    Each run is a first one: it sees nothing of the others, and leaves the model's attributes as they were.
+    Each run is a first one: it sees nothing of the others, and leaves the model's attributes as they were. Without
+    `as_first` it sees what runs of before filled, which to look for takes another run.
     """
-    with as_it_was(model), unfilled(refillable(model, call)):
+    with as_it_was(model), unfilled(refillable(model, call) if as_first else ()):
         return _run(model, call, ids, device, spec)
 
 
@@ -65,12 +71,18 @@ def _run(model: nn.Module, call: CallSpec, ids: list[int], device: torch.device,
 
 
 def eager_rows(
-    model: nn.Module, call: CallSpec, ids: list[int], wanted: Iterable[int], device: torch.device, spec: LogitsSpec
+    model: nn.Module,
+    call: CallSpec,
+    ids: list[int],
+    wanted: Iterable[int],
+    device: torch.device,
+    spec: LogitsSpec,
+    as_first: bool = True,
 ) -> dict[int, Tensor]:
     """The model's logits [V] after token i of `ids`, for each wanted i: one run, or one for each."""
     if spec.last:
-        return {i: eager_logits(model, call, ids[: i + 1], device, spec)[-1] for i in wanted}
-    rows = eager_logits(model, call, ids, device, spec)
+        return {i: eager_logits(model, call, ids[: i + 1], device, spec, as_first)[-1] for i in wanted}
+    rows = eager_logits(model, call, ids, device, spec, as_first)
     return {i: rows[i] for i in wanted}
 
 
