@@ -26,6 +26,9 @@ def no_attention(state: GraphState) -> Unsupported:
     softmaxes = [n for n in state.graph.nodes if op_name(n) in _SOFTMAXES]
     over_tokens = [n for n in softmaxes if shape_of(n)[-1] == state.length]
     if not over_tokens:
+        chosen = _choice_of_pairs(state) if softmaxes else None
+        if chosen is not None:
+            return _chosen_keys(chosen)
         try:
             TokenAxes(state)
         except Unsupported as mixer:
@@ -50,10 +53,21 @@ def content_mask(forms: ClosedForms, mask: fx.Node, site: fx.Node) -> Unsupporte
             "the mask depends on the content of the tokens (padding, prefix-LM or a learned mask)",
             mask,
         )
+    return _chosen_keys(chosen)
+
+
+def _choice_of_pairs(state: GraphState) -> fx.Node | None:
+    """What chooses some of a table [.., T, T] of scores: the first indexer of a model."""
+    pairs = (state.length, state.length)
+    choices = (n for n in state.graph.nodes if op_name(n) in _CHOOSING)
+    return next((n for n in choices if shape_of(n.args[0])[-2:] == pairs), None)
+
+
+def _chosen_keys(chosen: fx.Node) -> Unsupported:
     return refuse(
         Refusal.CONTENT,
         f"the mask depends on the content of the tokens: {op_name(chosen)} chooses which keys are seen (an indexer)",
         chosen,
         "write the choice as docs/hybrids.md has it: the min(n, T) best sums of weighted, rectified products, with "
-        "minus infinity where a causal mask hides, scattered into a bool mask",
+        "minus infinity where a causal mask hides, scattered into a bool mask of an attention without sinks",
     )

@@ -6,7 +6,9 @@ import functools
 import importlib.util
 import inspect
 import operator
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import mixer_functions
@@ -23,6 +25,7 @@ from treespec_compiler.capture import mixers
 from treespec_compiler.errors import InvalidMixer, Refusal, Unsupported
 
 D = 4
+PAGE = Path(__file__).parents[2] / "docs" / "hybrids.md"
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +65,27 @@ def test_a_user_s_recurrence_is_exact() -> None:
     assert "mixer_functions.py" in program.states[0].source
     for prompt in (1, 6):
         assert_decodes(model, program, VOCAB, rounds=2, prompt=prompt)
+
+
+DECODER = """
+
+class Decoder(mixer_functions.Mixed):
+    def mixed(self, q, k, v, decay, ids):
+        return sums_of_the_page(q, k, v, decay)
+"""
+
+
+def test_the_page_s_example_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n([^`]*register_mixer[^`]*)```", PAGE.read_text("utf-8"))
+    block = block.replace("fading_sums", "sums_of_the_page")  # `Mixed`, which it inherits from, has its own
+    imports = "import mixer_functions\nimport torch\n\nimport treespec_compiler as treespec\n\n\n"
+    (tmp_path / "decoder_of_the_page.py").write_text(imports + block + DECODER)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(6)
+    model = importlib.import_module("decoder_of_the_page").Decoder()
+    program = program_of(model)
+    assert "decoder_of_the_page.py" in program.states[0].source
+    assert_decodes(model, program, VOCAB, rounds=1, prompt=6)
 
 
 def test_a_method_is_exact() -> None:

@@ -83,6 +83,18 @@ class Indexed(Hybrid):
         return x + self.join(nn.functional.scaled_dot_product_attention(q, k, v, seen))
 
 
+class IndexedBesideSinks(Indexed):
+    """Attention as it is written with sinks: one more score in the softmax, which is dropped."""
+
+    def block(self, x: Tensor, layer: int) -> Tensor:
+        q, k, v = (self.split(part) for part in self.qkv[layer](x).chunk(3, -1))
+        hidden = torch.zeros(x.shape[1], x.shape[1]).masked_fill(~self.mixers[layer](x), -1e30)
+        scores = q @ k.transpose(2, 3) + hidden
+        sinks = torch.ones(1, q.shape[1], 1, 1).expand(-1, -1, x.shape[1], -1)
+        weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+        return x + self.join(weights @ v)
+
+
 @pytest.mark.parametrize(
     ("cls", "module", "words"),
     [
@@ -98,8 +110,9 @@ def test_the_mixer_is_named(cls: type[Hybrid], module: str, words: str) -> None:
     assert f"({module})" in str(error) and "test_mixers.py" in str(error.source)
 
 
-def test_an_indexer_is_named() -> None:
-    error = refusal(Indexed())
+@pytest.mark.parametrize("kind", [Indexed, IndexedBesideSinks])
+def test_an_indexer_is_named(kind: type[Hybrid]) -> None:
+    error = refusal(kind())
     assert "aten.topk" in str(error.node) and "chooses which keys are seen" in error.reason
     assert error.module == "Indexer"
 

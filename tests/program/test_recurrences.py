@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import zoo
-from oracles import EAGER, assert_decodes, assert_rows, eager_row, random_tree
+from oracles import EAGER, TOLERANCE, assert_decodes, assert_rows, eager_row, error, random_tree
 from torch import nn
 
 import treespec_compiler as treespec
@@ -20,9 +20,11 @@ NAMES = {
     "mamba": {},
     "kimi_linear": {},
     "minimax": {"block_size": 16},
+    "recurrent_gemma": {},
     "rwkv": {},
     "xlstm": {"chunk_size": 16},
 }
+NO_ATTENTION = ("mamba", "mamba2", "recurrent_gemma", "rwkv", "xlstm")
 VOCAB = 40
 
 
@@ -44,7 +46,7 @@ def test_a_convolution_and_a_recurrence_each(name: str) -> None:
     wanted = {"recurrence"} if name == "minimax" else {"convolution", "recurrence"}
     wanted = {"rwkv": {"convolution", "exponential recurrence"}, "xlstm": {"exponential recurrence"}}.get(name, wanted)
     assert set(kinds) == wanted and (name == "rwkv" or kinds[-1] != "convolution")
-    assert (len(program_of(name).sites) == 0) is (name in ("mamba", "mamba2", "rwkv", "xlstm"))
+    assert (len(program_of(name).sites) == 0) is (name in NO_ATTENTION)
 
 
 @pytest.mark.family
@@ -57,7 +59,7 @@ def test_a_convolution_and_a_recurrence_each(name: str) -> None:
         *(("minimax", prompt, size) for prompt, size in ((1, 11), (15, 11), (16, 80), (17, 11), (33, 11))),
         *(
             (name, prompt, size)
-            for name in ("mamba", "kimi_linear", "rwkv")
+            for name in ("mamba", "kimi_linear", "recurrent_gemma", "rwkv")
             for prompt, size in ((1, 11), (64, 80), (65, 11))
         ),
     ],
@@ -98,6 +100,47 @@ def test_an_engine_gives_the_model_s_ids(name: str) -> None:
         for _ in range(10):
             wanted.append(int(eager_row(model_of(name), wanted).argmax()))
         assert out.sequences[0].tolist() == wanted
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.rare
+def test_beginnings_are_shared_and_a_freed_slot_begins_anew(name: str) -> None:
+    model, program = model_of(name), program_of(name)
+    cache = program.new_cache(64, slots=2, page_size=4)
+
+    def begun(slot: int, ids: list[int]) -> int:
+        """How many tokens others had; the row behind all of them is the model's."""
+        found = cache.adopt(slot, ids)
+        assert error(program.prefill(ids[found:], cache, slot), eager_row(model, ids)) <= TOLERANCE
+        return found
+
+    ids, tree = [5 * i % VOCAB for i in range(1, 11)], random_tree(8, VOCAB, 1)
+    assert begun(0, ids) == 0 and begun(1, ids) == 8
+    program.verify(Forest([(1, tree), (0, tree)]), cache)
+    cache.commit({1: tree.path(5), 0: tree.path(7)})
+    cache.free(0)
+    assert begun(0, [3, *ids[1:]]) == 0
+    path = ids + [tree.tokens[n] for n in tree.path(5)]
+    assert_rows(model, program.verify(Forest([(1, tree)]), cache), tree, path)
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.rare
+def test_a_cancelled_request_leaves_the_others_as_they_are(name: str) -> None:
+    prompts = [[2, 3, 4, 2, 3], [7, 7, 7], [5] * 9, [9, 1]]
+    with treespec.Engine(program_of(name), draft="ngram", max_requests=3, page_size=4, options=EAGER) as engine:
+        requests = [engine.add(prompt, max_new_tokens=8, eos_token_id=()) for prompt in prompts]
+        engine.step()
+        requests[1].cancel()
+        engine.run()
+    for request, prompt in zip(requests, prompts, strict=True):
+        wanted = prompt[:]
+        for token in request.output.tokens:
+            wanted.append(int(eager_row(model_of(name), wanted).argmax()))
+            assert token == wanted[-1]
+    assert [len(request.output.tokens) for request in (requests[0], *requests[2:])] == [8, 8, 8]
 
 
 @pytest.mark.rare
