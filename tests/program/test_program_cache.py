@@ -4,6 +4,7 @@ where anything differs, and given up where they turn out to be wrong.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,12 @@ def test_stats_say_where_the_program_came_from(saved: Home) -> None:
     assert found.stats.program_from_cache and not cold.stats.program_from_cache
     assert found.stats.as_dict()["program_from_cache"]
     assert torch.equal(found.sequences, cold.sequences)
+
+
+def test_copying_a_model_makes_no_other_program_of_it(saved: Home) -> None:
+    model = saved.model()
+    copied = copy.deepcopy(model)
+    assert saved.program(model).from_cache and saved.program(copied).from_cache
 
 
 def test_single_lengths_are_looked_at_again_for_other_weights_alone(

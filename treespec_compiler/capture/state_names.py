@@ -19,6 +19,7 @@ ALWAYS = {
 NOT_READ = {
     *("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl", "__slots__"),
     *("__static_attributes__", "__firstlineno__", "__parameters__", "__orig_bases__", "__match_args__"),
+    "__slotnames__",  # kept with a class by copyreg, when one of its objects is copied
 }
 # Written by Dynamo, by functools and by treespec's own runs.
 BOOKKEEPING = {"_torchdynamo_wrapper_id", "_torchdynamo_orig_callable", "__torch_dynamo_cache"}
