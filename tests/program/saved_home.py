@@ -39,6 +39,8 @@ class Home:
 
     def __init__(self, folder: Path, text: Path) -> None:
         self.programs, self.text = folder / "programs", text
+        self.held: list[nn.Module] = []
+        """A program does not keep its model, and has nothing to be compared with when it is gone."""
 
     def model(self, *changes: tuple[str, str], seed: int = 0, **config: Any) -> Any:
         module = module_of(self.text, *changes)
@@ -46,6 +48,7 @@ class Home:
         return module.Decoder(module.Config(**config)).eval()
 
     def program(self, model: nn.Module, **options: Any) -> TreeProgram:
+        self.held.append(model)
         return treespec.tree_program(
             model, options={"lowering": "eager", "program_cache": str(self.programs)} | options
         )
